@@ -1,0 +1,7 @@
+"""The one exception of this package for what a user can cause; commands print it as one line and exit with 2."""
+
+__all__ = ["TuningError"]
+
+
+class TuningError(ValueError):
+    """A user's mistake: the message says what was got, what is allowed and what to do next."""
