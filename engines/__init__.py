@@ -1,0 +1,49 @@
+"""What a bundle is on disk, and how one segment of it is compiled and run.
+
+Engines are named in one table, one class each; the packages behind them are imported when an engine is made.
+"""
+
+from importlib import import_module
+
+from engines.base import DTYPES, Engine, Profile, Runner, Traced
+from engines.bundle import Bundle
+from engines.errors import BundleError, EngineError, UserError
+from engines.manifest import Manifest, Segment, Unit
+
+__all__ = [
+    "DTYPES",
+    "ENGINES",
+    "Bundle",
+    "BundleError",
+    "Engine",
+    "EngineError",
+    "Manifest",
+    "Profile",
+    "Runner",
+    "Segment",
+    "Traced",
+    "Unit",
+    "UserError",
+    "make_engine",
+]
+
+ENGINES = {
+    "onnxruntime": "engines.onnx_runtime:OnnxRuntime",
+    "tensorrt": "engines.tensor_rt:TensorRT",
+    "tensorrt-rtx": "engines.tensor_rt:TensorRTRTX",
+    "torch": "engines.torch_program:Torch",
+    "null": "engines.null:Null",
+}
+
+
+def make_engine(name: str) -> Engine:
+    """The engine of that name.
+
+    Raises:
+        EngineError: there is none, or the package it needs is not installed.
+    """
+    if name not in ENGINES:
+        raise EngineError(f"unknown engine {name!r}; choose from: {', '.join(ENGINES)}")
+    module, _, attribute = ENGINES[name].partition(":")
+    engine: Engine = getattr(import_module(module), attribute)()
+    return engine

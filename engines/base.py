@@ -1,0 +1,135 @@
+"""What an engine is: a loader (bundle and segment in, runner out) and, for most, a compiler (ONNX in, files out).
+
+The currency between runners is ``torch.Tensor`` on the engine's device: what one runner returns is what the next one reads
+and what the cache keeps, without a copy.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from engines.bundle import Bundle
+from engines.errors import EngineError
+from engines.manifest import Feature, Segment
+from engines.shapes import bind
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+__all__ = ["DTYPES", "Engine", "Profile", "Runner", "Traced"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced segment: its ONNX file, and the exported program it came from."""
+
+    segment: Segment
+    onnx: Path
+    program: "ExportedProgram"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Input shapes an engine must take: the smallest, the one to optimise for, the largest, by input name."""
+
+    minimum: Mapping[str, tuple[int, ...]]
+    optimum: Mapping[str, tuple[int, ...]]
+    maximum: Mapping[str, tuple[int, ...]]
+
+
+class Runner(ABC):
+    """One loaded segment. ``run`` checks, ``_run_impl`` only computes (Polygraphy's ``BaseRunner`` has this split).
+
+    A runner keeps no state between calls that a caller can see, so threads may share it.
+    """
+
+    def __init__(self, segment: Segment, features: Mapping[str, Feature]) -> None:
+        self.segment = segment
+        self.features = features
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Compute the segment's outputs, by feature name, from its inputs, by feature name.
+
+        Raises:
+            EngineError: an input is missing, or its dtype or shape is not what the manifest says.
+        """
+        sizes: dict[str, int] = {}
+        chosen = {}
+        for name in self.segment.inputs:
+            feature = self.features[name]
+            tensor = inputs.get(name)
+            if tensor is None:
+                raise EngineError(f"segment {self.segment.name} needs input {name}; got {', '.join(inputs) or 'nothing'}")
+            if tensor.dtype != DTYPES[feature.dtype]:
+                raise EngineError(f"segment {self.segment.name}, input {name}: got {tensor.dtype}, expected {feature.dtype}")
+            misfit = bind(feature.shape, tensor.shape, sizes)
+            if misfit:
+                raise EngineError(f"segment {self.segment.name}, input {name}: {misfit}")
+            chosen[name] = tensor
+        return self._run_impl(chosen, sizes)
+
+    @abstractmethod
+    def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]: ...
+
+    def synchronize(self) -> None:
+        """Wait until what ``run`` started has finished; nothing to do on a CPU."""
+
+    def timed_run(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float]:
+        """``run``, and the seconds it took until its outputs were there."""
+        self.synchronize()
+        started = time.perf_counter()
+        outputs = self.run(inputs)
+        self.synchronize()
+        return outputs, time.perf_counter() - started
+
+
+class Engine(ABC):
+    """A way to compile and run segments. Making one imports its packages and raises EngineError where they are missing."""
+
+    name: ClassVar[str]
+    compiles: ClassVar[bool]
+    """Whether a build makes files for this engine beside the ONNX segments."""
+    has_profile: ClassVar[bool] = False
+    """Whether compiled segments only take the sizes and batches they were built for."""
+
+    device: torch.device = torch.device("cpu")
+
+    @abstractmethod
+    def version(self) -> str:
+        """The version of the program behind the engine."""
+
+    def compile(self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str]) -> list[Path]:
+        """Write the compiled files of a segment, named ``stem`` with a suffix; returns them.
+
+        Raises:
+            EngineError: the engine refuses the segment, or a target it does not know.
+        """
+        raise NotImplementedError(f"engine {self.name} compiles nothing")
+
+    @abstractmethod
+    def load(self, bundle: Bundle, segment: Segment) -> Runner:
+        """Load one segment of a bundle.
+
+        Raises:
+            EngineError: the bundle has no files of this engine for the segment, or they cannot run here.
+            BundleError: the files are damaged.
+        """
+
+    def compiled_files(self, bundle: Bundle, segment: Segment) -> list[Path]:
+        """The checked paths of what ``compile`` made; raises EngineError if the bundle was built without this engine."""
+        compiled = segment.engines.get(self.name)
+        if compiled is None:
+            have = ", ".join(segment.engines) or "none"
+            raise EngineError(
+                f"bundle {bundle.folder} has no {self.name} engines (it has: {have}); "
+                f"build them with: python -m exporter build --variant {bundle.manifest.variant} "
+                f"--source {bundle.manifest.source} --engine {self.name} --force --out {bundle.folder}"
+            )
+        return [bundle.path(file) for file in compiled.files]

@@ -1,0 +1,87 @@
+"""A bundle on disk: read it, check it, hash its files."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from engines.errors import BundleError
+from engines.manifest import MANIFEST_VERSION, File, Manifest
+
+__all__ = ["MANIFEST_NAME", "Bundle", "describe_file", "sha256"]
+
+MANIFEST_NAME = "manifest.json"
+REBUILD = "rebuild it with: python -m exporter build --force"
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def describe_file(folder: Path, path: Path) -> File:
+    """The manifest's record of a file inside ``folder``."""
+    return File(path=path.relative_to(folder).as_posix(), sha256=sha256(path), bytes=path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder and the manifest read from it."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Bundle":
+        """Read a bundle's manifest; files are checked when they are loaded (``path``) or all at once (``check``).
+
+        Raises:
+            BundleError: there is no bundle, its manifest cannot be read, or it is of another version.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            reason = "no such folder" if not folder.exists() else f"no {MANIFEST_NAME} in it"
+            raise BundleError(
+                f"no bundle at {folder} ({reason}); make one with: python -m exporter build --variant assembled --out {folder}"
+            )
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            version = data.get("version") if isinstance(data, dict) else None
+            if version != MANIFEST_VERSION:
+                raise BundleError(f"bundle {folder} has manifest version {version}, this program reads {MANIFEST_VERSION}; {REBUILD}")
+            return cls(folder, Manifest.model_validate(data))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME} is no JSON ({error}); {REBUILD}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME}, {place}: {first['msg']}; {REBUILD}") from error
+
+    def path(self, file: File) -> Path:
+        """The absolute path of a file, after checking that it is whole.
+
+        Raises:
+            BundleError: the file is missing or its hash differs from the manifest's.
+        """
+        path = self.folder / file.path
+        if not path.is_file():
+            raise BundleError(f"bundle {self.folder} is damaged: {file.path} is missing; {REBUILD}")
+        if path.stat().st_size != file.bytes or sha256(path) != file.sha256:
+            raise BundleError(f"bundle {self.folder} is damaged: {file.path} is not the file that was built; {REBUILD}")
+        return path
+
+    def check(self) -> None:
+        """Check every file of the bundle; raises BundleError as ``path`` does."""
+        manifest = self.manifest
+        for segment in manifest.segments:
+            for compiled in segment.engines.values():
+                for file in compiled.files:
+                    self.path(file)
+            for file in segment.onnx:
+                self.path(file)
+        for file in manifest.files:
+            self.path(file)

@@ -1,0 +1,108 @@
+"""The manifest: everything a bundle says about itself, as ``manifest.json`` in the bundle's folder.
+
+A bundle is a folder with ONNX segments, compiled engines, a tokenizer and a scheduler configuration. The manifest names every
+file with its SHA-256, every feature with dtype and symbolic shape, and every unit with its parameters and MACs, so that the
+runtime needs neither the UNet's classes nor its weights in another form.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engines.shapes import Shape
+
+__all__ = ["MANIFEST_VERSION", "Compiled", "Feature", "File", "Manifest", "Precision", "Segment", "Unit", "Variant"]
+
+MANIFEST_VERSION = 1
+
+Precision = Literal["fp32", "fp16"]
+Variant = Literal["original", "assembled", "condconv"]
+DType = Literal["float32", "float16", "int64"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class File(_Record):
+    """A file of the bundle: path relative to the bundle, SHA-256 in hexadecimal, size in bytes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+class Feature(_Record):
+    """A tensor between units: dtype and symbolic shape (see ``engines.shapes``)."""
+
+    dtype: DType
+    shape: Shape
+
+
+class Unit(_Record):
+    """The smallest thing that can be skipped: a stem, ResNet, transformer, down- or upsampler, head, text encoder or VAE.
+
+    Its output is the feature of the same name. ``macs`` are multiply-accumulates of one row at the bundle's first size.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    parameters: int = 0
+    macs: int = 0
+
+
+class Compiled(_Record):
+    """What one engine made of one segment: its files, its version, and the GPUs it was made for (empty: any)."""
+
+    files: tuple[File, ...]
+    version: str
+    targets: tuple[str, ...] = ()
+
+
+class Segment(_Record):
+    """Units that run together: one ONNX file (first in ``onnx``; its weights follow) and one compiled engine per kind."""
+
+    name: str
+    units: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    onnx: tuple[File, ...] = ()
+    engines: dict[str, Compiled] = Field(default_factory=dict)
+
+
+class Manifest(_Record):
+    """All that a bundle knows. Segments stand in an order in which they can run."""
+
+    version: Literal[1] = MANIFEST_VERSION
+    key: str
+    """Hash of everything the bundle was made from: an equal key means that a new build would make the same bundle."""
+    variant: Variant
+    source: str
+    precision: Precision
+    sizes: tuple[tuple[int, int], ...]
+    """Picture sizes (height, width) in pixels that engines with a profile were built for; the first is the default."""
+    max_images: int
+    """Images per call that engines with a profile were built for; guidance doubles the rows of a UNet call."""
+    latent_channels: int
+    vae_scale: int
+    """Pixels per latent, in each direction."""
+    size_multiple: int
+    """Picture height and width must be multiples of this many pixels."""
+    latent_scaling: float
+    """The VAE's scaling factor: latents are divided by it before decoding."""
+    text_length: int
+    features: dict[str, Feature]
+    units: tuple[Unit, ...]
+    segments: tuple[Segment, ...]
+    files: tuple[File, ...]
+    """Tokenizer and scheduler configuration."""
+    made_with: dict[str, str]
+    """Versions of the programs that made the bundle."""
+
+    def segment(self, name: str) -> Segment:
+        """The segment of that name; KeyError if there is none."""
+        for segment in self.segments:
+            if segment.name == name:
+                return segment
+        raise KeyError(name)

@@ -1,0 +1,58 @@
+"""Symbolic shapes: what a bundle says about a tensor before a batch or a picture size is chosen.
+
+A dimension is an integer or one of the forms ``name``, ``name/4`` and ``8*name``. The names in use are ``batch`` (rows of a
+UNet call: images, twice with guidance), ``images`` (rows of a VAE call), ``height`` and ``width`` (of the latents).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+__all__ = ["Dim", "Shape", "bind", "resolve"]
+
+Dim = int | str
+Shape = tuple[Dim, ...]
+
+_FORM = re.compile(r"^(?:(\d+)\*)?([a-z]+)(?:/(\d+))?$")
+
+
+def _parts(dim: str) -> tuple[int, str, int]:
+    found = _FORM.match(dim)
+    if found is None:
+        raise ValueError(f"{dim!r} is no dimension: expected an integer, 'name', 'name/4' or '8*name'")
+    factor, name, divisor = found.groups()
+    return int(factor or 1), name, int(divisor or 1)
+
+
+def resolve(shape: Sequence[Dim], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The integer shape for given sizes, such as ``{"batch": 2, "height": 64, "width": 64}``.
+
+    Raises:
+        ValueError: a form is malformed, or a size does not divide.
+        KeyError: a name has no size.
+    """
+    result = []
+    for dim in shape:
+        if isinstance(dim, int):
+            result.append(dim)
+            continue
+        factor, name, divisor = _parts(dim)
+        value, rest = divmod(factor * sizes[name], divisor)
+        if rest:
+            raise ValueError(f"{name} = {sizes[name]} is not a multiple of {divisor}, which dimension {dim!r} needs")
+        result.append(value)
+    return tuple(result)
+
+
+def bind(shape: Sequence[Dim], actual: Sequence[int], sizes: dict[str, int]) -> str | None:
+    """Match an actual shape with a symbolic one, adding what it tells to ``sizes``; returns what does not fit, or None."""
+    if len(shape) != len(actual):
+        return f"{len(actual)} dimensions, expected {len(shape)}"
+    for position, (dim, got) in enumerate(zip(shape, actual, strict=True)):
+        if isinstance(dim, int):
+            factor, name, divisor, known = 1, str(dim), 1, dim
+        else:
+            factor, name, divisor = _parts(dim)
+            known = sizes.setdefault(name, got * divisor // factor)
+        if got * divisor != factor * known:
+            return f"dimension {position} is {got}, expected {dim}" + ("" if isinstance(dim, int) else f" with {name} = {known}")
+    return None
