@@ -51,6 +51,11 @@ class Unit(_Record):
     parameters: int = 0
     macs: int = 0
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The one feature that the unit makes."""
+        return (self.name,)
+
 
 class Compiled(_Record):
     """What one engine made of one segment: its files, its version, and the GPUs it was made for (empty: any)."""
@@ -92,6 +97,7 @@ class Manifest(_Record):
     latent_scaling: float
     """The VAE's scaling factor: latents are divided by it before decoding."""
     text_length: int
+    """Tokens of a prompt, start and end included."""
     features: dict[str, Feature]
     units: tuple[Unit, ...]
     segments: tuple[Segment, ...]
