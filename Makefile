@@ -1,0 +1,55 @@
+# Everything below works on a fresh clone with Python 3.11 or later and a package index, and can be run again at any time.
+#   make demo PYTHON=python3.12          another interpreter
+#   make demo PIP_ARGS="--index-url URL" anything that pip should be told
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PROMPT ?= a red star on a blue background
+export PROMPT
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint format bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-core ## build the assembled UNet's engines and generate PROMPT into a PNG
+	$(BIN)/python -m exporter build --variant assembled
+	$(BIN)/python -m runtime "$$PROMPT"
+
+test: lint ## everything that must hold: lint, types, tests with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term --durations=10
+
+lint: $(VENV)/.installed-test ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test ## mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.installed-train ## how often generated images show what their prompt says
+	$(BIN)/python -m benchmarks.attributes
+
+clean: ## remove bundles and tool caches; .venv, training runs and the committed model stay
+	rm -rf bundles build dist htmlcov *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per set of dependencies: .installed-core, or .installed-EXTRA for an extra of pyproject.toml.
+$(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.created
+	$(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable ".$(if $(filter-out core,$*),[$*])"
+	@touch $@
+
+# The stamp comes last, so an environment whose making was cut off is completed by the next run.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "make: got $(PYTHON) = $$($(PYTHON) --version 2>&1 || true); Python 3.11 or later is needed." \
+	       "Name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
