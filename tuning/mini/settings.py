@@ -1,0 +1,50 @@
+"""Settings of the embedded model's training; what ran is saved as JSON beside the weights."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tuning.loop import LoopSettings
+
+__all__ = ["STAGES", "MiniSettings"]
+
+STAGES = ("vae", "decoder", "diffusion", "assembled")
+
+
+def _stages() -> dict[str, LoopSettings]:
+    return {
+        "vae": LoopSettings(minutes=6, lr=2e-3, muon_lr=0.02, ema=0.998, validate_minutes=2),
+        "decoder": LoopSettings(minutes=4, lr=1e-3, muon_lr=0.01, ema=0.998, validate_minutes=2),
+        "diffusion": LoopSettings(minutes=75, lr=2e-3, muon_lr=0.02, decay=0.7, validate_minutes=8),
+        "assembled": LoopSettings(minutes=18, lr=1e-3, muon_lr=0.01, decay=0.9, validate_minutes=6),
+    }
+
+
+@dataclass(frozen=True)
+class MiniSettings:
+    """Widths, batch sizes per process and the bounds of each stage. Minutes are CPU minutes per process."""
+
+    stages: dict[str, LoopSettings] = field(default_factory=_stages)
+    vae_batch: int = 16
+    batch: int = 96
+    pool: int = 8192  # latents each process keeps; the pool is rendered anew after `pool_epochs` passes
+    pool_epochs: int = 4
+    caption_dropout: float = 0.1
+    vae_widths: tuple[int, ...] = (16, 32, 64, 64)
+    unet_widths: tuple[int, ...] = (32, 64, 96, 96)
+    text_width: int = 128
+    text_layers: int = 3
+    seed: int = 0
+
+    def save(self, path: Path) -> None:
+        """Writes the settings as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "MiniSettings":
+        """Reads what `save` wrote."""
+        values = json.loads(path.read_text())
+        values["stages"] = {name: LoopSettings(**stage) for name, stage in values["stages"].items()}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
