@@ -16,7 +16,7 @@ import torch
 from engines.bundle import Bundle
 from engines.errors import EngineError
 from engines.manifest import Feature, Segment
-from engines.shapes import bind
+from engines.shapes import bind, resolve
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -50,6 +50,9 @@ class Runner(ABC):
     A runner keeps no state between calls that a caller can see, so threads may share it.
     """
 
+    device: torch.device = torch.device("cpu")
+    """Where inputs must be and outputs are."""
+
     def __init__(self, segment: Segment, features: Mapping[str, Feature]) -> None:
         self.segment = segment
         self.features = features
@@ -58,7 +61,7 @@ class Runner(ABC):
         """Compute the segment's outputs, by feature name, from its inputs, by feature name.
 
         Raises:
-            EngineError: an input is missing, or its dtype or shape is not what the manifest says.
+            EngineError: an input is missing, or its dtype, shape or device is not what the manifest and the engine say.
         """
         sizes: dict[str, int] = {}
         chosen = {}
@@ -69,6 +72,11 @@ class Runner(ABC):
                 raise EngineError(f"segment {self.segment.name} needs input {name}; got {', '.join(inputs) or 'nothing'}")
             if tensor.dtype != DTYPES[feature.dtype]:
                 raise EngineError(f"segment {self.segment.name}, input {name}: got {tensor.dtype}, expected {feature.dtype}")
+            if tensor.device.type != self.device.type:
+                raise EngineError(
+                    f"segment {self.segment.name}, input {name}: got a tensor on {tensor.device}, expected {self.device}; "
+                    f"move it with tensor.to({str(self.device)!r})"
+                )
             misfit = bind(feature.shape, tensor.shape, sizes)
             if misfit:
                 raise EngineError(f"segment {self.segment.name}, input {name}: {misfit}")
@@ -77,6 +85,19 @@ class Runner(ABC):
 
     @abstractmethod
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]: ...
+
+    def output_shapes(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """The outputs' integer shapes, by feature name, for the sizes that the inputs told.
+
+        Raises:
+            EngineError: a size does not divide as an output needs, or no input tells it.
+        """
+        try:
+            return {name: resolve(self.features[name].shape, sizes) for name in self.segment.outputs}
+        except ValueError as error:
+            raise EngineError(f"segment {self.segment.name}: {error}; choose a picture size that divides") from error
+        except KeyError as error:
+            raise EngineError(f"segment {self.segment.name}: no input tells size {error}, which an output needs") from error
 
     def synchronize(self) -> None:
         """Wait until what ``run`` started has finished; nothing to do on a CPU."""
@@ -99,11 +120,24 @@ class Engine(ABC):
     has_profile: ClassVar[bool] = False
     """Whether compiled segments only take the sizes and batches they were built for."""
 
+    targets_allowed: ClassVar[tuple[str, ...]] = ()
+    """The compute capabilities a user may name for ``compile``, such as ``sm89``; empty where there is no choice."""
+
     device: torch.device = torch.device("cpu")
 
     @abstractmethod
     def version(self) -> str:
         """The version of the program behind the engine."""
+
+    def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """The targets that ``compile`` will build for when asked for these; call it before work starts.
+
+        Raises:
+            EngineError: a target is unknown, the engine takes none, or it cannot compile on this machine.
+        """
+        if targets:
+            raise EngineError(f"engine {self.name} takes no targets, got {', '.join(targets)}; leave --targets out")
+        return ()
 
     def compile(self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str]) -> list[Path]:
         """Write the compiled files of a segment, named ``stem`` with a suffix; returns them.
@@ -129,7 +163,15 @@ class Engine(ABC):
             have = ", ".join(segment.engines) or "none"
             raise EngineError(
                 f"bundle {bundle.folder} has no {self.name} engines (it has: {have}); "
-                f"build them with: python -m exporter build --variant {bundle.manifest.variant} "
-                f"--source {bundle.manifest.source} --engine {self.name} --force --out {bundle.folder}"
+                f"build them with: {self.rebuild_command(bundle)}"
             )
         return [bundle.path(file) for file in compiled.files]
+
+    def rebuild_command(self, bundle: Bundle) -> str:
+        """The command that builds the bundle again with this engine beside those it has."""
+        manifest = bundle.manifest
+        names = sorted({self.name, *(name for segment in manifest.segments for name in segment.engines)})
+        return (
+            f"python -m exporter build --variant {manifest.variant} --source {manifest.source} "
+            f"--precision {manifest.precision} --engine {','.join(names)} --force --out {bundle.folder}"
+        )
