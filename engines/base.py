@@ -1,7 +1,7 @@
 """What an engine is: a loader (bundle and segment in, runner out) and, for most, a compiler (ONNX in, files out).
 
-The currency between runners is ``torch.Tensor`` on the engine's device: what one runner returns is what the next one reads
-and what the cache keeps, without a copy.
+The currency between runners is ``torch.Tensor`` on the engine's device: what one runner returns is what the next one
+reads and what the cache keeps, without a copy.
 """
 
 import time
@@ -69,13 +69,17 @@ class Runner(ABC):
             feature = self.features[name]
             tensor = inputs.get(name)
             if tensor is None:
-                raise EngineError(f"segment {self.segment.name} needs input {name}; got {', '.join(inputs) or 'nothing'}")
+                raise EngineError(
+                    f"segment {self.segment.name} needs input {name}; got {', '.join(inputs) or 'nothing'}"
+                )
             if tensor.dtype != DTYPES[feature.dtype]:
-                raise EngineError(f"segment {self.segment.name}, input {name}: got {tensor.dtype}, expected {feature.dtype}")
+                raise EngineError(
+                    f"segment {self.segment.name}, input {name}: got {tensor.dtype}, expected {feature.dtype}"
+                )
             if tensor.device.type != self.device.type:
                 raise EngineError(
-                    f"segment {self.segment.name}, input {name}: got a tensor on {tensor.device}, expected {self.device}; "
-                    f"move it with tensor.to({str(self.device)!r})"
+                    f"segment {self.segment.name}, input {name}: got a tensor on {tensor.device}, "
+                    f"expected {self.device}; move it with tensor.to({str(self.device)!r})"
                 )
             misfit = bind(feature.shape, tensor.shape, sizes)
             if misfit:
@@ -97,9 +101,11 @@ class Runner(ABC):
         except ValueError as error:
             raise EngineError(f"segment {self.segment.name}: {error}; choose a picture size that divides") from error
         except KeyError as error:
-            raise EngineError(f"segment {self.segment.name}: no input tells size {error}, which an output needs") from error
+            raise EngineError(
+                f"segment {self.segment.name}: no input tells size {error}, which an output needs"
+            ) from error
 
-    def synchronize(self) -> None:
+    def synchronize(self) -> None:  # noqa: B027 - most runners have nothing to wait for
         """Wait until what ``run`` started has finished; nothing to do on a CPU."""
 
     def timed_run(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float]:
@@ -112,7 +118,7 @@ class Runner(ABC):
 
 
 class Engine(ABC):
-    """A way to compile and run segments. Making one imports its packages and raises EngineError where they are missing."""
+    """A way to compile and run segments. Making one imports its packages; EngineError where they are missing."""
 
     name: ClassVar[str]
     compiles: ClassVar[bool]
@@ -157,7 +163,7 @@ class Engine(ABC):
         """
 
     def compiled_files(self, bundle: Bundle, segment: Segment) -> list[Path]:
-        """The checked paths of what ``compile`` made; raises EngineError if the bundle was built without this engine."""
+        """The checked paths of what ``compile`` made; EngineError if the bundle was built without this engine."""
         compiled = segment.engines.get(self.name)
         if compiled is None:
             have = ", ".join(segment.engines) or "none"

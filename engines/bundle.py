@@ -46,20 +46,24 @@ class Bundle:
         if not path.is_file():
             reason = "no such folder" if not folder.exists() else f"no {MANIFEST_NAME} in it"
             raise BundleError(
-                f"no bundle at {folder} ({reason}); make one with: python -m exporter build --variant assembled --out {folder}"
+                f"no bundle at {folder} ({reason}); "
+                f"make one with: python -m exporter build --variant assembled --out {folder}"
             )
         try:
             data = json.loads(path.read_text("utf-8"))
             version = data.get("version") if isinstance(data, dict) else None
             if version != MANIFEST_VERSION:
-                raise BundleError(f"bundle {folder} has manifest version {version}, this program reads {MANIFEST_VERSION}; {REBUILD}")
+                raise BundleError(
+                    f"bundle {folder} has manifest version {version}, this program reads {MANIFEST_VERSION}; {REBUILD}"
+                )
             return cls(folder, Manifest.model_validate(data))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME} is no JSON ({error}); {REBUILD}") from error
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME}, {place}: {first['msg']}; {REBUILD}") from error
+            reason = f"{MANIFEST_NAME}, {place}: {first['msg']}"
+            raise BundleError(f"bundle {folder} is damaged: {reason}; {REBUILD}") from error
 
     def path(self, file: File) -> Path:
         """The absolute path of a file, after checking that it is whole.

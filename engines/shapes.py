@@ -1,7 +1,7 @@
 """Symbolic shapes: what a bundle says about a tensor before a batch or a picture size is chosen.
 
-A dimension is an integer or one of the forms ``name``, ``name/4`` and ``8*name``. The names in use are ``batch`` (rows of a
-UNet call: images, twice with guidance), ``images`` (rows of a VAE call), ``height`` and ``width`` (of the latents).
+A dimension is an integer or one of the forms ``name``, ``name/4`` and ``8*name``. The names in use are ``batch`` (rows
+of a UNet call: images, twice with guidance), ``images`` (rows of a VAE call), ``height`` and ``width`` (of latents).
 """
 
 import re
@@ -44,7 +44,7 @@ def resolve(shape: Sequence[Dim], sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def bind(shape: Sequence[Dim], actual: Sequence[int], sizes: dict[str, int]) -> str | None:
-    """Match an actual shape with a symbolic one, adding what it tells to ``sizes``; returns what does not fit, or None."""
+    """Match an actual shape with a symbolic one, adding what it tells to ``sizes``; what does not fit, or None."""
     if len(shape) != len(actual):
         return f"{len(actual)} dimensions, expected {len(shape)}"
     for position, (dim, got) in enumerate(zip(shape, actual, strict=True)):
@@ -54,5 +54,6 @@ def bind(shape: Sequence[Dim], actual: Sequence[int], sizes: dict[str, int]) -> 
             factor, name, divisor = _parts(dim)
             known = sizes.setdefault(name, got * divisor // factor)
         if got * divisor != factor * known:
-            return f"dimension {position} is {got}, expected {dim}" + ("" if isinstance(dim, int) else f" with {name} = {known}")
+            where = "" if isinstance(dim, int) else f" with {name} = {known}"
+            return f"dimension {position} is {got}, expected {dim}{where}"
     return None
