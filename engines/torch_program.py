@@ -1,0 +1,96 @@
+"""The torch engine, reference and fallback: a segment's traced program, saved by ``torch.export`` and run as it is."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export.passes import move_to_device_pass
+
+from engines.base import Engine, Profile, Runner, Traced
+from engines.bundle import Bundle
+from engines.errors import EngineError
+from engines.manifest import Feature, Segment
+
+__all__ = ["ModuleRunner", "Torch"]
+
+
+class ModuleRunner(Runner):
+    """A live module as a runner: takes the segment's inputs and returns its outputs in the order of the manifest.
+
+    Gradients are off. ``torch.inference_mode`` is not used: what it makes may not be changed in place outside it, and
+    these tensors go on to schedulers and callbacks that are not ours.
+    """
+
+    def __init__(
+        self, segment: Segment, features: Mapping[str, Feature], module: nn.Module, device: torch.device | None = None
+    ) -> None:
+        super().__init__(segment, features)
+        self.module = module
+        self.device = device or _device_of(module)
+
+    @torch.no_grad()
+    def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+        result = self.module(*(inputs[name] for name in self.segment.inputs))
+        outputs = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+        if len(outputs) != len(self.segment.outputs):
+            raise EngineError(
+                f"segment {self.segment.name}: the module returned {len(outputs)} tensors, expected "
+                f"{len(self.segment.outputs)} ({', '.join(self.segment.outputs)})"
+            )
+        return dict(zip(self.segment.outputs, outputs, strict=True))
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+class Torch(Engine):
+    """Saves a segment's exported program and runs it with PyTorch, on the GPU where PyTorch finds one."""
+
+    name = "torch"
+    compiles = True
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def version(self) -> str:
+        """PyTorch's version."""
+        return str(torch.__version__)
+
+    def compile(self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str]) -> list[Path]:
+        """Write ``<stem>.pt2``. The profile does not bind: the program takes every size that it was traced for.
+
+        Raises:
+            EngineError: targets were given; a program runs wherever PyTorch does.
+        """
+        self.check_targets(targets)
+        path = Path(f"{stem}.pt2")  # not with_suffix: a stem such as down.0 has a dot of its own
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.export.save(traced.program, path)
+        return [path]
+
+    def load(self, bundle: Bundle, segment: Segment) -> Runner:
+        """The segment's program as a runner on this engine's device.
+
+        Raises:
+            EngineError: the bundle has no program for the segment, or this PyTorch cannot read it.
+            BundleError: the file is damaged.
+        """
+        path, *_ = self.compiled_files(bundle, segment)
+        try:
+            program = torch.export.load(path)
+        except Exception as error:  # which one depends on where the archive differs from what is expected
+            raise EngineError(
+                f"{path} cannot be read by PyTorch {self.version()}: {error}; it was made by PyTorch "
+                f"{segment.engines[self.name].version}; build it again with: {self.rebuild_command(bundle)}"
+            ) from error
+        if self.device.type != "cpu":
+            program = move_to_device_pass(program, self.device)
+        return ModuleRunner(segment, bundle.manifest.features, program.module(), self.device)
