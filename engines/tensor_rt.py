@@ -1,0 +1,239 @@
+"""TensorRT and TensorRT-RTX: one compiler and one loader for both, for their Python interfaces are alike.
+
+What differs: TensorRT builds on the GPU that the engine will run on; TensorRT-RTX builds anywhere, GPU or none, for
+named compute capabilities, and finishes the kernels on the user's card.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from engines.base import Engine, Profile, Runner, Traced
+from engines.bundle import Bundle
+from engines.errors import EngineError
+from engines.manifest import Segment
+from engines.tensor_rt_runner import EngineRunner, ErrorLog
+
+__all__ = ["TensorRT", "TensorRTRTX"]
+
+
+class _Family(Engine):
+    """What the two have in common.
+
+    Args:
+        trt: the module to drive, by default the installed one; tests pass a fake.
+        device: where tensors live; anything but CUDA is for tests.
+
+    Raises:
+        EngineError: the package is not installed.
+    """
+
+    compiles = True
+    has_profile = True
+    module: ClassVar[str]
+    install: ClassVar[str]
+
+    def __init__(self, trt: Any = None, device: torch.device | None = None) -> None:
+        self.trt = trt or self._import()
+        self.device = device or torch.device("cuda")
+        self._log = ErrorLog(self.trt)
+
+    @classmethod
+    def _import(cls) -> Any:
+        try:
+            return import_module(cls.module)
+        except (ImportError, OSError, RuntimeError) as error:  # the bindings are found but their libraries are not
+            raise EngineError(f"engine {cls.name} cannot be used: {error}; install it with: {cls.install}") from error
+
+    def version(self) -> str:
+        """The version of the TensorRT package."""
+        return str(self.trt.__version__)
+
+    # Compiling
+
+    def compile(self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str]) -> list[Path]:
+        """Write ``<stem>.engine``, for inputs between the profile's smallest and largest shapes.
+
+        Raises:
+            EngineError: a target is unknown, or the segment does not parse or build: with the first reason given.
+        """
+        chosen = self.check_targets(targets)
+        with self._log.collect() as errors:
+            builder = self.trt.Builder(self._log.logger)
+            network, parser = self._parse(builder, traced)
+            config = self._configure(builder, network, traced.segment, profile)
+            self._set_targets(config, chosen)
+            plan = builder.build_serialized_network(network, config)
+            del parser  # not earlier: the network's weights are the parser's memory until the engine is built
+        if plan is None:
+            reason = errors[0] if errors else "it gives no reason"
+            raise EngineError(
+                f"segment {traced.segment.name}: {self.name} {self.version()} cannot build it"
+                f"{' for ' + ', '.join(chosen) if chosen else ''}: {reason}{_advice(reason)}"
+            )
+        path = Path(f"{stem}.engine")  # not with_suffix: a stem such as down.0 has a dot of its own
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(plan)
+        return [path]
+
+    def _parse(self, builder: Any, traced: Traced) -> tuple[Any, Any]:
+        # The flag is what makes 10 keep the types of the ONNX file; 11 always does and ignores it.
+        network = builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = self.trt.OnnxParser(network, self._log.logger)
+        if not parser.parse_from_file(str(traced.onnx)):
+            reason = " ".join(str(parser.get_error(0)).split()) if parser.num_errors else "it gives no reason"
+            raise EngineError(f"segment {traced.segment.name}: {self.name} {self.version()} cannot read {traced.onnx}: {reason}")
+        return network, parser
+
+    def _configure(self, builder: Any, network: Any, segment: Segment, profile: Profile) -> Any:
+        config = builder.create_builder_config()
+        # fp32 means fp32: with TF32, which is on by default, products keep 10 bits; who wants speed takes fp16.
+        config.clear_flag(self.trt.BuilderFlag.TF32)
+        shapes = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            name = network.get_input(index).name
+            if name not in profile.optimum:
+                raise EngineError(f"segment {segment.name}: the profile has no shapes for input {name}; add them")
+            shapes.set_shape(name, profile.minimum[name], profile.optimum[name], profile.maximum[name])
+        config.add_optimization_profile(shapes)
+        return config
+
+    def _set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
+        """Nothing to set where an engine is for the GPU it is built on."""
+
+    # Loading
+
+    def load(self, bundle: Bundle, segment: Segment) -> Runner:
+        """Load the segment's engine onto the GPU.
+
+        Raises:
+            EngineError: no GPU or driver, the bundle has no such engine, or it was built for another card or version.
+            BundleError: the file is damaged.
+        """
+        self._require_gpu("to run")
+        path, *_ = self.compiled_files(bundle, segment)
+        runtime = self.trt.Runtime(self._log.logger)
+        data = path.read_bytes()
+        with self._log.collect() as errors:
+            engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            made = segment.engines[self.name]
+            reasons = self._invalid(runtime, data) or errors[:1] or ["it gives no reason"]
+            raise EngineError(
+                f"segment {segment.name}: {self.name} {self.version()} cannot load {path} here: {', '.join(reasons)}; "
+                f"it was built by {made.version} for {', '.join(made.targets) or 'the GPU it was built on'}; "
+                f"build it for this one with: {self.rebuild_command(bundle)}"
+            )
+        return EngineRunner(
+            segment,
+            bundle.manifest.features,
+            (runtime, engine),
+            self._create_context,
+            self._log,
+            self.name,
+            self.device,
+        )
+
+    def _require_gpu(self, purpose: str) -> None:
+        if self.device.type != "cuda" or torch.cuda.is_available():
+            return
+        found = "PyTorch finds none" if torch.version.cuda else f"PyTorch {torch.__version__} is built without CUDA"
+        raise EngineError(
+            f"engine {self.name} needs an NVIDIA GPU and driver {purpose}, and a PyTorch built for CUDA ({found}); "
+            "install them, or choose --engine onnxruntime"
+        )
+
+    def _invalid(self, runtime: Any, data: bytes) -> list[str]:
+        """What TensorRT-RTX says is wrong with an engine on this machine, in words; empty where it cannot tell."""
+        examine = getattr(runtime, "get_engine_validity", None)
+        if examine is None:
+            return []
+        bits = int(examine(data)[1])
+        members = self.trt.EngineInvalidityDiagnostics.__members__
+        return [name.replace("_", " ").lower() for name, member in members.items() if int(member) & bits]
+
+    def _create_context(self, engine: Any) -> Any:
+        return engine.create_execution_context()
+
+
+class TensorRT(_Family):
+    """TensorRT 10 and 11: engines for the GPU they are built on."""
+
+    name = "tensorrt"
+    module = "tensorrt"
+    install = "pip install tensorrt"
+
+    def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """No targets: the engine is for the GPU at hand.
+
+        Raises:
+            EngineError: targets were given, or there is no GPU.
+        """
+        if targets:
+            raise EngineError(
+                f"engine {self.name} builds for the GPU at hand and takes no targets, got {', '.join(targets)}; "
+                "leave --targets out, or choose --engine tensorrt-rtx, which builds for other GPUs"
+            )
+        self._require_gpu("to build")
+        return ()
+
+
+class TensorRTRTX(_Family):
+    """TensorRT for RTX: engines built ahead of time on any machine, one for all the compute capabilities named."""
+
+    name = "tensorrt-rtx"
+    module = "tensorrt_rtx"
+    install = "pip install tensorrt-rtx"
+    targets_allowed = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+    DEFAULT_TARGETS: ClassVar[tuple[str, ...]] = ("sm80", "sm86", "sm89", "sm120", "sm121")
+    """Ampere and later. Naming all of them costs nothing: with 1.7.1 on 2 cores, 22 M parameters of convolutions and
+    attention built in 0.62 s to 88.6 MB for one, three or five targets. Turing (sm75) must be asked for: it has no fp32
+    matrix product, and NVIDIA advises against engines that serve it and later cards at once."""
+
+    def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """The targets named, each once; with none, ``DEFAULT_TARGETS``, or the GPU at hand where these leave it out.
+
+        Raises:
+            EngineError: a target is unknown to this version of TensorRT-RTX.
+        """
+        known = self.trt.ComputeCapability.__members__
+        allowed = [target for target in self.targets_allowed if target.upper() in known]
+        for target in targets:
+            if target not in allowed:
+                raise EngineError(
+                    f"engine {self.name} {self.version()}: unknown target {target!r}; choose from: "
+                    f"{', '.join(allowed)} (sm86 is compute capability 8.6: https://developer.nvidia.com/cuda-gpus)"
+                )
+        if targets:
+            return tuple(dict.fromkeys(targets))
+        here = _card()
+        if here in allowed and here not in self.DEFAULT_TARGETS:
+            return (here,)
+        return tuple(target for target in self.DEFAULT_TARGETS if target in allowed)
+
+    def _set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(self.trt.ComputeCapability.__members__[target.upper()], index)
+
+    def _create_context(self, engine: Any) -> Any:
+        # Runtime cache and CUDA-graph strategy are properties of this configuration.
+        return engine.create_execution_context(engine.create_runtime_config())
+
+
+def _card() -> str | None:
+    """The GPU at hand as a target, such as ``sm89``; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}"
+
+
+def _advice(reason: str) -> str:
+    """What to do about the build errors that users meet."""
+    if "FP32 GEMM is not supported" in reason:
+        return "; Turing (sm75) multiplies no fp32 matrices here: build with --precision fp16, or leave sm75 out"
+    return ""
