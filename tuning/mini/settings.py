@@ -27,7 +27,7 @@ class MiniSettings:
 
     stages: dict[str, LoopSettings] = field(default_factory=_stages)
     vae_batch: int = 16
-    batch: int = 96
+    batch: int = 64
     pool: int = 8192  # latents each process keeps; the pool is rendered anew after `pool_epochs` passes
     pool_epochs: int = 4
     caption_dropout: float = 0.1

@@ -17,8 +17,10 @@ from tuning.errors import TuningError
 from tuning.loop import Task, run_loop
 from tuning.mini.autoencoder import AutoencoderTask, whiten
 from tuning.mini.data import batch
+from tuning.mini.diffusion import DiffusionTask
 from tuning.mini.folder import save_part, save_shell
-from tuning.mini.models import new_vae
+from tuning.mini.latents import LatentPools
+from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, scheduler
 from tuning.mini.settings import STAGES, MiniSettings
 from tuning.workers import Workers
 
@@ -40,14 +42,44 @@ def _task(stage: str, settings: MiniSettings, out: Path, runs: Path, workers: Wo
     if stage == "decoder":
         vae = _vae_after(runs, "vae")
         return AutoencoderTask(vae, settings.vae_batch, out, workers, decoder_only=True)
+    if stage == "diffusion":
+        return _diffusion(settings, out, runs, workers)
     raise TuningError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
 
 
-def _finish(stage: str, task: Any, runs: Path) -> None:
+def _pools(settings: MiniSettings, vae: AutoencoderKL, out: Path, workers: Workers, name: str) -> LatentPools:
+    return LatentPools(
+        vae,
+        load_tokenizer(out / "tokenizer"),
+        scheduler(),
+        workers,
+        size=settings.pool,
+        epochs=settings.pool_epochs,
+        batch_size=settings.batch,
+        dropout=settings.caption_dropout,
+        seed=settings.seed,
+        name=name,
+    )
+
+
+def _diffusion(settings: MiniSettings, out: Path, runs: Path, workers: Workers) -> Task:
+    vae, tokenizer = _vae_after(runs, "vae"), load_tokenizer(out / "tokenizer")
+    unet = new_unet(settings.unet_widths, settings.text_width)
+    text = new_text_encoder(tokenizer, settings.text_width, settings.text_layers)
+    pools = _pools(settings, vae, out, workers, "diffusion")
+    return DiffusionTask(unet, text, tokenizer, vae, pools, out, workers)
+
+
+def _finish(stage: str, task: Any, out: Path, runs: Path) -> None:
     """What a stage leaves for the next one, in full precision."""
     if stage == "vae":
         whiten(task.module, batch(2048, "whiten")[2])
-    save_part(task.module, runs / stage, torch.float32)
+        save_part(task.module, out / "vae")
+    if stage == "diffusion":
+        save_part(task.module["text"], runs / "text", torch.float32)
+        save_part(task.module["unet"], runs / stage, torch.float32)
+    else:
+        save_part(task.module, runs / stage, torch.float32)
 
 
 def run_stage(stage: str, settings: MiniSettings, out: Path, runs: Path, workers: Workers) -> dict[str, float]:
@@ -61,7 +93,7 @@ def run_stage(stage: str, settings: MiniSettings, out: Path, runs: Path, workers
         log.unlink(missing_ok=True)
     figures = run_loop(task, settings.stages[stage], workers=workers, checkpoint=checkpoint, log=log)
     if workers.first:
-        _finish(stage, task, runs)
+        _finish(stage, task, out, runs)
     workers.wait()
     return figures
 

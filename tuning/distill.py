@@ -1,0 +1,100 @@
+"""Distillation: the losses that teach an assembled UNet to do what its original does.
+
+As in BK-SDM (arXiv 2305.15798): the noise (or velocity) target, the teacher's output, and the output of every block,
+each as a mean squared error. Blocks are matched by name, so a student may have fewer layers in them or lack the mid
+block; a student without a stage has its own blocks matched where names agree and is told by `matched`.
+"""
+
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from tuning.errors import TuningError
+from tuning.recipes import LossWeights
+
+__all__ = ["BlockFeatures", "DistillLoss", "check_pair", "matched"]
+
+
+def _blocks(unet: nn.Module) -> dict[str, nn.Module]:
+    """Block name -> module: down.0 ..., mid, up.0 ..."""
+    blocks = {f"down.{i}": block for i, block in enumerate(unet.down_blocks)}  # type: ignore[arg-type]
+    if getattr(unet, "mid_block", None) is not None:
+        blocks["mid"] = unet.mid_block  # type: ignore[assignment]
+    return blocks | {f"up.{i}": block for i, block in enumerate(unet.up_blocks)}  # type: ignore[arg-type]
+
+
+def matched(teacher: nn.Module, student: nn.Module) -> list[str]:
+    """Names of the blocks that both have; up blocks are matched from the outermost inwards by their own names."""
+    ours = _blocks(student)
+    return [name for name in _blocks(teacher) if name in ours]
+
+
+def check_pair(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -> None:
+    """Raises TuningError when the two can't be compared: unlike latent channels, text width, or number of stages."""
+    for key, words in (
+        ("in_channels", "latent channels in"),
+        ("out_channels", "latent channels out"),
+        ("cross_attention_dim", "text width"),
+        ("block_out_channels", "block widths"),
+    ):
+        theirs, ours = teacher.config[key], student.config[key]
+        if theirs != ours:
+            raise TuningError(f"teacher and student differ in {words}: {theirs} and {ours}; assemble the student from this teacher")
+
+
+class BlockFeatures(AbstractContextManager["BlockFeatures"]):
+    """Collects the named blocks' outputs in `values` (n, c, h, w) during forward passes inside the context."""
+
+    def __init__(self, unet: nn.Module, names: list[str]) -> None:
+        self._unet, self._names = unet, names
+        self._stack = ExitStack()
+        self.values: dict[str, Tensor] = {}
+
+    def __enter__(self) -> "BlockFeatures":
+        blocks = _blocks(self._unet)
+        for name in self._names:
+            self._stack.callback(blocks[name].register_forward_hook(self._keeper(name)).remove)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def _keeper(self, name: str) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            # A down block returns its output and its skip connections.
+            self.values[name] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+
+class DistillLoss:
+    """The three losses of one batch for a frozen teacher and a student of the same stages."""
+
+    def __init__(self, teacher: UNet2DConditionModel, student: UNet2DConditionModel, weights: LossWeights) -> None:
+        check_pair(teacher, student)
+        self._teacher = teacher.eval().requires_grad_(False)
+        self._student, self._weights = student, weights
+        self._names = matched(teacher, student)
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, states: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Losses "noise", "output", "features" (summed over blocks) and their weighted sum "loss".
+
+        Shapes: noisy and target (n, c, h, w), timesteps (n,), states (n, length, text width).
+        """
+        with torch.no_grad(), BlockFeatures(self._teacher, self._names) as theirs:
+            taught = self._teacher(noisy, timesteps, states).sample
+        with BlockFeatures(self._student, self._names) as ours:
+            predicted = self._student(noisy, timesteps, states).sample
+        mse = nn.functional.mse_loss
+        losses = {
+            "noise": mse(predicted, target),
+            "output": mse(predicted, taught),
+            "features": torch.stack([mse(ours.values[n], theirs.values[n]) for n in self._names]).sum(),
+        }
+        w = self._weights
+        total = w.noise * losses["noise"] + w.output * losses["output"] + w.features * losses["features"]
+        return {"loss": total} | losses

@@ -1,0 +1,63 @@
+"""Recipes: what an assembled UNet leaves out and how it is distilled, as frozen data with a version."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tuning.errors import TuningError
+
+__all__ = ["RECIPES", "LossWeights", "Recipe", "recipe"]
+
+
+class LossWeights(BaseModel):
+    """Weights of the distillation losses; BK-SDM (arXiv 2305.15798) and this project use 1 for each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    noise: float = Field(1.0, ge=0)
+    output: float = Field(1.0, ge=0)
+    features: float = Field(1.0, ge=0)
+
+
+class Recipe(BaseModel):
+    """A UNet's surgery by names.
+
+    `remove` holds globs over units ("down.0.layer.1.attention"), layers ("down.0.layer.1") or blocks ("mid"). A block's
+    number may count from the end, so that "up.-1" is the outermost up block of any UNet.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    name: str = Field(min_length=1)
+    remove: tuple[str, ...] = ()
+    loss: LossWeights = LossWeights()
+
+    @classmethod
+    def load(cls, path: Path) -> "Recipe":
+        """Reads a recipe from JSON. Raises TuningError when it can't be read as one."""
+        try:
+            return cls.model_validate_json(path.read_text())
+        except (OSError, ValidationError) as error:
+            first = str(error).splitlines()[0]
+            raise TuningError(f"{path} is no recipe ({first}): write name, version 1 and remove as JSON") from error
+
+
+# The paper (A-SDM, arXiv 2406.00210) removes shallow layers, cheap in parameters and dear in time, and doesn't say which:
+# these four are this project's choice. Each removed down layer takes its skip connection's consumer with it.
+RECIPES = {
+    "original": Recipe(name="original"),
+    "assembled": Recipe(
+        name="assembled", remove=("down.0.layer.1", "down.1.layer.1", "up.-2.layer.1", "up.-1.layer.1")
+    ),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """A built-in recipe by name, or one from a JSON file by path. Raises TuningError for neither."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if name.endswith(".json"):
+        return Recipe.load(Path(name))
+    raise TuningError(f"there is no recipe {name!r}: name one of {', '.join(RECIPES)}, or a .json file")
