@@ -69,13 +69,9 @@ class Runner(ABC):
             feature = self.features[name]
             tensor = inputs.get(name)
             if tensor is None:
-                raise EngineError(
-                    f"segment {self.segment.name} needs input {name}; got {', '.join(inputs) or 'nothing'}"
-                )
+                raise EngineError(f"segment {self.segment.name} needs input {name}; got {', '.join(inputs) or 'nothing'}")
             if tensor.dtype != DTYPES[feature.dtype]:
-                raise EngineError(
-                    f"segment {self.segment.name}, input {name}: got {tensor.dtype}, expected {feature.dtype}"
-                )
+                raise EngineError(f"segment {self.segment.name}, input {name}: got {tensor.dtype}, expected {feature.dtype}")
             if tensor.device.type != self.device.type:
                 raise EngineError(
                     f"segment {self.segment.name}, input {name}: got a tensor on {tensor.device}, "
@@ -101,9 +97,7 @@ class Runner(ABC):
         except ValueError as error:
             raise EngineError(f"segment {self.segment.name}: {error}; choose a picture size that divides") from error
         except KeyError as error:
-            raise EngineError(
-                f"segment {self.segment.name}: no input tells size {error}, which an output needs"
-            ) from error
+            raise EngineError(f"segment {self.segment.name}: no input tells size {error}, which an output needs") from error
 
     def synchronize(self) -> None:  # noqa: B027 - most runners have nothing to wait for
         """Wait until what ``run`` started has finished; nothing to do on a CPU."""

@@ -46,8 +46,7 @@ class Bundle:
         if not path.is_file():
             reason = "no such folder" if not folder.exists() else f"no {MANIFEST_NAME} in it"
             raise BundleError(
-                f"no bundle at {folder} ({reason}); "
-                f"make one with: python -m exporter build --variant assembled --out {folder}"
+                f"no bundle at {folder} ({reason}); make one with: python -m exporter build --variant assembled --out {folder}"
             )
         try:
             data = json.loads(path.read_text("utf-8"))

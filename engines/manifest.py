@@ -13,7 +13,7 @@ from engines.shapes import Shape
 
 __all__ = ["MANIFEST_VERSION", "Compiled", "Feature", "File", "Manifest", "Precision", "Segment", "Unit", "Variant"]
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION: Literal[1] = 1
 
 Precision = Literal["fp32", "fp16"]
 Variant = Literal["original", "assembled", "condconv"]
@@ -84,6 +84,8 @@ class Manifest(_Record):
     """Hash of everything the bundle was made from: an equal key means that a new build would make the same bundle."""
     variant: Variant
     source: str
+    source_sha256: str
+    """Hash of the weights and configurations that the bundle was made from."""
     precision: Precision
     sizes: tuple[tuple[int, int], ...]
     """Picture sizes (height, width) in pixels that engines with a profile were built for; the first is the default."""
@@ -94,10 +96,10 @@ class Manifest(_Record):
     """Pixels per latent, in each direction."""
     size_multiple: int
     """Picture height and width must be multiples of this many pixels."""
-    latent_scaling: float
-    """The VAE's scaling factor: latents are divided by it before decoding."""
     text_length: int
     """Tokens of a prompt, start and end included."""
+    vocabulary: int
+    """Token numbers are below this."""
     features: dict[str, Feature]
     units: tuple[Unit, ...]
     segments: tuple[Segment, ...]
@@ -105,6 +107,11 @@ class Manifest(_Record):
     """Tokenizer and scheduler configuration."""
     made_with: dict[str, str]
     """Versions of the programs that made the bundle."""
+
+    @property
+    def unet_units(self) -> tuple[str, ...]:
+        """Names of the UNet's units: those that a plan can name."""
+        return tuple(unit.name for unit in self.units if unit.kind not in {"text_encoder", "vae_decoder"})
 
     def segment(self, name: str) -> Segment:
         """The segment of that name; KeyError if there is none."""

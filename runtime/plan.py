@@ -69,13 +69,21 @@ class Plan(_Record):
     key_steps: Annotated[Uniform | Explicit, Field(discriminator="mode")] = Uniform(every=1)
     inherit: tuple[str, ...] = ()
 
+    def inherited(self, units: Sequence[str]) -> frozenset[str]:
+        """The units whose features inherit steps take from the cache.
+
+        Raises:
+            PlanError: a pattern names no unit.
+        """
+        return frozenset(unit for pattern in self.inherit for unit in matching(pattern, units, self.name))
+
     def schedule(self, steps: int, units: Sequence[str]) -> tuple[Step, ...]:
         """The plan for a number of model evaluations of a UNet with these units.
 
         Raises:
             PlanError: the first step would inherit, or a pattern names no unit.
         """
-        inherited = frozenset(unit for pattern in self.inherit for unit in matching(pattern, units, self.name))
+        inherited = self.inherited(units)
         if not inherited:
             return tuple(Step(index=index, key=True) for index in range(steps))
         keys = self.key_steps.keys(steps)

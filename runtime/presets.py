@@ -43,7 +43,9 @@ def _deepcache_layer(units: Sequence[str]) -> str:
 PRESETS = {
     "full": Preset("full", "every step computes everything", None),
     "block": Preset("block:N", "every N-th step computes everything; the others inherit the last up block but one", _deep_block),
-    "deepcache": Preset("deepcache:N", "as DeepCache: the others run only the stem, the last layer and the head", _deepcache_layer),
+    "deepcache": Preset(
+        "deepcache:N", "as DeepCache: the others run only the stem, the last layer and the head", _deepcache_layer
+    ),
 }
 
 

@@ -1,0 +1,57 @@
+"""What the commands share: one line for a user's mistake, exit code 2; an unexpected fault keeps its traceback."""
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from engines.errors import UserError
+
+__all__ = ["Parser", "parse_size", "run_command"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing the usage."""
+        raise UserError(f"{message}; see: {self.prog} --help")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width in pixels from ``512x768`` or ``512``.
+
+    Raises:
+        UserError: the text is no size.
+    """
+    sides = text.lower().split("x")
+    if len(sides) == 1:
+        sides *= 2
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):  # noqa: PLR2004 - height and width
+        raise UserError(f"size {text!r} is no picture size; write HEIGHTxWIDTH in pixels, such as 512x768")
+    return int(sides[0]), int(sides[1])
+
+
+def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Run a command's main function on the arguments given and exit.
+
+    Exit codes: 0, 1 where the command itself says so, 2 for a user's mistake or a full disk, 130 when interrupted.
+    """
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"error: the disk is full; nothing was kept of what was being written; free some space and run again ({error})",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was kept of what was being written", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

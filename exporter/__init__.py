@@ -1,0 +1,9 @@
+"""A model in, a bundle out: topology, partition, trace, build, verify."""
+
+from exporter.build import BuildOptions, build
+from exporter.errors import BuildError, SourceError
+from exporter.partition import partition
+from exporter.topology import topology
+from exporter.verify import verify
+
+__all__ = ["BuildError", "BuildOptions", "SourceError", "build", "partition", "topology", "verify"]

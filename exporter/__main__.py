@@ -1,0 +1,102 @@
+"""``python -m exporter build | verify | inspect``."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from engines import ENGINES, Bundle, UserError
+from engines.command import Parser, parse_size, run_command
+
+_BUILD = """A UNet in, a bundle out: ONNX segments and compiled engines that `python -m runtime` runs."""
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m exporter", description="Build, verify and inspect bundles.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    build = commands.add_parser("build", help="make a bundle", description=_BUILD)
+    build.add_argument("--variant", default="original", help="original, assembled or condconv (default: %(default)s)")
+    build.add_argument("--source", default="mini", help="mini, a diffusers folder, or a hub id (default: %(default)s)")
+    build.add_argument("--engine", default="onnxruntime", help=f"one or more of {','.join(ENGINES)} (default: %(default)s)")
+    build.add_argument("--granularity", default="block", help="largest segment: block, layer or unit (default: %(default)s)")
+    build.add_argument("--plan", action="append", default=[], help="cut segments so that this plan can run too; may be repeated")
+    build.add_argument("--precision", default="fp32", help="fp32 or fp16 (default: %(default)s)")
+    build.add_argument("--sizes", default="", help="HEIGHTxWIDTH,... for engines with a profile (default: the model's own)")
+    build.add_argument("--batch", default="1..4", help="images per call, for engines with a profile (default: %(default)s)")
+    build.add_argument("--targets", default="", help="compute capabilities for engines built ahead of time, such as sm86,sm89")
+    build.add_argument("--out", type=Path, help="the bundle's folder (default: bundles/SOURCE-VARIANT)")
+    build.add_argument("--force", action="store_true", help="replace a bundle that is there already")
+    verify = commands.add_parser("verify", help="compare every segment and the chain with the torch model")
+    verify.add_argument("bundle", type=Path)
+    verify.add_argument("--engine", default="onnxruntime", help="the engine to verify (default: %(default)s)")
+    verify.add_argument("--sizes", default="", help="HEIGHTxWIDTH,... to compare at (default: the bundle's own and one other)")
+    inspect = commands.add_parser("inspect", help="show what is in a bundle")
+    inspect.add_argument("bundle", type=Path)
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _max_images(text: str) -> int:
+    low, _, high = text.partition("..")
+    if not low.isdecimal() or (high and not high.isdecimal()) or (high and int(low) != 1):
+        raise UserError(f"batch {text!r} is no range; write 1..N, where N is the most images per call, such as 1..4")
+    return int(high or low)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one command; raises UserError for a user's mistake."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    if options.command == "inspect":
+        from exporter.show import show_bundle
+
+        show_bundle(Bundle.open(options.bundle), console)
+    elif options.command == "verify":
+        from exporter.verify import verify_command
+
+        sizes = tuple(parse_size(size) for size in _names(options.sizes))
+        if not verify_command(options.bundle, options.engine, sizes, console):
+            sys.exit(1)
+    else:
+        _build(options, console)
+
+
+def _build(given: object, console: Console) -> None:
+    from exporter.build import BuildOptions, build
+    from exporter.show import show_segments
+
+    values = vars(given)
+    options = BuildOptions(
+        variant=values["variant"],
+        source=values["source"],
+        engines=_names(values["engine"]),
+        granularity=values["granularity"],
+        plans=tuple(values["plan"]),
+        precision=values["precision"],
+        sizes=tuple(parse_size(size) for size in _names(values["sizes"])),
+        max_images=_max_images(values["batch"]),
+        targets=_names(values["targets"]),
+        out=values["out"],
+        force=values["force"],
+    )
+    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading the source", total=None)
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+            if not console.is_terminal:
+                console.print(f"[{done}/{total}] {what}", highlight=False, markup=False)
+
+        bundle, built = build(options, progress)
+    show_segments(bundle, console)
+    console.print(f"{'built' if built else 'up to date:'} {bundle.folder}", highlight=False)
+
+
+if __name__ == "__main__":
+    run_command(main)

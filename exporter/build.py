@@ -1,0 +1,207 @@
+"""Build a bundle: trace every segment, compile it for every engine, and name all of it in a manifest.
+
+Everything is written into a temporary folder beside the bundle's place, which is renamed at the end: a bundle is there whole or
+not at all.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from engines import Bundle, BundleError, Engine, Manifest, Segment, make_engine
+from engines.bundle import MANIFEST_NAME, describe_file
+from engines.manifest import MANIFEST_VERSION, File, Precision, Variant
+from exporter.errors import BuildError
+from exporter.graph import Graph, check_size, load_graph
+from exporter.partition import GRANULARITIES, Granularity, partition
+from exporter.sources import Checkpoint, open_source
+from exporter.trace import OPSET
+from exporter.write import Progress, write_segments
+from runtime.errors import PlanError
+from runtime.presets import find_plan
+
+__all__ = ["DEFAULT_PLANS", "DTYPE", "BuildOptions", "build", "segments_of"]
+
+DEFAULT_PLANS = ("block:2", "deepcache:2")
+"""Plans that every bundle is cut for; the number makes no difference to the cuts."""
+DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnxscript")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build. ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call."""
+
+    variant: Variant = "original"
+    source: str = "mini"
+    engines: tuple[str, ...] = ("onnxruntime",)
+    granularity: Granularity = "block"
+    plans: tuple[str, ...] = ()
+    precision: Precision = "fp32"
+    sizes: tuple[tuple[int, int], ...] = ()
+    max_images: int = 4
+    targets: tuple[str, ...] = ()
+    out: Path | None = None
+    force: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the bundle goes: ``out``, or a name under ``bundles`` made from source and variant."""
+        return self.out or Path("bundles") / f"{Path(self.source).name}-{self.variant}"
+
+
+def build(options: BuildOptions, progress: Progress = lambda done, total, what: None) -> tuple[Bundle, bool]:
+    """Build a bundle, unless the one in its place was made from the very same things.
+
+    Returns:
+        The bundle, and whether it had to be built.
+
+    Raises:
+        BuildError: something else is in its place, or an option is not one of those allowed.
+        SourceError: the weights cannot be found or read.
+        EngineError: an engine is unknown, not installed, or refuses a segment or a target.
+        PlanError: a plan to cut for is unknown or names a unit that the UNet does not have.
+    """
+    _check_choices(options)
+    checkpoint = open_source(options.source, options.variant)
+    engines = [make_engine(name) for name in dict.fromkeys(options.engines)]
+    targets = {engine.name: engine.check_targets(options.targets if engine.has_profile else ()) for engine in engines}
+    fingerprint = checkpoint.fingerprint(options.variant)
+    key = _key(options, fingerprint, engines, targets)
+    existing = _existing(options, key)
+    if existing is not None:
+        return existing, False
+    graph = load_graph(checkpoint, options.variant, DTYPE[options.precision], options.sizes[0] if options.sizes else None)
+    sizes = options.sizes or (graph.size,)
+    for size in sizes:
+        check_size(size, graph.size_multiple)
+    bare = segments_of(graph, options.granularity, options.plans)
+    with _replacing(options.folder) as folder:
+        segments = write_segments(folder, graph, bare, engines, targets, sizes, options.max_images, progress)
+        files = tuple(_copy_files(checkpoint, folder))
+        manifest = _manifest(options, key, fingerprint, graph, sizes, segments, files)
+        (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
+    return Bundle.open(options.folder), True
+
+
+def segments_of(graph: Graph, granularity: Granularity, plans: Sequence[str] = ()) -> tuple[Segment, ...]:
+    """The text encoder, the UNet cut for the plans (and the default ones), and the VAE decoder."""
+    names = [unit.name for unit in graph.unet_units]
+    wanted = [find_plan(plan, names) for plan in plans]
+    for plan in DEFAULT_PLANS:
+        with suppress(PlanError):  # a UNet too small for a preset is not cut for it
+            wanted.append(find_plan(plan, names))
+    ends = [Segment(name=u.name, units=(u.name,), inputs=u.inputs, outputs=u.outputs) for u in (graph.units[0], graph.units[-1])]
+    return (ends[0], *partition(graph.unet_units, granularity, wanted), ends[1])
+
+
+def _check_choices(options: BuildOptions) -> None:
+    if options.granularity not in GRANULARITIES:
+        raise BuildError(f"unknown granularity {options.granularity!r}; choose from: {', '.join(GRANULARITIES)}")
+    if options.precision not in DTYPE:
+        raise BuildError(f"unknown precision {options.precision!r}; choose from: {', '.join(DTYPE)}")
+    if options.max_images < 1:
+        raise BuildError(f"batch {options.max_images}: a bundle must take at least 1 image")
+
+
+def _key(options: BuildOptions, fingerprint: str, engines: Sequence[Engine], targets: dict[str, tuple[str, ...]]) -> str:
+    """A hash of everything the bundle's content depends on."""
+    inputs = asdict(options) | {"out": None, "force": None, "targets": targets}
+    inputs["engines"] = {engine.name: engine.version() for engine in engines}
+    made_from = [inputs, fingerprint, _versions(), _own_code(), MANIFEST_VERSION, OPSET]
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _own_code() -> str:
+    """A hash of the exporter's own code: a bundle made by an older checkout is not taken for a new one."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _VERSIONED}
+
+
+def _existing(options: BuildOptions, key: str) -> Bundle | None:
+    """The bundle in place, if it is whole and made from the same things; None if there is nothing or --force is given."""
+    folder = options.folder
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())) or options.force:
+        if options.force and folder.exists() and not (folder / MANIFEST_NAME).exists():
+            raise BuildError(f"{folder} is no bundle, so --force does not replace it; remove it yourself or choose another --out")
+        return None
+    try:
+        bundle = Bundle.open(folder)
+        bundle.check()
+    except BundleError as error:
+        raise BuildError(f"{folder} exists and is kept ({error}); build it anew with --force, or choose another --out") from error
+    if bundle.manifest.key != key:
+        raise BuildError(
+            f"{folder} exists and is kept (a bundle made from other weights, options or versions); "
+            "replace it with --force, or choose another --out"
+        )
+    return bundle
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes ``folder``'s place at the end, and leaves no trace if anything fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if folder.exists():
+            # The old bundle moves into the temporary folder's shadow first: a rename cannot replace a full folder.
+            old = temporary.with_name(f"{temporary.name}.old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_files(checkpoint: Checkpoint, folder: Path) -> Iterator[File]:
+    """Copy the tokenizer and the scheduler configuration."""
+    for part in ("tokenizer", "scheduler"):
+        for path in sorted((checkpoint.folder / part).iterdir()):
+            target = folder / part / path.name
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+            yield describe_file(folder, target)
+
+
+def _manifest(
+    options: BuildOptions, key: str, fingerprint: str, graph: Graph, sizes: Sequence[tuple[int, int]],
+    segments: Sequence[Segment], files: tuple[File, ...],
+) -> Manifest:  # fmt: skip
+    return Manifest(
+        key=key,
+        variant=options.variant,
+        source=options.source,
+        source_sha256=fingerprint,
+        precision=options.precision,
+        sizes=tuple(sizes),
+        max_images=options.max_images,
+        latent_channels=graph.latent_channels,
+        vae_scale=graph.vae_scale,
+        size_multiple=graph.size_multiple,
+        text_length=graph.text_length,
+        vocabulary=graph.vocabulary,
+        features=dict(graph.features),
+        units=graph.units,
+        segments=tuple(segments),
+        files=files,
+        made_with=_versions(),
+    )

@@ -1,0 +1,85 @@
+"""Trace a segment to ONNX, with dynamic batch, height and width."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from engines import DTYPES, Segment, Traced
+from engines.manifest import Feature
+from engines.shapes import resolve
+
+__all__ = ["OPSET", "trace"]
+
+OPSET = 18
+"""Opset 18 builds in TensorRT-RTX at both precisions; opset 23's Attention operator does not at fp32."""
+
+# Sizes of the example: no two alike and none equal to 1, so that nothing is taken for a constant.
+_EXAMPLE = {"batch": 2, "images": 2, "height": 2, "width": 3}
+
+# diffusers' upsampler branches at 64 rows (to copy, not to compute otherwise). Only the torch engine holds to the limit.
+_MAX_ROWS = 63
+
+
+def trace(segment: Segment, module: nn.Module, features: Mapping[str, Feature], depth: int, path: Path) -> Traced:
+    """Export one segment.
+
+    Args:
+        segment: names the inputs and outputs, in the order in which ``module`` takes and returns them.
+        module: in evaluation mode, on the CPU.
+        features: dtype and symbolic shape of every feature.
+        depth: latent height and width are multiples of this number.
+        path: the ONNX file to write; weights go into a file beside it, with ``.data`` added to the name.
+    """
+    sizes = {name: size * depth if name in {"height", "width"} else size for name, size in _EXAMPLE.items()}
+    base = {name: Dim(f"{name}_{depth}") if name in {"height", "width"} else Dim(name, max=_MAX_ROWS) for name in _EXAMPLE}
+    arguments = tuple(_example(features[name], sizes) for name in segment.inputs)
+    dynamic = tuple(_dynamic(features[name], base, depth) for name in segment.inputs)
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(module.eval(), arguments, dynamic_shapes=(dynamic,), strict=False)
+        onnx = torch.onnx.export(
+            program,
+            input_names=list(segment.inputs),
+            output_names=list(segment.outputs),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        assert onnx is not None  # noqa: S101 - torch returns None only for the old exporter
+        onnx.save(path, external_data=True)
+    return Traced(segment, path, program)
+
+
+def _example(feature: Feature, sizes: Mapping[str, int]) -> Tensor:
+    shape, dtype = resolve(feature.shape, sizes), DTYPES[feature.dtype]
+    return torch.zeros(shape, dtype=dtype) if dtype == torch.int64 else torch.randn(shape, dtype=dtype)
+
+
+def _dynamic(feature: Feature, base: Mapping[str, object], depth: int) -> dict[int, object]:
+    """Which dimensions vary: heights and widths as multiples of the deepest feature's, so that skips are known to fit."""
+    dynamic: dict[int, object] = {}
+    for position, dim in enumerate(feature.shape):
+        if isinstance(dim, int):
+            continue
+        name = next(name for name in base if name in dim)
+        factor = resolve((dim,), {name: depth})[0] if name in {"height", "width"} else 1
+        dynamic[position] = base[name] if factor == 1 else factor * base[name]  # type: ignore[operator]
+    return dynamic
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own chatter out of the build's output; errors are raised, not logged."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,39 @@
+"""Noise schedulers by name. They come from diffusers; the bundle has their configuration."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import RequestError
+
+__all__ = ["SCHEDULERS", "make_scheduler"]
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+}
+
+
+def make_scheduler(name: str, folder: Path, steps: int) -> Any:  # noqa: ANN401 - diffusers' schedulers share no useful type
+    """A fresh scheduler with its timesteps set.
+
+    Args:
+        name: ddim, pndm, dpm++, euler or heun.
+        folder: holds ``scheduler_config.json``.
+        steps: denoising steps. The model is evaluated ``len(scheduler.timesteps)`` times: once a step, for pndm once more,
+            for heun twice for all but the last.
+
+    Raises:
+        RequestError: unknown name, or a number of steps that the scheduler cannot take.
+    """
+    if name not in SCHEDULERS:
+        raise RequestError(f"unknown scheduler {name!r}; choose from: {', '.join(SCHEDULERS)}")
+    scheduler = getattr(import_module("diffusers"), SCHEDULERS[name]).from_pretrained(folder)
+    most = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise RequestError(f"steps = {steps}; choose from 1 to {most}")
+    scheduler.set_timesteps(steps)
+    return scheduler
