@@ -38,9 +38,7 @@ def removed_units(unet: nn.Module, recipe: Recipe) -> set[str]:
         pattern = _from_the_end(glob, unet)
         matched = {u for u in units if fnmatchcase(u, pattern) or fnmatchcase(u, f"{pattern}.*")}
         if not matched:
-            raise TuningError(
-                f"recipe {recipe.name}: {glob!r} names no unit of this UNet; it has {', '.join(_layers(units))}"
-            )
+            raise TuningError(f"recipe {recipe.name}: {glob!r} names no unit of this UNet; it has {', '.join(_layers(units))}")
         removed |= matched
     return removed
 

@@ -23,7 +23,7 @@ def _blocks(unet: nn.Module) -> dict[str, nn.Module]:
     """Block name -> module: down.0 ..., mid, up.0 ..."""
     blocks = {f"down.{i}": block for i, block in enumerate(unet.down_blocks)}  # type: ignore[arg-type]
     if getattr(unet, "mid_block", None) is not None:
-        blocks["mid"] = unet.mid_block  # type: ignore[assignment]
+        blocks["mid"] = unet.mid_block
     return blocks | {f"up.{i}": block for i, block in enumerate(unet.up_blocks)}  # type: ignore[arg-type]
 
 
@@ -43,7 +43,9 @@ def check_pair(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -> 
     ):
         theirs, ours = teacher.config[key], student.config[key]
         if theirs != ours:
-            raise TuningError(f"teacher and student differ in {words}: {theirs} and {ours}; assemble the student from this teacher")
+            raise TuningError(
+                f"teacher and student differ in {words}: {theirs} and {ours}; assemble the student from this teacher"
+            )
 
 
 class BlockFeatures(AbstractContextManager["BlockFeatures"]):

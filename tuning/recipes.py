@@ -48,9 +48,7 @@ class Recipe(BaseModel):
 # these four are this project's choice. Each removed down layer takes its skip connection's consumer with it.
 RECIPES = {
     "original": Recipe(name="original"),
-    "assembled": Recipe(
-        name="assembled", remove=("down.0.layer.1", "down.1.layer.1", "up.-2.layer.1", "up.-1.layer.1")
-    ),
+    "assembled": Recipe(name="assembled", remove=("down.0.layer.1", "down.1.layer.1", "up.-2.layer.1", "up.-1.layer.1")),
 }
 
 

@@ -120,4 +120,3 @@ def read(picture: Image.Image | Pixels) -> Seen:
     masks = [_half_edge(parts == i + 1, distance) for i in range(count)]
     objects = [_object(pixels, m) for m in masks if m.mean() > _SMALLEST]
     return Seen(tuple(sorted(objects, key=lambda o: (round(o.x, 1), o.y))), _colour(background))
-

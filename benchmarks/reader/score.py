@@ -1,6 +1,6 @@
 """Compares what a picture shows with what was asked for, attribute by attribute."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from benchmarks.reader.rules import Seen, SeenObject
 from tuning.mini.scenes import PLACES, Asked, AskedObject, Scene
@@ -31,10 +31,12 @@ def _pairs(asked: Asked, seen: Seen) -> list[tuple[AskedObject, SeenObject]]:
         found.sort(key=lambda o: o.x if horizontal else o.y)
         return list(zip(sorted(wanted, key=_order), found, strict=True))
 
-    def agreement(order: Sequence[SeenObject]) -> int:
+    def agreement(order: list[SeenObject]) -> int:
         return sum((w.colour == f.colour) + (w.shape == f.shape) for w, f in zip(wanted, order, strict=True))
 
-    return list(zip(wanted, max((found, found[::-1]), key=agreement), strict=True))
+    mirrored = found[::-1]
+    best = mirrored if agreement(mirrored) > agreement(found) else found
+    return list(zip(wanted, best, strict=True))
 
 
 def judge(asked: Asked, seen: Seen) -> dict[str, bool]:

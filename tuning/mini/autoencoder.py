@@ -10,11 +10,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from benchmarks.reader.rules import read
-from benchmarks.reader.score import asked_of, judge, shares
 from tuning.loop import generator
 from tuning.mini.data import batch
 from tuning.mini.folder import save_part
+from tuning.mini.reading import read_scenes
 from tuning.workers import Workers
 
 __all__ = ["AutoencoderTask", "reconstruct", "whiten"]
@@ -31,11 +30,6 @@ def reconstruct(vae: AutoencoderKL, pictures: Tensor, size: int = 64) -> Tensor:
     """Encodes and decodes (n, 3, h, w) pictures in [-1, 1], `size` at a time."""
     parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in pictures.split(size)]
     return torch.cat(parts).clamp_(-1, 1)
-
-
-def to_bytes(pictures: Tensor) -> list[object]:
-    """(n, 3, h, w) in [-1, 1] -> n arrays (h, w, 3) of bytes."""
-    return list(((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 
 @torch.no_grad()
@@ -108,8 +102,7 @@ class AutoencoderTask:
         scenes, _, pictures = batch(512, "vae validation", held=True)
         again = reconstruct(self._vae, pictures.to(self._workers.device)).cpu()
         psnr = -10 * torch.log10(((again - pictures) ** 2).mean() / 4)
-        read_back = shares(judge(asked_of(s), read(p)) for s, p in zip(scenes, to_bytes(again), strict=True))
-        return {"valid_psnr": float(psnr)} | {f"reader_{k}": v for k, v in read_back.items()}
+        return {"valid_psnr": float(psnr)} | {f"reader_{k}": v for k, v in read_scenes(scenes, again).items()}
 
     def export(self) -> None:
         """Writes the model folder's vae/ from the second stage on: before it, the latents are not whitened yet."""

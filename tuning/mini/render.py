@@ -10,7 +10,6 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
-from scipy.ndimage import distance_transform_edt
 
 from tuning.mini.scenes import COLOURS, PLACES, SIZES, Scene, SceneObject
 
@@ -77,11 +76,14 @@ def _draw(shape: str) -> npt.NDArray[np.bool_]:
 @cache
 def _distances(shape: str) -> npt.NDArray[np.float32]:
     """(_TABLE, _TABLE) signed distances, negative inside, in units of half the object's size."""
+    from scipy.ndimage import distance_transform_edt
+
     mask = _draw(shape)
     pixel = 2 * _REACH / _DRAWN
     signed = (distance_transform_edt(~mask) - distance_transform_edt(mask)) * pixel
     step = _DRAWN // _TABLE
-    return signed.reshape(_TABLE, step, _TABLE, step).mean((1, 3)).astype(np.float32)
+    table: npt.NDArray[np.float32] = signed.reshape(_TABLE, step, _TABLE, step).mean((1, 3)).astype(np.float32)
+    return table
 
 
 def shape_mask(shape: str, size: int) -> npt.NDArray[np.bool_]:

@@ -7,12 +7,10 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditio
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from benchmarks.reader.rules import read
-from benchmarks.reader.score import judge, shares
-from tuning.mini.autoencoder import to_bytes
 from tuning.mini.latents import tokenize
 from tuning.mini.models import scheduler
-from tuning.mini.scenes import held_back_prompts, parse
+from tuning.mini.reading import read_captions
+from tuning.mini.scenes import held_back_prompts
 
 __all__ = ["accuracy", "sample"]
 
@@ -40,7 +38,8 @@ def sample(
     for t in solver.timesteps:
         plain, asked = unet(torch.cat([latents] * 2), t.to(device), states).sample.chunk(2)
         latents = solver.step(plain + guidance * (asked - plain), t, latents).prev_sample
-    return vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
+    pictures: Tensor = vae.decode(latents / vae.config.scaling_factor).sample
+    return pictures.clamp(-1, 1)
 
 
 def accuracy(
@@ -53,11 +52,10 @@ def accuracy(
     seed: int = 1,
     steps: int = 20,
 ) -> dict[str, float]:
-    """The share of held-back prompts right in each attribute by the rule reader. `seed` 1 is for validation: the
-    published figures use the list of seed 0."""
+    """The share of held-back prompts right in each attribute by the rule reader.
+
+    `seed` 1 is the list for validation: the published figures use the list of seed 0.
+    """
     prompts = held_back_prompts(count, seed)
-    judgements = []
-    for at in range(0, count, 64):
-        pictures = sample(unet, text, tokenizer, vae, prompts[at : at + 64], steps=steps, seed=at)
-        judgements += [judge(parse(p), read(b)) for p, b in zip(prompts[at : at + 64], to_bytes(pictures), strict=True)]
-    return {f"right_{name}": share for name, share in shares(judgements).items()}
+    parts = [sample(unet, text, tokenizer, vae, prompts[at : at + 64], steps=steps, seed=at) for at in range(0, count, 64)]
+    return {f"right_{name}": share for name, share in read_captions(prompts, torch.cat(parts)).items()}

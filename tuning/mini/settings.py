@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tuning.loop import LoopSettings
 
@@ -45,6 +46,7 @@ class MiniSettings:
     @classmethod
     def load(cls, path: Path) -> "MiniSettings":
         """Reads what `save` wrote."""
-        values = json.loads(path.read_text())
+        values: dict[str, Any] = json.loads(path.read_text())
         values["stages"] = {name: LoopSettings(**stage) for name, stage in values["stages"].items()}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
 
 from tuning.errors import TuningError
 from tuning.loop import Task, run_loop
+from tuning.mini.assembled import AssembledTask
 from tuning.mini.autoencoder import AutoencoderTask, whiten
 from tuning.mini.data import batch
 from tuning.mini.diffusion import DiffusionTask
@@ -22,6 +24,7 @@ from tuning.mini.folder import save_part, save_shell
 from tuning.mini.latents import LatentPools
 from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, scheduler
 from tuning.mini.settings import STAGES, MiniSettings
+from tuning.recipes import recipe
 from tuning.workers import Workers
 
 __all__ = ["main", "run_stage"]
@@ -44,6 +47,8 @@ def _task(stage: str, settings: MiniSettings, out: Path, runs: Path, workers: Wo
         return AutoencoderTask(vae, settings.vae_batch, out, workers, decoder_only=True)
     if stage == "diffusion":
         return _diffusion(settings, out, runs, workers)
+    if stage == "assembled":
+        return _assembled(settings, out, runs, workers)
     raise TuningError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
 
 
@@ -68,6 +73,16 @@ def _diffusion(settings: MiniSettings, out: Path, runs: Path, workers: Workers) 
     text = new_text_encoder(tokenizer, settings.text_width, settings.text_layers)
     pools = _pools(settings, vae, out, workers, "diffusion")
     return DiffusionTask(unet, text, tokenizer, vae, pools, out, workers)
+
+
+def _assembled(settings: MiniSettings, out: Path, runs: Path, workers: Workers) -> Task:
+    vae, tokenizer = _vae_after(runs, "vae"), load_tokenizer(out / "tokenizer")
+    if not (runs / "diffusion").exists():
+        raise TuningError(f"{runs / 'diffusion'} is missing: run --stage diffusion first")
+    teacher = UNet2DConditionModel.from_pretrained(runs / "diffusion", torch_dtype=torch.float32)
+    text = CLIPTextModel.from_pretrained(runs / "text", dtype=torch.float32)
+    pools = _pools(settings, vae, out, workers, "assembled")
+    return AssembledTask(teacher, recipe("assembled"), text, tokenizer, vae, pools, out, workers)
 
 
 def _finish(stage: str, task: Any, out: Path, runs: Path) -> None:
