@@ -28,7 +28,7 @@ def parse_size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
     if len(sides) == 1:
         sides *= 2
-    if len(sides) != 2 or not all(side.isdecimal() for side in sides):  # noqa: PLR2004 - height and width
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
         raise UserError(f"size {text!r} is no picture size; write HEIGHTxWIDTH in pixels, such as 512x768")
     return int(sides[0]), int(sides[1])
 

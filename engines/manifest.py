@@ -74,6 +74,8 @@ class Segment(_Record):
     outputs: tuple[str, ...]
     onnx: tuple[File, ...] = ()
     engines: dict[str, Compiled] = Field(default_factory=dict)
+    seconds: float = 0.0
+    """How long it took to trace and compile."""
 
 
 class Manifest(_Record):

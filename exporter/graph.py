@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -99,7 +100,7 @@ def load_graph(checkpoint: Checkpoint, variant: str, dtype: torch.dtype, size: t
     unet, vae, text = checkpoint.unet(variant), checkpoint.vae(), checkpoint.text_encoder()
     for model in (unet, vae, text):
         model.to(dtype)
-    config = text.config
+    config: Any = text.config
     _check_fit(checkpoint, unet, vae, config.hidden_size)
     units = (
         Unit(name=TEXT, kind=TEXT, inputs=(TOKENS,)),
@@ -146,5 +147,6 @@ def _check_fit(checkpoint: Checkpoint, unet: UNet2DConditionModel, vae: Autoenco
     channels, latent = unet.config.in_channels, vae.config.latent_channels
     if channels != latent:
         raise SourceError(
-            f"source {name}: the UNet reads {channels} channels, the VAE makes {latent}; inpainting and depth UNets are not supported"
+            f"source {name}: the UNet reads {channels} channels, the VAE makes {latent}:  "
+            "inpainting and depth UNets are not supported"
         )

@@ -52,9 +52,9 @@ def measure(
 def _describe(tensor: Tensor, rows: int | str, sizes: Mapping[str, int]) -> Feature:
     """The symbolic form of a result: its first dimension is its first input's, pictures scale with height and width."""
     shape: Shape = (rows, *tensor.shape[1:])
-    if tensor.ndim == 4:  # noqa: PLR2004 - (rows, channels, height, width)
+    if tensor.ndim == 4:
         shape = (rows, tensor.shape[1], _scaled("height", tensor.shape[2], sizes), _scaled("width", tensor.shape[3], sizes))
-    return Feature(dtype=_NAMES[tensor.dtype], shape=shape)  # type: ignore[arg-type]
+    return Feature(dtype=_NAMES[tensor.dtype], shape=shape)
 
 
 def _scaled(name: str, size: int, sizes: Mapping[str, int]) -> str:

@@ -1,9 +1,13 @@
 """Tables for people: the segments of a bundle, its features, and what its plans cost."""
 
+from collections.abc import Sequence
+
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from engines import Bundle, Manifest, Segment
+from engines.manifest import File
 from runtime.cost import relative_macs
 from runtime.errors import PlanError
 from runtime.plan import check_runs
@@ -15,58 +19,58 @@ _MIB = 2**20
 
 
 def show_segments(bundle: Bundle, console: Console) -> None:
-    """Print one row per segment: units, parameters, MACs, file sizes and engines."""
+    """Print one row per segment: units, parameters, MACs, file sizes, seconds that its build took, and engines."""
     manifest = bundle.manifest
     height, width = manifest.sizes[0]
-    table = Table(title=f"{bundle.folder}: {manifest.variant} UNet of {manifest.source}, {manifest.precision}")
-    table.add_column("segment")
-    for name in ("units", "params M", f"MMACs at {height}x{width}", "ONNX MiB", "engines MiB"):
+    made_from = f"{manifest.variant} UNet of {manifest.source}, {manifest.precision}"
+    title = f"{bundle.folder}: {made_from}; MACs of one row at {height}x{width}"
+    table = Table(title=title, box=SIMPLE)
+    table.add_column("segment", no_wrap=True)
+    for name in ("units", "params M", "MMACs", "MiB", "build s"):
         table.add_column(name, justify="right")
     table.add_column("engines")
     for segment in manifest.segments:
-        table.add_row(segment.name, *_numbers(manifest, segment), ", ".join(_engines(segment)))
+        table.add_row(segment.name, *_format(*_amounts(manifest, segment)), _engines(segment))
     table.add_section()
-    table.add_row("all", *_totals(manifest), "")
+    rows = [_amounts(manifest, segment) for segment in manifest.segments]
+    table.add_row("all", *_format(*(sum(column) for column in zip(*rows, strict=True))))
     console.print(table)
 
 
-def _engines(segment: Segment) -> list[str]:
-    names = ["onnxruntime"] if segment.onnx else []
+def _engines(segment: Segment) -> str:
+    """Each engine with the size of its files, and the GPUs it was made for."""
+    names = [f"onnxruntime {_mib(segment.onnx)}"]
     for name, compiled in segment.engines.items():
-        names.append(f"{name} ({' '.join(compiled.targets)})" if compiled.targets else name)
-    return names
+        names.append(" ".join([name, _mib(compiled.files), *compiled.targets]))
+    return ", ".join(names)
 
 
-def _amounts(manifest: Manifest, segment: Segment) -> tuple[int, int, int, int, int]:
+def _mib(files: Sequence[File]) -> str:
+    return f"{sum(file.bytes for file in files) / _MIB:.2f}"
+
+
+def _amounts(manifest: Manifest, segment: Segment) -> tuple[float, ...]:
     units = [unit for unit in manifest.units if unit.name in segment.units]
-    compiled = sum(file.bytes for engine in segment.engines.values() for file in engine.files)
+    files = [*segment.onnx, *(file for compiled in segment.engines.values() for file in compiled.files)]
     return (
         len(units),
         sum(unit.parameters for unit in units),
         sum(unit.macs for unit in units),
-        sum(file.bytes for file in segment.onnx),
-        compiled,
+        sum(file.bytes for file in files),
+        segment.seconds,
     )
 
 
-def _format(units: int, parameters: int, macs: int, onnx: int, compiled: int) -> tuple[str, ...]:
-    return str(units), f"{parameters / 1e6:.3f}", f"{macs / 1e6:,.1f}", f"{onnx / _MIB:.2f}", f"{compiled / _MIB:.2f}"
-
-
-def _numbers(manifest: Manifest, segment: Segment) -> tuple[str, ...]:
-    return _format(*_amounts(manifest, segment))
-
-
-def _totals(manifest: Manifest) -> tuple[str, ...]:
-    rows = [_amounts(manifest, segment) for segment in manifest.segments]
-    return _format(*(sum(column) for column in zip(*rows, strict=True)))  # type: ignore[arg-type]
+def _format(*amounts: float) -> tuple[str, ...]:
+    units, parameters, macs, size, seconds = amounts
+    return f"{units:.0f}", f"{parameters / 1e6:.3f}", f"{macs / 1e6:,.1f}", f"{size / _MIB:.2f}", f"{seconds:.1f}"
 
 
 def show_bundle(bundle: Bundle, console: Console) -> None:
     """Print everything about a bundle that a person may want to know."""
     manifest = bundle.manifest
     show_segments(bundle, console)
-    table = Table(title="features between segments")
+    table = Table(title="features between segments", box=SIMPLE)
     for name in ("feature", "dtype", "shape", "made by", "read by"):
         table.add_column(name)
     for segment in manifest.segments:
@@ -85,7 +89,7 @@ def show_bundle(bundle: Bundle, console: Console) -> None:
 
 
 def _plans(manifest: Manifest) -> Table:
-    table = Table(title="plans that this bundle runs (MACs of an average step, relative to full)")
+    table = Table(title="plans that this bundle runs (MACs of an average step, relative to full)", box=SIMPLE)
     for name in ("plan", "what is inherited", "MACs"):
         table.add_column(name)
     for preset in PRESETS:

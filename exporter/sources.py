@@ -105,7 +105,7 @@ def open_source(source: str, variant: str) -> Checkpoint:
     checkpoint = Checkpoint(source, path)
     for part in (*_PARTS, "tokenizer", "scheduler"):
         _check_part(checkpoint, part)
-    if variant != "original" and variant != "assembled" and not checkpoint.is_distilled(variant):
+    if variant not in {"original", "assembled"} and not checkpoint.is_distilled(variant):
         raise SourceError(f"source {source} has no {variant} UNet (folder unet_{variant}); allowed here: original, assembled")
     return checkpoint
 
@@ -123,14 +123,15 @@ def _check_part(checkpoint: Checkpoint, part: str) -> None:
     folder = checkpoint.folder / part
     if not folder.is_dir() or not any(folder.glob("*.json")):
         raise SourceError(
-            f"source {checkpoint.name}: {folder} is missing; a diffusers folder has unet, vae, text_encoder, tokenizer and scheduler"
+            f"source {checkpoint.name}: {folder} is missing; "
+            "a diffusers folder has unet, vae, text_encoder, tokenizer and scheduler"
         )
     if part in _PARTS and not any(folder.glob("*.safetensors")):
         pickles = [path.name for path in folder.iterdir() if path.suffix in _PICKLES]
         if pickles:
             raise SourceError(
-                f"source {checkpoint.name}: {folder / pickles[0]} is a pickle, which can run code when it is read; if you trust it, "
-                f'convert it once: python -c "from diffusers import StableDiffusionPipeline as P; '
+                f"source {checkpoint.name}: {folder / pickles[0]} is a pickle, which can run code when it is read; "
+                f'if you trust it, convert it once: python -c "from diffusers import StableDiffusionPipeline as P; '
                 f"P.from_pretrained('{checkpoint.folder}').save_pretrained('{checkpoint.folder}-safetensors')\""
             )
         raise SourceError(f"source {checkpoint.name}: no .safetensors file in {folder}")
@@ -139,7 +140,7 @@ def _check_part(checkpoint: Checkpoint, part: str) -> None:
 def _fetch(source: str) -> Path:
     """Fetch a hub repository's configurations and safetensors, or find them in the hub's cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     unknown = f"unknown source {source!r}: no such folder"
     if source.count("/") != 1 or source.startswith((".", "/")):

@@ -30,7 +30,8 @@ def check_family(unet: UNet2DConditionModel) -> None:
     for field in _UNSUPPORTED:
         if unet.config.get(field):
             raise SourceError(
-                f"UNet configuration has {field} = {unet.config[field]!r}: not of the Stable Diffusion 1.x/2.x family, the only one supported"
+                f"UNet configuration has {field} = {unet.config[field]!r}: "
+                "not of the Stable Diffusion 1.x/2.x family, the only one supported"
             )
     blocks = [*unet.down_blocks, *unet.up_blocks] + ([unet.mid_block] if unet.mid_block is not None else [])
     for block in blocks:
@@ -80,4 +81,5 @@ def block_of(unit: str) -> str:
 
 def depth_factor(unet: UNet2DConditionModel) -> int:
     """The multiple that latent height and width must be of: 2 to the number of downsamplers."""
-    return 2 ** sum(name.startswith("down.") and name.endswith(".sampler") for name in unit_modules(unet))
+    samplers = sum(name.startswith("down.") and name.endswith(".sampler") for name in unit_modules(unet))
+    return 1 << samplers

@@ -50,7 +50,7 @@ def trace(segment: Segment, module: nn.Module, features: Mapping[str, Feature], 
             dynamo=True,
             verbose=False,
         )
-        assert onnx is not None  # noqa: S101 - torch returns None only for the old exporter
+        assert onnx is not None
         onnx.save(path, external_data=True)
     return Traced(segment, path, program)
 

@@ -71,7 +71,7 @@ class _Reference:
 def _keep(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:
     def hook(module: nn.Module, args: object, output: object) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
-        assert isinstance(tensor, Tensor)  # noqa: S101 - diffusers' own modules
+        assert isinstance(tensor, Tensor)
         features[name] = tensor
 
     return hook

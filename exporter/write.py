@@ -1,5 +1,6 @@
 """Write a bundle's segments: the ONNX file of each, and what each engine compiles of it."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def write_segments(
     (folder / "segments").mkdir()
     total, done, written = len(segments) * (1 + len(compilers)), 0, []
     for segment in segments:
+        started = time.perf_counter()
         progress(done, total, f"{segment.name}: tracing")
         path = folder / "segments" / f"{segment.name}.onnx"
         traced = trace(segment, graph.segment_module(segment), graph.features, graph.depth, path)
@@ -48,7 +50,8 @@ def write_segments(
             done += 1
         data = path.with_name(f"{path.name}.data")
         onnx = tuple(describe_file(folder, file) for file in (path, data) if file.exists())
-        written.append(segment.model_copy(update={"onnx": onnx, "engines": compiled}))
+        seconds = round(time.perf_counter() - started, 1)
+        written.append(segment.model_copy(update={"onnx": onnx, "engines": compiled, "seconds": seconds}))
     progress(total, total, "done")
     return written
 

@@ -157,7 +157,7 @@ class Pipeline:
         noise: Any,
         schedule: Sequence[Step],
         scale: float,
-        callback: Callback | None,  # noqa: ANN401
+        callback: Callback | None,
     ) -> tuple[Tensor, list[StepRecord]]:
         """The denoising loop. The step index is counted here: schedulers may visit a timestep twice."""
         executor, records = Executor(self.network, schedule), []

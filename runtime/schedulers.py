@@ -17,7 +17,7 @@ SCHEDULERS = {
 }
 
 
-def make_scheduler(name: str, folder: Path, steps: int) -> Any:  # noqa: ANN401 - diffusers' schedulers share no useful type
+def make_scheduler(name: str, folder: Path, steps: int) -> Any:
     """A fresh scheduler with its timesteps set.
 
     Args:

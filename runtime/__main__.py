@@ -1,0 +1,117 @@
+"""``python -m runtime PROMPT`` and ``python -m runtime plans``."""
+
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from engines import UserError
+from engines.command import Parser, parse_size, run_command
+from runtime.executor import StepRecord
+from runtime.pipeline import Generation, Pipeline, default_bundle, load
+from runtime.presets import PRESETS
+
+__all__ = ["main"]
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m runtime", description="Generate pictures from a prompt; `plans` as the prompt lists the plans."
+    )
+    parser.add_argument("prompt", help="what the picture shows, or the word `plans`")
+    parser.add_argument("--negative", default="", help="what it should not show")
+    parser.add_argument("--bundle", type=Path, help="a bundle's folder (default: the one in ./bundles that was built last)")
+    parser.add_argument("--engine", default="onnxruntime", help="what runs the segments (default: %(default)s)")
+    parser.add_argument("--plan", default="full", help="a preset or a .json file (default: %(default)s)")
+    parser.add_argument("--scheduler", default="dpm++", help="ddim, pndm, dpm++, euler or heun (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance scale (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: %(default)s)")
+    parser.add_argument("--size", type=parse_size, help="HEIGHTxWIDTH in pixels (default: the bundle's first size)")
+    parser.add_argument("--images", type=int, default=1, help="number of pictures (default: %(default)s)")
+    parser.add_argument("-o", "--out", type=Path, default=Path("out.png"), help="the PNG file to write (default: %(default)s)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command; raises UserError for a user's mistake."""
+    options = _parser().parse_args(arguments)
+    console = Console(highlight=False)
+    if options.prompt == "plans":
+        console.print(_plans())
+        return
+    if options.out.suffix.lower() != ".png" or not options.out.parent.is_dir():
+        raise UserError(f"cannot write {options.out}: give the name of a .png file in a folder that exists")
+    folder = options.bundle or default_bundle()
+    warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
+    generation = _generate(load(folder, options.engine), options, console)
+    console.print(_steps(generation))
+    for path, image in zip(_paths(options.out, len(generation.images)), generation.images, strict=True):
+        image.save(path)
+        console.print(
+            f"wrote {path} ({image.width}x{image.height}, bundle {folder}, plan {generation.plan.name})", soft_wrap=True
+        )
+
+
+def _generate(pipeline: Pipeline, options: Namespace, console: Console) -> Generation:
+    height, width = options.size or (None, None)
+    columns = (TextColumn("{task.completed} steps"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=options.steps)
+
+        def callback(record: StepRecord, latents: Tensor) -> None:
+            bar.update(task, completed=record.index + 1)
+
+        return pipeline.generate(
+            options.prompt,
+            negative_prompt=options.negative,
+            steps=options.steps,
+            guidance_scale=options.guidance,
+            seed=options.seed,
+            height=height,
+            width=width,
+            num_images=options.images,
+            scheduler=options.scheduler,
+            plan=options.plan,
+            callback=callback,
+        )
+
+
+def _steps(generation: Generation) -> Table:
+    """What ran at which step."""
+    table = Table(title=f"{len(generation.steps)} steps, {generation.seconds:.2f} s in all", box=SIMPLE)
+    for name in ("step", "timestep", "ms", "kind", "segments run", "inherited"):
+        table.add_column(name, justify="right" if name in {"step", "timestep", "ms"} else "left")
+    most = max(len(record.ran) for record in generation.steps)
+    for record in generation.steps:
+        ran = f"all {most}" if len(record.ran) == most else ", ".join(record.ran) or "none"
+        numbers = str(record.index), f"{record.timestep:.0f}", f"{1000 * record.seconds:.1f}"
+        table.add_row(*numbers, record.kind, ran, ", ".join(record.inherited))
+    return table
+
+
+def _plans() -> Table:
+    table = Table(title="plans")
+    table.add_column("plan")
+    table.add_column("what it does")
+    for preset in PRESETS.values():
+        table.add_row(preset.form, preset.summary)
+    table.add_row("FILE.json", "a plan of your own: key steps and inherited units")
+    return table
+
+
+def _paths(out: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(count)]
+
+
+if __name__ == "__main__":
+    run_command(main)
