@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.table import Table
 
 from engines import Bundle, Manifest, Segment
-from engines.manifest import File
 from runtime.cost import relative_macs
 from runtime.errors import PlanError
 from runtime.plan import check_runs
@@ -16,54 +15,51 @@ from runtime.presets import PRESETS, find_plan
 __all__ = ["show_bundle", "show_segments"]
 
 _MIB = 2**20
+_MOST_NAMED = 3
 
 
 def show_segments(bundle: Bundle, console: Console) -> None:
-    """Print one row per segment: units, parameters, MACs, file sizes, seconds that its build took, and engines."""
+    """Print one row per segment: units, parameters, MACs, seconds that its build took, and the size of each engine's files."""
     manifest = bundle.manifest
+    engines = _engines(manifest)
     height, width = manifest.sizes[0]
     made_from = f"{manifest.variant} UNet of {manifest.source}, {manifest.precision}"
-    title = f"{bundle.folder}: {made_from}; MACs of one row at {height}x{width}"
-    table = Table(title=title, box=SIMPLE)
+    table = Table(title=f"{bundle.folder}: {made_from}; MACs of one row at {height}x{width}", box=SIMPLE)
     table.add_column("segment", no_wrap=True)
-    for name in ("units", "params M", "MMACs", "MiB", "build s"):
+    for name in ("units", "params\nM", "MACs\nM", "build\ns", *(f"{name}\nMiB" for name in engines)):
         table.add_column(name, justify="right")
-    table.add_column("engines")
-    for segment in manifest.segments:
-        table.add_row(segment.name, *_format(*_amounts(manifest, segment)), _engines(segment))
+    rows = [_amounts(manifest, segment, engines) for segment in manifest.segments]
+    for segment, amounts in zip(manifest.segments, rows, strict=True):
+        table.add_row(segment.name, *_format(*amounts))
     table.add_section()
-    rows = [_amounts(manifest, segment) for segment in manifest.segments]
     table.add_row("all", *_format(*(sum(column) for column in zip(*rows, strict=True))))
     console.print(table)
+    for name in engines:
+        targets = {compiled.targets for segment in manifest.segments if (compiled := segment.engines.get(name))}
+        for target in filter(None, targets):
+            console.print(f"{name}: built ahead of time for {', '.join(target)}", highlight=False)
 
 
-def _engines(segment: Segment) -> str:
-    """Each engine with the size of its files, and the GPUs it was made for."""
-    names = [f"onnxruntime {_mib(segment.onnx)}"]
-    for name, compiled in segment.engines.items():
-        names.append(" ".join([name, _mib(compiled.files), *compiled.targets]))
-    return ", ".join(names)
+def _engines(manifest: Manifest) -> tuple[str, ...]:
+    """The engines that can run the bundle: ONNX Runtime takes the segments as they are."""
+    return tuple(dict.fromkeys(["onnxruntime", *(name for segment in manifest.segments for name in segment.engines)]))
 
 
-def _mib(files: Sequence[File]) -> str:
-    return f"{sum(file.bytes for file in files) / _MIB:.2f}"
-
-
-def _amounts(manifest: Manifest, segment: Segment) -> tuple[float, ...]:
+def _amounts(manifest: Manifest, segment: Segment, engines: Sequence[str]) -> tuple[float, ...]:
     units = [unit for unit in manifest.units if unit.name in segment.units]
-    files = [*segment.onnx, *(file for compiled in segment.engines.values() for file in compiled.files)]
+    files = {"onnxruntime": segment.onnx} | {name: compiled.files for name, compiled in segment.engines.items()}
     return (
         len(units),
         sum(unit.parameters for unit in units),
         sum(unit.macs for unit in units),
-        sum(file.bytes for file in files),
         segment.seconds,
+        *(sum(file.bytes for file in files.get(name, ())) for name in engines),
     )
 
 
-def _format(*amounts: float) -> tuple[str, ...]:
-    units, parameters, macs, size, seconds = amounts
-    return f"{units:.0f}", f"{parameters / 1e6:.3f}", f"{macs / 1e6:,.1f}", f"{size / _MIB:.2f}", f"{seconds:.1f}"
+def _format(units: float, parameters: float, macs: float, seconds: float, *sizes: float) -> tuple[str, ...]:
+    numbers = f"{units:.0f}", f"{parameters / 1e6:.3f}", f"{macs / 1e6:,.1f}", f"{seconds:.1f}"
+    return *numbers, *(f"{size / _MIB:.2f}" for size in sizes)
 
 
 def show_bundle(bundle: Bundle, console: Console) -> None:
@@ -71,14 +67,15 @@ def show_bundle(bundle: Bundle, console: Console) -> None:
     manifest = bundle.manifest
     show_segments(bundle, console)
     table = Table(title="features between segments", box=SIMPLE)
-    for name in ("feature", "dtype", "shape", "made by", "read by"):
-        table.add_column(name)
+    for name in ("feature", "dtype", "shape", "read by"):
+        table.add_column(name, overflow="fold")
     for segment in manifest.segments:
         for name in segment.outputs:
             feature = manifest.features[name]
             readers = [reader.name for reader in manifest.segments if name in reader.inputs]
-            shape = " x ".join(str(dim) for dim in feature.shape)
-            table.add_row(name, feature.dtype, shape, segment.name, ", ".join(readers) or "the caller")
+            shape = "(" + ", ".join(str(dim) for dim in feature.shape) + ")"
+            read_by = ", ".join(readers) if len(readers) <= _MOST_NAMED else f"{len(readers)} segments"
+            table.add_row(name, feature.dtype, shape, read_by or "the caller")
     console.print(table)
     console.print(_plans(manifest))
     sizes = ", ".join(f"{height}x{width}" for height, width in manifest.sizes)
