@@ -13,6 +13,12 @@ from tuning.mini.models import new_unet
 from tuning.mini.settings import STAGES, MiniSettings
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Models this small gain nothing from threads, and lose much when other programs run."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder without weights."""
@@ -38,6 +44,8 @@ def tiny() -> MiniSettings:
         vae_batch=2,
         batch=4,
         pool=8,
+        validation=4,
+        prompts=2,
         vae_widths=(8, 8, 8, 8),
         unet_widths=(8, 8, 16, 16),
         text_width=16,

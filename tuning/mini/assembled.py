@@ -18,8 +18,6 @@ from tuning.workers import Workers
 
 __all__ = ["AssembledTask"]
 
-_VALIDATION = 512
-
 
 class AssembledTask:
     """Distils `recipe`'s student from `teacher` on the latents that the teacher was trained on."""
@@ -36,6 +34,9 @@ class AssembledTask:
         pools: LatentPools,
         folder: Path,
         workers: Workers,
+        *,
+        validation: int = 512,
+        prompts: int = 64,
     ) -> None:
         self._student = assemble(teacher, recipe)
         for model in (teacher, self._student):
@@ -44,6 +45,7 @@ class AssembledTask:
         self._text = text.to(workers.device).requires_grad_(False).eval()
         self._losses = DistillLoss(teacher, self._student, recipe.loss)
         self._tokenizer, self._vae, self._pools, self._folder = tokenizer, vae, pools, folder
+        self._validation, self._prompts = validation, prompts
 
     def _distil(self, drawn: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -57,13 +59,13 @@ class AssembledTask:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """The losses on held-back scenes at fixed noise, and the accuracy of sampled pictures."""
-        latents, tokens = self._pools.encode(_VALIDATION, "diffusion validation", held=True)
+        latents, tokens = self._pools.encode(self._validation, "diffusion validation", held=True)
         totals: dict[str, float] = {}
-        for at in range(0, _VALIDATION, 128):
+        for at in range(0, self._validation, 128):
             part = self._pools.noised(latents[at : at + 128], tokens[at : at + 128], generator(3, at), 0, 128)
             for name, value in self._distil(part).items():
-                totals[f"valid_{name}"] = totals.get(f"valid_{name}", 0.0) + float(value) * 128 / _VALIDATION
-        return totals | accuracy(self._student, self._text, self._tokenizer, self._vae)
+                totals[f"valid_{name}"] = totals.get(f"valid_{name}", 0.0) + float(value) * len(part.noisy) / self._validation
+        return totals | accuracy(self._student, self._text, self._tokenizer, self._vae, count=self._prompts)
 
     def export(self) -> None:
         """Writes unet_assembled/."""

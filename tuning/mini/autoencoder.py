@@ -57,11 +57,20 @@ def _weights(pictures: Tensor) -> Tensor:
 class AutoencoderTask:
     """Trains the whole autoencoder (`decoder_only` False), or the decoder on the frozen encoder's latents."""
 
-    def __init__(self, vae: AutoencoderKL, size: int, folder: Path, workers: Workers, decoder_only: bool = False) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        size: int,
+        folder: Path,
+        workers: Workers,
+        *,
+        decoder_only: bool = False,
+        validation: int = 512,
+    ) -> None:
         self.name = "decoder" if decoder_only else "vae"
         self.module: nn.Module = vae
         self._vae, self._size, self._folder, self._workers = vae, size, folder, workers
-        self._decoder_only = decoder_only
+        self._decoder_only, self._validation = decoder_only, validation
         vae.to(workers.device, memory_format=torch.channels_last)
         for part in (vae.encoder, vae.quant_conv):
             part.requires_grad_(not decoder_only)
@@ -98,8 +107,8 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Peak signal-to-noise ratio in dB, and what the rule reader gets right on 512 held-back reconstructions."""
-        scenes, _, pictures = batch(512, "vae validation", held=True)
+        """Peak signal-to-noise ratio in dB, and what the rule reader gets right on held-back reconstructions."""
+        scenes, _, pictures = batch(self._validation, "vae validation", held=True)
         again = reconstruct(self._vae, pictures.to(self._workers.device)).cpu()
         psnr = -10 * torch.log10(((again - pictures) ** 2).mean() / 4)
         return {"valid_psnr": float(psnr)} | {f"reader_{k}": v for k, v in read_scenes(scenes, again).items()}

@@ -15,8 +15,6 @@ from tuning.workers import Workers
 
 __all__ = ["DiffusionTask"]
 
-_VALIDATION = 512
-
 
 class DiffusionTask:
     """Velocity prediction (Salimans and Ho, arXiv 2202.00512): the squared error, every timestep with the same weight."""
@@ -32,12 +30,16 @@ class DiffusionTask:
         pools: LatentPools,
         folder: Path,
         workers: Workers,
+        *,
+        validation: int = 512,
+        prompts: int = 64,
     ) -> None:
         unet.to(workers.device, memory_format=torch.channels_last)
         text.to(workers.device)
         self.module: nn.Module = nn.ModuleDict({"unet": unet, "text": text})
         self._unet, self._text, self._tokenizer, self._vae = unet, text, tokenizer, vae
         self._pools, self._folder = pools, folder
+        self._validation, self._prompts = validation, prompts
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         velocity = self._unet(noisy, timesteps, self._text(tokens).last_hidden_state).sample
@@ -53,14 +55,17 @@ class DiffusionTask:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Loss on held-back scenes at fixed noise, and the accuracy of sampled pictures."""
-        latents, tokens = self._pools.encode(_VALIDATION, "diffusion validation", held=True)
+        latents, tokens = self._pools.encode(self._validation, "diffusion validation", held=True)
         total = 0.0
-        for at in range(0, _VALIDATION, 128):
+        for at in range(0, self._validation, 128):
             source = generator(3, at)
             part = self._pools.noised(latents[at : at + 128], tokens[at : at + 128], source, 0, 128)
             predicted = self._predict(part.noisy, part.timesteps, part.tokens)
-            total += float(nn.functional.mse_loss(predicted, part.target)) * 128 / _VALIDATION
-        return {"valid_loss": total} | accuracy(self._unet, self._text, self._tokenizer, self._vae)
+            total += float(nn.functional.mse_loss(predicted, part.target)) * len(part.noisy) / self._validation
+        return {"valid_loss": total} | self._accuracy()
+
+    def _accuracy(self) -> dict[str, float]:
+        return accuracy(self._unet, self._text, self._tokenizer, self._vae, count=self._prompts)
 
     def export(self) -> None:
         """Writes unet/ and text_encoder/."""

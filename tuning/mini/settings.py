@@ -32,6 +32,8 @@ class MiniSettings:
     pool: int = 8192  # latents each process keeps; the pool is rendered anew after `pool_epochs` passes
     pool_epochs: int = 4
     caption_dropout: float = 0.1
+    validation: int = 512  # held-back scenes that validation measures losses on
+    prompts: int = 64  # held-back prompts that validation samples pictures for
     vae_widths: tuple[int, ...] = (16, 32, 64, 64)
     unet_widths: tuple[int, ...] = (32, 64, 96, 96)
     text_width: int = 128

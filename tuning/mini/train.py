@@ -41,10 +41,12 @@ def _vae_after(folder: Path, stage: str) -> AutoencoderKL:
 def _task(stage: str, settings: MiniSettings, out: Path, runs: Path, workers: Workers) -> Task:
     torch.manual_seed(settings.seed)
     if stage == "vae":
-        return AutoencoderTask(new_vae(settings.vae_widths), settings.vae_batch, out, workers)
+        vae = new_vae(settings.vae_widths)
+        return AutoencoderTask(vae, settings.vae_batch, out, workers, validation=settings.validation)
     if stage == "decoder":
         vae = _vae_after(runs, "vae")
-        return AutoencoderTask(vae, settings.vae_batch, out, workers, decoder_only=True)
+        size, count = settings.vae_batch, settings.validation
+        return AutoencoderTask(vae, size, out, workers, decoder_only=True, validation=count)
     if stage == "diffusion":
         return _diffusion(settings, out, runs, workers)
     if stage == "assembled":
@@ -72,7 +74,9 @@ def _diffusion(settings: MiniSettings, out: Path, runs: Path, workers: Workers) 
     unet = new_unet(settings.unet_widths, settings.text_width)
     text = new_text_encoder(tokenizer, settings.text_width, settings.text_layers)
     pools = _pools(settings, vae, out, workers, "diffusion")
-    return DiffusionTask(unet, text, tokenizer, vae, pools, out, workers)
+    return DiffusionTask(
+        unet, text, tokenizer, vae, pools, out, workers, validation=settings.validation, prompts=settings.prompts
+    )
 
 
 def _assembled(settings: MiniSettings, out: Path, runs: Path, workers: Workers) -> Task:
@@ -82,7 +86,18 @@ def _assembled(settings: MiniSettings, out: Path, runs: Path, workers: Workers) 
     teacher = UNet2DConditionModel.from_pretrained(runs / "diffusion", torch_dtype=torch.float32)
     text = CLIPTextModel.from_pretrained(runs / "text", dtype=torch.float32)
     pools = _pools(settings, vae, out, workers, "assembled")
-    return AssembledTask(teacher, recipe("assembled"), text, tokenizer, vae, pools, out, workers)
+    return AssembledTask(
+        teacher,
+        recipe("assembled"),
+        text,
+        tokenizer,
+        vae,
+        pools,
+        out,
+        workers,
+        validation=settings.validation,
+        prompts=settings.prompts,
+    )
 
 
 def _finish(stage: str, task: Any, out: Path, runs: Path) -> None:

@@ -1,0 +1,31 @@
+"""What a figure needs beside it: the machine and the versions that made it."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+__all__ = ["machine"]
+
+_PACKAGES = ("torch", "onnxruntime", "diffusers", "transformers", "numpy", "scipy")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, object]:
+    """The processor, its cores, Python and the packages, under the keys "machine" and "versions"."""
+    versions = {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := _version(p))}
+    return {"machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()}, "versions": versions}

@@ -1,0 +1,105 @@
+"""The loop: resuming repeats an unbroken run, bounds end it, bad losses stop it, and Muon works on kernels in place."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tuning import TuningError
+from tuning.loop import LoopSettings, generator, run_loop
+from tuning.optim import MuonAdamW
+from tuning.workers import Workers
+
+
+class Line:
+    """Fits a small network to a fixed map; the data of a step follows from its number."""
+
+    name = "line"
+
+    def __init__(self, spoil_at: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.module: nn.Module = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 1, 1))
+        self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.spoil_at, self.exports = spoil_at, 0
+
+    def loss(self, step: int, progress: float) -> dict[str, Tensor]:
+        x = torch.randn(8, 2, 6, 6, generator=generator(0, step))
+        error = self.module(x) - (x[:, :1] - 0.5 * x[:, 1:])
+        return {"loss": (error**2).mean() * (float("nan") if step == self.spoil_at else 1)}
+
+    def validate(self) -> dict[str, float]:
+        return {"weight": float(self.module.weight.detach().sum())}  # type: ignore[index]
+
+    def export(self) -> None:
+        self.exports += 1
+
+
+SETTINGS = LoopSettings(steps=120, warmup=4, log_every=30, lr=3e-2, muon_lr=0.1, ema=0.9)
+
+
+def weights(task: Line) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in task.module.state_dict().items()}
+
+
+def test_training_lowers_the_loss_and_writes_a_log(tmp_path: Path) -> None:
+    task, log = Line(), tmp_path / "line.jsonl"
+    run_loop(task, SETTINGS, workers=Workers(), log=log)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert [line["step"] for line in lines] == [30, 60, 90, 120, 120]
+    assert losses[-1] < 0.3 * losses[0]
+    assert task.exports == 1
+    assert lines[-1]["weight"] == pytest.approx(task.validate()["weight"], rel=1e-4)
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
+    whole, first, second = Line(), Line(), Line()
+    checkpoint = tmp_path / "line.pt"
+    run_loop(whole, SETTINGS, workers=Workers())
+    run_loop(first, SETTINGS, workers=Workers(), checkpoint=checkpoint, stop_at=lambda step: step == 60)
+    assert first.exports == 0
+    run_loop(second, SETTINGS, workers=Workers(), checkpoint=checkpoint)
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[key]) for key, value in weights(second).items())
+    assert not all(torch.equal(value, expected[key]) for key, value in weights(first).items())
+
+
+def test_time_bounds_end_a_run() -> None:
+    task = Line()
+    run_loop(task, dataclasses.replace(SETTINGS, steps=None, minutes=0.002), workers=Workers())
+    assert task.exports == 1
+    with pytest.raises(TuningError, match="bound"):
+        run_loop(task, dataclasses.replace(SETTINGS, steps=None), workers=Workers())
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "line.pt"
+    run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint, stop_at=lambda step: step == 10)
+    before = checkpoint.read_bytes()
+    with pytest.raises(TuningError, match="step 15"):
+        run_loop(Line(spoil_at=15), SETTINGS, workers=Workers(), checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_updates_kernels_in_place_whatever_their_layout(layout: torch.memory_format) -> None:
+    updates = []
+    for memory_format in (torch.contiguous_format, layout):
+        torch.manual_seed(1)
+        module = nn.Conv2d(4, 6, 3)
+        module.to(memory_format=memory_format)  # type: ignore[call-overload]
+        before = module.weight.detach().clone()
+        optimizer = MuonAdamW(module, lr=0.1, muon_lr=0.1, weight_decay=0)
+        module(torch.randn(2, 4, 5, 5)).square().mean().backward()
+        optimizer.step(0.5)
+        updates.append(module.weight.detach() - before)
+        assert module.weight.grad is None
+    # Muon orthogonalises: every singular value of the update is near the learning rate.
+    singular = torch.linalg.svdvals(updates[0].flatten(1)) / 0.05
+    assert singular.min() > 0.5
+    assert singular.max() < 1.5
+    # bf16 inside Newton-Schulz sums columns in another order.
+    assert torch.allclose(updates[0], updates[1], atol=2e-3)
