@@ -19,8 +19,8 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-core ## build the assembled UNet's engines and generate PROMPT into a PNG
-	$(BIN)/python -m exporter build --variant assembled
-	$(BIN)/python -m runtime "$$PROMPT"
+	$(BIN)/python -m exporter build --variant assembled --force
+	$(BIN)/python -m runtime "$$PROMPT" --bundle bundles/mini-assembled
 
 test: lint ## everything that must hold: lint, types, tests with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term --durations=10

@@ -27,7 +27,7 @@ def _parser() -> Parser:
     build.add_argument("--batch", default="1..4", help="images per call, for engines with a profile (default: %(default)s)")
     build.add_argument("--targets", default="", help="compute capabilities for engines built ahead of time, such as sm86,sm89")
     build.add_argument("--out", type=Path, help="the bundle's folder (default: bundles/SOURCE-VARIANT)")
-    build.add_argument("--force", action="store_true", help="replace a bundle that is there already")
+    build.add_argument("--force", action="store_true", help="replace a bundle that is there and differs")
     verify = commands.add_parser("verify", help="compare every segment and the chain with the torch model")
     verify.add_argument("bundle", type=Path)
     verify.add_argument("--engine", default="onnxruntime", help="the engine to verify (default: %(default)s)")
@@ -35,6 +35,16 @@ def _parser() -> Parser:
     inspect = commands.add_parser("inspect", help="show what is in a bundle")
     inspect.add_argument("bundle", type=Path)
     return parser
+
+
+def _quiet_libraries() -> None:
+    """Keep the model libraries' notes and bars out of the command's output; errors still come through."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -51,6 +61,7 @@ def _max_images(text: str) -> int:
 def main(arguments: Sequence[str]) -> None:
     """Run one command; raises UserError for a user's mistake."""
     options = _parser().parse_args(arguments)
+    _quiet_libraries()
     console = Console()
     if options.command == "inspect":
         from exporter.show import show_bundle

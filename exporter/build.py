@@ -133,18 +133,22 @@ def _versions() -> dict[str, str]:
 
 
 def _existing(options: BuildOptions, key: str) -> Bundle | None:
-    """The bundle in place, if it is whole and made from the same things; None if there is nothing or --force is given."""
+    """The bundle in place, if it is whole and made from the same things; None if a new one may take the place."""
     folder = options.folder
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())) or options.force:
-        if options.force and folder.exists() and not (folder / MANIFEST_NAME).exists():
-            raise BuildError(f"{folder} is no bundle, so --force does not replace it; remove it yourself or choose another --out")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
+    if not (folder / MANIFEST_NAME).is_file():
+        raise BuildError(f"{folder} exists and is no bundle, so it is kept, also with --force; choose another --out")
     try:
         bundle = Bundle.open(folder)
         bundle.check()
     except BundleError as error:
-        raise BuildError(f"{folder} exists and is kept ({error}); build it anew with --force, or choose another --out") from error
+        if options.force:
+            return None
+        raise BuildError(f"{folder} exists and is kept ({error}); choose --force or another --out") from error
     if bundle.manifest.key != key:
+        if options.force:
+            return None
         raise BuildError(
             f"{folder} exists and is kept (a bundle made from other weights, options or versions); "
             "replace it with --force, or choose another --out"

@@ -21,7 +21,6 @@ PACKAGES = [name for name in ("engines", "exporter", "runtime", "tuning") if (RO
 OPTIONAL = [
     "tensorrt",
     "tensorrt_rtx",
-    "polygraphy",
     "onnxruntime",
     "matplotlib",
     "scipy",
