@@ -7,6 +7,7 @@ generator state and a resumed run repeats what an unbroken one does.
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -103,16 +104,29 @@ class _State:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".partial")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+            temporary.unlink(missing_ok=True)
+            raise TuningError(f"can't write {path} ({_line(error)}): the last checkpoint is kept; make room, go on") from error
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.task.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average = state["average"]
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.task.module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average = state["average"]
+        except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            raise TuningError(
+                f"{path} is no checkpoint of this {self.task.name} ({_line(error)}): delete it to start the stage anew"
+            ) from error
         for name, value in state["counters"].items():
             setattr(self, name, value)
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:120]
 
 
 def _reached(state: _State, cpu: float, wall: float) -> float:

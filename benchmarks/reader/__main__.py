@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reader", description=__doc__)
     parser.add_argument("action", nargs="?", default="check", choices=("train", "check"))
-    parser.add_argument("--steps", type=int, default=900, help="training steps of 128 pictures (default: 900)")
+    parser.add_argument("--steps", type=int, default=800, help="training steps of 128 pictures (default: 800)")
     parser.add_argument("--count", type=int, default=1000, help="pictures to check on (default: 1000)")
     parser.add_argument("--model", type=Path, default=Path("models/mini"), help="whose autoencoder to check with")
     args = parser.parse_args(argv)

@@ -31,7 +31,7 @@ class Line:
         return {"loss": (error**2).mean() * (float("nan") if step == self.spoil_at else 1)}
 
     def validate(self) -> dict[str, float]:
-        return {"weight": float(self.module.weight.detach().sum())}  # type: ignore[index]
+        return {"weight": float(next(self.module.parameters()).detach().sum())}
 
     def export(self) -> None:
         self.exports += 1
@@ -82,6 +82,33 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path
     with pytest.raises(TuningError, match="step 15"):
         run_loop(Line(spoil_at=15), SETTINGS, workers=Workers(), checkpoint=checkpoint)
     assert checkpoint.read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "line.pt"
+    for content in (b"no zip", b""):
+        checkpoint.write_bytes(content)
+        with pytest.raises(TuningError, match=r"line\.pt is no checkpoint.*delete it"):
+            run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint)
+    torch.save({"module": nn.Linear(2, 2).state_dict()}, checkpoint)
+    with pytest.raises(TuningError, match="is no checkpoint"):
+        run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "line.pt"
+    run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint, stop_at=lambda step: step == 10)
+    before = checkpoint.read_bytes()
+
+    def full(_state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TuningError, match="No space left"):
+        run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["line.pt"]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -109,6 +109,8 @@ def test_a_stage_says_what_it_needs(tiny: MiniSettings, tmp_path: Path, capsys: 
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith("error:")
     assert "--stage vae" in said[-1]
+    assert main(["--settings", str(tmp_path / "none.json")]) == 2
+    assert "holds no settings" in capsys.readouterr().err
     unbounded = dataclasses.replace(tiny.stages["vae"], steps=None)
     with pytest.raises(tuning.TuningError, match="bound"):
         run_stage("vae", dataclasses.replace(tiny, stages={"vae": unbounded}), tmp_path, tmp_path / "q", Workers())

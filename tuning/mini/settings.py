@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuning.errors import TuningError
 from tuning.loop import LoopSettings
 
 __all__ = ["STAGES", "MiniSettings"]
@@ -47,8 +48,11 @@ class MiniSettings:
 
     @classmethod
     def load(cls, path: Path) -> "MiniSettings":
-        """Reads what `save` wrote."""
-        values: dict[str, Any] = json.loads(path.read_text())
-        values["stages"] = {name: LoopSettings(**stage) for name, stage in values["stages"].items()}
-        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**arguments)
+        """Reads what `save` wrote. Raises TuningError when it can't."""
+        try:
+            values: dict[str, Any] = json.loads(path.read_text())
+            values["stages"] = {name: LoopSettings(**stage) for name, stage in values["stages"].items()}
+            arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**arguments)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TuningError(f"{path} holds no settings ({error}): copy and edit models/mini/training/settings.json") from error
