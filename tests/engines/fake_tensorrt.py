@@ -1,0 +1,202 @@
+"""A fake of the ``tensorrt`` module's runtime interface.
+
+An "engine file" names a program: a torch function with typed, bounded inputs. Its context reads the inputs from memory by
+address and writes the outputs to memory by address, as a GPU would, so that a wrong address, shape or dtype shows as a wrong
+number. It is as strict as the real thing: bad shapes and misaligned addresses are refused and logged, a context used by two
+threads at once fails.
+"""
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+ALIGNMENT = 64
+"""Bytes; what PyTorch's CPU allocations have (on a GPU they have 512, and TensorRT demands 256)."""
+
+
+class DataType(Enum):
+    FLOAT = torch.float32
+    HALF = torch.float16
+    INT64 = torch.int64
+
+
+class ILogger:
+    INTERNAL_ERROR, ERROR, WARNING = 0, 1, 2
+
+    def log(self, severity: int, message: str) -> None:
+        raise NotImplementedError
+
+
+class EngineInvalidityDiagnostics(IntEnum):
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    MALFORMED_ENGINE = 32
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a fake engine file holds. ``limits`` are the smallest and largest shape of each input."""
+
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+    limits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    outputs: tuple[str, ...]
+    types: dict[str, DataType] = field(default_factory=dict)
+    card: str = "sm89"
+
+    def type_of(self, name: str) -> DataType:
+        return self.types.get(name, DataType.FLOAT)
+
+
+class FakeTensorRT:
+    """Stands for the module: ``files`` maps the content of an engine file to its program; ``card`` is the GPU at hand."""
+
+    __version__ = "11.0.0"
+    ILogger = ILogger
+    EngineInvalidityDiagnostics = EngineInvalidityDiagnostics
+    ComputeCapability = SimpleNamespace(__members__={"SM86": 1, "SM89": 2})
+
+    def __init__(self, files: dict[bytes, Program], card: str = "sm89") -> None:
+        self.files = files
+        self.card = card
+        self.engines: list[FakeEngine] = []
+
+    def Runtime(self, logger: Any) -> "FakeRuntime":
+        return FakeRuntime(self, logger)
+
+
+class FakeRuntime:
+    def __init__(self, trt: FakeTensorRT, logger: ILogger) -> None:
+        self.trt = trt
+        self.logger = logger
+
+    def deserialize_cuda_engine(self, data: bytes) -> "FakeEngine | None":
+        program = self.trt.files.get(data)
+        if program is None or program.card != self.trt.card:
+            self.logger.log(ILogger.WARNING, "a warning, which is no reason")
+            self.logger.log(ILogger.ERROR, "deserializeCudaEngine:\n  incompatible device")
+            return None
+        self.trt.engines.append(FakeEngine(program, self.logger))
+        return self.trt.engines[-1]
+
+    def get_engine_validity(self, data: bytes) -> tuple[int, int]:
+        program = self.trt.files.get(data)
+        if program is None:
+            return 2, int(EngineInvalidityDiagnostics.MALFORMED_ENGINE)
+        return 2, int(EngineInvalidityDiagnostics.UNSUPPORTED_CC) if program.card != self.trt.card else 0
+
+
+class FakeEngine:
+    def __init__(self, program: Program, logger: ILogger) -> None:
+        self.program = program
+        self.logger = logger
+        self.names = [*program.limits, *program.outputs]
+        self.contexts: list[FakeContext] = []
+        self.memory_left = True
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.names)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return self.program.type_of(name)
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        assert profile == 0
+        smallest, largest = self.program.limits[name]
+        return [smallest, smallest, largest]
+
+    def create_runtime_config(self) -> str:
+        return "configuration"
+
+    def create_execution_context(self, config: Any = None) -> "FakeContext | None":
+        if not self.memory_left:
+            self.logger.log(ILogger.ERROR, "out of memory")
+            return None
+        time.sleep(0.01)  # the real thing compiles kernels here: time enough for another thread to come by
+        self.contexts.append(FakeContext(self, config))
+        return self.contexts[-1]
+
+
+class FakeContext:
+    def __init__(self, engine: FakeEngine, config: Any) -> None:
+        self.engine = engine
+        self.config = config
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.launches: list[int] = []
+        self.fails = False
+        self.user: int | None = None
+
+    def _enter(self) -> None:
+        """From its first binding to its launch, a context belongs to one thread."""
+        user = self.user
+        if user is None:
+            self.user = threading.get_ident()
+        elif user != threading.get_ident():
+            raise RuntimeError("two threads bind one context")
+
+    def _refuse(self, message: str) -> bool:
+        self.engine.logger.log(ILogger.ERROR, message)
+        return False
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._enter()
+        smallest, largest = self.engine.program.limits[name]
+        if any(not low <= got <= high for low, got, high in zip(smallest, shape, largest, strict=True)):
+            return self._refuse(f"{name}: {shape} is outside the profile")
+        self.shapes[name] = shape
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._enter()
+        if not address or address % ALIGNMENT:
+            return self._refuse(f"{name}: address {address} is not aligned")
+        self.addresses[name] = address
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        program = self.engine.program
+        zeros = [torch.zeros(self.shapes[key], dtype=program.type_of(key).value) for key in program.limits]
+        return tuple(_as_tuple(program.function(*zeros))[program.outputs.index(name)].shape)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self._enter()
+        if self.fails:
+            return self._refuse("the launch failed")
+        program = self.engine.program
+        arguments = [_read(self.addresses[key], self.shapes[key], program.type_of(key)) for key in program.limits]
+        with torch.no_grad():
+            results = _as_tuple(program.function(*arguments))
+        for name, result in zip(program.outputs, results, strict=True):
+            _write(self.addresses[name], result)
+        self.launches.append(stream)
+        # A launch uses the addresses of its own run only: what stays behind would hide a missing one in the next run.
+        self.addresses.clear()
+        self.shapes.clear()
+        self.user = None
+        return True
+
+
+def _as_tuple(result: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def _read(address: int, shape: tuple[int, ...], kind: DataType) -> torch.Tensor:
+    size = prod(shape) * torch.empty(0, dtype=kind.value).element_size()
+    return torch.frombuffer(bytearray(ctypes.string_at(address, size)), dtype=kind.value).reshape(shape)
+
+
+def _write(address: int, tensor: torch.Tensor) -> None:
+    tensor = tensor.contiguous()
+    ctypes.memmove(address, tensor.data_ptr(), tensor.numel() * tensor.element_size())

@@ -1,0 +1,225 @@
+"""The TensorRT runner against a fake that reads and writes memory by address: a wrong one shows as a wrong number."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engines import EngineError
+from engines.bundle import describe_file
+from engines.manifest import Compiled
+from engines.tensor_rt import TensorRT, TensorRTRTX
+from engines.tensor_rt_runner import EngineRunner
+
+from .conftest import random_inputs, write_bundle
+from .fake_tensorrt import ALIGNMENT, DataType, FakeTensorRT, Program
+
+
+def close(found, expected):
+    """The fake computes with the very modules of the reference: nothing but the last bit may differ."""
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(autouse=True)
+def cpu_alignment(monkeypatch):
+    """PyTorch's CPU allocations have less alignment than its CUDA ones."""
+    monkeypatch.setattr(EngineRunner, "ALIGNMENT", ALIGNMENT)
+
+
+@pytest.fixture(params=[TensorRT, TensorRTRTX])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def fake(tiny):
+    programs = {}
+    for name, module in tiny.modules.items():
+        shapes = tiny.profiles[name]
+        segment = tiny.segment(name)
+        programs[name.encode()] = Program(
+            function=module,
+            limits={key: (shapes.minimum[key], shapes.maximum[key]) for key in segment.inputs},
+            outputs=segment.outputs,
+            types={"timestep": DataType.INT64},
+        )
+    return FakeTensorRT(programs)
+
+
+@pytest.fixture
+def bundle(kind, tiny, tmp_path):
+    """A bundle whose engine files hold the names of the fake's programs."""
+    segments = []
+    for segment in tiny.bundle.manifest.segments:
+        path = tmp_path / f"{segment.name}.engine"
+        path.write_bytes(segment.name.encode())
+        compiled = Compiled(files=(describe_file(tmp_path, path),), version="10.9", targets=("sm86",))
+        segments.append(segment.model_copy(update={"engines": {kind.name: compiled}}))
+    return write_bundle(tmp_path, tuple(segments))
+
+
+@pytest.fixture
+def load(kind, fake, bundle):
+    engine = kind(fake, torch.device("cpu"))
+    return lambda name: engine.load(bundle, bundle.manifest.segment(name))
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(2, 16, 16), (1, 8, 32), (4, 32, 8)])
+def test_the_chain_agrees_with_the_live_modules(load, tiny, batch, height, width):
+    front, back = load("front"), load("back")
+    for seed in range(3):
+        inputs = random_inputs(batch, height, width, seed)
+        features = {**inputs, **front.run(inputs)}
+        features.update(back.run(features))
+        for name, expected in tiny.reference(inputs).items():
+            close(features[name], expected)
+
+
+def test_shapes_may_change_from_run_to_run_and_earlier_outputs_stay(load, tiny):
+    runner = load("front")
+    inputs = [random_inputs(batch, side, 8, batch) for batch, side in ((1, 8), (4, 32), (2, 16), (1, 8))]
+    outputs = [runner.run(one) for one in inputs]
+    for one, found in zip(inputs, outputs, strict=True):
+        close(found["down.0.sampler"], tiny.reference(one)["down.0.sampler"])
+
+
+def test_views_are_read_as_what_they_show(load, tiny):
+    whole = random_inputs(4, 16, 16)
+    # One is not contiguous; the other is, but starts 8 bytes into an allocation.
+    inputs = {"sample": whole["sample"].transpose(2, 3)[1:2], "timestep": whole["timestep"][1:2], "text": whole["text"][:1]}
+    assert not inputs["sample"].is_contiguous()
+    assert inputs["timestep"].is_contiguous()
+    assert inputs["timestep"].data_ptr() % ALIGNMENT
+    found = load("front").run(inputs)
+    close(found["down.0.resnet"], tiny.reference(inputs)["down.0.resnet"])
+
+
+def test_what_needs_no_copy_is_not_copied(load):
+    runner = load("front")
+    tensor = torch.zeros(1, 4, 8, 8)
+    assert runner._addressable(tensor) is tensor
+
+
+def test_one_context_serves_one_stream(load, fake, monkeypatch, kind):
+    stream = [5]
+    monkeypatch.setattr(EngineRunner, "_stream", lambda self: stream[0])
+    runner = load("front")
+    runner.run(random_inputs(1, 8, 8))
+    runner.run(random_inputs(2, 8, 8))
+    stream[0] = 6
+    runner.run(random_inputs(1, 8, 8))
+    (engine,) = fake.engines
+    assert [context.launches for context in engine.contexts] == [[5, 5], [6]]
+    assert {context.config for context in engine.contexts} == {"configuration" if kind is TensorRTRTX else None}
+
+
+@pytest.mark.parametrize("streams", ["one", "one each"])
+def test_threads_may_share_a_runner(load, fake, tiny, monkeypatch, streams):
+    if streams == "one each":
+        monkeypatch.setattr(EngineRunner, "_stream", lambda self: threading.get_ident())
+    runner = load("front")
+    inputs = [random_inputs(1 + seed % 3, 8, 8 * (1 + seed % 2), seed) for seed in range(60)]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(runner.run, inputs))
+    if streams == "one":
+        assert len(fake.engines[0].contexts) == 1
+    for one, outputs in zip(inputs, found, strict=True):
+        close(outputs["down.0.sampler"], tiny.reference(one)["down.0.sampler"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((5, 8, 8), "input sample is 5x4x8x8, its engine was built for 1x4x8x8 to 4x4x32x32; choose a size and batch"),
+        ((1, 8, 40), "input sample is 1x4x8x40, .* or build it with other --sizes and --batch"),
+        ((1, 4, 8), "input sample is 1x4x4x8, "),
+    ],
+)
+def test_sizes_outside_the_profile_are_refused_with_the_profile(load, fake, sizes, message):
+    runner = load("front")
+    with pytest.raises(EngineError, match=message):
+        runner.run(random_inputs(*sizes))
+    assert fake.engines[0].contexts == []
+
+
+def test_refusals_of_the_engine_carry_its_reason(load, fake, kind):
+    runner = load("front")
+    inputs = random_inputs(1, 8, 8)
+    fake.engines[0].memory_left = False
+    with pytest.raises(EngineError, match=rf"segment front: {kind.name} refused the making of .*context: out of memory"):
+        runner.run(inputs)
+    fake.engines[0].memory_left = True
+    runner.run(inputs)
+    fake.engines[0].contexts[0].fails = True
+    with pytest.raises(EngineError, match=r"refused the launch: the launch failed"):
+        runner.run(inputs)
+    fake.engines[0].contexts[0].fails = False
+    runner.run(inputs)
+
+
+def test_an_address_that_the_engine_refuses_is_named(load, monkeypatch):
+    monkeypatch.setattr(EngineRunner, "ALIGNMENT", 1)
+    whole = random_inputs(2, 8, 8)
+    with pytest.raises(EngineError, match=r"refused the address of timestep: timestep: address \d+ is not aligned"):
+        load("front").run({name: tensor[1:] for name, tensor in whole.items()})
+
+
+def test_a_bundle_of_another_card_is_refused_with_the_command_to_rebuild(load, fake, kind, bundle):
+    fake.card = "sm120"
+    with pytest.raises(EngineError) as caught:
+        load("front")
+    message = str(caught.value)
+    assert f"segment front: {kind.name} 11.0.0 cannot load {bundle.folder / 'front.engine'} here: unsupported cc; " in message
+    assert "it was built by 10.9 for sm86; build it for this one with: python -m exporter build" in message
+
+
+def test_without_diagnostics_the_first_error_is_the_reason(load, fake, monkeypatch):
+    """TensorRT has no get_engine_validity; its log must do."""
+    monkeypatch.delattr("tests.engines.fake_tensorrt.FakeRuntime.get_engine_validity")
+    fake.card = "sm120"
+    with pytest.raises(EngineError, match=r"here: deserializeCudaEngine: incompatible device; it was built"):
+        load("front")
+
+
+def test_an_engine_with_another_dtype_or_without_an_output_is_refused(load, fake):
+    program = fake.files[b"front"]
+    fake.files[b"front"] = replace(program, types={"timestep": DataType.INT64, "down.0.sampler": DataType.HALF})
+    with pytest.raises(EngineError, match=r"engine has down.0.sampler as HALF, the manifest as FLOAT; build the bundle"):
+        load("front")
+    fake.files[b"front"] = replace(program, outputs=("down.0.resnet", "other"))
+    with pytest.raises(EngineError, match=r"engine has no output down.0.sampler, only sample, timestep, down.0.resnet, other"):
+        load("front")
+
+
+def test_an_input_that_nothing_reads_may_be_gone_from_the_engine(load, fake, tiny):
+    program = fake.files[b"back"]
+    limits = {name: limit for name, limit in program.limits.items() if name != "text"}
+    fake.files[b"back"] = replace(program, limits=limits, function=lambda skip, down: skip[:, :4] * 2)
+    features = tiny.reference(random_inputs(1, 8, 8))
+    torch.testing.assert_close(load("back").run(features)["noise"], features["down.0.resnet"][:, :4] * 2)
+
+
+@pytest.mark.gpu
+def test_the_real_thing_agrees_with_the_live_modules(tiny, tmp_path):
+    """Built for the card at hand and run on it, on a stream of its own."""
+    from .conftest import compile_segment
+
+    pytest.importorskip("tensorrt_rtx")
+    engine = TensorRTRTX()
+    segments = []
+    for segment in tiny.bundle.manifest.segments:
+        compiled = compile_segment(engine, tiny.traced[segment.name], tmp_path)
+        segments.append(segment.model_copy(update={"engines": {engine.name: compiled}}))
+    bundle = write_bundle(tmp_path, tuple(segments))
+    inputs = random_inputs(2, 16, 16)
+    features = {name: tensor.cuda() for name, tensor in inputs.items()}
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for segment in bundle.manifest.segments:
+            runner = engine.load(bundle, segment)
+            features.update(runner.run(features))
+        runner.synchronize()
+    for name, expected in tiny.reference(inputs).items():
+        # Sums in another order, and a fast exponential.
+        torch.testing.assert_close(features[name].cpu(), expected, rtol=1e-4, atol=1e-4)
