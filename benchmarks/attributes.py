@@ -84,7 +84,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attributes", description=__doc__)
     parser.add_argument("--count", type=int, default=500, help="prompts (default: 500)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale (default: 7.5, as runtime's)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default: 3)")
     parser.add_argument("--engine", default="onnxruntime", help="default: onnxruntime")
     parser.add_argument("--bundles", type=Path, default=Path("bundles"), help="where mini-VARIANT bundles are")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS}")

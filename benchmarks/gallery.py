@@ -14,7 +14,13 @@ from engines.command import run_command
 
 __all__ = ["ROWS", "draw", "main"]
 
-ROWS = (("original", "full"), ("original", "block:3"), ("original", "deepcache:3"), ("assembled", "full"), ("assembled", "block:3"))
+ROWS = (
+    ("original", "full"),
+    ("original", "block:3"),
+    ("original", "deepcache:3"),
+    ("assembled", "full"),
+    ("assembled", "block:3"),
+)
 PROMPTS = (
     "a red star on a blue background",
     "a small green circle at the top left on a yellow background",
@@ -30,7 +36,9 @@ def draw(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[st
     from matplotlib import pyplot
 
     mpl.use("Agg")
-    figure, axes = pyplot.subplots(len(rows), len(columns), figsize=(1.7 * len(columns) + 1.2, 1.6 * len(rows) + 0.4), squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(rows), len(columns), figsize=(1.7 * len(columns) + 1.2, 1.6 * len(rows) + 0.4), squeeze=False
+    )
     for (name, pictures), line in zip(rows, axes, strict=True):
         for column, picture, axis in zip(columns, pictures, line, strict=True):
             axis.imshow(picture, interpolation="bicubic")

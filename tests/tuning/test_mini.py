@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,8 @@ from tuning.mini.settings import STAGES, MiniSettings
 from tuning.mini.train import main, run_stage
 from tuning.workers import Workers
 
-MODEL = Path(__file__).resolve().parents[2] / "models" / "mini"
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "models" / "mini"
 MIB = 2**20
 
 
@@ -136,3 +140,16 @@ def test_the_autoencoder_keeps_every_shape() -> None:
     # The ceiling of what the model can show: measured 1.00 for shapes on 512 pictures.
     assert right["shape"] >= 0.97
     assert right["all"] >= 0.96
+
+
+def test_two_processes_train_as_one(tiny: MiniSettings, tmp_path: Path) -> None:
+    settings = tmp_path / "tiny.json"
+    tiny.save(settings)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tuning.mini.train"]
+    command += ["--stage", "vae", "--settings", str(settings), "--out", str(tmp_path / "m"), "--runs", str(tmp_path / "r")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "m" / "training" / "vae.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4, 4], "only one process writes"
+    assert (tmp_path / "r" / "vae" / "config.json").exists()
