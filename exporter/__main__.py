@@ -20,8 +20,8 @@ def _parser() -> Parser:
     build.add_argument("--variant", default="original", help="original, assembled or condconv (default: %(default)s)")
     build.add_argument("--source", default="mini", help="mini, a diffusers folder, or a hub id (default: %(default)s)")
     build.add_argument("--engine", default="onnxruntime", help=f"one or more of {','.join(ENGINES)} (default: %(default)s)")
-    build.add_argument("--granularity", default="block", help="largest segment: block, layer or unit (default: %(default)s)")
-    build.add_argument("--plan", action="append", default=[], help="cut segments so that this plan can run too; may be repeated")
+    build.add_argument("--granularity", help="largest segment: block, layer or unit (default: block, without --plan)")
+    build.add_argument("--plan", action="append", default=[], help="segments as large as this plan allows; may be repeated")
     build.add_argument("--precision", default="fp32", help="fp32 or fp16 (default: %(default)s)")
     build.add_argument("--sizes", default="", help="HEIGHTxWIDTH,... for engines with a profile (default: the model's own)")
     build.add_argument("--batch", default="1..4", help="images per call, for engines with a profile (default: %(default)s)")
@@ -86,7 +86,7 @@ def _build(given: object, console: Console) -> None:
         variant=values["variant"],
         source=values["source"],
         engines=_names(values["engine"]),
-        granularity=values["granularity"],
+        granularity=values["granularity"] or (None if values["plan"] else "block"),
         plans=tuple(values["plan"]),
         precision=values["precision"],
         sizes=tuple(parse_size(size) for size in _names(values["sizes"])),

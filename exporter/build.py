@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from exporter.partition import GRANULARITIES, Granularity, partition
 from exporter.sources import Checkpoint, open_source
 from exporter.trace import OPSET
 from exporter.write import Progress, write_segments
-from runtime.errors import PlanError
+from runtime.plan import Plan, matching
 from runtime.presets import find_plan
 
 __all__ = ["DEFAULT_PLANS", "DTYPE", "BuildOptions", "build", "segments_of"]
@@ -38,12 +38,12 @@ _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "on
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build. ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call."""
+    """What to build. Without a granularity, segments are as large as ``plans`` allow. ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call."""
 
     variant: Variant = "original"
     source: str = "mini"
     engines: tuple[str, ...] = ("onnxruntime",)
-    granularity: Granularity = "block"
+    granularity: Granularity | None = "block"
     plans: tuple[str, ...] = ()
     precision: Precision = "fp32"
     sizes: tuple[tuple[int, int], ...] = ()
@@ -92,19 +92,25 @@ def build(options: BuildOptions, progress: Progress = lambda done, total, what: 
     return Bundle.open(options.folder), True
 
 
-def segments_of(graph: Graph, granularity: Granularity, plans: Sequence[str] = ()) -> tuple[Segment, ...]:
-    """The text encoder, the UNet cut for the plans (and the default ones), and the VAE decoder."""
-    names = [unit.name for unit in graph.unet_units]
-    wanted = [find_plan(plan, names) for plan in plans]
-    for plan in DEFAULT_PLANS:
-        with suppress(PlanError):  # a UNet too small for a preset is not cut for it
-            wanted.append(find_plan(plan, names))
+def segments_of(graph: Graph, granularity: Granularity | None, plans: Sequence[str] = ()) -> tuple[Segment, ...]:
+    """The text encoder, the UNet cut for the plans (with a granularity, for the default ones too), and the VAE decoder."""
+    wanted = [find_plan(plan) for plan in plans]
+    if granularity is not None:
+        names = [unit.name for unit in graph.unet_units]
+        wanted += [plan for plan in map(find_plan, DEFAULT_PLANS) if _fits(plan, names)]
     ends = [Segment(name=u.name, units=(u.name,), inputs=u.inputs, outputs=u.outputs) for u in (graph.units[0], graph.units[-1])]
     return (ends[0], *partition(graph.unet_units, granularity, wanted), ends[1])
 
 
+def _fits(plan: Plan, units: Sequence[str]) -> bool:
+    """Whether a UNet has what a plan inherits: one that is too small for a default plan is not cut for it."""
+    return all(matching(pattern, units) for rule in plan.rules for pattern in rule.units)
+
+
 def _check_choices(options: BuildOptions) -> None:
-    if options.granularity not in GRANULARITIES:
+    if options.granularity is None and not options.plans:
+        raise BuildError("no granularity and no plan: name a plan to cut for, or a granularity")
+    if options.granularity is not None and options.granularity not in GRANULARITIES:
         raise BuildError(f"unknown granularity {options.granularity!r}; choose from: {', '.join(GRANULARITIES)}")
     if options.precision not in DTYPE:
         raise BuildError(f"unknown precision {options.precision!r}; choose from: {', '.join(DTYPE)}")

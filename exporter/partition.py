@@ -1,16 +1,20 @@
 """A partition groups units into segments; each segment is one ONNX file and one compiled engine.
 
 Units of one group (a block, a layer, or one unit) stay together unless a plan runs one without the other: a plan that inherits
-the last layer but one cuts the last block before its last layer.
+the last layer but one cuts the last block before its last layer. Without a limit on the group, units that always run together in
+the given plans become one segment, so that a compiler sees the largest graphs possible.
 """
 
 from collections.abc import Callable, Sequence
+from graphlib import TopologicalSorter
+from itertools import takewhile
 from typing import Literal, get_args
 
 from engines.manifest import Segment, Unit
 from exporter.topology import block_of
 from runtime.demand import demand
-from runtime.plan import NOISE, Plan
+from runtime.modes import Threshold
+from runtime.plan import BRANCH, NOISE, Plan, inherited_features
 
 __all__ = ["GRANULARITIES", "Granularity", "partition"]
 
@@ -18,65 +22,116 @@ Granularity = Literal["block", "layer", "unit"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 _LAYER_PARTS = 4
-_GROUP: dict[Granularity, Callable[[str], str]] = {
+_GROUP: dict[Granularity | None, Callable[[str], str]] = {
+    None: lambda unit: "",
     "block": block_of,
     "layer": lambda unit: block_of(unit) if unit == "time" else ".".join(unit.split(".")[:_LAYER_PARTS]),
-    "unit": lambda unit: unit,
+    "unit": lambda unit: unit.removesuffix(BRANCH),
 }
 
 
-def partition(units: Sequence[Unit], granularity: Granularity = "block", plans: Sequence[Plan] = ()) -> tuple[Segment, ...]:
+def partition(
+    units: Sequence[Unit], granularity: Granularity | None = "block", plans: Sequence[Plan] = ()
+) -> tuple[Segment, ...]:
     """Group a UNet's units into segments that the given plans can run exactly.
 
     Args:
         units: the UNet's topology.
-        granularity: the largest group: a block, a layer or a unit.
+        granularity: the largest group: a block, a layer, a unit, or None for no limit.
         plans: plans whose inherit steps must not recompute what they inherit.
 
     Returns:
         Segments in an order in which they can run, without files.
+
+    Raises:
+        PlanError: a plan names a unit that the UNet does not have.
     """
-    sides = _sides(units, plans)
-    groups: list[list[Unit]] = []
-    keys: list[tuple[object, ...]] = []
+    sides, probed = _sides(units, plans)
+    groups = _Groups()
     for unit in units:
-        key = (_GROUP[granularity](unit.name), *(unit.name in running for running in sides))
-        # A group is left for good once another one has begun: segments that took units from both sides of a third
-        # would need each other's output. Blocks are contiguous but for the time embedding, which comes first anyway.
-        if keys and keys[-1] == key:
-            groups[-1].append(unit)
+        groups.add(unit, (_GROUP[granularity](unit.name), *(unit.name in running for running in sides)))
+    return _segments(units, groups.in_order(), probed)
+
+
+class _Groups:
+    """Units by key, in as few groups as there can be without two groups needing each other."""
+
+    def __init__(self) -> None:
+        self.units: list[list[Unit]] = []
+        self._keys: list[tuple[object, ...]] = []
+        self._home: dict[str, int] = {}
+        self._needs: list[set[int]] = []
+
+    def add(self, unit: Unit, key: tuple[object, ...]) -> None:
+        direct = {self._home[name] for name in unit.inputs if name in self._home}
+        for group in reversed(range(len(self.units))):
+            # The group must not be needed by another one that the unit reads from: each would need the other's output.
+            if self._keys[group] == key and not any(group in self._all_needs(other) for other in direct - {group}):
+                break
         else:
-            groups.append([unit])
-            keys.append(key)
-    return _segments(units, groups, _GROUP[granularity])
+            group = len(self.units)
+            self.units.append([])
+            self._keys.append(key)
+            self._needs.append(set())
+        self.units[group].append(unit)
+        self._home[unit.name] = group
+        self._needs[group] |= direct - {group}
+
+    def _all_needs(self, group: int) -> set[int]:
+        found: set[int] = set()
+        front = [group]
+        while front:
+            new = self._needs[front.pop()] - found
+            found |= new
+            front.extend(new)
+        return found
+
+    def in_order(self) -> list[list[Unit]]:
+        order = TopologicalSorter({group: sorted(needs) for group, needs in enumerate(self._needs)}).static_order()
+        return [self.units[group] for group in order]
 
 
-def _sides(units: Sequence[Unit], plans: Sequence[Plan]) -> list[set[str]]:
-    """For each plan, the units that run in its inherit steps."""
+def _sides(units: Sequence[Unit], plans: Sequence[Plan]) -> tuple[list[set[str]], set[str]]:
+    """For each set of rules that can inherit at once, the units that run then; and the features that adaptive rules compare."""
     names = [unit.name for unit in units]
-    sides = []
+    sides, probed = [], set()
     for plan in plans:
-        inherited = plan.inherited(names)
-        if inherited:
+        rules = [inherited_features(rule, names) for rule in plan.rules]
+        for rule in plan.rules:
+            if isinstance(rule.when, Threshold):
+                probed.add(rule.when.feature)
+                sides.append({unit.name for unit in demand(units, [rule.when.feature])})
+        for chosen in range(1, 2 ** len(rules)):
+            inherited = frozenset[str]().union(*(features for number, features in enumerate(rules) if chosen >> number & 1))
             sides.append({unit.name for unit in demand(units, [NOISE], inherited)})
-    return sides
+    return sides, probed
 
 
-def _segments(units: Sequence[Unit], groups: list[list[Unit]], group_of: Callable[[str], str]) -> tuple[Segment, ...]:
+def _segments(units: Sequence[Unit], groups: list[list[Unit]], probed: set[str]) -> tuple[Segment, ...]:
     segments = []
     taken: dict[str, int] = {}
     for group in groups:
         inside = {unit.name for unit in group}
-        read_outside = {feature for unit in units if unit.name not in inside for feature in unit.inputs}
-        inputs = dict.fromkeys(feature for unit in group for feature in unit.inputs if feature not in inside)
-        base = group_of(group[0].name)
+        read_outside = {name for unit in units if unit.name not in inside for name in unit.inputs} | probed | {NOISE}
+        inputs = dict.fromkeys(name for unit in group for name in unit.inputs if name not in inside)
+        base = _name(group)
         taken[base] = taken.get(base, 0) + 1
         segments.append(
             Segment(
                 name=base if taken[base] == 1 else f"{base}.part.{taken[base]}",
                 units=tuple(unit.name for unit in group),
                 inputs=tuple(inputs),
-                outputs=tuple(unit.name for unit in group if unit.name in read_outside or unit.name == NOISE),
+                outputs=tuple(unit.name for unit in group if unit.name in read_outside),
             )
         )
     return tuple(segments)
+
+
+def _name(group: list[Unit]) -> str:
+    """What a group is called: its unit, its layer, its block, or its first and last block."""
+    names = [unit.name.removesuffix(BRANCH).split(".") for unit in group if unit.name != "time"] or [["time"]]
+    first, last = block_of(".".join(names[0])), block_of(".".join(names[-1]))
+    if first != last:
+        return f"{first}-{last}"
+    shared = list(takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False)))
+    return ".".join(parts[0] for parts in shared).removesuffix(".layer")

@@ -9,13 +9,15 @@ from rich.table import Table
 from engines import Bundle, Manifest, Segment
 from runtime.cost import relative_macs
 from runtime.errors import PlanError
-from runtime.plan import check_runs
 from runtime.presets import PRESETS, find_plan
+from runtime.schedule import Schedule, check_runs
 
 __all__ = ["show_bundle", "show_segments"]
 
 _MIB = 2**20
 _MOST_NAMED = 3
+_TIMESTEPS = tuple(range(970, 0, -33))
+"""Of 30 steps, to show costs for."""
 
 
 def show_segments(bundle: Bundle, console: Console) -> None:
@@ -86,16 +88,18 @@ def show_bundle(bundle: Bundle, console: Console) -> None:
 
 
 def _plans(manifest: Manifest) -> Table:
-    table = Table(title="plans that this bundle runs (MACs of an average step, relative to full)", box=SIMPLE)
+    table = Table(title="plans of this UNet (MACs of an average step, relative to full)", box=SIMPLE)
     for name in ("plan", "what is inherited", "MACs"):
         table.add_column(name)
-    for preset in PRESETS:
-        for spec in [preset] if preset == "full" else [f"{preset}:2", f"{preset}:3", f"{preset}:5"]:
-            try:
-                plan = find_plan(spec, manifest.unet_units)
-                schedule = plan.schedule(30, manifest.unet_units)
-                check_runs(plan, schedule, manifest)
-                table.add_row(spec, ", ".join(plan.inherit) or "nothing", f"{relative_macs(schedule, manifest):.3f}")
-            except PlanError as error:
-                table.add_row(spec, f"cannot run: {error}", "-")
+    for preset in PRESETS.values():
+        plan = find_plan(preset.example)
+        if plan.unets:
+            continue  # it takes another bundle too
+        try:
+            schedule = Schedule(plan, {manifest.variant: manifest}, _TIMESTEPS)
+            check_runs(schedule)
+            inherited = ", ".join(f"{' '.join(rule.units)} by {rule.kind}" for rule in plan.rules)
+            table.add_row(preset.example, inherited or "nothing", f"{relative_macs(schedule):.3f}")
+        except PlanError as error:
+            table.add_row(preset.example, f"cannot run: {error}", "-")
     return table

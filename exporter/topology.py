@@ -9,6 +9,8 @@ from diffusers import UNet2DConditionModel
 
 from engines.manifest import Unit
 from exporter.errors import SourceError
+from exporter.units import kind_of
+from runtime.plan import BRANCH
 from tuning.units import unit_modules
 
 __all__ = ["SAMPLE", "TEXT", "TIMESTEP", "block_of", "check_family", "depth_factor", "topology"]
@@ -20,9 +22,12 @@ TIMESTEP = "timestep"
 TEXT = "text_encoder"
 """Graph input of the UNet, made by the text encoder: (batch, tokens, width)."""
 
+_CONDITION = {"resnet": "time", "attention": TEXT}
+"""Units with a residual branch, and what the branch reads beside the unit's input."""
+
 _BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D"}
 _UNSUPPORTED = ("class_embed_type", "addition_embed_type", "encoder_hid_dim", "time_cond_proj_dim", "center_input_sample",
-                "num_class_embeds", "dual_cross_attention", "time_embedding_act_fn")  # fmt: skip
+                "num_class_embeds", "dual_cross_attention", "time_embedding_act_fn", "resnet_skip_time_act")  # fmt: skip
 
 
 def check_family(unet: UNet2DConditionModel) -> None:
@@ -33,6 +38,12 @@ def check_family(unet: UNet2DConditionModel) -> None:
                 f"UNet configuration has {field} = {unet.config[field]!r}: "
                 "not of the Stable Diffusion 1.x/2.x family, the only one supported"
             )
+    if (
+        unet.config.resnet_time_scale_shift != "default"
+        or unet.config.resnet_out_scale_factor != 1
+        or unet.config.mid_block_scale_factor != 1
+    ):
+        raise SourceError("UNet configuration scales its ResNets otherwise than the Stable Diffusion 1.x/2.x family does")
     blocks = [*unet.down_blocks, *unet.up_blocks] + ([unet.mid_block] if unet.mid_block is not None else [])
     for block in blocks:
         if type(block).__name__ not in _BLOCKS:
@@ -50,16 +61,16 @@ def topology(unet: UNet2DConditionModel) -> tuple[Unit, ...]:
     skips: list[str] = []
     x = SAMPLE
     for name in unit_modules(unet):
-        block, kind = name.split(".")[0], name.rsplit(".", maxsplit=1)[-1]
+        block, kind = name.split(".")[0], kind_of(name)
         inputs: tuple[str, ...] = (x,)
-        if kind == "attention":
-            inputs = (x, TEXT)
-        elif kind == "resnet" and block == "up":
+        if kind == "resnet" and block == "up":
             if not skips:
                 raise SourceError(f"UNet unit {name} has no skip connection left to read: more layers up than down")
-            inputs = (x, skips.pop(), "time")
-        elif kind == "resnet":
-            inputs = (x, "time")
+            inputs = (x, skips.pop())
+        if kind in _CONDITION:
+            branch = f"{name}{BRANCH}"
+            units.append(Unit(name=branch, kind=f"{kind} branch", inputs=(*inputs, _CONDITION[kind])))
+            inputs = (*inputs, branch)
         units.append(Unit(name=name, kind=kind, inputs=inputs))
         x = name
         if block == "stem" or (block == "down" and kind != "attention"):

@@ -1,5 +1,8 @@
 """One torch module per unit, all with the same signature: features in the order of ``Unit.inputs``, one feature out.
 
+ResNets and transformers are two units each: the residual branch, and the sum of the (projected) input and the branch. Skipping a
+unit while its input flows on is then nothing but inheriting its branch.
+
 Latents, timestep and prediction are float32 whatever the UNet's dtype: the schedulers' arithmetic stays exact, and an fp16
 graph is cast once on each side.
 """
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from engines.manifest import Unit
 from tuning.units import unit_modules
 
-__all__ = ["SegmentModule", "unit_module"]
+__all__ = ["SegmentModule", "kind_of", "unit_module"]
 
 
 class Time(nn.Module):
@@ -40,29 +43,70 @@ class Stem(nn.Module):
         return result
 
 
-class Resnet(nn.Module):
-    """Feature, on the way up a skip feature, and time embedding -> feature."""
+class ResnetBranch(nn.Module):
+    """Feature, on the way up a skip feature, and time embedding -> what the ResNet adds to its (projected) input."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, resnet: nn.Module) -> None:
         super().__init__()
-        self.block = block
+        self.norm1, self.conv1, self.time = resnet.norm1, resnet.conv1, resnet.time_emb_proj
+        self.norm2, self.conv2, self.activation = resnet.norm2, resnet.conv2, resnet.nonlinearity
 
-    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        *skips, time = others
-        result: Tensor = self.block(torch.cat([x, *skips], dim=1) if skips else x, time)
+    def forward(self, *features: Tensor) -> Tensor:
+        *inputs, time = features
+        x = self.conv1(self.activation(self.norm1(_joined(inputs))))
+        x = x + self.time(self.activation(time))[:, :, None, None]
+        result: Tensor = self.conv2(self.activation(self.norm2(x)))
         return result
 
 
-class Attention(nn.Module):
-    """Feature and text (batch, tokens, width) -> feature."""
+class ResnetSum(nn.Module):
+    """Feature, on the way up a skip feature, and the ResNet's branch -> feature."""
+
+    def __init__(self, resnet: nn.Module) -> None:
+        super().__init__()
+        self.shortcut = resnet.conv_shortcut
+
+    def forward(self, *features: Tensor) -> Tensor:
+        *inputs, branch = features
+        x = _joined(inputs)
+        return (x if self.shortcut is None else self.shortcut(x)) + branch
+
+
+class AttentionBranch(nn.Module):
+    """Feature and text (batch, tokens, width) -> what the transformer adds to its input."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.norm, self.before, self.after = transformer.norm, transformer.proj_in, transformer.proj_out
+        self.blocks, self.linear = transformer.transformer_blocks, bool(transformer.use_linear_projection)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        result: Tensor = self.transformer(x, encoder_hidden_states=text, return_dict=False)[0]
-        return result
+        height, width = x.shape[2:]
+        x = self.norm(x)
+        x = self.before(_tokens(x)) if self.linear else _tokens(self.before(x))
+        for block in self.blocks:
+            x = block(x, encoder_hidden_states=text)
+        x = _picture(self.after(x), height, width) if self.linear else self.after(_picture(x, height, width))
+        return x
+
+
+class AttentionSum(nn.Module):
+    """Feature and the transformer's branch -> feature."""
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        return x + branch
+
+
+def _joined(inputs: Sequence[Tensor]) -> Tensor:
+    return inputs[0] if len(inputs) == 1 else torch.cat(list(inputs), dim=1)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+def _picture(x: Tensor, height: int, width: int) -> Tensor:
+    return x.transpose(1, 2).unflatten(2, (height, width))
 
 
 class Head(nn.Module):
@@ -85,13 +129,22 @@ def unit_module(unet: UNet2DConditionModel, name: str) -> nn.Module:
         return Time(unet)
     if name == "head":
         return Head(unet)
-    module = unet.get_submodule(unit_modules(unet)[name])
-    kind = name.rsplit(".", maxsplit=1)[-1]
+    owner, _, part = name.rpartition(".")
+    is_branch = part == "branch"
+    module = unet.get_submodule(unit_modules(unet)[owner if is_branch else name])
+    kind = kind_of(owner if is_branch else name)
     if kind == "stem":
         return Stem(module)
     if kind == "resnet":
-        return Resnet(module)
-    return Attention(module) if kind == "attention" else module
+        return ResnetBranch(module) if is_branch else ResnetSum(module)
+    if kind == "attention":
+        return AttentionBranch(module) if is_branch else AttentionSum()
+    return module
+
+
+def kind_of(name: str) -> str:
+    """The kind of a unit, as its name says: ``resnet``, ``attention``, ``sampler``, ``branch``, ``stem``, ``time`` or ``head``."""
+    return name.rsplit(".", maxsplit=1)[-1]
 
 
 class SegmentModule(nn.Module):

@@ -3,21 +3,23 @@
 from runtime.errors import PlanError, RequestError
 from runtime.executor import Executor, Network, StepRecord
 from runtime.pipeline import Generation, Pipeline, default_bundle, generate, load
-from runtime.plan import Explicit, Plan, Uniform
+from runtime.plan import Plan, Rule, UNetRange
 from runtime.presets import PRESETS, find_plan
+from runtime.schedule import Schedule
 
 __all__ = [
     "PRESETS",
     "Executor",
-    "Explicit",
     "Generation",
     "Network",
     "Pipeline",
     "Plan",
     "PlanError",
     "RequestError",
+    "Rule",
+    "Schedule",
     "StepRecord",
-    "Uniform",
+    "UNetRange",
     "default_bundle",
     "find_plan",
     "generate",

@@ -1,11 +1,11 @@
-"""Runs a plan's steps on loaded segments. What runs is decided by ``demand``; what is inherited is kept here.
+"""Runs a schedule's steps on loaded segments. What runs is decided by ``demand``; what is inherited is kept here.
 
-A step starts from the noise prediction and asks backwards. The first step is a key step; the features that later steps inherit
-are kept as the engine wrote them, without a copy.
+A step starts from the noise prediction and asks backwards. What later steps inherit is kept as the engine wrote it, without a
+copy; what nobody will read any more is let go at once.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,18 +13,18 @@ from torch import Tensor
 from engines import Bundle, Engine, Manifest, Runner
 from engines.manifest import Segment
 from runtime.demand import demand
-from runtime.plan import NOISE, Step
+from runtime.modes import Threshold
+from runtime.plan import NOISE
+from runtime.schedule import TEXT, Schedule, reads
 
 __all__ = ["Executor", "Network", "StepRecord"]
-
-TEXT = "text_encoder"
 
 
 @dataclass(frozen=True)
 class StepRecord:
     """What one model evaluation did.
 
-    ``ran`` names the segments that ran, in order; ``inherited`` the features that they took from the last key step.
+    ``ran`` names the segments that ran, in order; ``inherited`` the features that they took from earlier steps.
     """
 
     index: int
@@ -49,17 +49,21 @@ class Network:
         runners = {segment.name: engine.load(bundle, segment) for segment in bundle.manifest.segments}
         return cls(bundle.manifest, runners)
 
-    def run(self, segments: Sequence[Segment], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run segments in order on the given features; returns what they made. What is given is never replaced."""
+    def run(self, segments: Sequence[Segment], features: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+        """Run segments in order on the given features; returns the wanted ones. What is given is never replaced."""
+        last_read = {name: segment.name for segment in segments for name in segment.inputs}
         made: dict[str, Tensor] = {}
         for segment in segments:
             inputs = {name: features[name] if name in features else made[name] for name in segment.inputs}
             made.update(self.runners[segment.name].run(inputs))
-        return made
+            del inputs
+            for name in [name for name in made if name not in wanted and last_read.get(name, segment.name) == segment.name]:
+                del made[name]
+        return {name: features[name] if name in features else made[name] for name in wanted}
 
     def compute(self, wanted: str, features: Mapping[str, Tensor]) -> Tensor:
         """One feature from the given ones, running only what it needs."""
-        return self.run(demand(self.manifest.segments, [wanted], features), features)[wanted]
+        return self.run(demand(self.manifest.segments, [wanted], features), features, [wanted])[wanted]
 
     def synchronize(self) -> None:
         """Wait for all that was started."""
@@ -68,27 +72,17 @@ class Network:
 
 
 class Executor:
-    """The state of one call: a schedule, and the features inherited from its last key step.
+    """The state of one call: its schedule, and the features inherited from its earlier steps.
 
     Args:
-        network: loaded segments.
-        schedule: from ``Plan.schedule``, checked with ``check_runs``.
+        networks: loaded segments of each UNet, by the names that the schedule uses.
+        schedule: a plan laid out for this call, whose cuts were checked with ``check_runs``.
     """
 
-    def __init__(self, network: Network, schedule: Sequence[Step]) -> None:
-        self._network = network
-        self._schedule = tuple(schedule)
+    def __init__(self, networks: Mapping[str, Network], schedule: Schedule) -> None:
+        self._networks, self._schedule = networks, schedule
         self._cache: dict[str, Tensor] = {}
-        self._running = {
-            inherited: demand(network.manifest.segments, [NOISE], inherited | {TEXT})
-            for inherited in {step.inherited for step in self._schedule}
-        }
-        self._reads = {inherited: self._read_from_cache(inherited) for inherited in self._running}
-        self._keep = frozenset[str]().union(*self._reads.values())
-
-    def _read_from_cache(self, inherited: frozenset[str]) -> frozenset[str]:
-        read = {name for segment in self._running[inherited] for name in segment.inputs} | {NOISE}
-        return inherited.intersection(read)
+        self._probe: dict[str, Tensor] = {}
 
     def step(self, index: int, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, StepRecord]:
         """Predict the noise (or velocity) of one step.
@@ -103,20 +97,33 @@ class Executor:
             The prediction, shaped as ``sample``, and what was done for it.
         """
         started = time.perf_counter()
-        step = self._schedule[index]
-        segments, reads = self._running[step.inherited], self._reads[step.inherited]
-        given = {"sample": sample, "timestep": timestep, TEXT: text} | {name: self._cache[name] for name in reads}
-        made = self._network.run(segments, given)
-        if step.key:
-            self._cache = {name: made[name] for name in self._keep}
-        self._network.synchronize()
+        given = {"sample": sample, "timestep": timestep, TEXT: text}
+        step = self._schedule.decide(index, lambda threshold: self._changed(threshold, self._schedule.unet(index), given))
+        network = self._networks[step.unet]
+        taken = reads(network.manifest, step.inherited, step.keep)
+        # What this step refreshes is let go first, so that old and new are never held together.
+        self._cache = {name: tensor for name, tensor in self._cache.items() if name not in step.keep}
+        given |= self._probe | {name: self._cache[name] for name in taken}
+        segments = demand(network.manifest.segments, step.wanted, step.inherited | {TEXT, *self._probe})
+        made = network.run(segments, given, step.wanted)
+        self._cache |= {name: made[name] for name in step.keep}
+        self._cache = {name: tensor for name, tensor in self._cache.items() if self._schedule.last_read(name) > index}
+        self._probe = {}
+        network.synchronize()
         record = StepRecord(
             index=index,
             timestep=float(timestep[0]),
-            unet=self._network.manifest.variant,
+            unet=step.unet,
             kind="key" if step.key else "inherit",
             ran=tuple(segment.name for segment in segments),
-            inherited=tuple(sorted(reads)),
+            inherited=tuple(sorted(taken)),
             seconds=time.perf_counter() - started,
         )
-        return given[NOISE] if NOISE in given else made[NOISE], record
+        return made[NOISE], record
+
+    def _changed(self, threshold: Threshold, unet: str, given: Mapping[str, Tensor]) -> bool:
+        """Compute an adaptive rule's feature and compare it with the last key step's. The step goes on from it."""
+        name = threshold.feature
+        self._probe = {name: self._networks[unet].compute(name, given)}
+        before, now = self._cache[name], self._probe[name]
+        return bool((now - before).norm() > threshold.above * before.norm())

@@ -1,5 +1,6 @@
 """Text to image: a bundle and a prompt in, pictures out."""
 
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from engines import Bundle, BundleError, Engine, Manifest, make_engine
-from runtime.errors import RequestError
-from runtime.executor import TEXT, Executor, Network, StepRecord
-from runtime.plan import Plan, Step, check_runs
+from runtime.errors import PlanError, RequestError
+from runtime.executor import Executor, Network, StepRecord
+from runtime.plan import Plan
 from runtime.presets import find_plan
+from runtime.schedule import TEXT, Schedule, check_runs
 from runtime.schedulers import make_scheduler
 
 __all__ = ["Callback", "Generation", "Pipeline", "default_bundle", "generate"]
@@ -54,6 +56,8 @@ class Pipeline:
         for file in bundle.manifest.files:
             bundle.path(file)
         self.network = Network.load(bundle, engine)
+        self.networks = {bundle.manifest.variant: self.network}
+        self._lock = threading.Lock()
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(bundle.folder / "tokenizer", local_files_only=True)
 
     @property
@@ -61,11 +65,35 @@ class Pipeline:
         """What the bundle says about itself."""
         return self.bundle.manifest
 
-    def schedule(self, plan: Plan, steps: int) -> tuple[Step, ...]:
-        """A plan for this bundle's UNet, checked; raises PlanError if the bundle cannot run it."""
-        schedule = plan.schedule(steps, self.manifest.unet_units)
-        check_runs(plan, schedule, self.manifest)
+    def schedule(self, plan: Plan, timesteps: Sequence[float]) -> Schedule:
+        """A plan laid out for this bundle (and others of its source, where the plan switches UNets), checked.
+
+        Raises:
+            PlanError: a UNet of the plan is not there, or the segments cannot run the plan.
+        """
+        names = dict.fromkeys(part.unet for part in plan.unets) or [self.manifest.variant]
+        schedule = Schedule(plan, {name: self._network(name).manifest for name in names}, timesteps)
+        check_runs(schedule)
         return schedule
+
+    def _network(self, name: str) -> Network:
+        """The UNet of that name: this bundle's, or that of a bundle beside it which was made from the same source."""
+        with self._lock:
+            if name not in self.networks:
+                self.networks[name] = Network.load(self._companion(name), self.engine)
+            return self.networks[name]
+
+    def _companion(self, variant: str) -> Bundle:
+        source = self.manifest.source
+        for path in sorted(self.bundle.folder.parent.glob("[!.]*/manifest.json")):
+            bundle = Bundle.open(path.parent)
+            if (bundle.manifest.variant, bundle.manifest.source) == (variant, source):
+                _check_alike(self.bundle, bundle)
+                return bundle
+        raise PlanError(
+            f"the plan runs the UNet {variant!r}, and no bundle in {self.bundle.folder.parent} has it for source {source}; build it with: "
+            f"python -m exporter build --variant {variant} --source {source} --out {self.bundle.folder.parent / variant}"
+        )
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The text encoder's output (prompts, tokens, width); a prompt that is too long is cut with a warning."""
@@ -129,8 +157,8 @@ class Pipeline:
         height, width = height or self.manifest.sizes[0][0], width or self.manifest.sizes[0][1]
         self.check_request(prompts, images, height, width)
         noise = make_scheduler(scheduler, self.bundle.folder / "scheduler", steps)
-        found = find_plan(plan, self.manifest.unet_units)
-        schedule = self.schedule(found, len(noise.timesteps))
+        found = find_plan(plan)
+        schedule = self.schedule(found, noise.timesteps.tolist())
         text = self._text(prompts, num_images, negative_prompt, guidance_scale)
         latents = self._noise(seed, images, height, width) * noise.init_noise_sigma
         latents, records = self._denoise(latents, text, noise, schedule, guidance_scale, callback)
@@ -155,12 +183,12 @@ class Pipeline:
         latents: Tensor,
         text: Tensor,
         noise: Any,
-        schedule: Sequence[Step],
+        schedule: Schedule,
         scale: float,
         callback: Callback | None,
     ) -> tuple[Tensor, list[StepRecord]]:
         """The denoising loop. The step index is counted here: schedulers may visit a timestep twice."""
-        executor, records = Executor(self.network, schedule), []
+        executor, records = Executor(self.networks, schedule), []
         for index, timestep in enumerate(noise.timesteps):
             scaled = noise.scale_model_input(latents, timestep)
             sample = torch.cat([scaled, scaled]) if scale > 1 else scaled
@@ -174,6 +202,16 @@ class Pipeline:
             if callback is not None:
                 callback(record, latents)
         return latents, records
+
+
+def _check_alike(one: Bundle, other: Bundle) -> None:
+    """Raise PlanError unless two bundles can take turns on the same latents and text."""
+    for field in ("latent_channels", "vae_scale", "text_length", "precision"):
+        here, there = getattr(one.manifest, field), getattr(other.manifest, field)
+        if here != there:
+            raise PlanError(
+                f"bundles {one.folder} and {other.folder} cannot take turns: {field} is {here} in one and {there} in the other"
+            )
 
 
 def default_bundle() -> Path:

@@ -1,98 +1,67 @@
-"""A plan says, for each denoising step, which features are inherited from an earlier step. Plans are data.
+"""A plan says, for each denoising step, which UNet runs and which features are inherited. Plans are data.
 
-A key step computes everything; an inherit step takes the features of the inherited units from the last key step, and what
-only fed them is not run (inheritance by output, A-SDM, arXiv 2406.00210). ``block:N`` inherits at block level,
-``deepcache:N`` is DeepCache (arXiv 2312.00858) with its uniform schedule and outermost branch.
+A rule names units and the steps at which they are computed afresh; at the others they are inherited. Several rules hold at once.
+Inheritance *by output*: whoever reads a unit's feature gets it as the last key step left it. Inheritance *by residual*: the unit's
+input flows on, directly or through its shortcut, and what the unit added at the last key step is added again. See A-SDM
+(arXiv 2406.00210); where the paper is silent, what stands here is this project's choice.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from engines.manifest import Manifest, Unit
-from runtime.demand import demand
 from runtime.errors import PlanError
+from runtime.modes import Mode, Threshold
+from runtime.record import Record
 
-__all__ = ["NOISE", "Explicit", "Plan", "Step", "Uniform", "check_runs", "matching"]
+__all__ = ["BRANCH", "NOISE", "Plan", "Rule", "UNetRange", "inherited_features", "matching"]
 
 NOISE = "head"
 """The feature that a step is asked for: the noise prediction (or velocity), made by the UNet's head."""
+BRANCH = ".branch"
+"""Ending of the feature that a ResNet or transformer adds to its input."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Rule(Record):
+    """Units that are inherited, and when they are computed afresh instead.
 
-
-class Uniform(_Record):
-    """Key steps at 0, N, 2N, ..."""
-
-    mode: Literal["uniform"] = "uniform"
-    every: int = Field(ge=1)
-
-    def keys(self, steps: int) -> set[int]:
-        """Indices of the key steps."""
-        return set(range(0, steps, self.every))
-
-
-class Explicit(_Record):
-    """Key steps as listed; those beyond the last step are not reached."""
-
-    mode: Literal["explicit"] = "explicit"
-    steps: tuple[int, ...]
-
-    def keys(self, steps: int) -> set[int]:
-        """Indices of the key steps."""
-        return {index for index in self.steps if 0 <= index < steps}
-
-
-class Step(_Record):
-    """One model evaluation: its number, whether it refreshes the cache, and the units whose features are inherited."""
-
-    index: int
-    key: bool
-    inherited: frozenset[str] = frozenset()
-
-
-class Plan(_Record):
-    """Which units are inherited, and at which steps everything is computed.
-
-    ``inherit`` names units: one unit (``down.0.layer.1.attention``), a layer (``up.3.layer.1``), a block (``up.2``) or a
-    glob of them (``up.*.sampler``).
+    ``units`` names one unit (``down.0.layer.1.attention``), a layer (``up.3.layer.1``), a block (``up.2``) or a glob of them
+    (``*.attention``). A block or layer number below zero counts from the end, so that ``up.-1`` is the outermost up block of any
+    UNet. ``start`` and ``stop`` bound the rule to a part of the schedule, as shares of its steps.
     """
+
+    units: tuple[str, ...] = Field(min_length=1)
+    kind: Literal["output", "residual"] = "output"
+    when: Mode
+    start: float = Field(default=0.0, ge=0, lt=1)
+    stop: float = Field(default=1.0, gt=0, le=1)
+
+    def span(self, steps: int) -> range:
+        """The steps that the rule is bound to."""
+        return range(round(self.start * steps), round(self.stop * steps))
+
+
+class UNetRange(Record):
+    """The UNet that runs from ``start`` up to ``stop``, as shares of the noise schedule (0: all noise, 1: none)."""
+
+    unet: str
+    start: float = Field(ge=0, lt=1)
+    stop: float = Field(gt=0, le=1)
+
+
+class Plan(Record):
+    """UNets by range (none: the bundle's own all through), rules, and whether features are carried across a switch."""
 
     version: Literal[1] = 1
     name: str
-    key_steps: Annotated[Uniform | Explicit, Field(discriminator="mode")] = Uniform(every=1)
-    inherit: tuple[str, ...] = ()
-
-    def inherited(self, units: Sequence[str]) -> frozenset[str]:
-        """The units whose features inherit steps take from the cache.
-
-        Raises:
-            PlanError: a pattern names no unit.
-        """
-        return frozenset(unit for pattern in self.inherit for unit in matching(pattern, units, self.name))
-
-    def schedule(self, steps: int, units: Sequence[str]) -> tuple[Step, ...]:
-        """The plan for a number of model evaluations of a UNet with these units.
-
-        Raises:
-            PlanError: the first step would inherit, or a pattern names no unit.
-        """
-        inherited = self.inherited(units)
-        if not inherited:
-            return tuple(Step(index=index, key=True) for index in range(steps))
-        keys = self.key_steps.keys(steps)
-        if 0 not in keys:
-            raise PlanError(
-                f"plan {self.name}: key_steps leaves out step 0, so the first step would inherit features that nobody "
-                "computed; the first step is always a key step: add 0"
-            )
-        return tuple(Step(index=i, key=i in keys, inherited=frozenset() if i in keys else inherited) for i in range(steps))
+    unets: tuple[UNetRange, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    carry: bool = False
+    """Whether rules go on inheriting across a switch; otherwise its first step is a key step of every rule."""
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
@@ -102,7 +71,7 @@ class Plan(_Record):
             PlanError: the file is missing, is no JSON, or a field is wrong; the message names the field.
         """
         try:
-            return cls.model_validate(json.loads(path.read_text("utf-8")))
+            return cls.model_validate(json.loads(path.read_text("utf-8"))).checked()
         except OSError as error:
             raise PlanError(f"plan file {path} cannot be read: {error.strerror}") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -112,17 +81,37 @@ class Plan(_Record):
             field = ".".join(str(part) for part in first["loc"]) or "the file"
             raise PlanError(f"plan file {path}, {field}: {first['msg']}") from error
 
+    def checked(self) -> "Plan":
+        """The plan itself, if its parts fit together.
 
-def matching(pattern: str, units: Sequence[str], plan: str = "") -> list[str]:
-    """The units that a pattern names: those it matches, and those inside a block or layer it matches.
+        Raises:
+            PlanError: UNet ranges overlap or leave a gap, or there are two adaptive rules.
+        """
+        at = 0.0
+        for number, part in enumerate(self.unets):
+            if part.start != at or part.stop <= part.start:
+                raise PlanError(
+                    f"plan {self.name}: unets.{number} covers {part.start:g} to {part.stop:g}, expected a range that starts at {at:g}: "
+                    "ranges follow each other without overlap or gap"
+                )
+            at = part.stop
+        if self.unets and at != 1:
+            raise PlanError(f"plan {self.name}: unets end at {at:g}; the last range must end at 1")
+        if sum(isinstance(rule.when, Threshold) for rule in self.rules) > 1:
+            raise PlanError(f"plan {self.name}: rules has two of mode threshold; a plan can have one")
+        return self
 
-    Raises:
-        PlanError: there is none.
-    """
-    found = [unit for unit in units if any(fnmatchcase(part, pattern) for part in _ancestors(unit))]
-    if not found:
-        raise PlanError(f"plan {plan}: inherit names {pattern!r}, which this UNet does not have; its units: {', '.join(units)}")
-    return found
+
+def matching(pattern: str, units: Sequence[str]) -> list[str]:
+    """The units that a pattern names: those it matches, and those inside a block or layer it matches."""
+    parts = pattern.split(".")
+    for place in (1, 3):
+        if len(parts) > place and parts[place].startswith("-") and parts[place][1:].isdecimal():
+            before = ".".join(parts[:place])
+            numbers = {unit.split(".")[place] for unit in units if unit.startswith(f"{before}.") and unit.count(".") > place}
+            parts[place] = str(len([number for number in numbers if number.isdecimal()]) + int(parts[place]))
+    wanted = ".".join(parts)
+    return [unit for unit in units if any(fnmatchcase(part, wanted) for part in _ancestors(unit))]
 
 
 def _ancestors(unit: str) -> list[str]:
@@ -130,25 +119,30 @@ def _ancestors(unit: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
-def check_runs(plan: Plan, schedule: Sequence[Step], manifest: Manifest) -> None:
-    """Check that a bundle's segments can run a schedule exactly.
-
-    An inherited feature must cross from one segment to another: inside a segment it would be computed afresh.
+def inherited_features(rule: Rule, units: Sequence[str]) -> frozenset[str]:
+    """The features of a UNet that a rule inherits: the units' own, or by residual their branches.
 
     Raises:
-        PlanError: names the feature, and the command that builds a bundle which can run the plan.
+        PlanError: a pattern names no unit, or a unit has no residual branch.
     """
-    home = {unit: segment.name for segment in manifest.segments for unit in segment.units}
-    for inherited in {step.inherited for step in schedule}:
-        for unit in demand(manifest.units, [NOISE], inherited):
-            for feature in inherited.intersection(unit.inputs):
-                if home[feature] == home[unit.name]:
-                    raise PlanError(_cannot_run(plan, feature, unit, home[feature], manifest))
+    found: set[str] = set()
+    for pattern in rule.units:
+        named = matching(pattern, units)
+        if not named:
+            shown = ", ".join(unit for unit in units if not unit.endswith(BRANCH))
+            raise PlanError(f"rules.units names {pattern!r}, which this UNet does not have; its units: {shown}")
+        found.update(named if rule.kind == "output" else _branches(pattern, named, units))
+    return frozenset(found)
 
 
-def _cannot_run(plan: Plan, feature: str, unit: Unit, segment: str, manifest: Manifest) -> str:
-    return (
-        f"plan {plan.name} inherits {feature}, but this bundle computes it and its reader {unit.name} in one segment "
-        f"({segment}); build a bundle that is cut there: python -m exporter build --variant {manifest.variant} "
-        f"--source {manifest.source} --plan {plan.name}"
-    )
+def _branches(pattern: str, named: Sequence[str], units: Collection[str]) -> set[str]:
+    branches = set()
+    for unit in named:
+        branch = unit if unit.endswith(BRANCH) else f"{unit}{BRANCH}"
+        if branch not in units:
+            raise PlanError(
+                f"rules.units names {pattern!r} by residual, but {unit} has no residual branch: its input and output differ "
+                "and there is no shortcut; choose ResNets and attentions, or kind output"
+            )
+        branches.add(branch)
+    return branches

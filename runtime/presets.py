@@ -1,77 +1,139 @@
-"""Named plans: ``full``, ``block:3``, ``deepcache:3``. Each expands to a ``Plan`` for the UNet at hand."""
+"""Named plans, and joined ones: ``full``, ``block:3``, ``deepcache:3``, ``switch:0.4+block:3``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import PlanError
-from runtime.plan import Plan, Uniform
+from runtime.modes import Explicit, Quadratic, Threshold, Uniform
+from runtime.plan import Plan, Rule, UNetRange
 
 __all__ = ["PRESETS", "Preset", "find_plan"]
+
+FASTER_DIFFUSION = (0, 1, 2, 3, 5, 10, 15, 25, 35)
+"""Key steps of 50 as published (arXiv 2312.09608)."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named plan: how it is written, what it does in one line, and what it makes of a number and a UNet's units."""
+    """A named plan: how it is written, what it does in one line, an example, and what it makes of the part after the colon."""
 
     form: str
     summary: str
-    inherit: Callable[[Sequence[str]], str] | None
+    example: str
+    make: Callable[[str], Plan]
 
 
-def _up_blocks(units: Sequence[str]) -> int:
-    return len({unit.split(".")[1] for unit in units if unit.startswith("up.")})
+def _every(text: str) -> Uniform:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError("a number of steps, such as 3")
+    return Uniform(every=int(text))
 
 
-def _deep_block(units: Sequence[str]) -> str:
-    """The last up block but one: with it, everything below the outermost resolution is skipped."""
-    blocks = _up_blocks(units)
-    if blocks < 2:
-        raise PlanError(f"plan block:N inherits the last up block but one; this UNet has {blocks} up block(s): use deepcache:N")
-    return f"up.{blocks - 2}"
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise ValueError("a number between 0 and 1, such as 0.4")
+    return value
 
 
-def _deepcache_layer(units: Sequence[str]) -> str:
-    """The last layer of the UNet but one: only the stem, the last layer and the head are left (DeepCache, section 3.3)."""
-    block = f"up.{_up_blocks(units) - 1}"
-    layers = len({unit.split(".")[3] for unit in units if unit.startswith(f"{block}.layer.")})
-    if layers < 2:
-        raise PlanError(f"plan deepcache:N inherits the last layer but one of {block}, which has {layers} layer(s): use block:N")
-    return f"{block}.layer.{layers - 2}"
+def _full(text: str) -> Plan:
+    if text:
+        raise ValueError("nothing after it")
+    return Plan(name="full")
 
 
+def _uniform(*units: str, kind: str = "output") -> Callable[[str], Plan]:
+    """A preset of one rule with every N-th step a key step."""
+
+    def make(text: str) -> Plan:
+        return Plan(name="", rules=(Rule(units=units, kind=kind, when=_every(text)),))  # type: ignore[arg-type]
+
+    return make
+
+
+def _encoder(text: str) -> Plan:
+    when = Explicit(steps=FASTER_DIFFUSION, of=50) if text == "faster" else _every(text)
+    # Everything on the way down and in the middle; a UNet without a mid block has no unit of that name.
+    return Plan(name="", rules=(Rule(units=("[sdm]*",), when=when),))
+
+
+def _quadratic(text: str) -> Plan:
+    return Plan(name="", rules=(Rule(units=("up.-1.layer.-2",), when=Quadratic(every=_every(text).every)),))
+
+
+def _switch(text: str) -> Plan:
+    at = _share(text)
+    return Plan(name="", unets=(UNetRange(unet="assembled", start=0, stop=at), UNetRange(unet="original", start=at, stop=1)))
+
+
+def _adaptive(text: str) -> Plan:
+    return Plan(name="", rules=(Rule(units=("up.-2",), when=Threshold(above=_share(text))),))
+
+
+# Which units each level inherits is this project's choice where A-SDM is silent; DeepCache's and Faster Diffusion's are theirs.
 PRESETS = {
-    "full": Preset("full", "every step computes everything", None),
-    "block": Preset("block:N", "every N-th step computes everything; the others inherit the last up block but one", _deep_block),
-    "deepcache": Preset(
-        "deepcache:N", "as DeepCache: the others run only the stem, the last layer and the head", _deepcache_layer
+    "full": Preset("full", "every step computes everything", "full", _full),
+    "block": Preset(
+        "block:N", "every N-th step computes everything; the others inherit the last up block but one", "block:3", _uniform("up.-2")
     ),
-}
+    "layer": Preset(
+        "layer:N", "the others inherit the first layer of the outermost up block: a little more is computed than with deepcache",
+        "layer:3", _uniform("up.-1.layer.0"),
+    ),
+    "unit": Preset(
+        "unit:N", "the others skip every attention; what it added is added again (by residual)", "unit:3",
+        _uniform("*.attention", kind="residual"),
+    ),
+    "encoder": Preset(
+        "encoder:faster", "the way down and the middle run at Faster Diffusion's key steps (or every N-th: encoder:N)",
+        "encoder:faster", _encoder,
+    ),
+    "deepcache": Preset(
+        "deepcache:N", "as DeepCache: the others run only the stem, the last layer and the head", "deepcache:3",
+        _uniform("up.-1.layer.-2"),
+    ),
+    "quadratic": Preset(
+        "quadratic:N", "deepcache with key steps dense around 0.3 of the schedule (DeepCache's non-uniform mode)", "quadratic:3",
+        _quadratic,
+    ),
+    "adaptive": Preset(
+        "adaptive:X", "block with a key step whenever the stem has changed by more than X", "adaptive:0.3", _adaptive
+    ),
+    "switch": Preset("switch:X", "the assembled UNet for the first X of the noise, then the original", "switch:0.4", _switch),
+}  # fmt: skip
 
 
-def find_plan(plan: str | Path | Plan, units: Sequence[str]) -> Plan:
-    """A plan from a preset's name, the path of a JSON file, or a plan.
+def find_plan(plan: str | Path | Plan) -> Plan:
+    """A plan from presets joined by ``+``, the path of a JSON file, or a plan.
 
     Args:
-        plan: such as ``"full"``, ``"block:3"``, ``"my-plan.json"``.
-        units: names of the UNet's units, which presets are expanded for.
+        plan: such as ``"full"``, ``"switch:0.4+block:3"``, ``"my-plan.json"``.
 
     Raises:
         PlanError: unknown preset, bad number, or unreadable file.
     """
     if isinstance(plan, Plan):
-        return plan
+        return plan.checked()
     if isinstance(plan, Path) or plan.endswith(".json"):
         return Plan.read(Path(plan))
-    name, _, number = plan.partition(":")
-    forms = ", ".join(preset.form for preset in PRESETS.values())
+    parts = [_preset(part) for part in plan.split("+")]
+    return Plan(
+        name=plan,
+        unets=tuple(part for found in parts for part in found.unets),
+        rules=tuple(rule for found in parts for rule in found.rules),
+    ).checked()
+
+
+def _preset(text: str) -> Plan:
+    name, _, rest = text.partition(":")
     if name not in PRESETS:
-        raise PlanError(f"unknown plan {plan!r}; choose from: {forms}, or the path of a .json file")
-    inherit = PRESETS[name].inherit
-    if inherit is None:
-        if number:
-            raise PlanError(f"plan {name!r} takes no number, got {plan!r}")
-        return Plan(name=name)
-    if not number.isdecimal() or int(number) < 1:
-        raise PlanError(f"plan {name!r} needs a number of steps, such as {name}:3; got {plan!r}")
-    return Plan(name=plan, key_steps=Uniform(every=int(number)), inherit=(inherit(units),))
+        forms = ", ".join(preset.form for preset in PRESETS.values())
+        raise PlanError(f"unknown plan {text!r}; choose from: {forms}, several joined by '+', or the path of a .json file")
+    try:
+        return PRESETS[name].make(rest)
+    except ValueError as error:
+        raise PlanError(f"plan {text!r}: {name} takes {error}") from error

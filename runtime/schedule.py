@@ -1,0 +1,250 @@
+"""A plan for a number of steps of given UNets: which step inherits what, and what a key step must keep for later ones."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from engines.manifest import Feature, Manifest
+from runtime.demand import demand
+from runtime.errors import PlanError
+from runtime.modes import Threshold
+from runtime.plan import NOISE, Plan, Rule, inherited_features
+
+__all__ = ["TEXT", "Schedule", "Step", "check_runs", "kinds", "reads"]
+
+TEXT = "text_encoder"
+"""Feature that every step is given: it is computed once per prompt."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model evaluation: its number, the UNet, the features inherited, and those to keep for later steps."""
+
+    index: int
+    unet: str
+    key: bool
+    """Whether every rule that holds at this step computes afresh."""
+    inherited: frozenset[str] = frozenset()
+    keep: frozenset[str] = frozenset()
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """What has to be there at the end of the step."""
+        return self.keep | {NOISE}
+
+
+def reads(manifest: Manifest, inherited: frozenset[str], keep: frozenset[str] = frozenset()) -> frozenset[str]:
+    """The inherited features that a step really takes from the cache."""
+    running = demand(manifest.segments, keep | {NOISE}, inherited | {TEXT})
+    return inherited.intersection({name for segment in running for name in segment.inputs} | {NOISE})
+
+
+class Schedule:
+    """A plan laid out over model evaluations.
+
+    Args:
+        plan: what to lay out.
+        unets: manifest of each UNet by name; a plan without ``unets`` takes the first.
+        timesteps: of each model evaluation, falling.
+        train_steps: timesteps of the whole noise schedule.
+
+    Raises:
+        PlanError: a UNet is not there, a rule names a unit that its UNet does not have or inherits in its first step, or features
+            to carry do not match.
+    """
+
+    def __init__(self, plan: Plan, unets: Mapping[str, Manifest], timesteps: Sequence[float], train_steps: int = 1000) -> None:
+        self.plan, self.unets = plan, unets
+        self.steps = len(timesteps)
+        self._unet = [self._at(1 - timestep / train_steps) for timestep in timesteps]
+        self._switches = {i for i in range(1, self.steps) if self._unet[i] != self._unet[i - 1]}
+        self._features = {name: self._inherited(name) for name in dict.fromkeys(self._unet)}
+        self._keys = [self._key_steps(rule) for rule in plan.rules]
+        self._check_adaptive()
+        self._last_read: dict[str, int] = {}
+        assumptions = (False, True) if self.adaptive else (False,)
+        self._keep = [frozenset[str]().union(*step) for step in zip(*(self._kept(a) for a in assumptions), strict=True)]
+        if plan.carry:
+            self._check_carry()
+
+    def unet(self, index: int) -> str:
+        """Name of the UNet that runs at a step."""
+        return self._unet[index]
+
+    def last_read(self, feature: str) -> int:
+        """The last step that may read a feature from the cache, -1 if there is none."""
+        return self._last_read.get(feature, -1)
+
+    @property
+    def adaptive(self) -> Rule | None:
+        """The rule whose key steps are decided while running, if there is one."""
+        return next((rule for rule in self.plan.rules if isinstance(rule.when, Threshold)), None)
+
+    def decide(self, index: int, changed: Callable[[Threshold], bool] = lambda threshold: True) -> Step:
+        """The step of that number.
+
+        Args:
+            index: of the model evaluation, counted by the caller.
+            changed: asked where an adaptive rule may inherit: whether its feature has changed enough to compute afresh.
+        """
+        return self._step(index, self._keep[index], changed)
+
+    def all_steps(self, assume_changed: bool = True) -> tuple[Step, ...]:
+        """Every step, taking adaptive rules to compute afresh always (or, where they may, never)."""
+        return tuple(self.decide(index, lambda threshold: assume_changed) for index in range(self.steps))
+
+    def _at(self, progress: float) -> str:
+        if not self.plan.unets:
+            return next(iter(self.unets))
+        name = next((part.unet for part in self.plan.unets if progress < part.stop), self.plan.unets[-1].unet)
+        if name not in self.unets:
+            raise PlanError(f"plan {self.plan.name} runs the UNet {name!r}; there is: {', '.join(self.unets)}")
+        return name
+
+    def _inherited(self, unet: str) -> list[frozenset[str]]:
+        """The features that each rule inherits. A feature belongs to the first rule that names it."""
+        taken: frozenset[str] = frozenset()
+        found = []
+        for number, rule in enumerate(self.plan.rules):
+            try:
+                features = inherited_features(rule, self.unets[unet].unet_units) - taken
+            except PlanError as error:
+                raise PlanError(f"plan {self.plan.name}, UNet {unet}: {error}") from error
+            if not features:
+                raise PlanError(
+                    f"plan {self.plan.name}: rules.{number} names no unit that a rule before it does not inherit already"
+                )
+            found.append(features)
+            taken |= features
+        return found
+
+    def _key_steps(self, rule: Rule) -> set[int] | None:
+        """Steps at which a rule computes afresh, None where that is decided while running."""
+        span = rule.span(self.steps)
+        outside = set(range(self.steps)).difference(span)
+        if isinstance(rule.when, Threshold):
+            return None
+        try:
+            keys = {span.start + key for key in rule.when.keys(len(span))}
+        except ValueError as error:
+            raise PlanError(f"plan {self.plan.name}: rules.when.{error}") from error
+        if len(span) and span.start not in keys:
+            raise PlanError(
+                f"plan {self.plan.name}: rules.when leaves out step 0, so the first step would inherit features that nobody "
+                "computed; the first step of a rule is always a key step: add 0"
+            )
+        return keys | outside | (set() if self.plan.carry else self._switches)
+
+    def _is_key(self, number: int, rule: Rule, index: int, changed: Callable[[Threshold], bool]) -> bool:
+        keys = self._keys[number]
+        if keys is not None:
+            return index in keys
+        assert isinstance(rule.when, Threshold)
+        span = rule.span(self.steps)
+        first = index == span.start or (index in self._switches and not self.plan.carry)
+        return index not in span or first or changed(rule.when)
+
+    def _kept(self, assume_changed: bool) -> list[set[str]]:
+        """For each step, the features that later steps read from it; from the last step backwards."""
+        kept: list[set[str]] = [set() for _ in range(self.steps)]
+        for index in reversed(range(self.steps)):
+            step = self._step(index, frozenset(kept[index]), lambda threshold: assume_changed)
+            taken = reads(self.unets[step.unet], step.inherited, step.keep) | self._probed(index)
+            for name in taken:
+                self._last_read[name] = max(index, self.last_read(name))
+            for number, rule in enumerate(self.plan.rules):
+                for key in self._sources(number, rule, index):
+                    kept[key] |= taken & self._features[step.unet][number]
+        return kept
+
+    def _step(self, index: int, keep: frozenset[str], changed: Callable[[Threshold], bool]) -> Step:
+        fresh = [self._is_key(number, rule, index, changed) for number, rule in enumerate(self.plan.rules)]
+        unet = self._unet[index]
+        inherited = frozenset[str]().union(*(f for f, is_key in zip(self._features[unet], fresh, strict=True) if not is_key))
+        return Step(index, unet, all(fresh), inherited, (keep | self._compared(index, fresh)) - inherited)
+
+    def _compared(self, index: int, fresh: Sequence[bool]) -> set[str]:
+        """The feature that an adaptive rule compares with, where it computes afresh and may inherit later."""
+        return {
+            rule.when.feature
+            for rule, is_key in zip(self.plan.rules, fresh, strict=True)
+            if is_key and isinstance(rule.when, Threshold) and index in rule.span(self.steps)
+        }
+
+    def _probed(self, index: int) -> set[str]:
+        rule = self.adaptive
+        return {rule.when.feature} if rule and isinstance(rule.when, Threshold) and index in rule.span(self.steps) else set()
+
+    def _sources(self, number: int, rule: Rule, index: int) -> list[int]:
+        """The steps that may have computed what a rule inherits at a step: its last key step, or any where it is adaptive."""
+        keys = self._keys[number]
+        if keys is not None:
+            return [max((key for key in keys if key < index), default=0)]
+        start = max([rule.span(self.steps).start, *(s for s in self._switches if s <= index and not self.plan.carry)])
+        return list(range(start, index))
+
+    def _check_adaptive(self) -> None:
+        rule = self.adaptive
+        if rule is None or not isinstance(rule.when, Threshold):
+            return
+        for unet in self._features:
+            outputs = [name for segment in self.unets[unet].segments for name in segment.outputs]
+            if rule.when.feature not in outputs:
+                raise PlanError(
+                    f"plan {self.plan.name}: rules.when.feature is {rule.when.feature!r}, which no segment of UNet {unet} gives out; "
+                    f"choose from: {', '.join(outputs)}"
+                )
+
+    def _check_carry(self) -> None:
+        """What is read after a switch must be made, in the same shape, by the UNet before it."""
+        for index, keep in enumerate(self._keep):
+            for later in range(index + 1, self.steps):
+                for name in keep & self.decide(later, lambda threshold: False).inherited:
+                    here, there = self._shape(index, name), self._shape(later, name)
+                    if here != there:
+                        raise PlanError(
+                            f"plan {self.plan.name}: carry cannot take {name} from UNet {self._unet[index]} to {self._unet[later]}: "
+                            f"it is {here or 'not there'} in one and {there or 'not there'} in the other; set carry to false"
+                        )
+
+    def _shape(self, index: int, name: str) -> tuple[object, ...] | None:
+        feature: Feature | None = self.unets[self._unet[index]].features.get(name)
+        return None if feature is None else feature.shape
+
+
+def kinds(schedule: Schedule) -> dict[tuple[str, frozenset[str], frozenset[str]], int]:
+    """How many steps there are of each kind: UNet, features inherited, features wanted. Adaptive rules count as computing."""
+    counted: dict[tuple[str, frozenset[str], frozenset[str]], int] = {}
+    for step in schedule.all_steps():
+        kind = step.unet, step.inherited, step.wanted
+        counted[kind] = counted.get(kind, 0) + 1
+    return counted
+
+
+def check_runs(schedule: Schedule) -> None:
+    """Check that the segments can run a schedule exactly.
+
+    An inherited or kept feature must leave its segment, and what reads an inherited feature must be in another segment than what
+    makes it: inside a segment it would be computed afresh.
+
+    Raises:
+        PlanError: names the feature, and the command that builds a bundle which can run the plan.
+    """
+    steps = {(s.unet, s.inherited, s.wanted) for changed in (False, True) for s in schedule.all_steps(changed)}
+    for unet, inherited, wanted in steps:
+        manifest = schedule.unets[unet]
+        home = {name: segment.name for segment in manifest.segments for name in segment.units}
+        given_out = {name for segment in manifest.segments for name in segment.outputs}
+        for name in wanted - given_out:
+            raise PlanError(_cannot_run(schedule.plan, name, "a later step", home.get(name, "none"), manifest))
+        for unit in demand(manifest.units, wanted, inherited | {TEXT}):
+            for feature in inherited.intersection(unit.inputs):
+                if home[feature] == home[unit.name] or feature not in given_out:
+                    raise PlanError(_cannot_run(schedule.plan, feature, unit.name, home[feature], manifest))
+
+
+def _cannot_run(plan: Plan, feature: str, reader: str, segment: str, manifest: Manifest) -> str:
+    return (
+        f"plan {plan.name} inherits {feature}, but this bundle computes it and its reader {reader} in one segment ({segment}); "
+        f"build a bundle that is cut there: python -m exporter build --variant {manifest.variant} --source {manifest.source} "
+        f"--plan {plan.name}"
+    )
