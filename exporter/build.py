@@ -38,7 +38,11 @@ _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "on
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build. Without a granularity, segments are as large as ``plans`` allow. ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call."""
+    """What to build.
+
+    Without a ``granularity``, segments are as large as ``plans`` allow. ``sizes`` are (height, width) in pixels, none for the
+    model's own; ``max_images`` is per call.
+    """
 
     variant: Variant = "original"
     source: str = "mini"

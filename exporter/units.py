@@ -131,7 +131,7 @@ def unit_module(unet: UNet2DConditionModel, name: str) -> nn.Module:
         return Head(unet)
     owner, _, part = name.rpartition(".")
     is_branch = part == "branch"
-    module = unet.get_submodule(unit_modules(unet)[owner if is_branch else name])
+    module: nn.Module = unet.get_submodule(unit_modules(unet)[owner if is_branch else name])
     kind = kind_of(owner if is_branch else name)
     if kind == "stem":
         return Stem(module)
@@ -143,7 +143,7 @@ def unit_module(unet: UNet2DConditionModel, name: str) -> nn.Module:
 
 
 def kind_of(name: str) -> str:
-    """The kind of a unit, as its name says: ``resnet``, ``attention``, ``sampler``, ``branch``, ``stem``, ``time`` or ``head``."""
+    """The kind of a unit, as its name ends: resnet, attention, sampler, branch, stem, time or head."""
     return name.rsplit(".", maxsplit=1)[-1]
 
 

@@ -56,7 +56,7 @@ class Pipeline:
         for file in bundle.manifest.files:
             bundle.path(file)
         self.network = Network.load(bundle, engine)
-        self.networks = {bundle.manifest.variant: self.network}
+        self.networks: dict[str, Network] = {bundle.manifest.variant: self.network}
         self._lock = threading.Lock()
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(bundle.folder / "tokenizer", local_files_only=True)
 
@@ -84,15 +84,15 @@ class Pipeline:
             return self.networks[name]
 
     def _companion(self, variant: str) -> Bundle:
-        source = self.manifest.source
-        for path in sorted(self.bundle.folder.parent.glob("[!.]*/manifest.json")):
+        source, folder = self.manifest.source, self.bundle.folder.parent
+        for path in sorted(folder.glob("[!.]*/manifest.json")):
             bundle = Bundle.open(path.parent)
             if (bundle.manifest.variant, bundle.manifest.source) == (variant, source):
                 _check_alike(self.bundle, bundle)
                 return bundle
         raise PlanError(
-            f"the plan runs the UNet {variant!r}, and no bundle in {self.bundle.folder.parent} has it for source {source}; build it with: "
-            f"python -m exporter build --variant {variant} --source {source} --out {self.bundle.folder.parent / variant}"
+            f"the plan runs the UNet {variant!r}, and no bundle in {folder} has it for source {source}; build it with: "
+            f"python -m exporter build --variant {variant} --source {source} --out {folder / variant}"
         )
 
     def encode(self, prompts: Sequence[str]) -> Tensor:

@@ -1,8 +1,9 @@
 """A plan says, for each denoising step, which UNet runs and which features are inherited. Plans are data.
 
 A rule names units and the steps at which they are computed afresh; at the others they are inherited. Several rules hold at once.
-Inheritance *by output*: whoever reads a unit's feature gets it as the last key step left it. Inheritance *by residual*: the unit's
-input flows on, directly or through its shortcut, and what the unit added at the last key step is added again. See A-SDM
+
+Inheritance *by output*: whoever reads a unit's feature gets it as the last key step left it. Inheritance *by residual*: the
+unit's input flows on, directly or through its shortcut, and what the unit added at the last key step is added again. See A-SDM
 (arXiv 2406.00210); where the paper is silent, what stands here is this project's choice.
 """
 
@@ -91,8 +92,8 @@ class Plan(Record):
         for number, part in enumerate(self.unets):
             if part.start != at or part.stop <= part.start:
                 raise PlanError(
-                    f"plan {self.name}: unets.{number} covers {part.start:g} to {part.stop:g}, expected a range that starts at {at:g}: "
-                    "ranges follow each other without overlap or gap"
+                    f"plan {self.name}: unets.{number} covers {part.start:g} to {part.stop:g}, "
+                    f"expected a range that starts at {at:g}: ranges follow each other without overlap or gap"
                 )
             at = part.stop
         if self.unets and at != 1:

@@ -78,7 +78,7 @@ def _adaptive(text: str) -> Plan:
 PRESETS = {
     "full": Preset("full", "every step computes everything", "full", _full),
     "block": Preset(
-        "block:N", "every N-th step computes everything; the others inherit the last up block but one", "block:3", _uniform("up.-2")
+        "block:N", "key step every N-th; the others inherit the last up block but one", "block:3", _uniform("up.-2")
     ),
     "layer": Preset(
         "layer:N", "the others inherit the first layer of the outermost up block: a little more is computed than with deepcache",

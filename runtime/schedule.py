@@ -190,8 +190,8 @@ class Schedule:
             outputs = [name for segment in self.unets[unet].segments for name in segment.outputs]
             if rule.when.feature not in outputs:
                 raise PlanError(
-                    f"plan {self.plan.name}: rules.when.feature is {rule.when.feature!r}, which no segment of UNet {unet} gives out; "
-                    f"choose from: {', '.join(outputs)}"
+                    f"plan {self.plan.name}: rules.when.feature is {rule.when.feature!r}, "
+                    f"which no segment of UNet {unet} gives out; choose from: {', '.join(outputs)}"
                 )
 
     def _check_carry(self) -> None:
@@ -202,8 +202,8 @@ class Schedule:
                     here, there = self._shape(index, name), self._shape(later, name)
                     if here != there:
                         raise PlanError(
-                            f"plan {self.plan.name}: carry cannot take {name} from UNet {self._unet[index]} to {self._unet[later]}: "
-                            f"it is {here or 'not there'} in one and {there or 'not there'} in the other; set carry to false"
+                            f"plan {self.plan.name}: carry cannot take {name} "
+                            f"from UNet {self._unet[index]} to {self._unet[later]}: it is {here or 'not there'} in one and {there or 'not there'} in the other; set carry to false"
                         )
 
     def _shape(self, index: int, name: str) -> tuple[object, ...] | None:
