@@ -1,14 +1,24 @@
-"""What every test runs under."""
+"""What every test runs under, and the bundles that several of them share."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from engines import Bundle
+    from runtime import Pipeline
 
 # No test reaches a model hub; set before any library reads it, and inherited by the commands that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The tensors here are small: a second thread gains nothing, and where cores are shared it waits for its turn at every operator.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,3 +31,50 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where shared bundles are built: a temporary folder, or TEST_BUNDLES, where the next run finds them up to date."""
+    folder = os.environ.get("TEST_BUNDLES")
+    return Path(folder) if folder else tmp_path_factory.mktemp("bundles")
+
+
+def build_shared(bundles: Path, name: str, **options: object) -> Bundle:
+    """Build a bundle that tests only read."""
+    from exporter import BuildError, BuildOptions, build
+
+    wanted = dataclasses.replace(BuildOptions(), out=bundles / name, **options)  # type: ignore[arg-type]
+    try:
+        return build(wanted)[0]
+    except BuildError:  # TEST_BUNDLES holds one made by older code
+        return build(dataclasses.replace(wanted, force=True))[0]
+
+
+@pytest.fixture(scope="session")
+def mini_bundle(bundles: Path) -> Bundle:
+    """The embedded model, original UNet, ONNX Runtime, cut as every bundle is by default. Not to be changed."""
+    return build_shared(bundles, "mini-original")
+
+
+@pytest.fixture(scope="session")
+def assembled_bundle(bundles: Path) -> Bundle:
+    """The embedded model with its assembled UNet. Not to be changed."""
+    return build_shared(bundles, "mini-assembled", variant="assembled")
+
+
+@pytest.fixture(scope="session")
+def mini_pipeline(mini_bundle: Bundle) -> Pipeline:
+    """The embedded model, loaded in ONNX Runtime."""
+    from engines import make_engine
+    from runtime import Pipeline
+
+    return Pipeline(mini_bundle, make_engine("onnxruntime"))
+
+
+@pytest.fixture
+def bundle_copy(mini_bundle: Bundle, tmp_path: Path) -> Path:
+    """A copy of the embedded model's bundle that a test may damage."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(mini_bundle.folder, folder)
+    return folder
