@@ -8,6 +8,7 @@ graph is cast once on each side.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -46,7 +47,7 @@ class Stem(nn.Module):
 class ResnetBranch(nn.Module):
     """Feature, on the way up a skip feature, and time embedding -> what the ResNet adds to its (projected) input."""
 
-    def __init__(self, resnet: nn.Module) -> None:
+    def __init__(self, resnet: Any) -> None:
         super().__init__()
         self.norm1, self.conv1, self.time = resnet.norm1, resnet.conv1, resnet.time_emb_proj
         self.norm2, self.conv2, self.activation = resnet.norm2, resnet.conv2, resnet.nonlinearity
@@ -62,20 +63,21 @@ class ResnetBranch(nn.Module):
 class ResnetSum(nn.Module):
     """Feature, on the way up a skip feature, and the ResNet's branch -> feature."""
 
-    def __init__(self, resnet: nn.Module) -> None:
+    def __init__(self, resnet: Any) -> None:
         super().__init__()
         self.shortcut = resnet.conv_shortcut
 
     def forward(self, *features: Tensor) -> Tensor:
         *inputs, branch = features
         x = _joined(inputs)
-        return (x if self.shortcut is None else self.shortcut(x)) + branch
+        shortcut: Tensor = x if self.shortcut is None else self.shortcut(x)
+        return shortcut + branch
 
 
 class AttentionBranch(nn.Module):
     """Feature and text (batch, tokens, width) -> what the transformer adds to its input."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.norm, self.before, self.after = transformer.norm, transformer.proj_in, transformer.proj_out
         self.blocks, self.linear = transformer.transformer_blocks, bool(transformer.use_linear_projection)
@@ -86,8 +88,8 @@ class AttentionBranch(nn.Module):
         x = self.before(_tokens(x)) if self.linear else _tokens(self.before(x))
         for block in self.blocks:
             x = block(x, encoder_hidden_states=text)
-        x = _picture(self.after(x), height, width) if self.linear else self.after(_picture(x, height, width))
-        return x
+        result: Tensor = _picture(self.after(x), height, width) if self.linear else self.after(_picture(x, height, width))
+        return result
 
 
 class AttentionSum(nn.Module):
@@ -106,7 +108,8 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _picture(x: Tensor, height: int, width: int) -> Tensor:
-    return x.transpose(1, 2).unflatten(2, (height, width))
+    result: Tensor = x.transpose(1, 2).unflatten(2, (height, width))
+    return result
 
 
 class Head(nn.Module):
@@ -133,7 +136,7 @@ def unit_module(unet: UNet2DConditionModel, name: str) -> nn.Module:
     is_branch = part == "branch"
     module: nn.Module = unet.get_submodule(unit_modules(unet)[owner if is_branch else name])
     kind = kind_of(owner if is_branch else name)
-    if kind == "stem":
+    if isinstance(module, nn.Conv2d):
         return Stem(module)
     if kind == "resnet":
         return ResnetBranch(module) if is_branch else ResnetSum(module)

@@ -50,7 +50,7 @@ def _uniform(*units: str, kind: str = "output") -> Callable[[str], Plan]:
     """A preset of one rule with every N-th step a key step."""
 
     def make(text: str) -> Plan:
-        return Plan(name="", rules=(Rule(units=units, kind=kind, when=_every(text)),))  # type: ignore[arg-type]
+        return Plan(name="", rules=(Rule(units=units, kind=kind, when=_every(text)),))
 
     return make
 

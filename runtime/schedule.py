@@ -203,7 +203,8 @@ class Schedule:
                     if here != there:
                         raise PlanError(
                             f"plan {self.plan.name}: carry cannot take {name} "
-                            f"from UNet {self._unet[index]} to {self._unet[later]}: it is {here or 'not there'} in one and {there or 'not there'} in the other; set carry to false"
+                            f"from UNet {self._unet[index]} to {self._unet[later]}: "
+                            f"it is {here or 'not there'} in one and {there or 'not there'} in the other; set carry to false"
                         )
 
     def _shape(self, index: int, name: str) -> tuple[object, ...] | None:
