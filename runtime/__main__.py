@@ -15,8 +15,10 @@ from torch import Tensor
 from engines import UserError
 from engines.command import Parser, parse_size, run_command
 from runtime.executor import StepRecord
+from runtime.explain import explain, listed, plot
 from runtime.pipeline import Generation, Pipeline, default_bundle, load
-from runtime.presets import PRESETS
+from runtime.presets import PRESETS, find_plan
+from runtime.schedulers import make_scheduler
 
 __all__ = ["main"]
 
@@ -36,6 +38,10 @@ def _parser() -> Parser:
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: %(default)s)")
     parser.add_argument("--size", type=parse_size, help="HEIGHTxWIDTH in pixels (default: the bundle's first size)")
     parser.add_argument("--images", type=int, default=1, help="number of pictures (default: %(default)s)")
+    parser.add_argument(
+        "--explain", action="store_true", help="print what the plan does and costs, step by step; make no picture"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the plan, steps across and units down; make no picture")
     parser.add_argument("-o", "--out", type=Path, default=Path("out.png"), help="the PNG file to write (default: %(default)s)")
     return parser
 
@@ -50,6 +56,9 @@ def main(arguments: Sequence[str]) -> None:
     if options.out.suffix.lower() != ".png" or not options.out.parent.is_dir():
         raise UserError(f"cannot write {options.out}: give the name of a .png file in a folder that exists")
     folder = options.bundle or default_bundle()
+    if options.explain or options.plot:
+        _explain(load(folder, options.engine), options, console)
+        return
     warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
     generation = _generate(load(folder, options.engine), options, console)
     console.print(_steps(generation))
@@ -84,6 +93,22 @@ def _generate(pipeline: Pipeline, options: Namespace, console: Console) -> Gener
         )
 
 
+def _explain(pipeline: Pipeline, options: Namespace, console: Console) -> None:
+    timesteps = make_scheduler(options.scheduler, pipeline.bundle.folder / "scheduler", options.steps).timesteps.tolist()
+    schedule = pipeline.schedule(find_plan(options.plan), timesteps)
+    if options.plot:
+        plot(schedule, options.plot)
+        console.print(f"wrote {options.plot}", soft_wrap=True)
+    if options.explain:
+        height, width = options.size or pipeline.manifest.sizes[0]
+        scale = pipeline.manifest.vae_scale
+        rows = options.images * (2 if options.guidance > 1 else 1)
+        sizes = {"batch": rows, "height": height // scale, "width": width // scale}
+        table, summary = explain(schedule, pipeline.networks, sizes)
+        console.print(table)
+        console.print(summary)
+
+
 def _steps(generation: Generation) -> Table:
     """What ran at which step."""
     table = Table(title=f"{len(generation.steps)} steps, {generation.seconds:.2f} s in all", box=SIMPLE)
@@ -91,9 +116,8 @@ def _steps(generation: Generation) -> Table:
         table.add_column(name, justify="right" if name in {"step", "timestep", "ms"} else "left")
     most = max(len(record.ran) for record in generation.steps)
     for record in generation.steps:
-        ran = f"all {most}" if len(record.ran) == most else ", ".join(record.ran) or "none"
         numbers = str(record.index), f"{record.timestep:.0f}", f"{1000 * record.seconds:.1f}"
-        table.add_row(*numbers, record.kind, ran, ", ".join(record.inherited))
+        table.add_row(*numbers, record.kind, listed(record.ran, most), listed(record.inherited))
     return table
 
 

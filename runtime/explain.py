@@ -1,0 +1,139 @@
+"""What a plan will do, before it does it: a table of steps, what it costs, and a picture of steps against units."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE
+from rich.table import Table
+
+from engines import DTYPES
+from engines.manifest import Manifest
+from engines.shapes import resolve
+from runtime.cost import peak_bytes, step_macs
+from runtime.demand import demand
+from runtime.errors import RequestError
+from runtime.executor import Network
+from runtime.plan import BRANCH
+from runtime.schedule import TEXT, Schedule, Step, reads
+
+__all__ = ["explain", "listed", "plot", "segment_seconds"]
+
+_REPEATS = 5
+_MOST_NAMED = 5
+
+
+def segment_seconds(network: Network, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Median seconds of each UNet segment on random inputs of the given sizes (``batch``, ``height``, ``width``)."""
+    manifest, seconds = network.manifest, {}
+    for segment in demand(manifest.segments, ["head"], [TEXT]):
+        inputs = {
+            name: torch.randn(resolve(manifest.features[name].shape, sizes)).to(
+                network.runners[segment.name].device, DTYPES[manifest.features[name].dtype]
+            )
+            for name in segment.inputs
+        }
+        runner = network.runners[segment.name]
+        runner.run(inputs)
+        seconds[segment.name] = statistics.median(runner.timed_run(inputs)[1] for _ in range(_REPEATS))
+    return seconds
+
+
+def explain(schedule: Schedule, networks: Mapping[str, Network], sizes: Mapping[str, int]) -> tuple[Table, str]:
+    """The table of steps, and a line that sums it up against running the last UNet whole at every step.
+
+    Adaptive rules are shown as computing afresh wherever they may: what they save is decided while running.
+
+    Args:
+        schedule: a plan laid out.
+        networks: loaded segments of its UNets, which are timed.
+        sizes: ``batch`` (rows of a UNet call), and ``height`` and ``width`` of the latents.
+    """
+    table = Table(title=f"plan {schedule.plan.name}", box=SIMPLE)
+    for name in ("step", "UNet", "kind", "segments run", "inherited", "MACs", "ms"):
+        table.add_column(name, justify="right" if name in {"step", "MACs", "ms"} else "left")
+    steps = schedule.all_steps()
+    seconds = {name: segment_seconds(networks[name], sizes) for name in schedule.unets}
+    last = schedule.unets[steps[-1].unet]
+    whole = Step(0, steps[-1].unet, True)
+    full_macs, full_seconds = step_macs(last, whole), _seconds(last, whole, seconds[whole.unet])
+    macs_sum = seconds_sum = 0.0
+    for step in steps:
+        manifest = schedule.unets[step.unet]
+        macs, time = step_macs(manifest, step) / full_macs, _seconds(manifest, step, seconds[step.unet])
+        macs_sum, seconds_sum = macs_sum + macs, seconds_sum + time
+        ran = [segment.name for segment in demand(manifest.segments, step.wanted, step.inherited | {TEXT})]
+        taken = sorted(reads(manifest, step.inherited, step.keep))
+        names = listed(ran, len(seconds[step.unet])), listed(taken)
+        table.add_row(str(step.index), step.unet, "key" if step.key else "inherit", *names, f"{macs:.3f}", f"{1000 * time:.1f}")
+    peak = peak_bytes(schedule, sizes) / 2**20
+    return table, (
+        f"UNet MACs {macs_sum / len(steps):.3f} and predicted time {seconds_sum / len(steps) / full_seconds:.3f} of full; "
+        f"features take at most {peak:.2f} MiB at once, cached ones included"
+    )
+
+
+def listed(names: Sequence[str], of: int | None = None) -> str:
+    """Names for a table's cell, or how many there are (of all) where that would be too long."""
+    if len(names) == of:
+        return f"all {of}"
+    return ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)}" + (f" of {of}" if of else "")
+
+
+def _seconds(manifest: Manifest, step: Step, seconds: Mapping[str, float]) -> float:
+    running = demand(manifest.segments, step.wanted, step.inherited | {TEXT})
+    return sum(seconds[segment.name] for segment in running)
+
+
+_SKIPPED, _INHERITED, _COMPUTED, _ABSENT = 0, 1, 2, 3
+
+
+def plot(schedule: Schedule, path: Path) -> None:
+    """Write a picture of the plan: steps across, units down; computed, inherited or not needed.
+
+    Raises:
+        RequestError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise RequestError(f"--plot needs matplotlib ({error}); install it with: pip install matplotlib") from error
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    names = list(dict.fromkeys(unit for manifest in schedule.unets.values() for unit in manifest.unet_units))
+    names = [name for name in names if not name.endswith(BRANCH)]
+    steps = schedule.all_steps()
+    rows = [[_state(schedule, step, name) for step in steps] for name in names]
+    colours = {"not needed": "#e8e8e8", "inherited": "#f2b134", "computed": "#2f6690", "not in this UNet": "#ffffff"}
+    figure, axis = pyplot.subplots(figsize=(2.8 + 0.22 * len(steps), 1.2 + 0.15 * len(names)))
+    axis.pcolormesh(rows, cmap=ListedColormap(list(colours.values())), vmin=0, vmax=3, edgecolors="white", linewidth=0.5)
+    axis.set_yticks([row + 0.5 for row in range(len(names))], names, fontsize=6)
+    axis.set_xticks([column + 0.5 for column in range(len(steps))], [str(step.index) for step in steps], fontsize=6)
+    axis.invert_yaxis()
+    axis.set_xlabel("step (" + ", ".join(_ranges(steps)) + ")", fontsize=7)
+    axis.set_title(f"plan {schedule.plan.name}", fontsize=9)
+    handles = [Patch(facecolor=colour, edgecolor="#999999", label=label) for label, colour in colours.items()]
+    axis.legend(handles=handles[: 4 if len(schedule.unets) > 1 else 3], loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=6)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _state(schedule: Schedule, step: Step, unit: str) -> int:
+    manifest = schedule.unets[step.unet]
+    if unit not in manifest.unet_units:
+        return _ABSENT
+    taken = reads(manifest, step.inherited, step.keep)
+    if unit in taken or f"{unit}{BRANCH}" in taken:
+        return _INHERITED
+    running = demand(manifest.units, step.wanted, step.inherited | {TEXT})
+    return _COMPUTED if any(unit == node.name for node in running) else _SKIPPED
+
+
+def _ranges(steps: tuple[Step, ...]) -> list[str]:
+    """Which UNet runs from which step on."""
+    starts = [step for before, step in zip((None, *steps), steps, strict=False) if before is None or before.unet != step.unet]
+    return [f"{step.unet} from {step.index}" for step in starts]
