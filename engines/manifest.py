@@ -113,7 +113,7 @@ class Manifest(_Record):
     @property
     def unet_units(self) -> tuple[str, ...]:
         """Names of the UNet's units: those that a plan can name."""
-        return tuple(unit.name for unit in self.units if unit.kind not in {"text_encoder", "vae_decoder"})
+        return tuple(unit.name for unit in self.units if unit.kind not in {"text_encoder", "vae_decoder", "vae_encoder"})
 
     def segment(self, name: str) -> Segment:
         """The segment of that name; KeyError if there is none."""

@@ -97,13 +97,14 @@ def build(options: BuildOptions, progress: Progress = lambda done, total, what: 
 
 
 def segments_of(graph: Graph, granularity: Granularity | None, plans: Sequence[str] = ()) -> tuple[Segment, ...]:
-    """The text encoder, the UNet cut for the plans (with a granularity, for the default ones too), and the VAE decoder."""
+    """The text encoder, the UNet cut for the plans (with a granularity, for the default ones too), and both halves of the VAE."""
     wanted = [find_plan(plan) for plan in plans]
     if granularity is not None:
         names = [unit.name for unit in graph.unet_units]
         wanted += [plan for plan in map(find_plan, DEFAULT_PLANS) if _fits(plan, names)]
-    ends = [Segment(name=u.name, units=(u.name,), inputs=u.inputs, outputs=u.outputs) for u in (graph.units[0], graph.units[-1])]
-    return (ends[0], *partition(graph.unet_units, granularity, wanted), ends[1])
+    ends = [u for u in graph.units if u not in graph.unet_units]
+    text, *vae = (Segment(name=u.name, units=(u.name,), inputs=u.inputs, outputs=u.outputs) for u in ends)
+    return (text, *partition(graph.unet_units, granularity, wanted), *vae)
 
 
 def _fits(plan: Plan, units: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""The whole of a checkpoint as one graph: text encoder, the UNet's units and the VAE decoder, with a torch module for each."""
+"""The whole of a checkpoint as one graph: text encoder, the UNet's units and both halves of the VAE, a torch module for each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +15,19 @@ from exporter.sources import Checkpoint
 from exporter.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
 from exporter.units import SegmentModule, unit_module
 
-__all__ = ["LATENTS", "TOKENS", "VAE_DECODER", "Graph", "check_size", "load_graph"]
+__all__ = ["IMAGE", "LATENTS", "TOKENS", "VAE_DECODER", "VAE_ENCODER", "Graph", "check_size", "load_graph"]
 
 TOKENS = "tokens"
 """Graph input: token numbers (batch, text length), int64."""
 LATENTS = "latents"
 """Graph input of the VAE decoder: denoised latents (images, channels, height, width), float32."""
 VAE_DECODER = "vae_decoder"
+IMAGE = "image"
+"""Graph input of the VAE encoder: a picture in [-1, 1] (images, 3, pixels, pixels), float32."""
+VAE_ENCODER = "vae_encoder"
+
+_LOG_VARIANCE = (-30.0, 20.0)
+"""Bounds that diffusers' DiagonalGaussianDistribution sets."""
 
 
 class TextEncoder(nn.Module):
@@ -52,6 +58,26 @@ class VaeDecoder(nn.Module):
         return result.float()
 
 
+class VaeEncoder(nn.Module):
+    """Picture in [-1, 1] -> the normal distribution of its latents as the UNet has them: means, then standard deviations.
+
+    The result has twice the latents' channels and is float32. Samples are drawn outside: an engine has no seeds.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.quant, self.encoder = vae.quant_conv, vae.encoder
+        self.scaling = float(vae.config.scaling_factor)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.encoder(image.to(self.encoder.conv_in.weight.dtype))
+        if self.quant is not None:
+            x = self.quant(x)
+        mean, log_variance = x.float().chunk(2, dim=1)
+        deviation = torch.exp(log_variance.clamp(*_LOG_VARIANCE) / 2)
+        return self.scaling * torch.cat([mean, deviation], dim=1)
+
+
 @dataclass(frozen=True)
 class Graph:
     """Units in an order in which they can run, the module of each, every feature, and the sizes that hold for all."""
@@ -76,7 +102,7 @@ class Graph:
     @property
     def unet_units(self) -> tuple[Unit, ...]:
         """The units that a plan can name."""
-        return tuple(unit for unit in self.units if unit.name not in {TEXT, VAE_DECODER})
+        return tuple(unit for unit in self.units if unit.name not in {TEXT, VAE_DECODER, VAE_ENCODER})
 
     def segment_module(self, segment: Segment) -> SegmentModule:
         """The torch module that computes a segment."""
@@ -102,36 +128,39 @@ def load_graph(checkpoint: Checkpoint, variant: str, dtype: torch.dtype, size: t
         model.to(dtype)
     config: Any = text.config
     _check_fit(checkpoint, unet, vae, config.hidden_size)
-    units = (
-        Unit(name=TEXT, kind=TEXT, inputs=(TOKENS,)),
-        *topology(unet),
-        Unit(name=VAE_DECODER, kind=VAE_DECODER, inputs=(LATENTS,)),
-    )
-    modules: dict[str, nn.Module] = {unit.name: unit_module(unet, unit.name) for unit in units[1:-1]}
-    modules |= {TEXT: TextEncoder(text), VAE_DECODER: VaeDecoder(vae)}
-    channels = unet.config.in_channels
-    inputs = {
-        TOKENS: Feature(dtype="int64", shape=("batch", config.max_position_embeddings)),
-        SAMPLE: Feature(dtype="float32", shape=("batch", channels, "height", "width")),
-        TIMESTEP: Feature(dtype="float32", shape=(1,)),
-        LATENTS: Feature(dtype="float32", shape=("images", vae.config.latent_channels, "height", "width")),
-    }
     scale, depth = 2 ** (len(vae.config.block_out_channels) - 1), depth_factor(unet)
     size = size or (unet.config.sample_size * scale, unet.config.sample_size * scale)
     check_size(size, scale * depth)
+    inside = topology(unet)
+    ends: dict[str, nn.Module] = {TEXT: TextEncoder(text), VAE_DECODER: VaeDecoder(vae), VAE_ENCODER: VaeEncoder(vae)}
+    first, *last = (Unit(name=n, kind=n, inputs=(i,)) for n, i in zip(ends, (TOKENS, LATENTS, IMAGE), strict=True))
+    modules = ends | {unit.name: unit_module(unet, unit.name) for unit in inside}
     sizes = {"height": size[0] // scale, "width": size[1] // scale}
-    measured, features = measure(units, modules, inputs, sizes)
+    inputs = _inputs(unet, vae, config.max_position_embeddings, scale)
+    units, features = measure((first, *inside, *last), modules, inputs, sizes)
     return Graph(
-        units=tuple(measured),
+        units=tuple(units),
         modules=modules,
         features=features,
         depth=depth,
         vae_scale=scale,
-        latent_channels=channels,
+        latent_channels=unet.config.in_channels,
         text_length=config.max_position_embeddings,
         vocabulary=config.vocab_size,
         size=size,
     )
+
+
+def _inputs(unet: UNet2DConditionModel, vae: AutoencoderKL, text_length: int, scale: int) -> dict[str, Feature]:
+    """The features that no unit makes."""
+    picture = vae.config.in_channels, f"{scale}*height", f"{scale}*width"
+    return {
+        TOKENS: Feature(dtype="int64", shape=("batch", text_length)),
+        SAMPLE: Feature(dtype="float32", shape=("batch", unet.config.in_channels, "height", "width")),
+        TIMESTEP: Feature(dtype="float32", shape=(1,)),
+        LATENTS: Feature(dtype="float32", shape=("images", vae.config.latent_channels, "height", "width")),
+        IMAGE: Feature(dtype="float32", shape=("images", *picture)),
+    }
 
 
 def check_size(size: tuple[int, int], multiple: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from engines import DTYPES, Bundle, Engine, make_engine
 from engines.manifest import Manifest, Precision
 from engines.shapes import resolve
 from exporter.errors import BuildError
-from exporter.graph import LATENTS, TOKENS, VAE_DECODER, TextEncoder, VaeDecoder
+from exporter.graph import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER, TextEncoder
 from exporter.sources import open_source
 from exporter.topology import SAMPLE, TEXT, TIMESTEP
 from runtime.executor import Network
@@ -49,10 +50,10 @@ class _Reference:
 
     unet: nn.Module
     text: nn.Module
-    vae: nn.Module
+    vae: AutoencoderKL
 
     def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every feature by name, from tokens, sample, timestep and latents."""
+        """Every feature by name, from tokens, sample, timestep, latents and image."""
         features = dict(inputs)
         paths = {path: name for name, path in unit_modules(self.unet).items()} | {"time_embedding": "time"}
         hooks = [self.unet.get_submodule(path).register_forward_hook(_keep(features, name)) for path, name in paths.items()]
@@ -60,12 +61,20 @@ class _Reference:
             with torch.no_grad():
                 features[TEXT] = self.text(inputs[TOKENS])
                 self.unet(inputs[SAMPLE], inputs[TIMESTEP], features[TEXT])
-                features[VAE_DECODER] = self.vae(inputs[LATENTS])
+                features |= self._vae_features(inputs)
         finally:
             for hook in hooks:
                 hook.remove()
         features["time"] = features["time"][:1]  # the UNet repeats the one timestep for every row
         return features
+
+    def _vae_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        scaling = self.vae.config.scaling_factor
+        latents = self.vae.encode(inputs[IMAGE]).latent_dist
+        return {
+            VAE_DECODER: self.vae.decode(inputs[LATENTS] / scaling).sample,
+            VAE_ENCODER: torch.cat([latents.mean, latents.std], dim=1) * scaling,
+        }
 
 
 def _keep(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:
@@ -109,7 +118,7 @@ def _load_reference(bundle: Bundle) -> _Reference:
             "build it anew with --force, then verify it"
         )
     return _Reference(
-        checkpoint.unet(manifest.variant), TextEncoder(checkpoint.text_encoder()).eval(), VaeDecoder(checkpoint.vae()).eval()
+        checkpoint.unet(manifest.variant).eval(), TextEncoder(checkpoint.text_encoder()).eval(), checkpoint.vae().eval()
     )
 
 
@@ -124,10 +133,10 @@ def _inputs(manifest: Manifest, images: int, height: int, width: int) -> dict[st
     """Random inputs. One row of the UNet per image: guidance is no other thing than more rows."""
     dims = {"batch": images, "images": images, "height": height // manifest.vae_scale, "width": width // manifest.vae_scale}
     generator = torch.Generator().manual_seed(images * 1000003 + height * 1009 + width)
-    inputs = {name: torch.randn(resolve(manifest.features[name].shape, dims), generator=generator) for name in (SAMPLE, LATENTS)}
+    shapes = {name: resolve(manifest.features[name].shape, dims) for name in (SAMPLE, LATENTS, IMAGE, TOKENS)}
+    inputs = {name: torch.randn(shapes[name], generator=generator) for name in (SAMPLE, LATENTS, IMAGE)}
     inputs[TIMESTEP] = torch.tensor([501.0])
-    shape = resolve(manifest.features[TOKENS].shape, dims)
-    return inputs | {TOKENS: torch.randint(0, manifest.vocabulary, shape, generator=generator)}
+    return inputs | {TOKENS: torch.randint(0, manifest.vocabulary, shapes[TOKENS], generator=generator)}
 
 
 def _errors(
