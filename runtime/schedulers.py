@@ -16,6 +16,10 @@ SCHEDULERS = {
     "heun": "HeunDiscreteScheduler",
 }
 
+# What Stable Diffusion's own PNDM configuration has. Without it (a folder written for another scheduler) diffusers starts with
+# nine Runge-Kutta evaluations more, and cannot take fewer than four steps.
+_SETTINGS = {"pndm": {"skip_prk_steps": True}}
+
 
 def make_scheduler(name: str, folder: Path, steps: int) -> Any:
     """A fresh scheduler with its timesteps set.
@@ -31,8 +35,9 @@ def make_scheduler(name: str, folder: Path, steps: int) -> Any:
     """
     if name not in SCHEDULERS:
         raise RequestError(f"unknown scheduler {name!r}; choose from: {', '.join(SCHEDULERS)}")
-    scheduler = getattr(import_module("diffusers"), SCHEDULERS[name]).from_pretrained(folder)
-    most = scheduler.config.num_train_timesteps
+    scheduler = getattr(import_module("diffusers"), SCHEDULERS[name]).from_pretrained(folder, **_SETTINGS.get(name, {}))
+    # Timesteps lie a whole number apart: with more steps than half of those trained they would leave out the noisiest half.
+    most = scheduler.config.num_train_timesteps // 2
     if not 1 <= steps <= most:
         raise RequestError(f"steps = {steps}; choose from 1 to {most}")
     scheduler.set_timesteps(steps)

@@ -1,8 +1,9 @@
 """Distillation: the losses that teach an assembled UNet to do what its original does.
 
 As in BK-SDM (arXiv 2305.15798): the noise (or velocity) target, the teacher's output, and the output of every block,
-each as a mean squared error. Blocks are matched by name, so a student may have fewer layers in them or lack the mid
-block; a student without a stage has its own blocks matched where names agree and is told by `matched`.
+each as a mean squared error; blocks are matched by name, so a student may have fewer layers in them or no mid block.
+What differs: a block's error is divided by the mean square of the teacher's feature. The embedded UNet's blocks have
+mean squares of 25 to 1,800, so that plain errors would drown the other two losses.
 """
 
 from contextlib import AbstractContextManager, ExitStack
@@ -28,7 +29,7 @@ def _blocks(unet: nn.Module) -> dict[str, nn.Module]:
 
 
 def matched(teacher: nn.Module, student: nn.Module) -> list[str]:
-    """Names of the blocks that both have; up blocks are matched from the outermost inwards by their own names."""
+    """Names of the blocks that both have, in the teacher's order."""
     ours = _blocks(student)
     return [name for name in _blocks(teacher) if name in ours]
 
@@ -73,6 +74,11 @@ class BlockFeatures(AbstractContextManager["BlockFeatures"]):
         return keep
 
 
+def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The squared error as a share of the teacher's mean square."""
+    return nn.functional.mse_loss(ours, theirs) / theirs.square().mean().clamp_min(1e-8)
+
+
 class DistillLoss:
     """The three losses of one batch for a frozen teacher and a student of the same stages."""
 
@@ -95,7 +101,7 @@ class DistillLoss:
         losses = {
             "noise": mse(predicted, target),
             "output": mse(predicted, taught),
-            "features": torch.stack([mse(ours.values[n], theirs.values[n]) for n in self._names]).sum(),
+            "features": torch.stack([_relative(ours.values[n], theirs.values[n]) for n in self._names]).sum(),
         }
         w = self._weights
         total = w.noise * losses["noise"] + w.output * losses["output"] + w.features * losses["features"]

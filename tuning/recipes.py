@@ -11,7 +11,7 @@ __all__ = ["RECIPES", "LossWeights", "Recipe", "recipe"]
 
 
 class LossWeights(BaseModel):
-    """Weights of the distillation losses; BK-SDM (arXiv 2305.15798) and this project use 1 for each."""
+    """Weights of the distillation losses, 1 for each as in BK-SDM (arXiv 2305.15798); features are errors in shares."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -129,6 +129,7 @@ def test_the_committed_folder_is_small_whole_and_half_precision() -> None:
     again = tuning.assemble(unet, tuning.recipe("assembled"))
     student = UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet_assembled")
     assert {k: v.shape for k, v in student.state_dict().items()} == {k: v.shape for k, v in again.state_dict().items()}
+    assert not [path for path in MODEL.rglob("*.json") if "_name_or_path" in path.read_text()]
     assert "training/settings.json" in sizes
     assert "training/vae.jsonl" in sizes
 

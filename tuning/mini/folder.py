@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tuning.mini.models import new_text_encoder, new_unet, new_vae, scheduler, train_tokenizer
+from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, scheduler, train_tokenizer
 
 __all__ = ["save_part", "save_random", "save_shell"]
 
@@ -34,6 +34,9 @@ def save_part(model: Any, folder: Path, dtype: torch.dtype = torch.float16) -> N
     shutil.rmtree(temporary, ignore_errors=True)
     half: nn.Module = copy.deepcopy(model).to(dtype)
     half.save_pretrained(temporary, safe_serialization=True)  # type: ignore[operator]
+    config = json.loads((temporary / "config.json").read_text())
+    config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+    (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     for file in temporary.iterdir():
         os.replace(file, folder / file.name)
@@ -51,8 +54,6 @@ def save_shell(folder: Path) -> None:
 def save_random(folder: Path) -> None:
     """Writes the whole folder with random weights, for tests of what only needs its shapes."""
     save_shell(folder)
-    from tuning.mini.models import load_tokenizer
-
     tokenizer = load_tokenizer(folder / "tokenizer")
     save_part(new_unet(), folder / "unet")
     save_part(new_vae(), folder / "vae")
