@@ -1,4 +1,4 @@
-"""Text to image: a bundle and a prompt in, pictures out."""
+"""Text to image and image to image: a bundle and a prompt in, pictures out."""
 
 import threading
 import time
@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,14 +16,17 @@ from torch import Tensor
 from engines import Bundle, BundleError, Engine, Manifest, make_engine
 from runtime.errors import PlanError, RequestError
 from runtime.executor import Executor, Network, StepRecord
+from runtime.images import Original, Picture, read_original, to_pictures
 from runtime.plan import Plan
 from runtime.presets import find_plan
 from runtime.schedule import TEXT, Schedule, check_runs
 from runtime.schedulers import make_scheduler
+from runtime.start import Start, from_noise, from_picture, timesteps_from
 
 __all__ = ["Callback", "Generation", "Pipeline", "default_bundle", "generate"]
 
 BUNDLES = Path("bundles")
+_ENCODER = "vae_encoder"
 
 Callback = Callable[[StepRecord, Tensor], None]
 """Called after every model evaluation with its record and the latents (images, channels, height, width)."""
@@ -109,9 +111,7 @@ class Pipeline:
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures from latents (images, channels, height, width)."""
-        pixels = self.network.compute("vae_decoder", {"latents": latents}).float().cpu()
-        rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-        return [Image.fromarray(np.ascontiguousarray(picture)) for picture in rounded]
+        return to_pictures(self.network.compute("vae_decoder", {"latents": latents}))
 
     def check_request(self, prompts: Sequence[str], images: int, height: int, width: int) -> None:
         """Raise RequestError unless prompts and sizes are such as this bundle and engine take."""
@@ -149,20 +149,51 @@ class Pipeline:
         scheduler: str = "dpm++",
         plan: str | Path | Plan = "full",
         callback: Callback | None = None,
+        image: Picture | None = None,
+        strength: float = 0.6,
+        mask: Picture | None = None,
     ) -> Generation:
         """Generate pictures; see ``runtime.generate``."""
         started = time.perf_counter()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         images = len(prompts) * num_images
-        height, width = height or self.manifest.sizes[0][0], width or self.manifest.sizes[0][1]
+        original = self._original(image, mask, height, width)
+        height, width = original.size if original else (height or self.manifest.sizes[0][0], width or self.manifest.sizes[0][1])
         self.check_request(prompts, images, height, width)
         noise = make_scheduler(scheduler, self.bundle.folder / "scheduler", steps)
+        timesteps = timesteps_from(noise, steps, strength) if original else noise.timesteps
         found = find_plan(plan)
-        schedule = self.schedule(found, noise.timesteps.tolist())
+        schedule = self.schedule(found, timesteps.tolist())
         text = self._text(prompts, num_images, negative_prompt, guidance_scale)
-        latents = self._noise(seed, images, height, width) * noise.init_noise_sigma
-        latents, records = self._denoise(latents, text, noise, schedule, guidance_scale, callback)
+        seeds = range(seed, seed + images)
+        if original:
+            repainted = original.repainted(self.manifest.vae_scale)
+            start = from_picture(noise, self._distribution(original), repainted, timesteps, strength, seeds)
+        else:
+            start = from_noise(noise, self._latent_shape(height, width), seeds, self.engine.device)
+        latents, records = self._denoise(start, text, noise, schedule, guidance_scale, callback)
         return Generation(self.decode(latents), latents, records, time.perf_counter() - started, found)
+
+    def _original(self, image: Picture | None, mask: Picture | None, height: int | None, width: int | None) -> Original | None:
+        """The picture to start from, at the size asked for or else its own."""
+        original = read_original(image, mask)
+        if original is None:
+            return None
+        if _ENCODER not in [segment.name for segment in self.manifest.segments]:
+            raise RequestError(
+                f"bundle {self.bundle.folder} has no segment {_ENCODER}, which image needs: an older version built it; "
+                f"build it anew: python -m exporter build --variant {self.manifest.variant} --source {self.manifest.source} "
+                f"--force --out {self.bundle.folder}"
+            )
+        return original.fitted(height, width, self.manifest.size_multiple)
+
+    def _distribution(self, original: Original) -> Tensor:
+        """Means and standard deviations of a picture's latents (1, 2 * channels, height, width)."""
+        return self.network.compute(_ENCODER, {"image": original.pixels().to(self.engine.device)})
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        scale = self.manifest.vae_scale
+        return self.manifest.latent_channels, height // scale, width // scale
 
     def _text(self, prompts: Sequence[str], num_images: int, negative_prompt: str, guidance_scale: float) -> Tensor:
         """Text features of a UNet call: with guidance, the negative prompt's rows and then the prompts'."""
@@ -171,25 +202,12 @@ class Pipeline:
             return text
         return torch.cat([self.encode([negative_prompt]).expand(len(text), -1, -1), text])
 
-    def _noise(self, seed: int, images: int, height: int, width: int) -> Tensor:
-        """Standard normal latents. Image i has seed + i, so it does not depend on how many are made together."""
-        scale = self.manifest.vae_scale
-        shape = (self.manifest.latent_channels, height // scale, width // scale)
-        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(images)]
-        return torch.stack(rows).to(self.engine.device)
-
     def _denoise(
-        self,
-        latents: Tensor,
-        text: Tensor,
-        noise: Any,
-        schedule: Schedule,
-        scale: float,
-        callback: Callback | None,
+        self, start: Start, text: Tensor, noise: Any, schedule: Schedule, scale: float, callback: Callback | None
     ) -> tuple[Tensor, list[StepRecord]]:
         """The denoising loop. The step index is counted here: schedulers may visit a timestep twice."""
-        executor, records = Executor(self.networks, schedule), []
-        for index, timestep in enumerate(noise.timesteps):
+        executor, records, latents = Executor(self.networks, schedule), [], start.latents
+        for index, timestep in enumerate(start.timesteps):
             scaled = noise.scale_model_input(latents, timestep)
             sample = torch.cat([scaled, scaled]) if scale > 1 else scaled
             when = timestep.reshape(1).to(self.engine.device, torch.float32)
@@ -198,6 +216,8 @@ class Pipeline:
                 negative, positive = prediction.chunk(2)
                 prediction = negative + scale * (positive - negative)
             latents = noise.step(prediction, timestep, latents, return_dict=False)[0]
+            if start.repaint is not None:
+                latents = start.repaint.blend(latents, noise, start.timesteps[index + 1 :])
             records.append(record)
             if callback is not None:
                 callback(record, latents)
@@ -260,8 +280,11 @@ def generate(
     bundle: str | Path | None = None,
     engine: str = "onnxruntime",
     callback: Callback | None = None,
+    image: Picture | None = None,
+    strength: float = 0.6,
+    mask: Picture | None = None,
 ) -> Generation:
-    """Generate pictures from a prompt.
+    """Generate pictures from a prompt, or from a prompt and a picture.
 
     Args:
         prompt: what the picture shows; a list of prompts makes ``num_images`` of each in one batch.
@@ -269,7 +292,7 @@ def generate(
         steps: denoising steps.
         guidance_scale: classifier-free guidance (arXiv 2207.12598); 1 or less turns it off and halves the work.
         seed: of the first picture's noise; picture i has seed + i.
-        height: in pixels; None for the bundle's first size.
+        height: in pixels; None for the image's own, or the bundle's first size. An image of another size is resized.
         width: likewise.
         num_images: pictures per prompt.
         scheduler: ddim, pndm, dpm++, euler or heun.
@@ -277,13 +300,18 @@ def generate(
         bundle: a bundle's folder; None for the one in ``./bundles`` that was built last.
         engine: what runs the segments.
         callback: called after every model evaluation; what it raises ends the call.
+        image: a picture to start from instead of noise (image-to-image): a PIL image or a file's path.
+        strength: in (0, 1], the share of the steps that run, the last ones; read only with an image. Plans count those that run.
+        mask: what to repaint of the image (inpainting), of its size: white is repainted, black is kept.
 
     Raises:
-        RequestError: an empty prompt, or a size, number of steps or scheduler that cannot be had.
+        RequestError: an empty prompt, an image or mask that cannot be read or does not fit, or a size, strength, number of
+            steps or scheduler that cannot be had.
         PlanError: a plan that is unknown, malformed, or that the bundle's segments cannot run.
         BundleError: no bundle, or a damaged one.
         EngineError: an unknown engine, or one that is not installed or not in the bundle.
     """
     return load(bundle, engine).generate(
-        prompt, negative_prompt, steps, guidance_scale, seed, height, width, num_images, scheduler, plan, callback
-    )
+        prompt, negative_prompt, steps, guidance_scale, seed, height, width, num_images, scheduler, plan, callback,
+        image, strength, mask,
+    )  # fmt: skip
