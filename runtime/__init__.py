@@ -1,5 +1,6 @@
 """Bundles and a prompt in, images out: plans, the demand-driven executor, and the text-to-image pipeline."""
 
+from runtime.drop_in import UNet
 from runtime.errors import PlanError, RequestError
 from runtime.executor import Executor, Network, StepRecord
 from runtime.pipeline import Generation, Pipeline, default_bundle, generate, load
@@ -19,6 +20,7 @@ __all__ = [
     "Rule",
     "Schedule",
     "StepRecord",
+    "UNet",
     "UNetRange",
     "default_bundle",
     "find_plan",
