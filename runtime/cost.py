@@ -58,7 +58,7 @@ def peak_bytes(schedule: Schedule, sizes: Mapping[str, int]) -> int:
         manifest = schedule.unets[step.unet]
         cached -= step.keep
         peak = max(peak, _step_peak(manifest, step, cached, sizes))
-        cached = {name for name in cached | step.keep if schedule.last_read(name) > step.index}
+        cached = (cached | step.keep) & schedule.read_later(step.index)
     return peak
 
 

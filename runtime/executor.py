@@ -107,7 +107,7 @@ class Executor:
         segments = demand(network.manifest.segments, step.wanted, step.inherited | {TEXT, *self._probe})
         made = network.run(segments, given, step.wanted)
         self._cache |= {name: made[name] for name in step.keep}
-        self._cache = {name: tensor for name, tensor in self._cache.items() if self._schedule.last_read(name) > index}
+        self._cache = {name: tensor for name, tensor in self._cache.items() if name in self._schedule.read_later(index)}
         self._probe = {}
         network.synchronize()
         record = StepRecord(

@@ -60,7 +60,7 @@ class Schedule:
         self._features = {name: self._inherited(name) for name in dict.fromkeys(self._unet)}
         self._keys = [self._key_steps(rule) for rule in plan.rules]
         self._check_adaptive()
-        self._last_read: dict[str, int] = {}
+        self._read_later: list[set[str]] = [set() for _ in range(self.steps)]
         assumptions = (False, True) if self.adaptive else (False,)
         self._keep = [frozenset[str]().union(*step) for step in zip(*(self._kept(a) for a in assumptions), strict=True)]
         if plan.carry:
@@ -70,9 +70,9 @@ class Schedule:
         """Name of the UNet that runs at a step."""
         return self._unet[index]
 
-    def last_read(self, feature: str) -> int:
-        """The last step that may read a feature from the cache, -1 if there is none."""
-        return self._last_read.get(feature, -1)
+    def read_later(self, index: int) -> frozenset[str]:
+        """The features that steps after this one may read from the cache before they are computed afresh."""
+        return frozenset(self._read_later[index])
 
     @property
     def adaptive(self) -> Rule | None:
@@ -149,8 +149,9 @@ class Schedule:
         for index in reversed(range(self.steps)):
             step = self._step(index, frozenset(kept[index]), lambda threshold: assume_changed)
             taken = reads(self.unets[step.unet], step.inherited, step.keep) | self._probed(index)
-            for name in taken:
-                self._last_read[name] = max(index, self.last_read(name))
+            if index:
+                later = (self._read_later[index] - step.keep) | taken
+                self._read_later[index - 1] |= later
             for number, rule in enumerate(self.plan.rules):
                 for key in self._sources(number, rule, index):
                     kept[key] |= taken & self._features[step.unet][number]

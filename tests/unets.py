@@ -66,7 +66,9 @@ def unet_inputs(unet: UNet2DConditionModel) -> dict[str, Feature]:
 
 
 def manifest_of(
-    unet: UNet2DConditionModel, granularity: Granularity = "block", plans: Sequence[str | Plan] = ("block:2", "deepcache:2")
+    unet: UNet2DConditionModel,
+    granularity: Granularity | None = "block",
+    plans: Sequence[str | Plan] = ("block:2", "deepcache:2"),
 ) -> Manifest:
     """The manifest of a bundle that has this UNet and nothing else, and no files."""
     units = topology(unet)
@@ -76,7 +78,7 @@ def manifest_of(
     measured, features = measure(units, modules, unet_inputs(unet), {"height": side, "width": side})
     return make_manifest(
         units=tuple(measured),
-        segments=partition(units, granularity, [find_plan(plan, names) for plan in plans]),
+        segments=partition(units, granularity, [find_plan(plan) for plan in plans]),
         features=features,
         sizes=((8 * side, 8 * side),),
         size_multiple=8 * depth_factor(unet),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def test_front_is_dense_early_and_back_is_its_mirror() -> None:
 def test_quadratic_with_power_1_is_uniform_and_is_dense_around_its_center() -> None:
     assert Quadratic(every=4, power=1, center=0.3).keys(20) == {0, 4, 8, 12, 16}
     keys = sorted(Quadratic(every=5, power=2, center=0.5).keys(50))
-    gaps = [after - before for before, after in zip(keys, keys[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(keys)]
     middle = min(range(len(gaps)), key=lambda i: abs(keys[i] - 25))
     assert gaps[middle] == min(gaps)
     assert gaps[0] > gaps[middle]
@@ -47,7 +48,9 @@ def test_random_is_drawn_once_and_for_all_by_its_seed() -> None:
     assert len({frozenset(Random(every=3, seed=seed).keys(20)) for seed in range(8)}) > 4
 
 
-@pytest.mark.parametrize(("mode", "field"), [(Uniform, {"every": 0}), (Threshold, {"above": -0.1}), (Front, {"every": 2, "power": 0.5})])
+@pytest.mark.parametrize(
+    ("mode", "field"), [(Uniform, {"every": 0}), (Threshold, {"above": -0.1}), (Front, {"every": 2, "power": 0.5})]
+)
 def test_values_out_of_range_are_refused(mode: Any, field: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="greater than or equal to"):
         mode(**field)

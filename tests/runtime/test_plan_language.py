@@ -40,7 +40,8 @@ LEVELS: dict[str, dict[str, tuple[list[str], str, list[str]]]] = {
         "block by residual": (["down.2"], "residual", ["down_blocks.2.resnets.0"]),
         "layer by residual": (["down.1.layer.0"], "residual", ["down_blocks.1.resnets.0", "down_blocks.1.attentions.0"]),
         "unit by residual": (["*.resnet"], "residual", [
-            *(f"down_blocks.{i}.resnets.0" for i in range(3)), *(f"up_blocks.{i}.resnets.{j}" for i in range(3) for j in range(2)),
+            *(f"down_blocks.{i}.resnets.0" for i in range(3)),
+            *(f"up_blocks.{i}.resnets.{j}" for i in range(3) for j in range(2)),
         ]),
     },
 }  # fmt: skip
@@ -78,7 +79,9 @@ def denoise(
     return latents, records
 
 
-def expected(unets: Mapping[str, Any], script: Sequence[tuple[str, Mapping[str, str]]], scheduler: str = "ddim", steps: int = STEPS) -> Tensor:
+def expected(
+    unets: Mapping[str, Any], script: Sequence[tuple[str, Mapping[str, str]]], scheduler: str = "ddim", steps: int = STEPS
+) -> Tensor:
     latents, text = small_inputs()
     noise = reference_scheduler(scheduler, steps)
     return reference_script(unets, noise, latents * noise.init_noise_sigma, text, 1.0, script)
@@ -118,7 +121,7 @@ def test_steps_are_counted_whatever_the_scheduler(scheduler: str) -> None:
     unet = small_unet("uneven")
     made, records = denoise({"one": unet}, {"one": manifest_of(unet, "block", [plan])}, plan, 4, scheduler)
     count = len(reference_scheduler(scheduler, 4).timesteps)
-    keys = {4: {0, 2}, 5: {0, 1, 2}, 7: {0, 1, 2, 4}}[count]
+    keys = {4: {0, 1}, 5: {0, 1, 2}, 7: {0, 1, 2, 4}}[count]
     assert {record.index for record in records if record.kind == "key"} == keys
     script = script_of(keys, ["up_blocks.1.upsamplers.0"], "output", count)
     assert relative_error(made, expected({"one": unet}, script, scheduler, 4)) < TOLERANCE
@@ -145,11 +148,19 @@ def test_rules_hold_at_once_and_in_parts_of_the_schedule() -> None:
 def test_a_feature_belongs_to_the_first_rule_that_names_it() -> None:
     plan = Plan(
         name="two",
-        rules=(Rule(units=("up.1",), when=Uniform(every=2)), Rule(units=("*.attention",), kind="residual", when=Uniform(every=7))),
+        rules=(
+            Rule(units=("up.1",), when=Uniform(every=2)),
+            Rule(units=("*.attention",), kind="residual", when=Uniform(every=7)),
+        ),
     )
     unet = small_unet("uneven")
     made, _ = denoise({"one": unet}, {"one": manifest_of(unet, "block", [plan])}, plan)
-    attentions = ["down_blocks.0.attentions.0", "down_blocks.0.attentions.1", "down_blocks.1.attentions.0", "mid_block.attentions.0"]
+    attentions = [
+        "down_blocks.0.attentions.0",
+        "down_blocks.0.attentions.1",
+        "down_blocks.1.attentions.0",
+        "mid_block.attentions.0",
+    ]
     attentions += [f"up_blocks.2.attentions.{i}" for i in range(3)]
     script: list[tuple[str, dict[str, str]]] = []
     for index in range(STEPS):
@@ -220,18 +231,27 @@ def test_carry_of_features_that_do_not_match_is_refused() -> None:
 
 
 BAD_PLANS: dict[str, tuple[Plan, str]] = {
-    "gap": (Plan(name="p", unets=(SWITCH[0], UNetRange(unet="large", start=0.6, stop=1))), "unets.1 covers 0.6 to 1, expected .* at 0.5"),
+    "gap": (
+        Plan(name="p", unets=(SWITCH[0], UNetRange(unet="large", start=0.6, stop=1))),
+        "unets.1 covers 0.6 to 1, expected .* at 0.5",
+    ),
     "overlap": (Plan(name="p", unets=(SWITCH[0], UNetRange(unet="large", start=0.4, stop=1))), "unets.1 covers 0.4 to 1"),
     "end": (Plan(name="p", unets=(SWITCH[0],)), "unets end at 0.5; the last range must end at 1"),
     "first step": (Plan(name="p", rules=(Rule(units=("up.1",), when=Explicit(steps=(1, 2))),)), "rules.when leaves out step 0"),
-    "too many steps": (Plan(name="p", rules=(Rule(units=("up.1",), when=Explicit(steps=(0, 9))),)), "rules.when.steps names step 9"),
+    "too many steps": (
+        Plan(name="p", rules=(Rule(units=("up.1",), when=Explicit(steps=(0, 9))),)),
+        "rules.when.steps names step 9",
+    ),
     "no such unit": (Plan(name="p", rules=(Rule(units=("up.7",), when=Uniform(every=2)),)), "rules.units names 'up.7'"),
     "no branch": (
         Plan(name="p", rules=(Rule(units=("up.1",), kind="residual", when=Uniform(every=2)),)),
         "up.1.sampler has no residual branch: its input and output differ and there is no shortcut",
     ),
     "no such UNet": (Plan(name="p", unets=(UNetRange(unet="x", start=0, stop=1),)), "runs the UNet 'x'; there is: one"),
-    "no such feature": (Plan(name="p", rules=(Rule(units=("up.1",), when=Threshold(above=0.1, feature="x")),)), "rules.when.feature is 'x'"),
+    "no such feature": (
+        Plan(name="p", rules=(Rule(units=("up.1",), when=Threshold(above=0.1, feature="x")),)),
+        "rules.when.feature is 'x'",
+    ),
 }
 
 
