@@ -19,6 +19,7 @@ from runtime.explain import explain, listed, plot
 from runtime.pipeline import Generation, Pipeline, default_bundle, load
 from runtime.presets import PRESETS, find_plan
 from runtime.schedulers import make_scheduler
+from runtime.start import timesteps_from
 
 __all__ = ["main"]
 
@@ -37,6 +38,11 @@ def _parser() -> Parser:
     parser.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance scale (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: %(default)s)")
     parser.add_argument("--size", type=parse_size, help="HEIGHTxWIDTH in pixels (default: the bundle's first size)")
+    parser.add_argument("--image", type=Path, help="a picture to start from instead of noise")
+    parser.add_argument(
+        "--strength", type=float, default=0.6, help="share of the steps that run on --image, above 0 to 1 (default: %(default)s)"
+    )
+    parser.add_argument("--mask", type=Path, help="what to repaint of --image: a picture of its size, white where to repaint")
     parser.add_argument("--images", type=int, default=1, help="number of pictures (default: %(default)s)")
     parser.add_argument(
         "--explain", action="store_true", help="print what the plan does and costs, step by step; make no picture"
@@ -73,7 +79,8 @@ def _generate(pipeline: Pipeline, options: Namespace, console: Console) -> Gener
     height, width = options.size or (None, None)
     columns = (TextColumn("{task.completed} steps"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=options.steps)
+        share = min(options.strength, 1) if options.image and options.strength > 0 else 1
+        task = bar.add_task("", total=options.steps * share)
 
         def callback(record: StepRecord, latents: Tensor) -> None:
             bar.update(task, completed=record.index + 1)
@@ -90,17 +97,22 @@ def _generate(pipeline: Pipeline, options: Namespace, console: Console) -> Gener
             scheduler=options.scheduler,
             plan=options.plan,
             callback=callback,
+            image=options.image,
+            strength=options.strength,
+            mask=options.mask,
         )
 
 
 def _explain(pipeline: Pipeline, options: Namespace, console: Console) -> None:
-    timesteps = make_scheduler(options.scheduler, pipeline.bundle.folder / "scheduler", options.steps).timesteps.tolist()
-    schedule = pipeline.schedule(find_plan(options.plan), timesteps)
+    scheduler = make_scheduler(options.scheduler, pipeline.bundle.folder / "scheduler", options.steps)
+    original = pipeline.original(options.image, options.mask, *(options.size or (None, None)))
+    timesteps = timesteps_from(scheduler, options.steps, options.strength) if original else scheduler.timesteps
+    schedule = pipeline.schedule(find_plan(options.plan), timesteps.tolist())
     if options.plot:
         plot(schedule, options.plot)
         console.print(f"wrote {options.plot}", soft_wrap=True)
     if options.explain:
-        height, width = options.size or pipeline.manifest.sizes[0]
+        height, width = original.size if original else options.size or pipeline.manifest.sizes[0]
         scale = pipeline.manifest.vae_scale
         rows = options.images * (2 if options.guidance > 1 else 1)
         sizes = {"batch": rows, "height": height // scale, "width": width // scale}

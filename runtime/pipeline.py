@@ -157,7 +157,7 @@ class Pipeline:
         started = time.perf_counter()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         images = len(prompts) * num_images
-        original = self._original(image, mask, height, width)
+        original = self.original(image, mask, height, width)
         height, width = original.size if original else (height or self.manifest.sizes[0][0], width or self.manifest.sizes[0][1])
         self.check_request(prompts, images, height, width)
         noise = make_scheduler(scheduler, self.bundle.folder / "scheduler", steps)
@@ -174,8 +174,14 @@ class Pipeline:
         latents, records = self._denoise(start, text, noise, schedule, guidance_scale, callback)
         return Generation(self.decode(latents), latents, records, time.perf_counter() - started, found)
 
-    def _original(self, image: Picture | None, mask: Picture | None, height: int | None, width: int | None) -> Original | None:
-        """The picture to start from, at the size asked for or else its own."""
+    def original(
+        self, image: Picture | None, mask: Picture | None = None, height: int | None = None, width: int | None = None
+    ) -> Original | None:
+        """The picture to start from, at the size (in pixels) asked for or else its own; None without one.
+
+        Raises:
+            RequestError: it cannot be read, its size or the mask's does not fit, or the bundle has no VAE encoder.
+        """
         original = read_original(image, mask)
         if original is None:
             return None
