@@ -165,15 +165,23 @@ def _replacing(folder: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         yield temporary
         if folder.exists():
-            # The old bundle moves into the temporary folder's shadow first: a rename cannot replace a full folder.
-            old = temporary.with_name(f"{temporary.name}.old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
+            _swap(temporary, folder)
         else:
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    """Put a new bundle in an old one's place; the old one stays if the new one cannot go there."""
+    old = temporary.with_name(f"{temporary.name}.old")
+    folder.rename(old)  # out of the way: a rename cannot replace a full folder
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
 
 
 def _copy_files(checkpoint: Checkpoint, folder: Path) -> Iterator[File]:
