@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from engines import Bundle, BundleError, Engine, Manifest, Segment, make_engine
-from engines.bundle import MANIFEST_NAME, describe_file
+from engines.bundle import MANIFEST_NAME, describe_file, sha256
 from engines.manifest import MANIFEST_VERSION, File, Precision, Variant
 from exporter.errors import BuildError
 from exporter.graph import Graph, check_size, load_graph
@@ -33,6 +33,8 @@ __all__ = ["DEFAULT_PLANS", "DTYPE", "BuildOptions", "build", "segments_of"]
 DEFAULT_PLANS = ("block:2", "deepcache:2")
 """Plans that every bundle is cut for; the number makes no difference to the cuts."""
 DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_CODE = ("exporter/*.py", "engines/*.py", "runtime/plan.py", "runtime/presets.py", "runtime/demand.py",
+         "tuning/units.py", "tuning/assembly.py", "tuning/recipes.py")  # fmt: skip
 _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
@@ -126,15 +128,17 @@ def _check_choices(options: BuildOptions) -> None:
 def _key(options: BuildOptions, fingerprint: str, engines: Sequence[Engine], targets: dict[str, tuple[str, ...]]) -> str:
     """A hash of everything the bundle's content depends on."""
     inputs = asdict(options) | {"out": None, "force": None, "targets": targets}
+    inputs["plans"] = [sha256(Path(plan)) if Path(plan).is_file() else plan for plan in options.plans]
     inputs["engines"] = {engine.name: engine.version() for engine in engines}
     made_from = [inputs, fingerprint, _versions(), _own_code(), MANIFEST_VERSION, OPSET]
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
 def _own_code() -> str:
-    """A hash of the exporter's own code: a bundle made by an older checkout is not taken for a new one."""
+    """A hash of the code that decides what is in a bundle: one made by an older checkout is not taken for a new one."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    root = Path(__file__).resolve().parents[1]
+    for path in sorted(path for pattern in _CODE for path in root.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -176,15 +180,23 @@ def _replacing(folder: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         yield temporary
         if folder.exists():
-            # The old bundle moves into the temporary folder's shadow first: a rename cannot replace a full folder.
-            old = temporary.with_name(f"{temporary.name}.old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
+            _swap(temporary, folder)
         else:
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    """Put a new bundle in an old one's place; the old one stays if the new one cannot go there."""
+    old = temporary.with_name(f"{temporary.name}.old")
+    folder.rename(old)  # out of the way: a rename cannot replace a full folder
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
 
 
 def _copy_files(checkpoint: Checkpoint, folder: Path) -> Iterator[File]:

@@ -125,7 +125,7 @@ def load_graph(checkpoint: Checkpoint, variant: str, dtype: torch.dtype, size: t
     """
     unet, vae, text = checkpoint.unet(variant), checkpoint.vae(), checkpoint.text_encoder()
     for model in (unet, vae, text):
-        model.to(dtype)
+        nn.Module.to(model, dtype)  # diffusers' own warns of modules kept in float32, of which there are none here
     config: Any = text.config
     _check_fit(checkpoint, unet, vae, config.hidden_size)
     scale, depth = 2 ** (len(vae.config.block_out_channels) - 1), depth_factor(unet)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -51,7 +52,12 @@ class Checkpoint:
         if variant == "original" or folder != "unet":
             return unet
         if variant == "assembled":
-            return tuning.assemble(unet, tuning.recipe("assembled")).eval()
+            try:
+                return tuning.assemble(unet, tuning.recipe("assembled")).eval()
+            except tuning.TuningError as error:
+                raise SourceError(
+                    f"source {self.name} has no assembled UNet, and none can be made of its UNet: {error}"
+                ) from error
         raise SourceError(f"source {self.name} has no {variant} UNet (folder unet_{variant}); allowed here: original, assembled")
 
     def is_distilled(self, variant: str) -> bool:
@@ -67,9 +73,10 @@ class Checkpoint:
         """The CLIP text encoder, float32, in evaluation mode."""
         from transformers import CLIPTextModel
 
-        model: nn.Module = CLIPTextModel.from_pretrained(
-            self.folder / "text_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
-        )
+        with _no_progress_bar():
+            model: nn.Module = CLIPTextModel.from_pretrained(
+                self.folder / "text_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
+            )
         return model.eval()
 
     def files(self, variant: str) -> Iterator[Path]:
@@ -83,6 +90,20 @@ class Checkpoint:
         for path in self.files(variant):
             digest.update(f"{path.relative_to(self.folder)} {sha256(path)}\n".encode())
         return digest.hexdigest()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers' own bar out of the build's output."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def open_source(source: str, variant: str) -> Checkpoint:

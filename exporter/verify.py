@@ -19,7 +19,7 @@ from engines import DTYPES, Bundle, Engine, make_engine
 from engines.manifest import Manifest, Precision
 from engines.shapes import resolve
 from exporter.errors import BuildError
-from exporter.graph import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER, TextEncoder
+from exporter.graph import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER, TextEncoder, check_size
 from exporter.sources import open_source
 from exporter.topology import SAMPLE, TEXT, TIMESTEP
 from runtime.executor import Network
@@ -96,9 +96,11 @@ def verify(bundle: Bundle, engine: Engine, sizes: Sequence[tuple[int, int]] = ()
 
     Raises:
         SourceError: the bundle's source cannot be found any more.
-        BuildError: the source's weights are others than the bundle was made from.
+        BuildError: the source's weights are others than the bundle was made from, or a size is none that the UNet takes.
     """
     manifest = bundle.manifest
+    for size in sizes:
+        check_size(size, manifest.size_multiple)
     reference = _load_reference(bundle)
     network = Network.load(bundle, engine)
     for height, width in sizes or _sizes(manifest, engine):
