@@ -33,7 +33,7 @@ __all__ = ["DEFAULT_PLANS", "DTYPE", "BuildOptions", "build", "segments_of"]
 DEFAULT_PLANS = ("block:2", "deepcache:2")
 """Plans that every bundle is cut for; the number makes no difference to the cuts."""
 DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
-_CODE = ("exporter/*.py", "engines/*.py", "runtime/plan.py", "runtime/presets.py", "runtime/demand.py",
+_CODE = ("exporter/*.py", "engines/*.py", "runtime/demand.py", "runtime/modes.py", "runtime/plan.py", "runtime/presets.py",
          "tuning/units.py", "tuning/assembly.py", "tuning/recipes.py")  # fmt: skip
 _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 

@@ -43,7 +43,10 @@ class UNet:
     """Stands in for the UNet of diffusers' StableDiffusionPipeline, StableDiffusionImg2ImgPipeline and
     StableDiffusionInpaintPipeline, and gives the same latents as ``generate``::
 
+        pipe = StableDiffusionPipeline.from_pretrained(folder)
         pipe.unet = runtime.UNet("bundles/mini-original", "deepcache:3")
+
+    (With ``unet=None`` diffusers loads no UNet of its own, but text to image must then be given ``height`` and ``width``.)
 
     Nobody tells a UNet that a call begins, how many evaluations it will have, or which of them this is; a plan needs all three.
     They are read from the timestep: a pipeline walks over ``scheduler.timesteps``, so that what it hands over is a view into the

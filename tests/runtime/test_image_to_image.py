@@ -20,7 +20,7 @@ from tests.reference import MINI, Inheritance
 from tests.unets import relative_error
 
 TOLERANCE = 1e-4
-"""Of the largest final latent. Both sides are float32 and differ by some 1e-6 here; one step more or less gives more than 1e-2."""
+"""Of the largest final latent. Both sides are float32 and differ by some 1e-6; one step more or less gives more than 1e-2."""
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,8 @@ def test_a_bundle_without_an_encoder_names_the_command_that_makes_one(bundle_cop
 def test_the_command(mini_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture().save(tmp_path / "in.png")
     mask().save(tmp_path / "mask.png")
-    common = [PROMPT, "--bundle", str(mini_bundle.folder), "--image", str(tmp_path / "in.png"), "--steps", "4", "--strength", "0.5"]
+    common = [PROMPT, "--bundle", str(mini_bundle.folder), "--image", str(tmp_path / "in.png")]
+    common += ["--steps", "4", "--strength", "0.5"]
     main([*common, "--mask", str(tmp_path / "mask.png"), "-o", str(tmp_path / "out.png")])
     assert Image.open(tmp_path / "out.png").size == (64, 64)
     assert "2 steps" in capsys.readouterr().out
