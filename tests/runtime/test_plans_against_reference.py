@@ -11,10 +11,10 @@ from torch import Tensor
 
 from engines import Bundle
 from exporter.partition import Granularity
-from runtime import Executor, Explicit, Pipeline, Plan
+from runtime import Executor, Pipeline, Plan, Rule, Schedule, find_plan
 from runtime.executor import Network, StepRecord
-from runtime.plan import check_runs
-from runtime.presets import find_plan
+from runtime.modes import Explicit
+from runtime.schedule import check_runs
 from tests.reference import mini_pixels, mini_text, mini_unet, reference_denoise, reference_noise, reference_scheduler
 from tests.unets import TEXT_WIDTH, TOKENS, TOPOLOGIES, live_network, manifest_of, relative_error, small_unet
 
@@ -99,9 +99,9 @@ def test_the_assembled_variant(assembled_bundle: Bundle) -> None:
 
 def denoise(network: Network, noise: Any, latents: Tensor, text: Tensor, plan: Plan) -> tuple[Tensor, list[StepRecord]]:
     """The denoising loop without guidance, on the executor alone."""
-    schedule = plan.schedule(len(noise.timesteps), network.manifest.unet_units)
-    check_runs(plan, schedule, network.manifest)
-    executor, records = Executor(network, schedule), []
+    schedule = Schedule(plan, {"one": network.manifest}, noise.timesteps.tolist())
+    check_runs(schedule)
+    executor, records = Executor({"one": network}, schedule), []
     for index, timestep in enumerate(noise.timesteps):
         sample = noise.scale_model_input(latents, timestep)
         prediction, record = executor.step(index, sample, timestep.reshape(1).float(), text)
@@ -123,7 +123,7 @@ def test_presets_on_other_topologies(model: str, plan: str, granularity: Granula
     manifest = manifest_of(unet, granularity)
     latents, text = small_inputs()
     network = live_network(unet, manifest)
-    made, _ = denoise(network, reference_scheduler("ddim", 7), latents, text, find_plan(plan, manifest.unet_units))
+    made, _ = denoise(network, reference_scheduler("ddim", 7), latents, text, find_plan(plan))
     expected, _ = reference_denoise(
         unet, reference_scheduler("ddim", 7), latents, text, 1.0, key_steps(plan, 7), inherited_paths(plan, model)
     )
@@ -137,7 +137,7 @@ def test_schedulers_on_a_unet_without_mid_block(scheduler: str) -> None:
     latents, text = small_inputs()
     noise = reference_scheduler(scheduler, 6)
     latents = latents * noise.init_noise_sigma
-    made, _ = denoise(live_network(unet, manifest), noise, latents, text, find_plan("deepcache:3", manifest.unet_units))
+    made, _ = denoise(live_network(unet, manifest), noise, latents, text, find_plan("deepcache:3"))
     noise = reference_scheduler(scheduler, 6)
     expected, _ = reference_denoise(
         unet, noise, latents, text, 1.0, key_steps("deepcache:3", len(noise.timesteps)), inherited_paths("deepcache:3", "no mid")
@@ -168,7 +168,7 @@ OWN_PLANS = {
 @pytest.mark.parametrize("granularity", ["block", "unit"])
 def test_plans_of_ones_own_with_listed_key_steps(name: str, granularity: Granularity) -> None:
     patterns, paths = OWN_PLANS[name]
-    plan = Plan(name=name, key_steps=Explicit(steps=(0, 1, 4, 99)), inherit=tuple(patterns))
+    plan = Plan(name=name, rules=(Rule(units=tuple(patterns), when=Explicit(steps=(0, 1, 4))),))
     unet = small_unet("uneven")
     manifest = manifest_of(unet, granularity, plans=[plan])
     latents, text = small_inputs()
@@ -216,7 +216,7 @@ def test_stages_of_an_inherit_step(mini_pipeline: Pipeline, unet: Any, plan: str
     network = mini_pipeline.network
     recording: Any = {name: Recording(runner, log) for name, runner in network.runners.items()}
     latents, text = reference_noise(3, 2, 4, 8, 8), mini_text([NEGATIVE, PROMPT])
-    noise, found = reference_scheduler("ddim", 3), find_plan(plan, network.manifest.unet_units)
+    noise, found = reference_scheduler("ddim", 3), find_plan(plan)
     _, records = denoise(Network(network.manifest, recording), noise, latents, text, found)
     paths = STAGES[plan]
     _, seen = reference_denoise(
