@@ -1,0 +1,185 @@
+"""Demand, and the executor on it: properties over random graphs, cuts and plans, with exact arithmetic and no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from engines import Unit
+from runtime import Executor, Plan, PlanError, Uniform
+from runtime.cost import relative_macs
+from runtime.demand import demand
+from runtime.plan import check_runs
+from tests.runtime.graphs import (
+    Case,
+    arithmetic_network,
+    cases,
+    cut,
+    inputs_of_step,
+    predictions_unit_by_unit,
+    units_of_a_graph,
+)
+from tests.unets import make_manifest
+
+# Graphs are tiny and each example takes a millisecond, but the cores may be shared: no deadline.
+thorough = settings(max_examples=300, deadline=None)
+
+
+def needed(units: Collection[Unit], wanted: Collection[str], given: Collection[str]) -> set[str]:
+    """What must run, by recursion from the front: the definition, where ``demand`` is one walk backwards."""
+    makers = {unit.name: unit for unit in units}
+    running: set[str] = set()
+
+    def need(feature: str) -> None:
+        if feature not in given and feature in makers and feature not in running:
+            running.add(feature)
+            for name in makers[feature].inputs:
+                need(name)
+
+    for feature in wanted:
+        need(feature)
+    return running
+
+
+@thorough
+@given(units_of_a_graph(), st.data())
+def test_demand_is_what_is_needed_and_no_more(units: tuple[Unit, ...], data: st.DataObject) -> None:
+    names = [unit.name for unit in units]
+    wanted = data.draw(st.sets(st.sampled_from(names)))
+    given_features = data.draw(st.sets(st.sampled_from(names)))
+    running = demand(units, wanted, given_features)
+    assert {unit.name for unit in running} == needed(units, wanted, given_features)
+    assert [unit.name for unit in running] == [name for name in names if name in {unit.name for unit in running}]
+
+
+@thorough
+@given(cases())
+def test_segments_compute_what_unit_by_unit_inheritance_computes(case: Case) -> None:
+    """Whatever the graph, the cut and the plan: if the bundle is said to run the plan, it runs it exactly."""
+    schedule = case.plan.schedule(case.steps, case.manifest.unet_units)
+    try:
+        check_runs(case.plan, schedule, case.manifest)
+    except PlanError:
+        assume(False)
+    log: list[str] = []
+    executor = Executor(arithmetic_network(case.manifest, log), schedule)
+    predictions = []
+    for index in range(case.steps):
+        before = len(log)
+        given_features = inputs_of_step(index)
+        # A feature that was not computed yet would be a KeyError here.
+        made, record = executor.step(index, given_features["sample"], given_features["timestep"], given_features["text_encoder"])
+        predictions.append(int(made))
+        assert tuple(log[before:]) == record.ran
+        assert_nothing_runs_for_nobody(case, record.ran, record.inherited)
+    assert predictions == predictions_unit_by_unit(case)
+
+
+def assert_nothing_runs_for_nobody(case: Case, ran: tuple[str, ...], inherited: tuple[str, ...]) -> None:
+    segments = [segment for segment in case.manifest.segments if segment.name in ran]
+    for position, segment in enumerate(segments):
+        read_later = {name for later in segments[position + 1 :] for name in later.inputs} - set(inherited)
+        assert (read_later | {"head"}) & set(segment.outputs), f"{segment.name} ran for nobody"
+    assert set(inherited) <= {name for segment in segments for name in segment.inputs} | {"head"}
+
+
+@thorough
+@given(cases())
+def test_a_cut_between_all_units_runs_every_plan(case: Case) -> None:
+    units = case.manifest.units
+    manifest = make_manifest(units=units, segments=cut(units, [[unit] for unit in units]))
+    schedule = case.plan.schedule(case.steps, manifest.unet_units)
+    check_runs(case.plan, schedule, manifest)
+    executor = Executor(arithmetic_network(manifest, []), schedule)
+    steps = [inputs_of_step(index) for index in range(case.steps)]
+    made = [
+        int(executor.step(index, step["sample"], step["timestep"], step["text_encoder"])[0]) for index, step in enumerate(steps)
+    ]
+    assert made == predictions_unit_by_unit(case)
+
+
+@thorough
+@given(cases())
+def test_plans_are_refused_where_they_must_be_and_only_there(case: Case) -> None:
+    """A plan is refused if and only if a unit that runs is in one segment with an inherited feature that it reads."""
+    inherited = set(case.plan.inherit)
+    running = needed(case.manifest.units, ["head"], inherited)
+    homes = {unit: segment.name for segment in case.manifest.segments for unit in segment.units}
+    clash = any(
+        homes[unit.name] == homes[name]
+        for unit in case.manifest.units
+        if unit.name in running
+        for name in inherited.intersection(unit.inputs)
+    )
+    schedule = case.plan.schedule(case.steps, case.manifest.unet_units)
+    inherits = any(not step.key for step in schedule)
+    if clash and inherits:
+        with pytest.raises(PlanError, match="python -m exporter build"):
+            check_runs(case.plan, schedule, case.manifest)
+    else:
+        check_runs(case.plan, schedule, case.manifest)
+
+
+@thorough
+@given(cases())
+def test_inherit_steps_never_cost_more_than_key_steps(case: Case) -> None:
+    units = tuple(unit.model_copy(update={"macs": 10}) for unit in case.manifest.units)
+    manifest = case.manifest.model_copy(update={"units": units})
+    cost = relative_macs(case.plan.schedule(case.steps, manifest.unet_units), manifest)
+    keys = len(case.plan.key_steps.keys(case.steps)) if case.plan.inherit else case.steps
+    assert keys / case.steps - 1e-9 <= cost <= 1 + 1e-9  # rounding of one division
+
+
+def test_only_what_is_inherited_stays_in_memory() -> None:
+    units = (
+        Unit(name="u0", kind="unit", inputs=("sample",)),
+        Unit(name="u1", kind="unit", inputs=("u0",)),
+        Unit(name="u2", kind="unit", inputs=("u1",)),
+        Unit(name="head", kind="unit", inputs=("u2", "u0")),
+    )
+    manifest = make_manifest(units=units, segments=cut(units, [[unit] for unit in units]))
+    network = arithmetic_network(manifest, [])
+    case = Case(manifest, plan_inheriting("u2"), 3)
+    executor = Executor(network, case.plan.schedule(3, manifest.unet_units))
+    runners = {name: runner for name, runner in network.runners.items() if name != "s3"}
+    executor.step(0, *map(torch.tensor, ([1], [2], [3])))
+    # s2 makes u2, which is inherited; u0 and u1 are gone once the step is over.
+    assert {name: len(runner.made) for name, runner in runners.items()} == {"s0": 0, "s1": 0, "s2": 1}  # type: ignore[attr-defined]
+    executor.step(1, *map(torch.tensor, ([1], [2], [3])))
+    assert {name: len(runner.made) for name, runner in runners.items()} == {"s0": 0, "s1": 0, "s2": 1}  # type: ignore[attr-defined]
+
+
+def plan_inheriting(*names: str) -> Plan:
+    return Plan(name="test", key_steps=Uniform(every=3), inherit=names)
+
+
+def test_calls_that_take_turns_keep_their_own_features() -> None:
+    units = (
+        Unit(name="u0", kind="unit", inputs=("sample",)),
+        Unit(name="head", kind="unit", inputs=("u0", "timestep")),
+    )
+    manifest = make_manifest(units=units, segments=cut(units, [[unit] for unit in units]))
+    network = arithmetic_network(manifest, [])
+    plan = plan_inheriting("u0")
+    schedule = plan.schedule(3, manifest.unet_units)
+
+    def run(executor: Executor, offset: int, index: int) -> int:
+        made, _ = executor.step(index, torch.tensor([offset + index]), torch.tensor([index]), torch.tensor([0]))
+        return int(made)
+
+    alone = [[run(executor, offset, index) for index in range(3)] for offset, executor in
+             ((100, Executor(network, schedule)), (900, Executor(network, schedule)))]  # fmt: skip
+    first, second = Executor(network, schedule), Executor(network, schedule)
+    in_turn = [(run(first, 100, index), run(second, 900, index)) for index in range(3)]
+    assert [list(values) for values in zip(*in_turn, strict=True)] == alone
+    assert alone[0] != alone[1]
+
+
+@pytest.mark.parametrize("wanted", [["head"], ["u0"], []])
+def test_what_is_given_is_never_computed(wanted: list[str]) -> None:
+    units = (Unit(name="u0", kind="unit", inputs=("sample",)), Unit(name="head", kind="unit", inputs=("u0",)))
+    assert demand(units, wanted, {"head", "u0"}) == []
