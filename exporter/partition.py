@@ -114,7 +114,7 @@ def _segments(units: Sequence[Unit], groups: list[list[Unit]], probed: set[str])
         inside = {unit.name for unit in group}
         read_outside = {name for unit in units if unit.name not in inside for name in unit.inputs} | probed | {NOISE}
         inputs = dict.fromkeys(name for unit in group for name in unit.inputs if name not in inside)
-        base = _name(group)
+        base = _name(group, units)
         taken[base] = taken.get(base, 0) + 1
         segments.append(
             Segment(
@@ -127,11 +127,13 @@ def _segments(units: Sequence[Unit], groups: list[list[Unit]], probed: set[str])
     return tuple(segments)
 
 
-def _name(group: list[Unit]) -> str:
-    """What a group is called: its unit, its layer, its block, or its first and last block."""
+def _name(group: list[Unit], units: Sequence[Unit]) -> str:
+    """What a group is called: its block where that is whole, else its unit or layer, or its first and last block."""
     names = [unit.name.removesuffix(BRANCH).split(".") for unit in group if unit.name != "time"] or [["time"]]
     first, last = block_of(".".join(names[0])), block_of(".".join(names[-1]))
     if first != last:
         return f"{first}-{last}"
+    if len(group) == sum(block_of(unit.name) == first for unit in units):
+        return first
     shared = list(takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False)))
     return ".".join(parts[0] for parts in shared).removesuffix(".layer")

@@ -1,6 +1,7 @@
 """A bundle's UNet, run by a plan, in the place of a diffusers pipeline's own."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ class UNet:
         self._pipeline = load(bundle, engine)
         self._call: _Call | None = None
 
-    @property
+    @cached_property
     def config(self) -> Any:
         """What pipelines read of a UNet's configuration, as diffusers has it: by key or by attribute."""
         from diffusers.configuration_utils import FrozenDict

@@ -116,7 +116,8 @@ def reference_denoise(
 
 def reference_scheduler(name: str, steps: int, **settings: Any) -> Any:
     """A scheduler with the embedded model's configuration and its timesteps set; PNDM as Stable Diffusion has it."""
-    settings = {"skip_prk_steps": True, **settings} if name == "pndm" else settings
+    if name == "pndm":
+        settings["skip_prk_steps"] = True
     scheduler = SCHEDULER_CLASSES[name].from_pretrained(MINI, subfolder="scheduler", **settings)
     scheduler.set_timesteps(steps)
     return scheduler

@@ -122,7 +122,7 @@ def arithmetic_network(manifest: Manifest, log: list[str]) -> Network:
 
 
 def predictions_unit_by_unit(case: Case) -> list[int]:
-    """The definition of inheritance by output, straight: every unit at every step, cached values put in place of computed ones."""
+    """The definition of inheritance by output, straight: every unit at every step, cached values in place of computed ones."""
     cache: dict[str, Tensor] = {}
     predictions = []
     for index in range(case.steps):

@@ -19,7 +19,7 @@ ALL = ("stem", "down.0", "down.0.sampler", "down.1", "down.2", "down.3", "mid",
        "up.0", "up.1", "up.2", "up.3", "up.3.layer.2", "head")  # fmt: skip
 BLOCK = ("stem", "down.0", "up.3", "up.3.layer.2", "head")
 DEEPCACHE = ("stem", "up.3.layer.2", "head")
-SCHEDULES = {
+SCHEDULES: dict[str, list[tuple[str, ...]]] = {
     "full": [ALL] * 7,
     "block:2": [ALL, BLOCK, ALL, BLOCK, ALL, BLOCK, ALL],
     "block:3": [ALL, BLOCK, BLOCK, ALL, BLOCK, BLOCK, ALL],

@@ -9,13 +9,34 @@ from typing import Any
 import pytest
 
 from exporter.topology import topology
-from runtime import Explicit, Plan, PlanError, Uniform, find_plan
+from runtime import Plan, PlanError, Rule, Schedule, UNetRange, find_plan
 from runtime.cost import relative_macs
-from runtime.plan import check_runs, matching
+from runtime.modes import Explicit, Front, Threshold, Uniform
+from runtime.plan import inherited_features, matching
+from runtime.schedule import check_runs
 from tests.unets import TOPOLOGIES, manifest_of, small_unet
 
 GOLDEN = Path(__file__).with_name("plan.json")
-PLAN = Plan(name="mine", key_steps=Explicit(steps=(0, 1, 5)), inherit=("up.1", "up.2.layer.0.attention", "down.*.sampler"))
+PLAN = Plan(
+    name="mine",
+    unets=(UNetRange(unet="assembled", start=0, stop=0.4), UNetRange(unet="original", start=0.4, stop=1)),
+    rules=(
+        Rule(units=("up.-2", "up.2.layer.0.attention"), when=Explicit(steps=(0, 1, 5))),
+        Rule(units=("*.resnet",), kind="residual", when=Front(every=3), start=0.5),
+        Rule(units=("down.*.sampler",), when=Threshold(above=0.25)),
+    ),
+    carry=True,
+)
+TIMESTEPS = (900.0, 700.0, 500.0, 300.0)
+
+
+def laid_out(plan: Plan, steps: int = 4) -> Schedule:
+    """The plan over a small UNet."""
+    return Schedule(plan, {"original": manifest_of(small_unet("uneven"))}, [900.0 - 10 * index for index in range(steps)])
+
+
+def one_rule(*units: str, every: int = 2, name: str = "mine") -> Plan:
+    return Plan(name=name, rules=(Rule(units=units, when=Uniform(every=every)),))
 
 
 @pytest.fixture(scope="module")
@@ -29,26 +50,41 @@ def test_a_plan_is_written_byte_for_byte_as_before() -> None:
     assert Plan.read(GOLDEN) == PLAN
 
 
-@pytest.mark.parametrize("name", ["full", "block:3", "deepcache:2"])
-def test_presets_expand_to_plans_that_can_be_kept(name: str, units: tuple[str, ...], tmp_path: Path) -> None:
-    plan = find_plan(name, units)
+@pytest.mark.parametrize(
+    "name", ["full", "block:3", "deepcache:2", "unit:2", "encoder:faster", "adaptive:0.2", "switch:0.4+layer:3"]
+)
+def test_presets_expand_to_plans_that_can_be_kept(name: str, tmp_path: Path) -> None:
+    plan = find_plan(name)
     path = tmp_path / "plan.json"
     path.write_text(plan.model_dump_json())
-    assert find_plan(path, units) == find_plan(str(path), units) == find_plan(plan, units) == plan
+    assert find_plan(path) == find_plan(str(path)) == find_plan(plan) == plan
+
+
+def features(plan: str, model: str) -> frozenset[str]:
+    names = [unit.name for unit in topology(small_unet(model))]
+    return frozenset().union(*(inherited_features(rule, names) for rule in find_plan(plan).rules))
 
 
 def test_what_presets_inherit(units: tuple[str, ...]) -> None:
-    assert find_plan("full", units).inherit == ()
-    assert find_plan("block:4", units) == Plan(name="block:4", key_steps=Uniform(every=4), inherit=("up.1",))
-    assert find_plan("deepcache:4", units) == Plan(name="deepcache:4", key_steps=Uniform(every=4), inherit=("up.2.layer.1",))
-    no_mid = [unit.name for unit in topology(small_unet("no mid"))]
-    assert find_plan("deepcache:2", no_mid).inherit == ("up.2.layer.0",)
+    assert find_plan("full").rules == ()
+    assert find_plan("block:4") == one_rule("up.-2", every=4, name="block:4")
+    assert features("block:4", "uneven") == {name for name in units if name.startswith("up.1.")}
+    assert features("deepcache:4", "uneven") == {name for name in units if name.startswith("up.2.layer.1.")}
+    assert features("deepcache:2", "no mid") == {name for name in units if name.startswith("up.2.layer.0.")}
+    assert features("unit:2", "uneven") == {name for name in units if name.endswith(".attention.branch")}
+    assert features("encoder:faster", "uneven") == {name for name in units if name.split(".")[0] in {"stem", "down", "mid"}}
+    assert find_plan("switch:0.3+block:2").unets == (
+        UNetRange(unet="assembled", start=0, stop=0.3),
+        UNetRange(unet="original", start=0.3, stop=1),
+    )
 
 
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
         ("stem", ["stem"]),
+        ("up.-1.layer.-2", ["up.2.layer.1.resnet", "up.2.layer.1.attention"]),
+        ("down.-3.sampler", ["down.0.sampler"]),
         ("down.1", ["down.1.layer.0.resnet", "down.1.layer.0.attention", "down.1.sampler"]),
         ("up.2.layer.0", ["up.2.layer.0.resnet", "up.2.layer.0.attention"]),
         ("up.2.layer.0.attention", ["up.2.layer.0.attention"]),
@@ -59,36 +95,46 @@ def test_what_presets_inherit(units: tuple[str, ...]) -> None:
     ],
 )  # fmt: skip
 def test_patterns_name_units_layers_and_blocks(pattern: str, expected: list[str], units: tuple[str, ...]) -> None:
-    assert matching(pattern, units) == expected
+    assert [name for name in matching(pattern, units) if not name.endswith(".branch")] == expected
 
 
-@pytest.mark.parametrize("pattern", ["up.7", "UP.1", "up.2.layer", "text_encoder", "vae_decoder", "", "up_blocks.2"])
+@pytest.mark.parametrize("pattern", ["up.7", "UP.1", "up.-4", "up.2.layer", "text_encoder", "vae_decoder", "", "up_blocks.2"])
 def test_a_pattern_that_names_no_unit(pattern: str, units: tuple[str, ...]) -> None:
     if pattern == "up.2.layer":  # a part of a name is an ancestor, if an odd one
-        assert len(matching(pattern, units)) == 6
+        assert len(matching(pattern, units)) == 12
         return
-    with pytest.raises(PlanError, match=r"plan mine: inherit names '.*', which this UNet does not have; its units: time, stem"):
-        Plan(name="mine", inherit=(pattern,)).schedule(4, units)
+    with pytest.raises(
+        PlanError,
+        match=r"plan mine, UNet original: rules\.units names '.*', which this UNet does not have; its units: time, stem",
+    ):
+        laid_out(one_rule(pattern))
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ("nope:2", r"unknown plan 'nope:2'; choose from: full, block:N, deepcache:N, or the path of a \.json file"),
+        (
+            "nope:2",
+            r"unknown plan 'nope:2'; choose from: full, block:N, .*, several joined by '\+', or the path of a \.json file",
+        ),
         ("", "unknown plan ''"),
-        ("full:3", "takes no number"),
-        ("block", "needs a number of steps, such as block:3"),
-        ("block:", "needs a number of steps"),
-        ("block:0", "needs a number of steps"),
-        ("block:-1", "needs a number of steps"),
-        ("deepcache:1.5", "needs a number of steps"),
-        ("deepcache:three", "needs a number of steps"),
+        ("block:2+", "unknown plan ''"),
+        ("full:3", "plan 'full:3': full takes nothing after it"),
+        ("block", "plan 'block': block takes a number of steps, such as 3"),
+        ("block:", "takes a number of steps"),
+        ("block:0", "takes a number of steps"),
+        ("block:-1", "takes a number of steps"),
+        ("deepcache:1.5", "takes a number of steps"),
+        ("encoder:slower", "takes a number of steps"),
+        ("switch:1.5", "takes a number between 0 and 1, such as 0.4"),
+        ("adaptive:-1", "takes a number between 0 and 1"),
+        ("switch:0.2+switch:0.4", "unets.2 covers 0 to 0.4, expected a range that starts at 1"),
         ("missing.json", r"plan file missing\.json cannot be read: No such file"),
     ],
 )
-def test_unknown_plans(plan: str, message: str, units: tuple[str, ...]) -> None:
+def test_unknown_plans(plan: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        find_plan(plan, units)
+        find_plan(plan)
 
 
 @pytest.mark.parametrize(
@@ -96,11 +142,17 @@ def test_unknown_plans(plan: str, message: str, units: tuple[str, ...]) -> None:
     [
         ({"version": 2}, "version"),
         ({"name": None}, "name"),
-        ({"inherit": "up.1"}, "inherit"),
-        ({"inherits": ["up.1"]}, "inherits"),
-        ({"key_steps": {"mode": "sometimes"}}, "key_steps"),
-        ({"key_steps": {"mode": "uniform", "every": 0}}, r"key_steps\.uniform\.every"),
-        ({"key_steps": {"mode": "explicit", "steps": [0, "x"]}}, r"key_steps\.explicit\.steps\.1"),
+        ({"inherit": ["up.1"]}, "inherit"),
+        ({"rules": [{"units": "up.1", "when": {"mode": "uniform", "every": 2}}]}, r"rules\.0\.units"),
+        ({"rules": [{"units": ["up.1"], "kind": "both", "when": {"mode": "uniform", "every": 2}}]}, r"rules\.0\.kind"),
+        ({"rules": [{"units": ["up.1"], "when": {"mode": "sometimes"}}]}, r"rules\.0\.when"),
+        ({"rules": [{"units": ["up.1"], "when": {"mode": "uniform", "every": 0}}]}, r"rules\.0\.when\.uniform\.every"),
+        (
+            {"rules": [{"units": ["up.1"], "when": {"mode": "explicit", "steps": [0, "x"]}}]},
+            r"rules\.0\.when\.explicit\.steps\.1",
+        ),
+        ({"rules": [{"units": ["up.1"], "when": {"mode": "threshold", "above": -1}}]}, r"rules\.0\.when\.threshold\.above"),
+        ({"unets": [{"unet": "original", "start": -1, "stop": 1}]}, r"unets\.0\.start"),
     ],
 )
 def test_a_malformed_file_names_the_field(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -120,42 +172,39 @@ def test_a_file_that_is_no_plan(content: bytes, message: str, tmp_path: Path) ->
         Plan.read(path)
 
 
-def test_the_first_step_never_inherits(units: tuple[str, ...]) -> None:
-    plan = Plan(name="late", key_steps=Explicit(steps=(1, 2)), inherit=("up.1",))
-    with pytest.raises(PlanError, match=r"plan late: key_steps leaves out step 0.*add 0"):
-        plan.schedule(4, units)
+def test_the_first_step_never_inherits() -> None:
+    plan = Plan(name="late", rules=(Rule(units=("up.1",), when=Explicit(steps=(1, 2))),))
+    with pytest.raises(PlanError, match=r"plan late: rules\.when leaves out step 0.*add 0"):
+        laid_out(plan)
 
 
 @pytest.mark.parametrize(("every", "keys"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (9, [0])])
-def test_uniform_key_steps(every: int, keys: list[int], units: tuple[str, ...]) -> None:
-    schedule = Plan(name="p", key_steps=Uniform(every=every), inherit=("up.1",)).schedule(5, units)
-    assert [step.index for step in schedule] == [0, 1, 2, 3, 4]
-    assert [step.index for step in schedule if step.key] == keys
-    assert all(bool(step.inherited) != step.key for step in schedule)
+def test_uniform_key_steps(every: int, keys: list[int]) -> None:
+    steps = laid_out(one_rule("up.1", every=every), 5).all_steps()
+    assert [step.index for step in steps] == [0, 1, 2, 3, 4]
+    assert [step.index for step in steps if step.key] == keys
+    assert all(bool(step.inherited) != step.key for step in steps)
 
 
 def test_a_plan_that_inherits_inside_a_segment_is_refused_with_the_command_to_rebuild() -> None:
     unet = small_unet("uneven")
-    manifest = manifest_of(unet)
-    plan = Plan(name="inner", key_steps=Uniform(every=2), inherit=("up.1.layer.0.attention",))
-    schedule = plan.schedule(4, manifest.unet_units)
+    plan = one_rule("up.1.layer.0.attention", name="inner")
     with pytest.raises(
         PlanError,
-        match=r"plan inner inherits up\.1\.layer\.0\.attention, but this bundle computes it and its reader up\.1\.layer\.1\.resnet "
-        r"in one segment \(up\.1\); .*: python -m exporter build --variant original --source test --plan ",
+        match=r"plan inner inherits up\.1\.layer\.0\.attention, but this bundle computes it "
+        r"and its reader up\.1\.layer\.1\.resnet\S* in one segment \(up\.1\); .*: python -m exporter build --variant original --source test --plan ",
     ):
-        check_runs(plan, schedule, manifest)
+        check_runs(laid_out(plan))
     for fitting in (manifest_of(unet, "unit"), manifest_of(unet, "layer"), manifest_of(unet, "block", plans=[plan])):
-        check_runs(plan, schedule, fitting)
+        check_runs(Schedule(plan, {"original": fitting}, TIMESTEPS))
 
 
 @pytest.mark.parametrize("model", list(TOPOLOGIES))
 def test_costs_fall_as_more_is_inherited(model: str) -> None:
-    unet = small_unet(model)
-    manifest = manifest_of(unet)
+    manifest = manifest_of(small_unet(model))
 
     def cost(plan: str, steps: int = 12) -> float:
-        return relative_macs(find_plan(plan, manifest.unet_units).schedule(steps, manifest.unet_units), manifest)
+        return relative_macs(Schedule(find_plan(plan), {"original": manifest}, [900.0 - index for index in range(steps)]))
 
     assert cost("full") == 1.0
     assert 1.0 > cost("block:2") > cost("block:3") > cost("block:6")

@@ -32,7 +32,7 @@ def test_records_say_what_ran_and_what_was_inherited(mini_pipeline: Pipeline) ->
     made = mini_pipeline.generate("a blue ring", steps=4, scheduler="heun", plan="deepcache:3")
     for record in made.steps:
         key = record.kind == "key"
-        assert record.ran == (tuple(segments) if key else ("stem", "up.3.part.2", "head"))
+        assert record.ran == (tuple(segments) if key else ("stem", "up.3.layer.2", "head"))
         assert record.inherited == (() if key else ("up.3.layer.1.attention",))
         assert record.unet == "original"
         assert record.seconds > 0

@@ -1,0 +1,53 @@
+"""A small checkpoint on disk, and a trace that takes no time, for tests of what a build does around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines import Segment, Traced
+from tests.commands import Command, command
+from tests.sources import save_source
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a UNet of two stages; not to be changed."""
+    return save_source(tmp_path_factory.mktemp("sources") / "tiny")
+
+
+@pytest.fixture
+def exporter(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """``python -m exporter`` in this process."""
+    from exporter.__main__ import main
+
+    return command(main, capfd, monkeypatch)
+
+
+@pytest.fixture
+def fake_trace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Replaces tracing by writing a few bytes; with ``fail_at`` and ``error`` it fails there. Returns the segments traced."""
+
+    def install(fail_at: str | None = None, error: BaseException | None = None) -> list[str]:
+        traced: list[str] = []
+
+        def trace(segment: Segment, module: Any, features: Any, depth: int, path: Path) -> Traced:
+            path.write_bytes(segment.name.encode() * 10)
+            if segment.name == fail_at:
+                assert error is not None
+                raise error
+            traced.append(segment.name)
+            return Traced(segment, path, None)  # type: ignore[arg-type]
+
+        monkeypatch.setattr("exporter.write.trace", trace)
+        return traced
+
+    return install
+
+
+def names_in(folder: Path) -> Sequence[str]:
+    """What a folder holds, hidden things too."""
+    return sorted(path.name for path in folder.iterdir())

@@ -1,0 +1,291 @@
+"""What a build does around tracing: nothing twice, nothing half, nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engines import Bundle, Manifest
+from exporter import BuildError, BuildOptions, build
+from exporter.build import segments_of
+from exporter.graph import load_graph
+from exporter.sources import open_source
+from runtime import Plan, PlanError, Rule, Schedule
+from runtime.modes import Uniform
+from runtime.schedule import check_runs
+from tests.commands import contents
+from tests.exporter.conftest import names_in
+from tests.unets import make_manifest
+
+FakeTrace = Callable[..., list[str]]
+UNET_SEGMENTS = ["stem", "down.0", "down.0.sampler", "down.1", "mid", "up.0", "up.1", "up.1.layer.1", "head"]
+
+
+@pytest.fixture
+def options(tiny_source: Path, tmp_path: Path) -> BuildOptions:
+    return BuildOptions(source=str(tiny_source), out=tmp_path / "out" / "bundle")
+
+
+def changed(options: BuildOptions, **changes: object) -> BuildOptions:
+    return replace(options, **changes)  # type: ignore[arg-type]
+
+
+def folder_of(options: BuildOptions) -> Path:
+    assert options.out is not None
+    return options.out
+
+
+def test_a_build_names_every_file_it_wrote(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    traced = fake_trace()
+    steps: list[tuple[int, int, str]] = []
+    bundle, built = build(options, lambda done, total, what: steps.append((done, total, what)))
+    assert built
+    assert traced == ["text_encoder", *UNET_SEGMENTS, "vae_decoder"]
+    manifest = bundle.manifest
+    named = {file.path for file in manifest.files} | {file.path for segment in manifest.segments for file in segment.onnx}
+    assert {*named, "manifest.json"} == set(contents(bundle.folder))
+    bundle.check()
+    assert names_in(bundle.folder.parent) == ["bundle"]
+    assert [done for done, _, _ in steps] == list(range(12))
+    assert {total for _, total, _ in steps} == {11}
+    assert steps[1] == (1, 11, "stem: tracing")
+
+
+def test_the_manifest_describes_the_checkpoint(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    fake_trace()
+    manifest = build(changed(options, precision="fp16", sizes=((32, 48), (16, 16)), max_images=2))[0].manifest
+    assert (manifest.latent_channels, manifest.vae_scale, manifest.size_multiple) == (4, 2, 4)
+    assert (manifest.text_length, manifest.vocabulary) == (32, 636)
+    assert (manifest.sizes, manifest.max_images, manifest.precision) == (((32, 48), (16, 16)), 2, "fp16")
+    features = manifest.features
+    # The graph's ends stay float32, so that the scheduler's arithmetic is exact; what is between segments is half as wide.
+    for name in ("sample", "timestep", "head", "latents", "vae_decoder"):
+        assert features[name].dtype == "float32"
+    for name in ("text_encoder", "time", "stem", "down.0.sampler", "up.0.sampler"):
+        assert features[name].dtype == "float16"
+    assert features["tokens"].dtype == "int64"
+    assert features["vae_decoder"].shape == ("images", 3, "2*height", "2*width")
+    assert {"torch", "diffusers", "onnx", "unet-heirloom"} <= set(manifest.made_with)
+    assert all(unit.parameters > 0 for unit in manifest.units if not unit.name.endswith("time"))
+
+
+def test_the_same_build_again_does_nothing(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    fake_trace()
+    build(options)
+    before = contents(folder_of(options))
+    traced = fake_trace()
+    bundle, built = build(options)
+    assert not built
+    assert not traced
+    assert contents(bundle.folder) == before
+
+
+def test_the_embedded_model_is_up_to_date(mini_bundle: Bundle) -> None:
+    before = contents(mini_bundle.folder)
+    bundle, built = build(BuildOptions(out=mini_bundle.folder))
+    assert not built
+    assert bundle.manifest == mini_bundle.manifest
+    assert contents(mini_bundle.folder) == before
+
+
+def test_two_builds_of_the_same_things_have_the_same_key(options: BuildOptions, fake_trace: FakeTrace, tmp_path: Path) -> None:
+    fake_trace()
+    first, second = build(options)[0], build(changed(options, out=tmp_path / "second", force=True))[0]
+    assert first.manifest.key == second.manifest.key
+    assert first.manifest.units == second.manifest.units
+    assert {name: size for name, (size, _) in contents(first.folder).items() if name != "manifest.json"} == {
+        name: size for name, (size, _) in contents(second.folder).items() if name != "manifest.json"
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "fp16"},
+        {"granularity": "layer"},
+        {"plans": ("block:3",)},
+        {"sizes": ((32, 32),)},
+        {"max_images": 1},
+        {"engines": ("onnxruntime", "null")},
+    ],
+)
+def test_other_options_make_another_key(options: BuildOptions, fake_trace: FakeTrace, changes: dict[str, object]) -> None:
+    fake_trace()
+    first = build(options)[0].manifest.key
+    assert build(changed(options, force=True, **changes))[0].manifest.key != first
+
+
+def test_a_changed_plan_file_makes_another_key(options: BuildOptions, fake_trace: FakeTrace, tmp_path: Path) -> None:
+    fake_trace()
+    path = tmp_path / "plan.json"
+    path.write_text(plan_inheriting("up.0.layer.0.resnet").model_dump_json())
+    build(changed(options, plans=(str(path),)))
+    assert not build(changed(options, plans=(str(path),)))[1]
+    path.write_text(plan_inheriting("up.1.layer.0.resnet").model_dump_json())
+    with pytest.raises(BuildError, match="exists and is kept"):
+        build(changed(options, plans=(str(path),)))
+
+
+def plan_inheriting(unit: str) -> Plan:
+    return Plan(name="inner", rules=(Rule(units=(unit,), when=Uniform(every=2)),))
+
+
+def check(plan: Plan, manifest: Manifest) -> None:
+    check_runs(Schedule(plan, {"original": manifest}, [900.0, 600.0, 300.0, 0.0]))
+
+
+def test_other_weights_make_another_key(options: BuildOptions, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path) -> None:
+    fake_trace()
+    copy = tmp_path / tiny_source.name
+    shutil.copytree(tiny_source, copy)
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    same, other = (
+        build(changed(options, source=str(tiny_source)))[0],
+        build(changed(options, source=str(copy), out=tmp_path / "b"))[0],
+    )
+    assert same.manifest.source_sha256 != other.manifest.source_sha256
+    assert same.manifest.key != other.manifest.key
+
+
+def test_an_existing_bundle_of_other_things_is_kept(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    fake_trace()
+    build(options)
+    before = contents(folder_of(options))
+    with pytest.raises(
+        BuildError, match=r"exists and is kept \(a bundle made from other weights, options or versions\); replace it with --force"
+    ):
+        build(changed(options, precision="fp16"))
+    assert contents(folder_of(options)) == before
+    bundle, built = build(changed(options, precision="fp16", force=True))
+    assert built
+    assert bundle.manifest.precision == "fp16"
+    assert names_in(bundle.folder.parent) == ["bundle"]
+
+
+def test_force_does_not_build_what_is_up_to_date(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    fake_trace()
+    build(options)
+    before = contents(folder_of(options))
+    assert not build(changed(options, force=True))[1]
+    assert contents(folder_of(options)) == before
+
+
+def test_a_damaged_bundle_is_kept_until_forced(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    fake_trace()
+    build(options)
+    (folder_of(options) / "segments" / "stem.onnx").write_bytes(b"other")
+    with pytest.raises(BuildError, match=r"is kept .*stem\.onnx is not the file that was built.*--force"):
+        build(options)
+    assert (folder_of(options) / "segments" / "stem.onnx").read_bytes() == b"other"
+    build(changed(options, force=True))[0].check()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_of_the_users_own_is_never_replaced(options: BuildOptions, fake_trace: FakeTrace, force: bool) -> None:
+    fake_trace()
+    folder = folder_of(options)
+    folder.mkdir(parents=True)
+    (folder / "holiday.jpg").write_bytes(b"precious")
+    with pytest.raises(BuildError, match="choose another --out"):
+        build(changed(options, force=force))
+    assert (folder / "holiday.jpg").read_bytes() == b"precious"
+    assert names_in(folder.parent) == ["bundle"]
+
+
+def test_a_file_in_the_bundles_place_is_never_replaced(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    fake_trace()
+    folder = folder_of(options)
+    folder.parent.mkdir(parents=True)
+    folder.write_text("notes")
+    for force in (False, True):
+        with pytest.raises(BuildError, match="choose another --out"):
+            build(changed(options, force=force))
+    assert folder.read_text() == "notes"
+
+
+def test_an_empty_folder_is_filled(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    fake_trace()
+    folder_of(options).mkdir(parents=True)
+    assert build(options)[1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broke"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_build_that_fails_leaves_nothing(options: BuildOptions, fake_trace: FakeTrace, error: BaseException) -> None:
+    fake_trace(fail_at="mid", error=error)
+    with pytest.raises(type(error)):
+        build(options)
+    assert names_in(folder_of(options).parent) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broke"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_forced_build_that_fails_keeps_the_old_bundle(
+    options: BuildOptions, fake_trace: FakeTrace, error: BaseException
+) -> None:
+    fake_trace()
+    build(options)
+    before = contents(folder_of(options))
+    fake_trace(fail_at="mid", error=error)
+    with pytest.raises(type(error)):
+        build(changed(options, precision="fp16", force=True))
+    assert contents(folder_of(options)) == before
+    assert names_in(folder_of(options).parent) == ["bundle"]
+    Bundle.open(folder_of(options)).check()
+
+
+def test_a_failure_at_the_very_end_keeps_the_old_bundle(
+    options: BuildOptions, fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old bundle has stepped aside and the new one cannot take its place."""
+    fake_trace()
+    build(options)
+    before = contents(folder_of(options))
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target) == folder_of(options) and not self.name.endswith(".old"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        build(changed(options, precision="fp16", force=True))
+    monkeypatch.undo()
+    assert contents(folder_of(options)) == before
+    assert names_in(folder_of(options).parent) == ["bundle"]
+
+
+def test_the_default_folder_is_named_after_source_and_variant() -> None:
+    assert BuildOptions(source="mini", variant="assembled").folder == Path("bundles/mini-assembled")
+    assert BuildOptions(source="someone/some-model").folder == Path("bundles/some-model-original")
+    assert BuildOptions(source="/models/mine/").folder == Path("bundles/mine-original")
+
+
+def test_smaller_segments_run_more_plans(tiny_source: Path) -> None:
+    graph = load_graph(open_source(str(tiny_source), "original"), "original", torch.float32)
+    plan = plan_inheriting("up.0.layer.0.resnet")
+    by_block, by_unit = (make_manifest(units=graph.units, segments=segments_of(graph, size)) for size in ("block", "unit"))
+    with pytest.raises(PlanError, match="in one segment"):
+        check(plan, by_block)
+    check(plan, by_unit)
+
+
+def test_a_bundle_can_be_cut_for_a_plan_file(options: BuildOptions, fake_trace: FakeTrace, tmp_path: Path) -> None:
+    fake_trace()
+    path = tmp_path / "inner.json"
+    plan = plan_inheriting("up.0.layer.0.resnet")
+    path.write_text(plan.model_dump_json())
+    plain = build(options)[0].manifest
+    with pytest.raises(PlanError, match="in one segment"):
+        check(plan, plain)
+    cut = build(changed(options, plans=(str(path),), force=True))[0].manifest
+    check(plan, cut)
+    assert len(cut.segments) > len(plain.segments)

@@ -1,0 +1,136 @@
+"""Real traces: every segment and the chain agree with the torch model, and a bundle that does not is found out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines import Bundle, make_engine
+from engines.bundle import describe_file
+from exporter import BuildError, BuildOptions, build, verify
+from exporter.verify import TOLERANCE, Comparison
+from tests.commands import Command, assert_refused
+from tests.sources import save_source
+from tests.unets import small_unet
+
+FP32 = 1e-4
+"""What `verify` allows at float32: sums in another order give 1e-6 to 5e-6, a wrong feature or weight far above 1e-3."""
+FP16 = 5e-3
+"""Likewise for half precision against float32: ten bits of mantissa are 1e-3, and a deep segment adds some."""
+
+
+def assert_complete(found: list[Comparison], bundle: Bundle, sizes: int, batches: int) -> None:
+    """Every segment and the chain, at every size and batch."""
+    names = [segment.name for segment in bundle.manifest.segments] + ["the chain"]
+    assert [comparison.segment for comparison in found] == names * (sizes * batches)
+    assert len({(c.height, c.width) for c in found}) == sizes
+    assert len({c.images for c in found}) == batches
+
+
+def test_the_allowed_errors_are_those_stated_here() -> None:
+    assert TOLERANCE == {"fp32": FP32, "fp16": FP16}
+
+
+def test_the_embedded_model_at_two_sizes_and_two_batches(mini_bundle: Bundle) -> None:
+    found = list(verify(mini_bundle, make_engine("onnxruntime")))
+    assert_complete(found, mini_bundle, sizes=2, batches=2)
+    assert max(comparison.error for comparison in found) < FP32
+    assert all(np.isfinite(comparison.error) for comparison in found)
+
+
+def test_the_assembled_variant(assembled_bundle: Bundle) -> None:
+    found = list(verify(assembled_bundle, make_engine("onnxruntime"), [(64, 64), (128, 64)]))
+    assert_complete(found, assembled_bundle, sizes=2, batches=2)
+    assert max(comparison.error for comparison in found) < FP32
+
+
+@pytest.fixture(scope="module")
+def no_mid_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A UNet without mid block, one layer per block, cut by layer."""
+    folder = tmp_path_factory.mktemp("no-mid")
+    source = save_source(folder / "source", small_unet("no mid"))
+    return build(BuildOptions(source=str(source), granularity="layer", out=folder / "bundle"))[0]
+
+
+def test_another_topology_cut_by_layer(no_mid_bundle: Bundle) -> None:
+    found = list(verify(no_mid_bundle, make_engine("onnxruntime"), [(16, 16), (24, 8)]))
+    assert_complete(found, no_mid_bundle, sizes=2, batches=2)
+    assert max(comparison.error for comparison in found) < FP32
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source", small_unet("two stages", mid_block_type=None))
+    bundle, _ = build(BuildOptions(source=str(source), precision="fp16", out=tmp_path / "bundle"))
+    found = list(verify(bundle, make_engine("onnxruntime")))
+    assert max(comparison.error for comparison in found) < FP16
+    assert max(comparison.error for comparison in found) > 1e-5, "half precision cannot be as exact as single"
+
+
+def damaged(bundle: Bundle, folder: Path) -> Path:
+    """A bundle whose hashes are right and whose weights are not: as if the trace had gone wrong."""
+    shutil.copytree(bundle.folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    segment = next(segment for segment in manifest["segments"] if segment["name"] == "up.1.sampler")
+    data = folder / segment["onnx"][1]["path"]
+    weights = np.fromfile(data, dtype=np.float32)
+    (1.01 * weights).astype(np.float32).tofile(data)
+    segment["onnx"][1] = describe_file(folder, data).model_dump()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_one_per_cent_in_one_segment_is_found(no_mid_bundle: Bundle, tmp_path: Path, exporter: Command) -> None:
+    folder = damaged(no_mid_bundle, tmp_path / "wrong")
+    wrong = {c.segment for c in verify(Bundle.open(folder), make_engine("onnxruntime"), [(16, 16)]) if c.error > FP32}
+    assert wrong == {"up.1.sampler", "the chain"}
+    outcome = exporter("verify", folder, "--sizes", "16x16")
+    assert outcome.code == 1
+    assert "NOT within 0.0001" in outcome.out[-1]
+
+
+def test_the_command_prints_the_error_of_each_segment(no_mid_bundle: Bundle, exporter: Command) -> None:
+    outcome = exporter("verify", no_mid_bundle.folder, "--sizes", "16x16")
+    assert outcome.code == 0
+    text = "\n".join(outcome.out)
+    for segment in no_mid_bundle.manifest.segments:
+        assert segment.name in text
+    assert "the chain" in text
+    assert "all within 0.0001" in outcome.out[-1]
+
+
+def test_a_source_that_has_changed_since_is_refused(no_mid_bundle: Bundle, exporter: Command, tmp_path: Path) -> None:
+    manifest = dataclasses.replace(no_mid_bundle).manifest
+    source = Path(manifest.source) / "scheduler" / "scheduler_config.json"
+    text = source.read_text()
+    try:
+        source.write_text(text.replace("0.012", "0.013"))
+        with pytest.raises(BuildError, match="are not those that bundle .* was made from; build it anew with --force"):
+            list(verify(no_mid_bundle, make_engine("onnxruntime")))
+        assert_refused(exporter("verify", no_mid_bundle.folder), "are not those that bundle")
+    finally:
+        source.write_text(text)
+
+
+def test_sizes_that_do_not_fit(no_mid_bundle: Bundle, exporter: Command) -> None:
+    assert_refused(exporter("verify", no_mid_bundle.folder, "--sizes", "17x16"), "17x16", "multiples of 8")
+
+
+def test_inspect_shows_segments_features_and_plans(
+    no_mid_bundle: Bundle, exporter: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    outcome = exporter("inspect", no_mid_bundle.folder)
+    text = "\n".join(outcome.out)
+    assert outcome.code == 0
+    for segment in no_mid_bundle.manifest.segments:
+        assert segment.name in text
+    for plan in ("full", "block:3", "deepcache:3"):
+        assert plan in text
+    assert "(batch, 24, height/2, width/2)" in text
+    assert "cannot run" not in text
+    assert "multiples of 8" in text
