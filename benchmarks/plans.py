@@ -66,6 +66,7 @@ def likeness(pictures: Sequence[Image.Image], reference: Sequence[Image.Image]) 
         return float("inf"), 1.0
     psnr = peak_signal_noise_ratio(one, other, data_range=1.0, dim=(1, 2, 3), reduction="none")
     ssim = structural_similarity_index_measure(one, other, data_range=1.0)
+    assert isinstance(ssim, torch.Tensor)  # a tuple only where the full picture is asked for
     return float(psnr[torch.isfinite(psnr)].mean()), float(ssim)
 
 

@@ -97,7 +97,7 @@ def script_of(keys: set[int], paths: Sequence[str], kind: str, steps: int = STEP
 def test_level_kind_and_mode(model: str, level: str, mode: str) -> None:
     units, kind, paths = LEVELS[model][level]
     when, keys = MODES[mode]
-    plan = Plan(name=f"{level}, {mode}", rules=(Rule(units=tuple(units), kind=kind, when=when),))  # type: ignore[arg-type]
+    plan = Plan(name=f"{level}, {mode}", rules=(Rule(units=tuple(units), kind=kind, when=when),))
     unet = small_unet(model)
     made, records = denoise({"one": unet}, {"one": manifest_of(unet, None, [plan])}, plan)
     assert relative_error(made, expected({"one": unet}, script_of(keys, paths, kind))) < TOLERANCE
