@@ -1,5 +1,6 @@
 """Text to image: a bundle and a prompt in, pictures out."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from runtime.schedulers import make_scheduler
 __all__ = ["Callback", "Generation", "Pipeline", "default_bundle", "generate"]
 
 BUNDLES = Path("bundles")
+_SEEDS = 2**63
+"""PyTorch's generators take seeds of 64 bits."""
 
 Callback = Callable[[StepRecord, Tensor], None]
 """Called after every model evaluation with its record and the latents (images, channels, height, width)."""
@@ -126,8 +129,13 @@ class Pipeline:
         started = time.perf_counter()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         images = len(prompts) * num_images
-        height, width = height or self.manifest.sizes[0][0], width or self.manifest.sizes[0][1]
+        height = self.manifest.sizes[0][0] if height is None else height
+        width = self.manifest.sizes[0][1] if width is None else width
         self.check_request(prompts, images, height, width)
+        if not -_SEEDS <= seed <= _SEEDS - images:
+            raise RequestError(f"seed = {seed}; choose one from {-_SEEDS} to {_SEEDS - images}")
+        if not math.isfinite(guidance_scale):
+            raise RequestError(f"guidance_scale = {guidance_scale}; choose a finite number: 1 or less turns guidance off")
         noise = make_scheduler(scheduler, self.bundle.folder / "scheduler", steps)
         found = find_plan(plan, self.manifest.unet_units)
         schedule = self.schedule(found, len(noise.timesteps))
