@@ -147,8 +147,9 @@ def check_runs(plan: Plan, schedule: Sequence[Step], manifest: Manifest) -> None
 
 
 def _cannot_run(plan: Plan, feature: str, unit: Unit, segment: str, manifest: Manifest) -> str:
+    spec = plan.name if ":" in plan.name else "FILE.json"  # a preset, or a plan of one's own
     return (
         f"plan {plan.name} inherits {feature}, but this bundle computes it and its reader {unit.name} in one segment "
         f"({segment}); build a bundle that is cut there: python -m exporter build --variant {manifest.variant} "
-        f"--source {manifest.source} --plan {plan.name}"
+        f"--source {manifest.source} --plan {spec}"
     )
