@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engines import Bundle, BundleError, Engine, Manifest, Segment, make_engine
+from engines import ENGINES, Bundle, BundleError, Engine, Manifest, Segment, make_engine
 from engines.bundle import MANIFEST_NAME, describe_file, sha256
 from engines.manifest import MANIFEST_VERSION, File, Precision, Variant
 from exporter.errors import BuildError
@@ -79,6 +79,10 @@ def build(options: BuildOptions, progress: Progress = lambda done, total, what: 
     _check_choices(options)
     checkpoint = open_source(options.source, options.variant)
     engines = [make_engine(name) for name in dict.fromkeys(options.engines)]
+    if options.targets and not any(engine.has_profile for engine in engines):
+        raise BuildError(
+            f"targets {', '.join(options.targets)}: engine {', '.join(options.engines)} takes none; leave --targets out"
+        )
     targets = {engine.name: engine.check_targets(options.targets if engine.has_profile else ()) for engine in engines}
     fingerprint = checkpoint.fingerprint(options.variant)
     key = _key(options, fingerprint, engines, targets)
@@ -121,6 +125,8 @@ def _check_choices(options: BuildOptions) -> None:
         raise BuildError(f"unknown granularity {options.granularity!r}; choose from: {', '.join(GRANULARITIES)}")
     if options.precision not in DTYPE:
         raise BuildError(f"unknown precision {options.precision!r}; choose from: {', '.join(DTYPE)}")
+    if not options.engines:
+        raise BuildError(f"no engine is named; choose from: {', '.join(ENGINES)}")
     if options.max_images < 1:
         raise BuildError(f"batch {options.max_images}: a bundle must take at least 1 image")
 

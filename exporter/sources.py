@@ -47,7 +47,10 @@ class Checkpoint:
             SourceError: the checkpoint has no such variant and none can be made.
         """
         folder = self.unet_folder(variant)
-        unet = UNet2DConditionModel.from_pretrained(self.folder, subfolder=folder, use_safetensors=True, local_files_only=True)
+        with self._reading(folder):
+            unet = UNet2DConditionModel.from_pretrained(
+                self.folder, subfolder=folder, use_safetensors=True, local_files_only=True
+            )
         unet = unet.float().eval()
         if variant == "original" or folder != "unet":
             return unet
@@ -66,18 +69,31 @@ class Checkpoint:
 
     def vae(self) -> AutoencoderKL:
         """The VAE, float32, in evaluation mode."""
-        vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True, local_files_only=True)
+        with self._reading("vae"):
+            vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True, local_files_only=True)
         return vae.float().eval()
 
     def text_encoder(self) -> nn.Module:
         """The CLIP text encoder, float32, in evaluation mode."""
         from transformers import CLIPTextModel
 
-        with _no_progress_bar():
+        with self._reading("text_encoder"), _no_progress_bar():
             model: nn.Module = CLIPTextModel.from_pretrained(
                 self.folder / "text_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
             )
         return model.eval()
+
+    @contextmanager
+    def _reading(self, part: str) -> Iterator[None]:
+        """Turn what diffusers and transformers raise for damaged files, of many kinds, into SourceError."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SourceError(
+                f"source {self.name}: {self.folder / part} cannot be read ({reason}); get its files again, or save the model "
+                "again with diffusers' save_pretrained"
+            ) from error
 
     def files(self, variant: str) -> Iterator[Path]:
         """Every file that a build of the variant reads."""

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,7 +38,7 @@ def _parser() -> Parser:
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance scale (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: %(default)s)")
-    parser.add_argument("--size", type=parse_size, help="HEIGHTxWIDTH in pixels (default: the bundle's first size)")
+    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels (default: the bundle's first size)")
     parser.add_argument("--image", type=Path, help="a picture to start from instead of noise")
     parser.add_argument(
         "--strength", type=float, default=0.6, help="share of the steps that run on --image, above 0 to 1 (default: %(default)s)"
@@ -69,14 +70,14 @@ def main(arguments: Sequence[str]) -> None:
     generation = _generate(load(folder, options.engine), options, console)
     console.print(_steps(generation))
     for path, image in zip(_paths(options.out, len(generation.images)), generation.images, strict=True):
-        image.save(path)
+        _save(image, path)
         console.print(
             f"wrote {path} ({image.width}x{image.height}, bundle {folder}, plan {generation.plan.name})", soft_wrap=True
         )
 
 
 def _generate(pipeline: Pipeline, options: Namespace, console: Console) -> Generation:
-    height, width = options.size or (None, None)
+    height, width = (None, None) if options.size is None else parse_size(options.size)
     columns = (TextColumn("{task.completed} steps"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         share = min(options.strength, 1) if options.image and options.strength > 0 else 1
@@ -141,6 +142,16 @@ def _plans() -> Table:
         table.add_row(preset.form, preset.summary)
     table.add_row("FILE.json", "a plan of your own: key steps and inherited units")
     return table
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all; what was there before stays if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        image.save(temporary, format="PNG")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _paths(out: Path, count: int) -> list[Path]:

@@ -1,5 +1,6 @@
 """Text to image and image to image: a bundle and a prompt in, pictures out."""
 
+import math
 import threading
 import time
 import warnings
@@ -27,6 +28,8 @@ __all__ = ["Callback", "Generation", "Pipeline", "default_bundle", "generate"]
 
 BUNDLES = Path("bundles")
 _ENCODER = "vae_encoder"
+_SEEDS = 2**63
+"""PyTorch's generators take seeds of 64 bits."""
 
 Callback = Callable[[StepRecord, Tensor], None]
 """Called after every model evaluation with its record and the latents (images, channels, height, width)."""
@@ -158,8 +161,15 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         images = len(prompts) * num_images
         original = self.original(image, mask, height, width)
-        height, width = original.size if original else (height or self.manifest.sizes[0][0], width or self.manifest.sizes[0][1])
+        if original:
+            height, width = original.size
+        height = self.manifest.sizes[0][0] if height is None else height
+        width = self.manifest.sizes[0][1] if width is None else width
         self.check_request(prompts, images, height, width)
+        if not -_SEEDS <= seed <= _SEEDS - images:
+            raise RequestError(f"seed = {seed}; choose one from {-_SEEDS} to {_SEEDS - images}")
+        if not math.isfinite(guidance_scale):
+            raise RequestError(f"guidance_scale = {guidance_scale}; choose a finite number: 1 or less turns guidance off")
         noise = make_scheduler(scheduler, self.bundle.folder / "scheduler", steps)
         timesteps = timesteps_from(noise, steps, strength) if original else noise.timesteps
         found = find_plan(plan)

@@ -24,7 +24,17 @@ from tests.exporter.conftest import names_in
 from tests.unets import make_manifest
 
 FakeTrace = Callable[..., list[str]]
-UNET_SEGMENTS = ["stem", "down.0", "down.0.sampler", "down.1", "mid", "up.0", "up.1", "up.1.layer.1", "head"]
+UNET_SEGMENTS = [
+    "stem",
+    "down.0.layer.0",
+    "down.0.sampler",
+    "down.1",
+    "mid",
+    "up.0",
+    "up.1.layer.0",
+    "up.1.layer.1",
+    "head",
+]
 
 
 @pytest.fixture
@@ -46,15 +56,15 @@ def test_a_build_names_every_file_it_wrote(options: BuildOptions, fake_trace: Fa
     steps: list[tuple[int, int, str]] = []
     bundle, built = build(options, lambda done, total, what: steps.append((done, total, what)))
     assert built
-    assert traced == ["text_encoder", *UNET_SEGMENTS, "vae_decoder"]
+    assert traced == ["text_encoder", *UNET_SEGMENTS, "vae_decoder", "vae_encoder"]
     manifest = bundle.manifest
     named = {file.path for file in manifest.files} | {file.path for segment in manifest.segments for file in segment.onnx}
     assert {*named, "manifest.json"} == set(contents(bundle.folder))
     bundle.check()
     assert names_in(bundle.folder.parent) == ["bundle"]
-    assert [done for done, _, _ in steps] == list(range(12))
-    assert {total for _, total, _ in steps} == {11}
-    assert steps[1] == (1, 11, "stem: tracing")
+    assert [done for done, _, _ in steps] == list(range(13))
+    assert {total for _, total, _ in steps} == {12}
+    assert steps[1] == (1, 12, "stem: tracing")
 
 
 def test_the_manifest_describes_the_checkpoint(options: BuildOptions, fake_trace: FakeTrace) -> None:
@@ -65,14 +75,17 @@ def test_the_manifest_describes_the_checkpoint(options: BuildOptions, fake_trace
     assert (manifest.sizes, manifest.max_images, manifest.precision) == (((32, 48), (16, 16)), 2, "fp16")
     features = manifest.features
     # The graph's ends stay float32, so that the scheduler's arithmetic is exact; what is between segments is half as wide.
-    for name in ("sample", "timestep", "head", "latents", "vae_decoder"):
+    for name in ("sample", "timestep", "head", "latents", "vae_decoder", "image", "vae_encoder"):
         assert features[name].dtype == "float32"
     for name in ("text_encoder", "time", "stem", "down.0.sampler", "up.0.sampler"):
         assert features[name].dtype == "float16"
     assert features["tokens"].dtype == "int64"
-    assert features["vae_decoder"].shape == ("images", 3, "2*height", "2*width")
+    assert features["vae_decoder"].shape == features["image"].shape == ("images", 3, "2*height", "2*width")
+    assert features["vae_encoder"].shape == ("images", 8, "height", "width")
     assert {"torch", "diffusers", "onnx", "unet-heirloom"} <= set(manifest.made_with)
-    assert all(unit.parameters > 0 for unit in manifest.units if not unit.name.endswith("time"))
+    # A sum has no weights of its own, but for the shortcut of a ResNet.
+    weightless = {"time", "resnet", "attention"}
+    assert all(unit.parameters > 0 for unit in manifest.units if unit.kind not in weightless)
 
 
 def test_the_same_build_again_does_nothing(options: BuildOptions, fake_trace: FakeTrace) -> None:

@@ -105,4 +105,4 @@ def test_units_that_a_plan_can_name(mini_bundle: Bundle) -> None:
     names = mini_bundle.manifest.unet_units
     assert names[0] == "time"
     assert names[-1] == "head"
-    assert not {"text_encoder", "vae_decoder"} & set(names)
+    assert not {"text_encoder", "vae_decoder", "vae_encoder"} & set(names)

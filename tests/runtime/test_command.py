@@ -1,0 +1,238 @@
+"""``python -m runtime``: a picture and what ran, or for a mistake one line of ours, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from engines import Bundle
+from tests.commands import Command, assert_refused, command
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "a red star on a blue background"
+
+
+@pytest.fixture
+def runtime(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """``python -m runtime`` in this process."""
+    from runtime.__main__ import main
+
+    monkeypatch.setenv("COLUMNS", "200")
+    return command(main, capfd, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands run in an empty folder, so that whatever they write shows."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_prompt_gives_a_picture_and_says_what_ran(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
+    outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", "deepcache:2", "--steps", 3, "--seed", 4)
+    assert outcome.code == 0
+    assert outcome.err == []
+    assert [path.name for path in here.iterdir()] == ["out.png"]
+    with Image.open(here / "out.png") as image:
+        assert (image.format, image.size) == ("PNG", (64, 64))
+    text = "\n".join(outcome.out)
+    assert "3 steps" in text
+    assert text.count("inherit ") == 1
+    assert text.count("all 13") == 2
+    assert "stem, up.3.part.2, head" in text
+    assert outcome.out[-1].startswith("wrote out.png")
+
+
+def test_the_picture_is_that_of_generate(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
+    import runtime as package
+
+    outcome = runtime(
+        PROMPT, "--bundle", mini_bundle.folder, "--steps", 2, "--seed", 4, "--negative", "a ring", "--guidance", 3,
+        "--scheduler", "euler", "--size", "64x128", "--images", 2, "-o", here / "star.png",
+    )  # fmt: skip
+    assert outcome.code == 0
+    made = package.generate(
+        PROMPT, "a ring", steps=2, seed=4, guidance_scale=3, scheduler="euler", height=64, width=128, num_images=2,
+        bundle=mini_bundle.folder,
+    )  # fmt: skip
+    assert sorted(path.name for path in here.iterdir()) == ["star-0.png", "star-1.png"]
+    for number in range(2):
+        with Image.open(here / f"star-{number}.png") as image:
+            assert image.size == (128, 64)
+            assert image.tobytes() == made.images[number].tobytes()
+
+
+def test_plans_are_listed(runtime: Command) -> None:
+    outcome = runtime("plans")
+    text = "\n".join(outcome.out)
+    assert outcome.code == 0
+    for form in ("full", "block:N", "deepcache:N", "FILE.json"):
+        assert form in text
+
+
+def test_a_plan_of_ones_own(runtime: Command, mini_bundle: Bundle, here: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"name": "mine", "key_steps": {"mode": "explicit", "steps": [0, 2]}, "inherit": ["up.2"]}))
+    outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path, "--steps", 4, "--scheduler", "ddim")
+    assert outcome.code == 0
+    assert "\n".join(outcome.out).count("up.2.sampler") == 2
+    assert "plan mine" in outcome.out[-1]
+
+
+def test_an_over_long_prompt_is_cut_with_a_warning(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
+    outcome = runtime(PROMPT * 9, "--bundle", mini_bundle.folder, "--steps", 1)
+    assert outcome.code == 0
+    assert len(outcome.err) == 1
+    assert outcome.err[0].startswith("warning: prompt cut to 32 tokens")
+    assert (here / "out.png").is_file()
+
+
+WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
+    (["--plan", "nope:2"], ["unknown plan 'nope:2'; choose from: full, block:N, deepcache:N"]),
+    (["--plan", "block"], ["plan 'block' needs a number of steps, such as block:3"]),
+    (["--plan", "gone.json"], ["plan file gone.json cannot be read"]),
+    (["--scheduler", "plms"], ["unknown scheduler 'plms'; choose from: ddim, pndm, dpm++, euler, heun"]),
+    (["--steps", "0"], ["steps = 0; choose from 1 to 500"]),
+    (["--steps", "-3"], ["steps = -3"]),
+    (["--steps", "many"], ["--steps", "many"]),
+    (["--engine", "abacus"], ["unknown engine 'abacus'; choose from: onnxruntime"]),
+    (["--engine", "torch"], ["has no torch engines", "python -m exporter build"]),
+    (["--size", "65x64"], ["size 65x64: height and width must be multiples of 64 pixels"]),
+    (["--size", "64x0"], ["size 64x0: height and width must be multiples of 64 pixels"]),
+    (["--size", "0"], ["size 0x0"]),
+    (["--size", ""], ["size '' is no picture size"]),
+    (["--size", "large"], ["size 'large' is no picture size; write HEIGHTxWIDTH"]),
+    (["--images", "0"], ["num_images = 0; ask for at least 1"]),
+    (["--images", "-1"], ["num_images = -1"]),
+    (["--seed", "99999999999999999999"], ["seed = "]),
+    (["--seed", "-99999999999999999999"], ["seed = "]),
+    (["--guidance", "much"], ["--guidance", "much"]),
+    (["--guidance", "nan"], ["guidance_scale = nan"]),
+    (["-o", "nowhere/out.png"], ["cannot write nowhere/out.png", "folder that exists"]),
+    (["-o", "out.docx"], ["cannot write out.docx", ".png"]),
+    (["--strength"], ["--strength", "--help"]),
+]
+
+
+@pytest.mark.parametrize(("options", "parts"), WRONG_OPTIONS, ids=" ".join)
+def test_wrong_options(runtime: Command, mini_bundle: Bundle, here: Path, options: list[str], parts: list[str]) -> None:
+    assert_refused(runtime(PROMPT, "--bundle", mini_bundle.folder, *options), *parts)
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n"])
+def test_an_empty_prompt(runtime: Command, mini_bundle: Bundle, here: Path, prompt: str) -> None:
+    assert_refused(runtime(prompt, "--bundle", mini_bundle.folder), "the prompt is empty; say what the picture shows")
+    assert list(here.iterdir()) == []
+
+
+def test_no_prompt_at_all(runtime: Command) -> None:
+    assert_refused(runtime(), "prompt", "--help")
+
+
+WRONG_PLANS: list[tuple[dict[str, Any], list[str]]] = [
+    (
+        {"name": "late", "key_steps": {"mode": "explicit", "steps": [1, 2]}, "inherit": ["up.2"]},
+        ["plan late: key_steps leaves out step 0", "the first step is always a key step"],
+    ),
+    ({"name": "far", "key_steps": {"mode": "uniform", "every": 2}, "inherit": ["up.9"]}, ["plan far: inherit names 'up.9'"]),
+    (
+        {"name": "deep", "key_steps": {"mode": "uniform", "every": 2}, "inherit": ["down.1.layer.0.resnet"]},
+        ["plan deep inherits down.1.layer.0.resnet", "in one segment (down.1)", "python -m exporter build", "--plan"],
+    ),
+    ({"name": "typo", "key_step": {"mode": "uniform", "every": 2}}, ["wrong.json, key_step: "]),
+    ({"name": "never", "key_steps": {"mode": "uniform", "every": 0}}, ["wrong.json, key_steps.uniform.every: "]),
+]
+
+
+@pytest.mark.parametrize(("plan", "parts"), WRONG_PLANS, ids=[plan["name"] for plan, _ in WRONG_PLANS])
+def test_wrong_plans(runtime: Command, mini_bundle: Bundle, here: Path, tmp_path: Path, plan: Any, parts: list[str]) -> None:
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(plan))
+    assert_refused(runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path), *parts)
+    assert list(here.iterdir()) == []
+
+
+def test_a_plan_file_that_a_bundle_cannot_run_is_named_as_a_file_to_build_with(
+    runtime: Command, mini_bundle: Bundle, tmp_path: Path
+) -> None:
+    """No preset is called like the plan inside the file, so the message does not say --plan deep."""
+    path = tmp_path / "deep.json"
+    path.write_text(
+        json.dumps({"name": "deep", "key_steps": {"mode": "uniform", "every": 2}, "inherit": ["down.1.layer.0.resnet"]})
+    )
+    outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path)
+    assert_refused(outcome, "plan deep inherits")
+    assert outcome.err[0].endswith("--plan FILE.json")
+
+
+def test_a_bundle_that_is_missing(runtime: Command, here: Path) -> None:
+    assert_refused(runtime(PROMPT), "no bundle in ./bundles; make one with: python -m exporter build --variant assembled")
+    assert_refused(runtime(PROMPT, "--bundle", "nowhere"), "no bundle at", "nowhere", "python -m exporter build")
+    assert list(here.iterdir()) == []
+
+
+def test_a_bundle_of_another_version(runtime: Command, bundle_copy: Path, here: Path) -> None:
+    path = bundle_copy / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 0', 1))
+    assert_refused(runtime(PROMPT, "--bundle", bundle_copy), "has manifest version 0, this program reads 1", "rebuild it with")
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "segments/head.onnx", "segments/up.1.onnx.data", "tokenizer/vocab.json", "scheduler/scheduler_config.json"],
+)
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_bundle(runtime: Command, bundle_copy: Path, here: Path, name: str, damage: str) -> None:
+    path = bundle_copy / name
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    outcome = runtime(PROMPT, "--bundle", bundle_copy)
+    assert_refused(outcome, "python -m exporter build", name)
+    assert list(here.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_half_picture_and_keeps_the_old_one(
+    runtime: Command, mini_bundle: Bundle, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = here / "out.png"
+    out.write_bytes(b"an older picture")
+
+    def refuse(self: Image.Image, target: Any, *args: Any, **kwargs: Any) -> None:
+        Path(target).write_bytes(b"half a pict")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(Image.Image, "save", refuse)
+    assert_refused(runtime(PROMPT, "--bundle", mini_bundle.folder, "--steps", 1), "the disk is full")
+    assert [path.name for path in here.iterdir()] == ["out.png"]
+    assert out.read_bytes() == b"an older picture"
+
+
+def in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "runtime", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_command_as_a_command(mini_bundle: Bundle, here: Path) -> None:
+    """Once in a process of its own: nothing that is imported prints, and the exit code reaches the shell."""
+    given = [PROMPT, "--bundle", str(mini_bundle.folder), "--steps", "1", "-o", str(here / "out.png")]
+    done = in_a_process(*given)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert (here / "out.png").is_file()
+    refused = in_a_process(*given, "--steps", "0")
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert refused.stderr == "error: steps = 0; choose from 1 to 500\n"
