@@ -9,6 +9,7 @@ from rich.table import Table
 from engines import Bundle, Manifest, Segment
 from runtime.cost import relative_macs
 from runtime.errors import PlanError
+from runtime.plan import Plan
 from runtime.presets import PRESETS, find_plan
 from runtime.schedule import Schedule, check_runs
 
@@ -95,11 +96,19 @@ def _plans(manifest: Manifest) -> Table:
         plan = find_plan(preset.example)
         if plan.unets:
             continue  # it takes another bundle too
-        try:
-            schedule = Schedule(plan, {manifest.variant: manifest}, _TIMESTEPS)
-            check_runs(schedule)
-            inherited = ", ".join(f"{' '.join(rule.units)} by {rule.kind}" for rule in plan.rules)
-            table.add_row(preset.example, inherited or "nothing", f"{relative_macs(schedule):.3f}")
-        except PlanError as error:
-            table.add_row(preset.example, f"cannot run: {error}", "-")
+        table.add_row(preset.example, *_cost(manifest, plan))
     return table
+
+
+def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
+    """What a plan inherits, or why the bundle cannot run it; and its MACs."""
+    try:
+        schedule = Schedule(plan, {manifest.variant: manifest}, _TIMESTEPS)
+    except PlanError as error:
+        return f"not with this UNet: {error}", "-"
+    try:
+        check_runs(schedule)
+    except PlanError:
+        return f"not cut for it: build with --plan {plan.name}", "-"
+    inherited = ", ".join(f"{' '.join(rule.units)} by {rule.kind}" for rule in plan.rules)
+    return inherited or "nothing", f"{relative_macs(schedule):.3f}"

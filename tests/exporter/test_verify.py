@@ -132,5 +132,6 @@ def test_inspect_shows_segments_features_and_plans(
     for plan in ("full", "block:3", "deepcache:3"):
         assert plan in text
     assert "(batch, 24, height/2, width/2)" in text
-    assert "cannot run" not in text
+    assert "not with this UNet" not in text
+    assert "not cut for it: build with --plan unit:3" in text
     assert "multiples of 8" in text

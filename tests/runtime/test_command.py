@@ -81,7 +81,7 @@ def test_plans_are_listed(runtime: Command) -> None:
 
 def test_a_plan_of_ones_own(runtime: Command, mini_bundle: Bundle, here: Path, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps({"name": "mine", "key_steps": {"mode": "explicit", "steps": [0, 2]}, "inherit": ["up.2"]}))
+    path.write_text(json.dumps({"name": "mine", "rules": [{"units": ["up.2"], "when": {"mode": "explicit", "steps": [0, 2]}}]}))
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path, "--steps", 4, "--scheduler", "ddim")
     assert outcome.code == 0
     assert "\n".join(outcome.out).count("up.2.sampler") == 2
@@ -97,8 +97,8 @@ def test_an_over_long_prompt_is_cut_with_a_warning(runtime: Command, mini_bundle
 
 
 WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
-    (["--plan", "nope:2"], ["unknown plan 'nope:2'; choose from: full, block:N, deepcache:N"]),
-    (["--plan", "block"], ["plan 'block' needs a number of steps, such as block:3"]),
+    (["--plan", "nope:2"], ["unknown plan 'nope:2'; choose from: full, block:N, layer:N"]),
+    (["--plan", "block"], ["plan 'block': block takes a number of steps, such as 3"]),
     (["--plan", "gone.json"], ["plan file gone.json cannot be read"]),
     (["--scheduler", "plms"], ["unknown scheduler 'plms'; choose from: ddim, pndm, dpm++, euler, heun"]),
     (["--steps", "0"], ["steps = 0; choose from 1 to 500"]),
@@ -139,18 +139,22 @@ def test_no_prompt_at_all(runtime: Command) -> None:
     assert_refused(runtime(), "prompt", "--help")
 
 
+EVERY_2 = {"mode": "uniform", "every": 2}
 WRONG_PLANS: list[tuple[dict[str, Any], list[str]]] = [
     (
-        {"name": "late", "key_steps": {"mode": "explicit", "steps": [1, 2]}, "inherit": ["up.2"]},
-        ["plan late: key_steps leaves out step 0", "the first step is always a key step"],
+        {"name": "late", "rules": [{"units": ["up.2"], "when": {"mode": "explicit", "steps": [1, 2]}}]},
+        ["plan late: rules.when leaves out step 0", "the first step of a rule is always a key step"],
     ),
-    ({"name": "far", "key_steps": {"mode": "uniform", "every": 2}, "inherit": ["up.9"]}, ["plan far: inherit names 'up.9'"]),
+    ({"name": "far", "rules": [{"units": ["up.9"], "when": EVERY_2}]}, ["plan far, UNet original: rules.units names 'up.9'"]),
     (
-        {"name": "deep", "key_steps": {"mode": "uniform", "every": 2}, "inherit": ["down.1.layer.0.resnet"]},
+        {"name": "deep", "rules": [{"units": ["down.1.layer.0.resnet"], "when": EVERY_2}]},
         ["plan deep inherits down.1.layer.0.resnet", "in one segment (down.1)", "python -m exporter build", "--plan"],
     ),
     ({"name": "typo", "key_step": {"mode": "uniform", "every": 2}}, ["wrong.json, key_step: "]),
-    ({"name": "never", "key_steps": {"mode": "uniform", "every": 0}}, ["wrong.json, key_steps.uniform.every: "]),
+    (
+        {"name": "never", "rules": [{"units": ["up.2"], "when": {"mode": "uniform", "every": 0}}]},
+        ["wrong.json, rules.0.when.uniform.every: "],
+    ),
 ]
 
 
@@ -167,9 +171,7 @@ def test_a_plan_file_that_a_bundle_cannot_run_is_named_as_a_file_to_build_with(
 ) -> None:
     """No preset is called like the plan inside the file, so the message does not say --plan deep."""
     path = tmp_path / "deep.json"
-    path.write_text(
-        json.dumps({"name": "deep", "key_steps": {"mode": "uniform", "every": 2}, "inherit": ["down.1.layer.0.resnet"]})
-    )
+    path.write_text(json.dumps({"name": "deep", "rules": [{"units": ["down.1.layer.0.resnet"], "when": EVERY_2}]}))
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path)
     assert_refused(outcome, "plan deep inherits")
     assert outcome.err[0].endswith("--plan FILE.json")

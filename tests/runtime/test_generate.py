@@ -67,6 +67,7 @@ def counting(pipeline: Pipeline, rows: list[int]) -> Pipeline:
     counted.__dict__.update(pipeline.__dict__)
     runners: Any = {**pipeline.network.runners, "stem": Counting(pipeline.network.runners["stem"])}
     counted.network = Network(pipeline.manifest, runners)
+    counted.networks = {"original": counted.network}
     return counted
 
 
