@@ -10,6 +10,9 @@ from engines.errors import UserError
 
 __all__ = ["Parser", "parse_size", "run_command"]
 
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
@@ -36,7 +39,8 @@ def parse_size(text: str) -> tuple[int, int]:
 def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a command's main function on the arguments given and exit.
 
-    Exit codes: 0, 1 where the command itself says so, 2 for a user's mistake or a full disk, 130 when interrupted.
+    Exit codes: 0, 1 where the command itself says so, 2 for a user's mistake, a full disk or a place that cannot be written,
+    130 when interrupted.
     """
     try:
         main(sys.argv[1:])
@@ -44,12 +48,13 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno in _FULL:
+            message = f"the disk is full; nothing was kept of what was being written; free some space and run again ({error})"
+        elif error.errno in _NO_PLACE:
+            message = f"{error.filename} cannot be read or written ({error.strerror}); choose another place"
+        else:
             raise
-        print(
-            f"error: the disk is full; nothing was kept of what was being written; free some space and run again ({error})",
-            file=sys.stderr,
-        )
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; nothing was kept of what was being written", file=sys.stderr)

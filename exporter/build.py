@@ -33,8 +33,12 @@ __all__ = ["DEFAULT_PLANS", "DTYPE", "BuildOptions", "build", "segments_of"]
 DEFAULT_PLANS = ("block:2", "deepcache:2")
 """Plans that every bundle is cut for; the number makes no difference to the cuts."""
 DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
-_CODE = ("exporter/*.py", "engines/*.py", "runtime/demand.py", "runtime/modes.py", "runtime/plan.py", "runtime/presets.py",
-         "tuning/units.py", "tuning/assembly.py", "tuning/recipes.py")  # fmt: skip
+_CODE = {
+    "exporter": ("build", "graph", "measure", "partition", "sources", "topology", "trace", "units", "write"),
+    "engines": ("manifest", "shapes", "tensor_rt", "torch_program"),
+    "runtime": ("demand", "modes", "plan", "presets"),
+    "tuning": ("assembly", "recipes", "units"),
+}
 _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
@@ -144,8 +148,9 @@ def _own_code() -> str:
     """A hash of the code that decides what is in a bundle: one made by an older checkout is not taken for a new one."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[1]
-    for path in sorted(path for pattern in _CODE for path in root.glob(pattern)):
-        digest.update(path.read_bytes())
+    for package, modules in _CODE.items():
+        for module in modules:
+            digest.update((root / package / f"{module}.py").read_bytes())
     return digest.hexdigest()
 
 

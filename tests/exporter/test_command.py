@@ -218,6 +218,17 @@ def test_a_full_disk_while_files_are_copied(
     assert list(folder.iterdir()) == []
 
 
+def test_a_place_where_nothing_can_be_written(
+    exporter: Command, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path
+) -> None:
+    fake_trace()
+    (tmp_path / "file").write_text("notes")
+    assert_refused(
+        exporter("build", "--source", tiny_source, "--out", tmp_path / "file" / "bundle"), "file", "choose another place"
+    )
+    assert (tmp_path / "file").read_text() == "notes"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_a_real_limit_on_what_may_be_written(tiny_source: Path, tmp_path: Path) -> None:
     """Not a faked error: the system refuses to write, in the middle of a weights file, in a process of its own."""

@@ -222,6 +222,13 @@ def test_a_full_disk_leaves_no_half_picture_and_keeps_the_old_one(
     assert out.read_bytes() == b"an older picture"
 
 
+def test_a_place_where_nothing_can_be_written(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
+    (here / "folder.png").mkdir()
+    outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--steps", 1, "-o", here / "folder.png")
+    assert_refused(outcome, "folder.png", "choose another place")
+    assert [path.name for path in here.iterdir()] == ["folder.png"]
+
+
 def in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "runtime", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
