@@ -15,9 +15,10 @@ from torch import Tensor
 
 from engines import UserError
 from engines.command import Parser, parse_size, run_command
+from runtime.entry import default_bundle, load
 from runtime.executor import StepRecord
 from runtime.explain import explain, listed, plot
-from runtime.pipeline import Generation, Pipeline, default_bundle, load
+from runtime.pipeline import Generation, Pipeline
 from runtime.presets import PRESETS, find_plan
 from runtime.schedulers import make_scheduler
 from runtime.start import timesteps_from

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from engines import DTYPES
+from runtime.entry import load
 from runtime.errors import RequestError
 from runtime.executor import Executor, StepRecord
-from runtime.pipeline import load
 from runtime.plan import Plan
 from runtime.presets import find_plan
 from runtime.schedule import TEXT
