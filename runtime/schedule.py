@@ -121,13 +121,15 @@ class Schedule:
         """Steps at which a rule computes afresh, None where that is decided while running."""
         span = rule.span(self.steps)
         outside = set(range(self.steps)).difference(span)
+        if not len(span):  # too few steps for the rule's part of the schedule to have one
+            return outside
         if isinstance(rule.when, Threshold):
             return None
         try:
             keys = {span.start + key for key in rule.when.keys(len(span))}
         except ValueError as error:
             raise PlanError(f"plan {self.plan.name}: rules.when.{error}") from error
-        if len(span) and span.start not in keys:
+        if span.start not in keys:
             raise PlanError(
                 f"plan {self.plan.name}: rules.when leaves out step 0, so the first step would inherit features that nobody "
                 "computed; the first step of a rule is always a key step: add 0"

@@ -261,3 +261,11 @@ def test_bad_plans_are_refused_by_field(name: str) -> None:
     manifests = {"one": manifest_of(small_unet("uneven"))}
     with pytest.raises(PlanError, match=message):
         Schedule(plan.checked(), manifests, [900.0, 600.0, 300.0])
+
+
+def test_a_rule_whose_part_of_the_schedule_has_no_step_changes_nothing() -> None:
+    plan = Plan(name="late", rules=(Rule(units=("up.1",), when=Quadratic(every=2), start=0.9),))
+    unet = small_unet("uneven")
+    made, records = denoise({"one": unet}, {"one": manifest_of(unet)}, plan, 2)
+    assert {record.kind for record in records} == {"key"}
+    assert relative_error(made, expected({"one": unet}, [("one", {}), ("one", {})], steps=2)) < TOLERANCE
