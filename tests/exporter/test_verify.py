@@ -63,6 +63,7 @@ def test_another_topology_cut_by_layer(no_mid_bundle: Bundle) -> None:
     assert max(comparison.error for comparison in found) < FP32
 
 
+@pytest.mark.slow
 def test_half_precision(tmp_path: Path) -> None:
     source = save_source(tmp_path / "source", small_unet("two stages", mid_block_type=None))
     bundle, _ = build(BuildOptions(source=str(source), precision="fp16", out=tmp_path / "bundle"))
