@@ -98,6 +98,8 @@ class Manifest(_Record):
     """Pixels per latent, in each direction."""
     size_multiple: int
     """Picture height and width must be multiples of this many pixels."""
+    guidance_scale: float = 7.5
+    """Of classifier-free guidance, where a call does not say."""
     text_length: int
     """Tokens of a prompt, start and end included."""
     vocabulary: int

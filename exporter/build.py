@@ -101,7 +101,7 @@ def build(options: BuildOptions, progress: Progress = lambda done, total, what: 
     with _replacing(options.folder) as folder:
         segments = write_segments(folder, graph, bare, engines, targets, sizes, options.max_images, progress)
         files = tuple(_copy_files(checkpoint, folder))
-        manifest = _manifest(options, key, fingerprint, graph, sizes, segments, files)
+        manifest = _manifest(options, checkpoint, key, fingerprint, graph, sizes, segments, files)
         (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
     return Bundle.open(options.folder), True
 
@@ -221,7 +221,7 @@ def _copy_files(checkpoint: Checkpoint, folder: Path) -> Iterator[File]:
 
 
 def _manifest(
-    options: BuildOptions, key: str, fingerprint: str, graph: Graph, sizes: Sequence[tuple[int, int]],
+    options: BuildOptions, checkpoint: Checkpoint, key: str, fingerprint: str, graph: Graph, sizes: Sequence[tuple[int, int]],
     segments: Sequence[Segment], files: tuple[File, ...],
 ) -> Manifest:  # fmt: skip
     return Manifest(
@@ -235,6 +235,7 @@ def _manifest(
         latent_channels=graph.latent_channels,
         vae_scale=graph.vae_scale,
         size_multiple=graph.size_multiple,
+        guidance_scale=checkpoint.guidance_scale,
         text_length=graph.text_length,
         vocabulary=graph.vocabulary,
         features=dict(graph.features),

@@ -37,7 +37,7 @@ def _parser() -> Parser:
     parser.add_argument("--plan", default="full", help="a preset or a .json file (default: %(default)s)")
     parser.add_argument("--scheduler", default="dpm++", help="ddim, pndm, dpm++, euler or heun (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=7.5, help="classifier-free guidance scale (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the bundle's, 7.5 or less)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: %(default)s)")
     parser.add_argument("--size", help="HEIGHTxWIDTH in pixels (default: the bundle's first size)")
     parser.add_argument("--image", type=Path, help="a picture to start from instead of noise")
@@ -116,7 +116,7 @@ def _explain(pipeline: Pipeline, options: Namespace, console: Console) -> None:
     if options.explain:
         height, width = original.size if original else options.size or pipeline.manifest.sizes[0]
         scale = pipeline.manifest.vae_scale
-        rows = options.images * (2 if options.guidance > 1 else 1)
+        rows = options.images * (1 if options.guidance is not None and options.guidance <= 1 else 2)
         sizes = {"batch": rows, "height": height // scale, "width": width // scale}
         table, summary = explain(schedule, pipeline.networks, sizes)
         console.print(table)

@@ -50,7 +50,7 @@ def generate(
     prompt: str | Sequence[str],
     negative_prompt: str = "",
     steps: int = 20,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     seed: int = 0,
     height: int | None = None,
     width: int | None = None,
@@ -70,7 +70,8 @@ def generate(
         prompt: what the picture shows; a list of prompts makes ``num_images`` of each in one batch.
         negative_prompt: what it should not show; read only with guidance.
         steps: denoising steps.
-        guidance_scale: classifier-free guidance (arXiv 2207.12598); 1 or less turns it off and halves the work.
+        guidance_scale: of classifier-free guidance (arXiv 2207.12598); None for the bundle's own (7.5, and 3 for the embedded
+            model); 1 or less turns it off and halves the work.
         seed: of the first picture's noise; picture i has seed + i.
         height: in pixels; None for the image's own, or the bundle's first size. An image of another size is resized.
         width: likewise.

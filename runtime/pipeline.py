@@ -146,7 +146,7 @@ class Pipeline:
         prompt: str | Sequence[str],
         negative_prompt: str = "",
         steps: int = 20,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         seed: int = 0,
         height: int | None = None,
         width: int | None = None,
@@ -170,6 +170,7 @@ class Pipeline:
         self.check_request(prompts, images, height, width)
         if not -_SEEDS <= seed <= _SEEDS - images:
             raise RequestError(f"seed = {seed}; choose one from {-_SEEDS} to {_SEEDS - images}")
+        guidance_scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(guidance_scale):
             raise RequestError(f"guidance_scale = {guidance_scale}; choose a finite number: 1 or less turns guidance off")
         noise = make_scheduler(scheduler, self.bundle.folder / "scheduler", steps)

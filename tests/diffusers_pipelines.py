@@ -55,7 +55,7 @@ def latents(made: Any, images: int = 1, **settings: Any) -> Tensor:
         num_images_per_prompt=images,
         generator=[torch.Generator().manual_seed(SEED + i) for i in range(images)],
         output_type="latent",
-        **{"guidance_scale": 7.5, **given},
+        **{"guidance_scale": 3.0, **given},
     )
     found: Tensor = result.images
     return found

@@ -40,11 +40,11 @@ def test_build_prints_progress_and_a_table(
     outcome = exporter("build", "--source", tiny_source)
     assert outcome.code == 0
     assert outcome.err == []
-    assert outcome.out[0] == "[0/11] text_encoder: tracing"
-    assert "[11/11] done" in outcome.out
+    assert outcome.out[0] == "[0/12] text_encoder: tracing"
+    assert "[12/12] done" in outcome.out
     assert outcome.out[-1] == "built bundles/tiny-original"
     text = "\n".join(outcome.out)
-    for word in ("MACs", "onnxruntime", "down.0.part.2", "up.1.part.2", "vae_decoder"):
+    for word in ("MACs", "onnxruntime", "down.0.sampler", "up.1.layer.1", "vae_decoder"):
         assert word in text
     assert Bundle.open(elsewhere / "bundles" / "tiny-original").manifest.source == str(tiny_source)
     again = exporter("build", "--source", tiny_source)
@@ -64,8 +64,8 @@ WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--engine", ","], ["no engine is named; choose from: onnxruntime"]),
     (["--granularity", "stage"], ["unknown granularity 'stage'; choose from: block, layer, unit"]),
     (["--precision", "int4"], ["unknown precision 'int4'; choose from: fp32, fp16"]),
-    (["--plan", "nope:2"], ["unknown plan 'nope:2'; choose from: full, block:N, deepcache:N"]),
-    (["--plan", "block:0"], ["plan 'block' needs a number of steps"]),
+    (["--plan", "nope:2"], ["unknown plan 'nope:2'; choose from: full, block:N, layer:N"]),
+    (["--plan", "block:0"], ["plan 'block:0': block takes a number of steps"]),
     (["--plan", "gone.json"], ["plan file gone.json cannot be read"]),
     (["--sizes", "65x64"], ["size 65x64: height and width must be multiples of 4 pixels"]),
     (["--sizes", "64x64,64x2"], ["size 64x2"]),
@@ -104,9 +104,9 @@ def test_a_plan_that_names_a_unit_the_unet_does_not_have(
 ) -> None:
     traced = fake_trace()
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps({"name": "mine", "key_steps": {"mode": "uniform", "every": 2}, "inherit": ["up.7"]}))
+    plan.write_text(json.dumps({"name": "mine", "rules": [{"units": ["up.7"], "when": {"mode": "uniform", "every": 2}}]}))
     outcome = exporter("build", "--source", tiny_source, "--plan", plan)
-    assert_refused(outcome, "plan mine: inherit names 'up.7', which this UNet does not have; its units: time, stem")
+    assert_refused(outcome, "rules.units names 'up.7', which this UNet does not have; its units: time, stem")
     assert not traced
     assert list(elsewhere.rglob("*")) == []
 

@@ -48,7 +48,7 @@ def test_a_prompt_gives_a_picture_and_says_what_ran(runtime: Command, mini_bundl
     assert "3 steps" in text
     assert text.count("inherit ") == 1
     assert text.count("all 13") == 2
-    assert "stem, up.3.part.2, head" in text
+    assert "stem, up.3.layer.2, head" in text
     assert outcome.out[-1].startswith("wrote out.png")
 
 

@@ -18,7 +18,7 @@ from tests.unets import relative_error
 
 TOLERANCE = 1e-4
 """Of the largest final latent. Both sides run the same segments in float32; text and picture are encoded by diffusers on one side
-and by the bundle on the other, which is 1e-6, and a few steps with guidance 7.5 multiply that by less than 20."""
+and by the bundle on the other, which is 1e-6, and a few steps with guidance 3 multiply that by less than 20."""
 
 
 def generate(mini_pipeline: Pipeline, **settings: Any) -> Any:
