@@ -13,7 +13,7 @@ export PROMPT
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench plans clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,13 @@ format: $(VENV)/.installed-test ## mend what ruff can mend
 
 bench: $(VENV)/.installed-train ## how often generated images show what their prompt says
 	$(BIN)/python -m benchmarks.attributes
+
+plans: $(VENV)/.installed-train ## what plans cost and what they do to pictures, on bundles that are cut for all of them
+	for variant in original assembled; do \
+	  $(BIN)/python -m exporter build --variant $$variant --out bundles/plans/$$variant --force \
+	    --plan block:2 --plan layer:2 --plan deepcache:2 --plan unit:2 --plan encoder:2 --plan adaptive:0.2; \
+	done
+	$(BIN)/python -m benchmarks.plans
 
 clean: ## remove bundles and tool caches; .venv, training runs and the committed model stay
 	rm -rf bundles build dist htmlcov *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis

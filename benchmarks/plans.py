@@ -131,7 +131,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure every plan; raises UserError where the bundle is missing or cannot run one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plans", description=__doc__)
     parser.add_argument(
-        "--bundle", type=Path, default=Path("bundles/plans/original"), help="cut for all plans (see make bundles)"
+        "--bundle", type=Path, default=Path("bundles/plans/original"), help="cut for all plans, as make plans builds it"
     )
     parser.add_argument("--count", type=int, default=500, help="prompts (default: 500)")
     parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: 20)")

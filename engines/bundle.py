@@ -13,7 +13,6 @@ from engines.manifest import MANIFEST_VERSION, File, Manifest
 __all__ = ["MANIFEST_NAME", "Bundle", "describe_file", "sha256"]
 
 MANIFEST_NAME = "manifest.json"
-REBUILD = "rebuild it with: python -m exporter build --force"
 
 
 def sha256(path: Path) -> str:
@@ -53,16 +52,16 @@ class Bundle:
             version = data.get("version") if isinstance(data, dict) else None
             if version != MANIFEST_VERSION:
                 raise BundleError(
-                    f"bundle {folder} has manifest version {version}, this program reads {MANIFEST_VERSION}; {REBUILD}"
+                    f"bundle {folder} has manifest version {version}, this program reads {MANIFEST_VERSION}; {_rebuild(folder)}"
                 )
             return cls(folder, Manifest.model_validate(data))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME} is no JSON ({error}); {REBUILD}") from error
+            raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME} is no JSON ({error}); {_rebuild(folder)}") from error
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             reason = f"{MANIFEST_NAME}, {place}: {first['msg']}"
-            raise BundleError(f"bundle {folder} is damaged: {reason}; {REBUILD}") from error
+            raise BundleError(f"bundle {folder} is damaged: {reason}; {_rebuild(folder)}") from error
 
     def path(self, file: File) -> Path:
         """The absolute path of a file, after checking that it is whole.
@@ -72,9 +71,11 @@ class Bundle:
         """
         path = self.folder / file.path
         if not path.is_file():
-            raise BundleError(f"bundle {self.folder} is damaged: {file.path} is missing; {REBUILD}")
+            raise BundleError(f"bundle {self.folder} is damaged: {file.path} is missing; {_rebuild(self.folder)}")
         if path.stat().st_size != file.bytes or sha256(path) != file.sha256:
-            raise BundleError(f"bundle {self.folder} is damaged: {file.path} is not the file that was built; {REBUILD}")
+            raise BundleError(
+                f"bundle {self.folder} is damaged: {file.path} is not the file that was built; {_rebuild(self.folder)}"
+            )
         return path
 
     def check(self) -> None:
@@ -88,3 +89,7 @@ class Bundle:
                 self.path(file)
         for file in manifest.files:
             self.path(file)
+
+
+def _rebuild(folder: Path) -> str:
+    return f"rebuild it with: python -m exporter build --force --out {folder} and the options that it was built with"

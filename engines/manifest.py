@@ -5,9 +5,10 @@ file with its SHA-256, every feature with dtype and symbolic shape, and every un
 runtime needs neither the UNet's classes nor its weights in another form.
 """
 
+from pathlib import PurePosixPath
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from engines.shapes import Shape
 
@@ -30,6 +31,14 @@ class File(_Record):
     path: str
     sha256: str
     bytes: int
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        """A bundle may come from anybody: its files lie inside its folder."""
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise ValueError(f"path {path!r} leads out of the bundle")
+        return path
 
 
 class Feature(_Record):

@@ -2,9 +2,11 @@ import hashlib
 import json
 
 import pytest
+from pydantic import ValidationError
 
 from engines import Bundle, BundleError
 from engines.bundle import MANIFEST_NAME, describe_file
+from engines.manifest import File
 
 
 def edit(bundle, change):
@@ -93,3 +95,9 @@ def test_a_missing_file_is_named(damageable):
     (damageable.folder / "front.onnx").unlink()
     with pytest.raises(BundleError, match=r"is damaged: front.onnx is missing; rebuild it with"):
         damageable.check()
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../other/front.onnx", "segments/../../front.onnx"])
+def test_a_file_outside_the_bundle_is_refused(path):
+    with pytest.raises(ValidationError, match="leads out of the bundle"):
+        File(path=path, sha256="0", bytes=1)
