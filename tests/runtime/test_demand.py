@@ -156,6 +156,9 @@ def test_only_what_is_inherited_stays_in_memory() -> None:
     assert {name: len(runner.made) for name, runner in runners.items()} == {"s0": 0, "s1": 0, "s2": 1}  # type: ignore[attr-defined]
     executor.step(1, *map(torch.tensor, ([1], [2], [3])))
     assert {name: len(runner.made) for name, runner in runners.items()} == {"s0": 0, "s1": 0, "s2": 1}  # type: ignore[attr-defined]
+    # The last step has read it: nobody will again.
+    executor.step(2, *map(torch.tensor, ([1], [2], [3])))
+    assert {name: len(runner.made) for name, runner in runners.items()} == {"s0": 0, "s1": 0, "s2": 0}  # type: ignore[attr-defined]
 
 
 def plan_inheriting(*names: str) -> Plan:
