@@ -1,5 +1,6 @@
 """The torch engine, reference and fallback: a segment's traced program, saved by ``torch.export`` and run as it is."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -73,7 +74,10 @@ class Torch(Engine):
         self.check_targets(targets)
         path = Path(f"{stem}.pt2")  # not with_suffix: a stem such as down.0 has a dot of its own
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.export.save(traced.program, path)
+        # Through memory: where PyTorch writes a file itself, a full disk ends the process.
+        archive = io.BytesIO()
+        torch.export.save(traced.program, archive)
+        path.write_bytes(archive.getbuffer())
         return [path]
 
     def load(self, bundle: Bundle, segment: Segment) -> Runner:

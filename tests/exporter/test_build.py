@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines import Bundle, Manifest
+from engines import Bundle, Manifest, Profile, Segment, Traced, make_engine
 from exporter import BuildError, BuildOptions, build
 from exporter.build import segments_of
 from exporter.graph import load_graph
@@ -302,3 +302,13 @@ def test_a_bundle_can_be_cut_for_a_plan_file(options: BuildOptions, fake_trace: 
     cut = build(changed(options, plans=(str(path),), force=True))[0].manifest
     check(plan, cut)
     assert len(cut.segments) > len(plain.segments)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_program_for_the_torch_engine_on_a_full_disk_is_an_error_not_an_abort(tmp_path: Path) -> None:
+    segment = Segment(name="relu", units=("relu",), inputs=("x",), outputs=("relu",))
+    program = torch.export.export(torch.nn.ReLU(), (torch.zeros(2, 3),))
+    (tmp_path / "relu.pt2").symlink_to("/dev/full")
+    traced = Traced(segment, tmp_path / "relu.onnx", program)
+    with pytest.raises(OSError, match="No space left on device"):
+        make_engine("torch").compile(traced, tmp_path / "relu", Profile({}, {}, {}), ())
