@@ -80,6 +80,7 @@ def main(arguments: Sequence[str]) -> None:
 def _build(given: object, console: Console) -> None:
     from exporter.build import BuildOptions, build
     from exporter.show import show_segments
+    from exporter.sources import open_source
 
     values = vars(given)
     options = BuildOptions(
@@ -106,6 +107,11 @@ def _build(given: object, console: Console) -> None:
 
         bundle, built = build(options, progress)
     show_segments(bundle, console)
+    if not open_source(options.source, options.variant).is_distilled(options.variant):
+        print(
+            f"warning: the {options.variant} UNet was cut out of {options.source}'s and not distilled since, so pictures suffer",
+            file=sys.stderr,
+        )
     console.print(f"{'built' if built else 'up to date:'} {bundle.folder}", highlight=False)
 
 

@@ -33,6 +33,19 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_an_assembled_unet_that_was_not_distilled_is_said_to_be_so(
+    exporter: Command, fake_trace: FakeTrace, elsewhere: Path, tmp_path: Path
+) -> None:
+    fake_trace()
+    own = tmp_path / "own"
+    shutil.copytree(MINI, own, ignore=shutil.ignore_patterns("unet_assembled", "training"))
+    outcome = exporter("build", "--source", own, "--variant", "assembled")
+    assert outcome.code == 0
+    assert outcome.err == [f"warning: the assembled UNet was cut out of {own}'s and not distilled since, so pictures suffer"]
+    assert Bundle.open(elsewhere / "bundles" / "own-assembled").manifest.variant == "assembled"
+    assert exporter("build", "--variant", "assembled").err == []
+
+
 def test_build_prints_progress_and_a_table(
     exporter: Command, fake_trace: FakeTrace, tiny_source: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
