@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from functools import cache
 
+from engines import DTYPES
 from engines.manifest import Manifest
 from engines.shapes import resolve
 from runtime.demand import demand
 from runtime.schedule import TEXT, Schedule, Step
 
 __all__ = ["feature_bytes", "peak_bytes", "relative_macs", "step_macs"]
-
-_BYTES = {"float32": 4, "float16": 2, "int64": 8}
 
 
 def step_macs(manifest: Manifest, step: Step) -> int:
@@ -41,7 +40,7 @@ def relative_macs(schedule: Schedule, full: str | None = None) -> float:
 def feature_bytes(manifest: Manifest, name: str, sizes: Mapping[str, int]) -> int:
     """Size of a feature, for given values of ``batch``, ``height`` and ``width``."""
     feature = manifest.features[name]
-    count = _BYTES[feature.dtype]
+    count = DTYPES[feature.dtype].itemsize
     for side in resolve(feature.shape, sizes):
         count *= side
     return count
