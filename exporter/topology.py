@@ -11,6 +11,7 @@ from engines.manifest import Unit
 from exporter.errors import SourceError
 from exporter.units import kind_of
 from runtime.plan import BRANCH
+from runtime.schedule import TEXT
 from tuning.units import unit_modules
 
 __all__ = ["SAMPLE", "TEXT", "TIMESTEP", "block_of", "check_family", "depth_factor", "topology"]
@@ -19,8 +20,6 @@ SAMPLE = "sample"
 """Graph input: noisy latents (batch, channels, height, width), float32."""
 TIMESTEP = "timestep"
 """Graph input: one timestep for the whole batch (1,), float32."""
-TEXT = "text_encoder"
-"""Graph input of the UNet, made by the text encoder: (batch, tokens, width)."""
 
 _CONDITION = {"resnet": "time", "attention": TEXT}
 """Units with a residual branch, and what the branch reads beside the unit's input."""

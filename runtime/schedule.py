@@ -12,7 +12,7 @@ from runtime.plan import NOISE, Plan, Rule, inherited_features
 __all__ = ["TEXT", "Schedule", "Step", "check_runs", "kinds", "reads"]
 
 TEXT = "text_encoder"
-"""Feature that every step is given: it is computed once per prompt."""
+"""Graph input of the UNet, made by the text encoder once per prompt: (batch, tokens, width)."""
 
 
 @dataclass(frozen=True)
