@@ -31,7 +31,7 @@ OPTIONAL = [
 # Text encoder, VAE and UNet are segments of a bundle: generating needs nobody's model code, and nothing that builds.
 MODEL_CODE = ["diffusers.models.unets", "diffusers.models.autoencoders", "transformers.models.clip.modeling_clip"]
 # Which of our packages each may import.
-ALLOWED = {"engines": set(), "runtime": {"engines"}, "tuning": set(), "exporter": {"engines", "runtime", "tuning"}}
+ALLOWED = {"engines": set(), "runtime": {"engines"}, "tuning": {"engines"}, "exporter": {"engines", "runtime", "tuning"}}
 
 # Arguments: modules to import, packages to hide. Prints JSON: {"failed": {module: error}, "loaded": [every module]}.
 # Finders are wrapped rather than blocked by an exception, because libraries look for each other with find_spec().

@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from tuning.errors import TuningError
-from tuning.recipes import RECIPES, LossWeights, Recipe, recipe
+from tuning.recipes import RECIPES, Experts, LossWeights, Recipe, recipe
 from tuning.units import unit_modules
 
 if TYPE_CHECKING:
     from tuning.assembly import assemble
+    from tuning.folder import load_unet
 
-__all__ = ["RECIPES", "LossWeights", "Recipe", "TuningError", "assemble", "recipe", "unit_modules"]
+__all__ = ["RECIPES", "Experts", "LossWeights", "Recipe", "TuningError", "assemble", "load_unet", "recipe", "unit_modules"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from tuning.assembly import assemble
 
         return assemble
+    if name == "load_unet":
+        from tuning.folder import load_unet
+
+        return load_unet
     raise AttributeError(f"module 'tuning' has no attribute {name!r}")

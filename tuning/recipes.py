@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuning.errors import TuningError
 
-__all__ = ["RECIPES", "LossWeights", "Recipe", "recipe"]
+__all__ = ["RECIPES", "Experts", "LossWeights", "Recipe", "recipe"]
 
 
 class LossWeights(BaseModel):
@@ -18,6 +18,19 @@ class LossWeights(BaseModel):
     noise: float = Field(1.0, ge=0)
     output: float = Field(1.0, ge=0)
     features: float = Field(1.0, ge=0)
+
+
+class Experts(BaseModel):
+    """Conditional convolutions (CondConv, arXiv 1904.04971): `count` kernels each, mixed by what the router reads.
+
+    `units` are globs over the assembled UNet's ResNets; empty means those in layers whose neighbour was removed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    units: tuple[str, ...] = ()
+    count: int = Field(4, ge=2, le=16)
+    router: Literal["timestep", "features"] = "timestep"
 
 
 class Recipe(BaseModel):
@@ -32,6 +45,7 @@ class Recipe(BaseModel):
     version: Literal[1] = 1
     name: str = Field(min_length=1)
     remove: tuple[str, ...] = ()
+    experts: Experts | None = None
     loss: LossWeights = LossWeights()
 
     @classmethod

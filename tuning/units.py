@@ -6,7 +6,11 @@ here is a table: widths, layers per block, a missing mid block or a missing stag
 
 from torch import nn
 
-__all__ = ["unit_modules"]
+__all__ = ["Removed", "unit_modules"]
+
+
+class Removed(nn.Module):
+    """What stands where assembly took a unit out of its layer: no unit any more."""
 
 
 def _block_units(name: str, path: str, block: nn.Module) -> dict[str, str]:
@@ -15,7 +19,7 @@ def _block_units(name: str, path: str, block: nn.Module) -> dict[str, str]:
     attentions = getattr(block, "attentions", None) or []
     for i, _ in enumerate(block.resnets):  # type: ignore[arg-type]
         units[f"{name}.layer.{i}.resnet"] = f"{path}.resnets.{i}"
-        if i < len(attentions) and attentions[i] is not None:
+        if i < len(attentions) and not isinstance(attentions[i], Removed):
             units[f"{name}.layer.{i}.attention"] = f"{path}.attentions.{i}"
     for kind in ("downsamplers", "upsamplers"):
         if getattr(block, kind, None):

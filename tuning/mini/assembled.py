@@ -9,8 +9,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tuning.assembly import assemble
 from tuning.distill import DistillLoss
+from tuning.folder import save_part
 from tuning.loop import generator
-from tuning.mini.folder import save_part
 from tuning.mini.latents import Batch, LatentPools
 from tuning.mini.sampling import accuracy
 from tuning.recipes import Recipe

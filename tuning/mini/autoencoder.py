@@ -10,9 +10,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from tuning.folder import save_part
 from tuning.loop import generator
 from tuning.mini.data import batch
-from tuning.mini.folder import save_part
 from tuning.mini.reading import read_scenes
 from tuning.workers import Workers
 

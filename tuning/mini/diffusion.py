@@ -7,8 +7,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from tuning.folder import save_part
 from tuning.loop import generator
-from tuning.mini.folder import save_part
 from tuning.mini.latents import LatentPools
 from tuning.mini.sampling import accuracy
 from tuning.workers import Workers

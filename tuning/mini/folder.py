@@ -1,18 +1,12 @@
 """The model folder: fp16 safetensors in the diffusers layout, written so that a reader never sees half a file."""
 
-import copy
 import json
-import os
-import shutil
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-
+from tuning.folder import save_part
 from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, scheduler, train_tokenizer
 
-__all__ = ["save_part", "save_random", "save_shell"]
+__all__ = ["save_random", "save_shell"]
 
 _INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -26,21 +20,6 @@ _INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-
-
-def save_part(model: Any, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Writes a diffusers or transformers model to `folder` in `dtype`; each file is replaced in one move."""
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    half: nn.Module = copy.deepcopy(model).to(dtype)
-    half.save_pretrained(temporary, safe_serialization=True)  # type: ignore[operator]
-    config = json.loads((temporary / "config.json").read_text())
-    config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
-    (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in temporary.iterdir():
-        os.replace(file, folder / file.name)
-    temporary.rmdir()
 
 
 def save_shell(folder: Path) -> None:

@@ -15,12 +15,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from tuning.errors import TuningError
+from tuning.folder import save_part
 from tuning.loop import Task, run_loop
 from tuning.mini.assembled import AssembledTask
 from tuning.mini.autoencoder import AutoencoderTask, whiten
 from tuning.mini.data import batch
 from tuning.mini.diffusion import DiffusionTask
-from tuning.mini.folder import save_part, save_shell
+from tuning.mini.folder import save_shell
 from tuning.mini.latents import LatentPools
 from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, scheduler
 from tuning.mini.settings import STAGES, MiniSettings

@@ -1,0 +1,78 @@
+"""A UNet's folder: config.json and safetensors in the diffusers layout, read and written with what assembly changed."""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from tuning.changes import KEY, Changes, apply_changes
+from tuning.errors import TuningError
+
+__all__ = ["load_unet", "save_part"]
+
+_WEIGHTS = "diffusion_pytorch_model"
+
+
+def save_part(model: Any, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Writes a diffusers or transformers model to `folder` in `dtype`; each file is replaced in one move."""
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    half: nn.Module = copy.deepcopy(model).to(dtype)
+    half.save_pretrained(temporary, safe_serialization=True)  # type: ignore[operator]
+    config = json.loads((temporary / "config.json").read_text())
+    config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+    (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in temporary.iterdir():
+        os.replace(file, folder / file.name)
+    temporary.rmdir()
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    """The UNet of a folder that `save_part` or diffusers wrote, float32, in evaluation mode.
+
+    Raises:
+        TuningError: the folder holds no UNet, its weights are pickled, damaged or others than its configuration needs.
+    """
+    unet = _from_config(folder)
+    try:
+        unet.load_state_dict(_weights(folder))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise TuningError(f"{folder}: the weights are not those of its config.json ({reason}); get both again") from error
+    return unet.float().eval()
+
+
+def _from_config(folder: Path) -> UNet2DConditionModel:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        changes = Changes.model_validate(config.pop(KEY, None) or {})
+        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
+        apply_changes(unet, changes)
+    except (OSError, ValueError, ValidationError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise TuningError(f"{folder} holds no UNet in the diffusers layout ({reason}): it needs a config.json") from error
+    return unet
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the folder's safetensors file, or files where it is sharded."""
+    files = sorted(folder.glob(f"{_WEIGHTS}*.safetensors"))
+    plain = [file for file in files if file.name == f"{_WEIGHTS}.safetensors"]
+    if not files:
+        pickles = [file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
+        found = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else "no weights"
+        raise TuningError(f"{folder} has {found}: it needs {_WEIGHTS}.safetensors, as save_pretrained writes it")
+    try:
+        return {key: tensor for file in plain or files for key, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise TuningError(f"{folder}: its weights cannot be read ({error}); get the file again") from error
