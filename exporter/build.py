@@ -37,7 +37,7 @@ _CODE = {
     "exporter": ("build", "graph", "measure", "partition", "sources", "topology", "trace", "units", "write"),
     "engines": ("manifest", "shapes", "tensor_rt", "torch_program"),
     "runtime": ("demand", "modes", "plan", "presets"),
-    "tuning": ("assembly", "recipes", "units"),
+    "tuning": ("assembly", "changes", "folder", "kept", "recipes", "units"),
 }
 _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 

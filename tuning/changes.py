@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from tuning.condconv import CondConvResnet, Router
 from tuning.units import Removed, unit_modules
 
 __all__ = ["KEY", "Changes", "PlacedExperts", "apply_changes", "changes_of"]
@@ -24,7 +25,7 @@ class PlacedExperts(BaseModel):
 
     resnets: tuple[str, ...] = Field(min_length=1)
     count: int = Field(4, ge=2)
-    router: Literal["timestep", "features"] = "timestep"
+    router: Router = "timestep"
 
 
 class Changes(BaseModel):
@@ -53,13 +54,26 @@ def changes_of(unet: UNet2DConditionModel) -> Changes:
 
 
 def apply_changes(unet: UNet2DConditionModel, changes: Changes) -> None:
-    """Makes the changes in place and notes them in the UNet's configuration; weights of new modules are random."""
+    """Makes the changes in place and notes them in the UNet's configuration; weights of new modules are random.
+
+    Assembly calls this on the meta device and fills in the weights after: new modules keep all they have in their state.
+    """
     if not changes:
         return
     units = unit_modules(unet)
     for name in changes.removed:
         _replace(unet, units[name], _NoAttention())
+    if changes.experts is not None:
+        _add_experts(unet, units, changes.experts)
     unet.register_to_config(**{KEY: changes.model_dump(mode="json")})
+
+
+def _add_experts(unet: nn.Module, units: dict[str, str], experts: PlacedExperts) -> None:
+    for name in experts.resnets:
+        if not name.endswith(".resnet"):
+            raise ValueError(f"experts are placed in {name}, which is no ResNet")
+        module = CondConvResnet(unet.get_submodule(units[name]), experts.count, experts.router)
+        _replace(unet, units[name], module)
 
 
 def _replace(unet: nn.Module, path: str, module: nn.Module) -> None:

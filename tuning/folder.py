@@ -26,7 +26,9 @@ def save_part(model: Any, folder: Path, dtype: torch.dtype = torch.float16) -> N
     """Writes a diffusers or transformers model to `folder` in `dtype`; each file is replaced in one move."""
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    half: nn.Module = copy.deepcopy(model).to(dtype)
+    # The copy takes these weights instead of copying its own: no second one in full precision, nor any in the dtype it has.
+    cast = {id(w): nn.Parameter(w.detach().to(dtype), requires_grad=False) for w in model.parameters()}
+    half: nn.Module = copy.deepcopy(model, cast).to(dtype)  # buffers are left to cast
     half.save_pretrained(temporary, safe_serialization=True)  # type: ignore[operator]
     config = json.loads((temporary / "config.json").read_text())
     config.pop("_name_or_path", None)  # where it was loaded from is nobody's business

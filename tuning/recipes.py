@@ -58,12 +58,20 @@ class Recipe(BaseModel):
             raise TuningError(f"{path} is no recipe ({first}): write name, version 1 and remove as JSON") from error
 
 
+_SECOND_LAYERS = ("down.*.layer.1", "up.*.layer.1")
+
 # The paper (A-SDM, arXiv 2406.00210) removes shallow layers, cheap in parameters and dear in time, and doesn't say which:
-# these four are this project's choice. Each removed down layer takes its skip connection's consumer with it.
+# the four of `assembled` are this project's choice. Each removed down layer takes its skip connection's consumer with it.
+# The bk ones are those of BK-SDM (arXiv 2305.15798).
 RECIPES = {
     "original": Recipe(name="original"),
     "assembled": Recipe(name="assembled", remove=("down.0.layer.1", "down.1.layer.1", "up.-2.layer.1", "up.-1.layer.1")),
+    "bk-base": Recipe(name="bk-base", remove=_SECOND_LAYERS),
+    "bk-small": Recipe(name="bk-small", remove=(*_SECOND_LAYERS, "mid")),
+    "bk-tiny": Recipe(name="bk-tiny", remove=(*_SECOND_LAYERS, "mid", "down.-1", "up.0")),
 }
+# The same surgery, so that the two can be compared; where the experts go follows from it.
+RECIPES["condconv"] = RECIPES["assembled"].model_copy(update={"name": "condconv", "experts": Experts()})
 
 
 def recipe(name: str) -> Recipe:
