@@ -7,9 +7,7 @@ not at all.
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from engines import ENGINES, Bundle, BundleError, Engine, Manifest, Segment, make_engine
 from engines.bundle import MANIFEST_NAME, describe_file, sha256
 from engines.manifest import MANIFEST_VERSION, File, Precision, Variant
+from engines.replacing import replacing
 from exporter.errors import BuildError
 from exporter.graph import Graph, check_size, load_graph
 from exporter.partition import GRANULARITIES, Granularity, partition
@@ -98,7 +97,7 @@ def build(options: BuildOptions, progress: Progress = lambda done, total, what: 
     for size in sizes:
         check_size(size, graph.size_multiple)
     bare = segments_of(graph, options.granularity, options.plans)
-    with _replacing(options.folder) as folder:
+    with replacing(options.folder) as folder:
         segments = write_segments(folder, graph, bare, engines, targets, sizes, options.max_images, progress)
         files = tuple(_copy_files(checkpoint, folder))
         manifest = _manifest(options, checkpoint, key, fingerprint, graph, sizes, segments, files)
@@ -180,34 +179,6 @@ def _existing(options: BuildOptions, key: str) -> Bundle | None:
             "replace it with --force, or choose another --out"
         )
     return bundle
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes ``folder``'s place at the end, and leaves no trace if anything fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        if folder.exists():
-            _swap(temporary, folder)
-        else:
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(temporary: Path, folder: Path) -> None:
-    """Put a new bundle in an old one's place; the old one stays if the new one cannot go there."""
-    old = temporary.with_name(f"{temporary.name}.old")
-    folder.rename(old)  # out of the way: a rename cannot replace a full folder
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
 
 
 def _copy_files(checkpoint: Checkpoint, folder: Path) -> Iterator[File]:

@@ -27,8 +27,10 @@ _PER_STAGE = (
 _PER_STAGE_UP = ("up_block_types", "reverse_transformer_layers_per_block")
 
 
-def assemble(unet: UNet2DConditionModel, recipe: Recipe) -> UNet2DConditionModel:
+def assemble(unet: UNet2DConditionModel, recipe: Recipe, *, share: bool = False) -> UNet2DConditionModel:
     """A new UNet without the units that the recipe removes; every kept weight is the given UNet's, which stays as it is.
+
+    With `share` the kept weights are no copies: for measuring, where the new UNet is not trained.
 
     Where whole innermost stages go, up block i of the new UNet is block i + (stages removed) of the given one, and the last
     down block that is left loses its sampler.
@@ -41,7 +43,7 @@ def assemble(unet: UNet2DConditionModel, recipe: Recipe) -> UNet2DConditionModel
     with torch.device("meta"):  # its weights come from the given UNet: random ones would only cost time and memory
         student: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
         apply_changes(student, changes)
-    student.load_state_dict(_weights(unet, student, kept, recipe.name), assign=True)
+    student.load_state_dict(_weights(unet, student, kept, recipe.name, share), assign=True)
     if recipe.experts is not None:
         add_experts(unet, student, recipe, removed_units(unet, recipe), kept.origin)
     return student.train(unet.training)
@@ -95,8 +97,8 @@ def _without_attention(unet: UNet2DConditionModel, kept: Kept) -> set[str]:
     return bare
 
 
-def _weights(teacher: nn.Module, student: nn.Module, kept: Kept, name: str) -> dict[str, Tensor]:
-    """The student's state: copies of the teacher's weights, under the names that they have in the student."""
+def _weights(teacher: nn.Module, student: nn.Module, kept: Kept, name: str, share: bool) -> dict[str, Tensor]:
+    """The student's state: the teacher's weights, or copies, under the names that they have in the student."""
     source: dict[str, Tensor] = teacher.state_dict()
     theirs, ours = unit_modules(teacher), unit_modules(student)
     renamed = {path: theirs[kept.origin(unit)] for unit, path in ours.items()}
@@ -106,7 +108,7 @@ def _weights(teacher: nn.Module, student: nn.Module, kept: Kept, name: str) -> d
         origin = key if path is None else renamed[path] + key[len(path) :]
         if origin not in source or source[origin].shape != value.shape:
             raise TuningError(f"recipe {name}: {_misfit(origin, source, value, kept)}")
-        state[key] = source[origin].clone(memory_format=torch.contiguous_format)
+        state[key] = source[origin] if share else source[origin].clone(memory_format=torch.contiguous_format)
     _check_heads(teacher, student, renamed, name)
     return state
 

@@ -17,7 +17,7 @@ from torch import nn
 from tuning.changes import KEY, Changes, apply_changes
 from tuning.errors import TuningError
 
-__all__ = ["load_unet", "save_part"]
+__all__ = ["load_unet", "save_part", "unet_from"]
 
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -45,7 +45,7 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
     Raises:
         TuningError: the folder holds no UNet, its weights are pickled, damaged or others than its configuration needs.
     """
-    unet = _from_config(folder)
+    unet = unet_from(folder / "config.json")
     try:
         unet.load_state_dict(_weights(folder))
     except RuntimeError as error:
@@ -54,15 +54,19 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
     return unet.float().eval()
 
 
-def _from_config(folder: Path) -> UNet2DConditionModel:
+def unet_from(path: Path) -> UNet2DConditionModel:
+    """A UNet with random weights from its config.json. Raises TuningError when the file is none of a UNet."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(path.read_text())
+        kind = config.get("_class_name", "UNet2DConditionModel")
+        if kind != "UNet2DConditionModel" or "cross_attention_dim" not in config:
+            raise ValueError(f"it is that of {kind if '_class_name' in config else 'another kind of model'}")
         changes = Changes.model_validate(config.pop(KEY, None) or {})
         unet: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
         apply_changes(unet, changes)
-    except (OSError, ValueError, ValidationError, KeyError, TypeError) as error:
+    except (OSError, ValueError, ValidationError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        raise TuningError(f"{folder} holds no UNet in the diffusers layout ({reason}): it needs a config.json") from error
+        raise TuningError(f"{path.parent} holds no UNet in the diffusers layout ({reason}): it needs a config.json") from error
     return unet
 
 

@@ -1,0 +1,81 @@
+"""``python -m tuning assemble``: the folder of a UNet from which a recipe has left things out."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from engines.replacing import replacing
+from tuning.assembly import assemble
+from tuning.errors import TuningError
+from tuning.folder import save_part
+from tuning.kept import removed_units
+from tuning.recipes import Recipe, recipe
+from tuning.sources import open_unet
+from tuning.units import unit_modules
+
+__all__ = ["PRECISIONS", "assemble_command", "check_place"]
+
+PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
+_NOTE = "assembly.json"
+
+
+def assemble_command(source: str, name: str, out: Path, precision: str, console: Console) -> None:
+    """Assemble a source's UNet by a recipe into ``out``, with a note of what it was made from, and say what changed.
+
+    Raises:
+        TuningError: no such source, recipe or precision, a recipe that does not fit the UNet, or something else at ``out``.
+    """
+    if precision not in PRECISIONS:
+        raise TuningError(f"unknown precision {precision!r}; choose from: {', '.join(PRECISIONS)}")
+    wanted = recipe(name)
+    check_place(out)
+    teacher = open_unet(source).unet()
+    table = _table(teacher, wanted)
+    before = _parameters(teacher)
+    student = assemble(teacher, wanted)
+    del teacher  # of a large model both are gigabytes, and writing takes as much again
+    after = _parameters(student)
+    note = {"source": source, "parameters": {"before": before, "after": after}, "recipe": wanted.model_dump(mode="json")}
+    with replacing(out) as folder:
+        save_part(student, folder / "unet", PRECISIONS[precision])
+        for file in (folder / "unet").iterdir():
+            file.rename(folder / file.name)
+        (folder / "unet").rmdir()
+        (folder / _NOTE).write_text(json.dumps(note, indent=1) + "\n", "utf-8")
+    if table.row_count:
+        console.print(table)
+    numbers = f"{before / 1e6:.1f} M parameters before, {after / 1e6:.1f} M after ({after / before:.1%})"
+    for words in (f"{numbers}: {wanted.name} UNet of {source}, not distilled", f"written: {out}"):
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+
+def check_place(out: Path) -> None:
+    """Raise TuningError unless ``out`` is free, empty, or a UNet's folder, which may be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        kind = json.loads((out / "config.json").read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    if kind != "UNet2DConditionModel":
+        raise TuningError(f"{out} exists and is no UNet's folder, so it is kept; choose another --out")
+
+
+def _parameters(unet: nn.Module) -> int:
+    return sum(weights.numel() for weights in unet.parameters())
+
+
+def _table(unet: UNet2DConditionModel, wanted: Recipe) -> Table:
+    """What goes, and how many parameters it had."""
+    table = Table("removed", title=f"{wanted.name}: what goes")
+    table.add_column("parameters", justify="right")
+    units, removed = unit_modules(unet), removed_units(unet, wanted)
+    for unit, path in units.items():
+        if unit in removed:
+            table.add_row(unit, f"{_parameters(unet.get_submodule(path)):,}")
+    return table
