@@ -1,40 +1,37 @@
 """What a plan costs before anything is run: multiply-accumulates, and bytes of features."""
 
-from collections.abc import Mapping
-from functools import cache
+from collections import Counter
+from collections.abc import Collection, Mapping
 
 from engines import DTYPES
 from engines.manifest import Manifest
 from engines.shapes import resolve
-from runtime.demand import demand
-from runtime.schedule import TEXT, Schedule, Step
+from runtime.plan import NOISE
+from runtime.schedule import Schedule
+from runtime.work import Work, lay_out
 
-__all__ = ["feature_bytes", "peak_bytes", "relative_macs", "step_macs"]
+__all__ = ["feature_bytes", "macs_of", "peak_bytes", "relative_macs"]
 
 
-def step_macs(manifest: Manifest, step: Step) -> int:
-    """Multiply-accumulates of the segments that a step runs, for one row at the bundle's first size."""
+def macs_of(manifest: Manifest, segments: Collection[str]) -> int:
+    """Multiply-accumulates of segments, by name, for one row at the bundle's first size."""
     macs = {unit.name: unit.macs for unit in manifest.units}
-    running = demand(manifest.segments, step.wanted, step.inherited | {TEXT})
-    return sum(macs[unit] for segment in running for unit in segment.units)
+    return sum(macs[unit] for segment in manifest.segments if segment.name in segments for unit in segment.units)
 
 
-def relative_macs(schedule: Schedule, full: str | None = None) -> float:
+def relative_macs(schedule: Schedule, full: str | None = None, changed: bool = True) -> float:
     """MACs of a schedule as a share of running all of one UNet at every step.
 
     Args:
-        schedule: adaptive rules are taken to compute afresh at every step.
+        schedule: of any plan.
         full: name of the UNet to compare with; by default the last one that runs.
+        changed: whether adaptive rules are taken to compute afresh at every step, or never where they may inherit.
     """
-    steps = schedule.all_steps()
+    steps = schedule.all_steps(changed)
     reference = schedule.unets[full or steps[-1].unet]
-
-    @cache
-    def cost(unet: str, inherited: frozenset[str], keep: frozenset[str]) -> int:
-        return step_macs(schedule.unets[unet], Step(0, unet, True, inherited, keep))
-
-    whole = step_macs(reference, Step(0, "", True))
-    return sum(cost(step.unet, step.inherited, step.keep) for step in steps) / (whole * len(steps))
+    kinds = Counter((step.unet, schedule.work(step).ran) for step in steps)
+    total = sum(count * macs_of(schedule.unets[unet], ran) for (unet, ran), count in kinds.items())
+    return total / (macs_of(reference, lay_out(reference, frozenset({NOISE})).ran) * len(steps))
 
 
 def feature_bytes(manifest: Manifest, name: str, sizes: Mapping[str, int]) -> int:
@@ -56,20 +53,18 @@ def peak_bytes(schedule: Schedule, sizes: Mapping[str, int]) -> int:
     for step in schedule.all_steps():
         manifest = schedule.unets[step.unet]
         cached -= step.keep
-        peak = max(peak, _step_peak(manifest, step, cached, sizes))
+        peak = max(peak, _work_peak(manifest, schedule.work(step), cached, sizes))
         cached = (cached | step.keep) & schedule.read_later(step.index)
     return peak
 
 
-def _step_peak(manifest: Manifest, step: Step, cached: set[str], sizes: Mapping[str, int]) -> int:
-    """Walk a step's segments as ``Network.run`` does: a feature lives from its segment to its last reader."""
-    running = demand(manifest.segments, step.wanted, step.inherited | {TEXT})
-    last_read = {name: segment.name for segment in running for name in segment.inputs}
+def _work_peak(manifest: Manifest, work: Work, cached: set[str], sizes: Mapping[str, int]) -> int:
+    """Go through a step's segments as ``Network.run`` does: a feature lives from its segment to its last reader."""
     held = sum(feature_bytes(manifest, name, sizes) for name in cached)
     alive: set[str] = set()
     peak = held
-    for segment in running:
+    for segment, spent in zip(work.segments, work.spent, strict=True):
         alive |= set(segment.outputs)
         peak = max(peak, held + sum(feature_bytes(manifest, name, sizes) for name in alive))
-        alive = {name for name in alive if name in step.wanted or last_read.get(name, segment.name) != segment.name}
+        alive -= set(spent)
     return peak

@@ -5,17 +5,18 @@ copy; what nobody will read any more is let go at once.
 """
 
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from engines import Bundle, Engine, Manifest, Runner
 from engines.manifest import Segment
-from runtime.demand import demand
+from runtime.change import Change
 from runtime.modes import Threshold
 from runtime.plan import NOISE
-from runtime.schedule import TEXT, Schedule, reads
+from runtime.schedule import Schedule, Step
+from runtime.work import TEXT, Work, lay_out, run_either_way
 
 __all__ = ["Executor", "Network", "StepRecord"]
 
@@ -49,26 +50,43 @@ class Network:
         runners = {segment.name: engine.load(bundle, segment) for segment in bundle.manifest.segments}
         return cls(bundle.manifest, runners)
 
-    def run(self, segments: Sequence[Segment], features: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-        """Run segments in order on the given features; returns the wanted ones. What is given is never replaced."""
-        last_read = {name: segment.name for segment in segments for name in segment.inputs}
-        made: dict[str, Tensor] = {}
-        for segment in segments:
-            inputs = {name: features[name] if name in features else made[name] for name in segment.inputs}
-            made.update(self.runners[segment.name].run(inputs))
-            del inputs
-            for name in [name for name in made if name not in wanted and last_read.get(name, segment.name) == segment.name]:
-                del made[name]
-        return {name: features[name] if name in features else made[name] for name in wanted}
+    def run(self, work: Work, given: Mapping[str, Tensor], made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Do the work on the ``given`` features; returns the wanted ones.
 
-    def compute(self, wanted: str, features: Mapping[str, Tensor]) -> Tensor:
+        What is given is never replaced. What is ``made`` already is let go, as are the features that are made here, when nobody
+        will read it any more.
+        """
+        made = {} if made is None else made
+        for segment, spent in zip(work.segments, work.spent, strict=True):
+            self.run_all([segment], given, made)
+            for name in spent:
+                del made[name]
+        return {name: given[name] if name in given else made[name] for name in work.wanted}
+
+    def run_all(self, segments: Iterable[Segment], given: Mapping[str, Tensor], made: dict[str, Tensor]) -> None:
+        """Run segments in order and add all that they make to ``made``. They read what is given, or else what was made."""
+        for segment in segments:
+            inputs = {name: given[name] if name in given else made[name] for name in segment.inputs}
+            made.update(self.runners[segment.name].run(inputs))
+
+    def compute(self, wanted: str, given: Mapping[str, Tensor]) -> Tensor:
         """One feature from the given ones, running only what it needs."""
-        return self.run(demand(self.manifest.segments, [wanted], features), features, [wanted])[wanted]
+        return self.run(lay_out(self.manifest, frozenset({wanted}), frozenset(given)), given)[wanted]
 
     def synchronize(self) -> None:
         """Wait for all that was started."""
         for runner in self.runners.values():
             runner.synchronize()
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A step that is decided, and what has been done for it before it was."""
+
+    step: Step
+    made: dict[str, Tensor] = field(default_factory=dict)
+    ran: tuple[str, ...] = ()
+    taken: frozenset[str] = frozenset()
 
 
 class Executor:
@@ -82,7 +100,6 @@ class Executor:
     def __init__(self, networks: Mapping[str, Network], schedule: Schedule) -> None:
         self._networks, self._schedule = networks, schedule
         self._cache: dict[str, Tensor] = {}
-        self._probe: dict[str, Tensor] = {}
 
     def step(self, index: int, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, StepRecord]:
         """Predict the noise (or velocity) of one step.
@@ -98,32 +115,46 @@ class Executor:
         """
         started = time.perf_counter()
         given = {"sample": sample, "timestep": timestep, TEXT: text}
-        step = self._schedule.decide(index, lambda threshold: self._changed(threshold, self._schedule.unet(index), given))
-        network = self._networks[step.unet]
-        taken = reads(network.manifest, step.inherited, step.keep)
+        threshold = self._schedule.asked(index)
+        start = _Start(self._schedule.decide(index)) if threshold is None else self._find_out(index, threshold, given)
+        step, made = start.step, start.made
+        network, work = self._networks[step.unet], self._schedule.work(step, frozenset(made))
         # What this step refreshes is let go first, so that old and new are never held together.
-        self._cache = {name: tensor for name, tensor in self._cache.items() if name not in step.keep}
-        given |= self._probe | {name: self._cache[name] for name in taken}
-        segments = demand(network.manifest.segments, step.wanted, step.inherited | {TEXT, *self._probe})
-        made = network.run(segments, given, step.wanted)
-        self._cache |= {name: made[name] for name in step.keep}
-        self._cache = {name: tensor for name, tensor in self._cache.items() if name in self._schedule.read_later(index)}
-        self._probe = {}
+        for name in step.keep.intersection(self._cache):
+            del self._cache[name]
+        result = network.run(work, self._with_cached(given, work.taken), made)
+        later = self._schedule.read_later(index)
+        self._cache |= {name: result[name] for name in step.keep}
+        self._cache = {name: tensor for name, tensor in self._cache.items() if name in later}
         network.synchronize()
         record = StepRecord(
             index=index,
-            timestep=float(timestep[0]),
+            timestep=self._schedule.timesteps[index],
             unet=step.unet,
             kind="key" if step.key else "inherit",
-            ran=tuple(segment.name for segment in segments),
-            inherited=tuple(sorted(taken)),
+            ran=(*start.ran, *work.ran),
+            inherited=tuple(sorted(start.taken | work.taken)),
             seconds=time.perf_counter() - started,
         )
-        return made[NOISE], record
+        return result[NOISE], record
 
-    def _changed(self, threshold: Threshold, unet: str, given: Mapping[str, Tensor]) -> bool:
-        """Compute an adaptive rule's feature and compare it with the last key step's. The step goes on from it."""
-        name = threshold.feature
-        self._probe = {name: self._networks[unet].compute(name, given)}
-        before, now = self._cache[name], self._probe[name]
-        return bool((now - before).norm() > threshold.above * before.norm())
+    def _find_out(self, index: int, threshold: Threshold, given: Mapping[str, Tensor]) -> _Start:
+        """Compute an adaptive rule's feature and compare it with the last key step's; the step goes on from it.
+
+        While the answer is on its way from the device, what runs whatever it is has been started.
+        """
+        name, schedule = threshold.feature, self._schedule
+        network, probing = self._networks[schedule.unet(index)], schedule.probing(index, threshold)
+        made: dict[str, Tensor] = {}
+        network.run_all(probing.segments, self._with_cached(given, probing.taken), made)
+        change = Change(self._cache[name], made[name], threshold.above)
+        less, more = schedule.decide(index, changed=False), schedule.decide(index, changed=True)
+        one, other = (schedule.work(step, frozenset(made)) for step in (less, more))
+        ahead = run_either_way(one, other, less.inherited - more.inherited)
+        taken = more.inherited.intersection(name for segment in ahead for name in segment.inputs)
+        network.run_all(ahead, self._with_cached(given, taken), made)
+        ran = tuple(segment.name for segment in (*probing.segments, *ahead))
+        return _Start(more if change else less, made, ran, probing.taken | taken)
+
+    def _with_cached(self, given: Mapping[str, Tensor], names: frozenset[str]) -> dict[str, Tensor]:
+        return {**given, **{name: self._cache[name] for name in names}}

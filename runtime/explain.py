@@ -9,14 +9,14 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from engines import DTYPES
-from engines.manifest import Manifest
 from engines.shapes import resolve
-from runtime.cost import peak_bytes, step_macs
+from runtime.cost import macs_of, peak_bytes
 from runtime.demand import demand
 from runtime.errors import RequestError
 from runtime.executor import Network
-from runtime.plan import BRANCH
-from runtime.schedule import TEXT, Schedule, Step, reads
+from runtime.plan import BRANCH, NOISE
+from runtime.schedule import Schedule, Step
+from runtime.work import TEXT, lay_out
 
 __all__ = ["explain", "listed", "plot", "segment_seconds"]
 
@@ -27,7 +27,7 @@ _MOST_NAMED = 5
 def segment_seconds(network: Network, sizes: Mapping[str, int]) -> dict[str, float]:
     """Median seconds of each UNet segment on random inputs of the given sizes (``batch``, ``height``, ``width``)."""
     manifest, seconds = network.manifest, {}
-    for segment in demand(manifest.segments, ["head"], [TEXT]):
+    for segment in lay_out(manifest, frozenset({NOISE})).segments:
         inputs = {
             name: torch.randn(resolve(manifest.features[name].shape, sizes)).to(
                 network.runners[segment.name].device, DTYPES[manifest.features[name].dtype]
@@ -56,16 +56,15 @@ def explain(schedule: Schedule, networks: Mapping[str, Network], sizes: Mapping[
     steps = schedule.all_steps()
     seconds = {name: segment_seconds(networks[name], sizes) for name in schedule.unets}
     last = schedule.unets[steps[-1].unet]
-    whole = Step(0, steps[-1].unet, True)
-    full_macs, full_seconds = step_macs(last, whole), _seconds(last, whole, seconds[whole.unet])
+    whole = lay_out(last, frozenset({NOISE}))
+    full_macs, full_seconds = macs_of(last, whole.ran), sum(seconds[steps[-1].unet][name] for name in whole.ran)
     macs_sum = seconds_sum = 0.0
     for step in steps:
-        manifest = schedule.unets[step.unet]
-        macs, time = step_macs(manifest, step) / full_macs, _seconds(manifest, step, seconds[step.unet])
+        work = schedule.work(step)
+        macs = macs_of(schedule.unets[step.unet], work.ran) / full_macs
+        time = sum(seconds[step.unet][name] for name in work.ran)
         macs_sum, seconds_sum = macs_sum + macs, seconds_sum + time
-        ran = [segment.name for segment in demand(manifest.segments, step.wanted, step.inherited | {TEXT})]
-        taken = sorted(reads(manifest, step.inherited, step.keep))
-        names = listed(ran, len(seconds[step.unet])), listed(taken)
+        names = listed(work.ran, len(seconds[step.unet])), listed(sorted(work.taken))
         table.add_row(str(step.index), step.unet, "key" if step.key else "inherit", *names, f"{macs:.3f}", f"{1000 * time:.1f}")
     peak = peak_bytes(schedule, sizes) / 2**20
     return table, (
@@ -79,11 +78,6 @@ def listed(names: Sequence[str], of: int | None = None) -> str:
     if len(names) == of:
         return f"all {of}"
     return ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)}" + (f" of {of}" if of else "")
-
-
-def _seconds(manifest: Manifest, step: Step, seconds: Mapping[str, float]) -> float:
-    running = demand(manifest.segments, step.wanted, step.inherited | {TEXT})
-    return sum(seconds[segment.name] for segment in running)
 
 
 _SKIPPED, _INHERITED, _COMPUTED, _ABSENT = 0, 1, 2, 3
@@ -126,7 +120,7 @@ def _state(schedule: Schedule, step: Step, unit: str) -> int:
     manifest = schedule.unets[step.unet]
     if unit not in manifest.unet_units:
         return _ABSENT
-    taken = reads(manifest, step.inherited, step.keep)
+    taken = schedule.work(step).taken
     if unit in taken or f"{unit}{BRANCH}" in taken:
         return _INHERITED
     running = demand(manifest.units, step.wanted, step.inherited | {TEXT})

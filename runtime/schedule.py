@@ -1,18 +1,17 @@
 """A plan for a number of steps of given UNets: which step inherits what, and what a key step must keep for later ones."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from engines.manifest import Feature, Manifest
 from runtime.demand import demand
 from runtime.errors import PlanError
 from runtime.modes import Threshold
 from runtime.plan import NOISE, Plan, Rule, inherited_features
+from runtime.work import TEXT, Work, lay_out
 
-__all__ = ["TEXT", "Schedule", "Step", "check_runs", "kinds", "reads"]
-
-TEXT = "text_encoder"
-"""Graph input of the UNet, made by the text encoder once per prompt: (batch, tokens, width)."""
+__all__ = ["TEXT", "Schedule", "Step", "check_runs"]
 
 
 @dataclass(frozen=True)
@@ -26,16 +25,10 @@ class Step:
     inherited: frozenset[str] = frozenset()
     keep: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def wanted(self) -> frozenset[str]:
         """What has to be there at the end of the step."""
         return self.keep | {NOISE}
-
-
-def reads(manifest: Manifest, inherited: frozenset[str], keep: frozenset[str] = frozenset()) -> frozenset[str]:
-    """The inherited features that a step really takes from the cache."""
-    running = demand(manifest.segments, keep | {NOISE}, inherited | {TEXT})
-    return inherited.intersection({name for segment in running for name in segment.inputs} | {NOISE})
 
 
 class Schedule:
@@ -54,15 +47,20 @@ class Schedule:
 
     def __init__(self, plan: Plan, unets: Mapping[str, Manifest], timesteps: Sequence[float], train_steps: int = 1000) -> None:
         self.plan, self.unets = plan, unets
-        self.steps = len(timesteps)
+        self.timesteps = tuple(map(float, timesteps))
+        self.steps = len(self.timesteps)
         self._unet = [self._at(1 - timestep / train_steps) for timestep in timesteps]
         self._switches = {i for i in range(1, self.steps) if self._unet[i] != self._unet[i - 1]}
         self._features = {name: self._inherited(name) for name in dict.fromkeys(self._unet)}
         self._keys = [self._key_steps(rule) for rule in plan.rules]
         self._check_adaptive()
-        self._read_later: list[set[str]] = [set() for _ in range(self.steps)]
-        assumptions = (False, True) if self.adaptive else (False,)
-        self._keep = [frozenset[str]().union(*step) for step in zip(*(self._kept(a) for a in assumptions), strict=True)]
+        self._works: dict[tuple[str, frozenset[str], frozenset[str], frozenset[str]], Work] = {}
+        later: list[set[str]] = [set() for _ in range(self.steps)]
+        assumptions = (False, True) if self.adaptive else (True,)
+        self._keep = [frozenset[str]().union(*step) for step in zip(*(self._kept(a, later) for a in assumptions), strict=True)]
+        self._read_later = tuple(map(frozenset, later))
+        steps = {a: tuple(self._step(i, self._keep[i], a) for i in range(self.steps)) for a in assumptions}
+        self._steps = {False: steps[assumptions[0]], True: steps[True]}
         if plan.carry:
             self._check_carry()
 
@@ -72,25 +70,48 @@ class Schedule:
 
     def read_later(self, index: int) -> frozenset[str]:
         """The features that steps after this one may read from the cache before they are computed afresh."""
-        return frozenset(self._read_later[index])
+        return self._read_later[index]
 
     @property
     def adaptive(self) -> Rule | None:
         """The rule whose key steps are decided while running, if there is one."""
         return next((rule for rule in self.plan.rules if isinstance(rule.when, Threshold)), None)
 
-    def decide(self, index: int, changed: Callable[[Threshold], bool] = lambda threshold: True) -> Step:
+    def asked(self, index: int) -> Threshold | None:
+        """What a step has to find out before it can be decided: whether the feature of an adaptive rule has changed."""
+        for number, rule in enumerate(self.plan.rules):
+            if isinstance(rule.when, Threshold) and not self._is_key(number, rule, index, False):
+                return rule.when
+        return None
+
+    def decide(self, index: int, changed: bool = True) -> Step:
         """The step of that number.
 
         Args:
             index: of the model evaluation, counted by the caller.
-            changed: asked where an adaptive rule may inherit: whether its feature has changed enough to compute afresh.
+            changed: read where an adaptive rule may inherit: whether its feature has changed enough to compute afresh.
         """
-        return self._step(index, self._keep[index], changed)
+        return self._steps[changed][index]
 
     def all_steps(self, assume_changed: bool = True) -> tuple[Step, ...]:
         """Every step, taking adaptive rules to compute afresh always (or, where they may, never)."""
-        return tuple(self.decide(index, lambda threshold: assume_changed) for index in range(self.steps))
+        return self._steps[assume_changed]
+
+    def work(self, step: Step, made: frozenset[str] = frozenset()) -> Work:
+        """What a step has to do beside what it has ``made`` already; laid out once for all steps of its kind."""
+        return self._work(step.unet, step.wanted, step.inherited, made)
+
+    def probing(self, index: int, threshold: Threshold) -> Work:
+        """What has to be done to have the feature that an adaptive rule asks for; what other rules inherit is inherited."""
+        return self._work(self._unet[index], frozenset({threshold.feature}), self._step(index, frozenset(), True).inherited)
+
+    def _work(
+        self, unet: str, wanted: frozenset[str], inherited: frozenset[str] = frozenset(), made: frozenset[str] = frozenset()
+    ) -> Work:
+        kind = unet, wanted, inherited, made
+        if kind not in self._works:
+            self._works[kind] = lay_out(self.unets[unet], wanted, inherited=inherited, made=made)
+        return self._works[kind]
 
     def _at(self, progress: float) -> str:
         if not self.plan.unets:
@@ -136,30 +157,31 @@ class Schedule:
             )
         return keys | outside | (set() if self.plan.carry else self._switches)
 
-    def _is_key(self, number: int, rule: Rule, index: int, changed: Callable[[Threshold], bool]) -> bool:
+    def _is_key(self, number: int, rule: Rule, index: int, changed: bool) -> bool:
         keys = self._keys[number]
         if keys is not None:
             return index in keys
-        assert isinstance(rule.when, Threshold)
         span = rule.span(self.steps)
         first = index == span.start or (index in self._switches and not self.plan.carry)
-        return index not in span or first or changed(rule.when)
+        return index not in span or first or changed
 
-    def _kept(self, assume_changed: bool) -> list[set[str]]:
-        """For each step, the features that later steps read from it; from the last step backwards."""
+    def _kept(self, changed: bool, read_later: Sequence[set[str]]) -> list[set[str]]:
+        """For each step, the features that later steps read from it; from the last step backwards.
+
+        To ``read_later`` is added what the steps after each one read from the cache before it is computed afresh.
+        """
         kept: list[set[str]] = [set() for _ in range(self.steps)]
         for index in reversed(range(self.steps)):
-            step = self._step(index, frozenset(kept[index]), lambda threshold: assume_changed)
-            taken = reads(self.unets[step.unet], step.inherited, step.keep) | self._probed(index)
+            step = self._step(index, frozenset(kept[index]), changed)
+            taken = self.work(step).taken | self._probed(index)
             if index:
-                later = (self._read_later[index] - step.keep) | taken
-                self._read_later[index - 1] |= later
+                read_later[index - 1] |= (read_later[index] - step.keep) | taken
             for number, rule in enumerate(self.plan.rules):
                 for key in self._sources(number, rule, index):
                     kept[key] |= taken & self._features[step.unet][number]
         return kept
 
-    def _step(self, index: int, keep: frozenset[str], changed: Callable[[Threshold], bool]) -> Step:
+    def _step(self, index: int, keep: frozenset[str], changed: bool) -> Step:
         fresh = [self._is_key(number, rule, index, changed) for number, rule in enumerate(self.plan.rules)]
         unet = self._unet[index]
         inherited = frozenset[str]().union(*(f for f, is_key in zip(self._features[unet], fresh, strict=True) if not is_key))
@@ -173,9 +195,10 @@ class Schedule:
             if is_key and isinstance(rule.when, Threshold) and index in rule.span(self.steps)
         }
 
-    def _probed(self, index: int) -> set[str]:
-        rule = self.adaptive
-        return {rule.when.feature} if rule and isinstance(rule.when, Threshold) and index in rule.span(self.steps) else set()
+    def _probed(self, index: int) -> frozenset[str]:
+        """What is read from the cache to find out whether an adaptive rule's feature has changed."""
+        threshold = self.asked(index)
+        return frozenset() if threshold is None else self.probing(index, threshold).taken | {threshold.feature}
 
     def _sources(self, number: int, rule: Rule, index: int) -> list[int]:
         """The steps that may have computed what a rule inherits at a step: its last key step, or any where it is adaptive."""
@@ -186,22 +209,27 @@ class Schedule:
         return list(range(start, index))
 
     def _check_adaptive(self) -> None:
-        rule = self.adaptive
-        if rule is None or not isinstance(rule.when, Threshold):
-            return
-        for unet in self._features:
-            outputs = [name for segment in self.unets[unet].segments for name in segment.outputs]
-            if rule.when.feature not in outputs:
-                raise PlanError(
-                    f"plan {self.plan.name}: rules.when.feature is {rule.when.feature!r}, "
-                    f"which no segment of UNet {unet} gives out; choose from: {', '.join(outputs)}"
-                )
+        for number, rule in enumerate(self.plan.rules):
+            if not isinstance(rule.when, Threshold):
+                continue
+            for unet, features in self._features.items():
+                outputs = [name for segment in self.unets[unet].segments for name in segment.outputs]
+                what = f"plan {self.plan.name}: rules.when.feature is {rule.when.feature!r}, "
+                if rule.when.feature not in outputs:
+                    raise PlanError(f"{what}which no segment of UNet {unet} gives out; choose from: {', '.join(outputs)}")
+                makers = demand(self.unets[unet].units, [rule.when.feature], {TEXT})
+                behind = [name for unit in makers for name in unit.inputs if name in features[number]]
+                if behind and rule.when.feature not in features[number]:
+                    raise PlanError(
+                        f"{what}which is made from {behind[-1]}, and the rule inherits that; "
+                        "choose a feature that is made before, such as 'stem'"
+                    )
 
     def _check_carry(self) -> None:
         """What is read after a switch must be made, in the same shape, by the UNet before it."""
         for index, keep in enumerate(self._keep):
             for later in range(index + 1, self.steps):
-                for name in keep & self.decide(later, lambda threshold: False).inherited:
+                for name in keep & self.decide(later, False).inherited:
                     here, there = self._shape(index, name), self._shape(later, name)
                     if here != there:
                         raise PlanError(
@@ -213,15 +241,6 @@ class Schedule:
     def _shape(self, index: int, name: str) -> tuple[object, ...] | None:
         feature: Feature | None = self.unets[self._unet[index]].features.get(name)
         return None if feature is None else feature.shape
-
-
-def kinds(schedule: Schedule) -> dict[tuple[str, frozenset[str], frozenset[str]], int]:
-    """How many steps there are of each kind: UNet, features inherited, features wanted. Adaptive rules count as computing."""
-    counted: dict[tuple[str, frozenset[str], frozenset[str]], int] = {}
-    for step in schedule.all_steps():
-        kind = step.unet, step.inherited, step.wanted
-        counted[kind] = counted.get(kind, 0) + 1
-    return counted
 
 
 def check_runs(schedule: Schedule) -> None:
