@@ -1,4 +1,4 @@
-"""``python -m tuning assemble | rank``."""
+"""``python -m tuning assemble | distill | rank``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from engines.command import Parser, run_command
+from tuning.distill_options import add_arguments as add_distill_arguments
 
 _SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, or random:CONFIG"
 
@@ -18,6 +19,17 @@ def _parser() -> Parser:
     assemble.add_argument("--source", default="mini", help=f"{_SOURCE} (default: %(default)s)")
     assemble.add_argument("--precision", default="fp16", help="fp16 or fp32 (default: %(default)s)")
     assemble.add_argument("--out", type=Path, required=True, help="the folder of the new UNet")
+    rank = commands.add_parser("rank", help="measure what each removal saves and costs, and choose a recipe by it")
+    rank.add_argument("--source", default="mini", help=f"the UNet whose errors count: {_SOURCE} (default: %(default)s)")
+    rank.add_argument("--times", help="the UNet whose time counts, such as random:sd15 (default: the source's)")
+    rank.add_argument("--speedup", type=float, default=1.35, help="how fast the chosen recipe has to be (default: %(default)s)")
+    rank.add_argument("--latents", type=int, default=0, help="side of the latents for timing (default: the UNet's, at most 32)")
+    rank.add_argument("--rounds", type=int, default=5, help="rounds of timing (default: %(default)s)")
+    rank.add_argument("--prompts", type=int, default=16, help="trajectories for the errors (default: %(default)s)")
+    rank.add_argument("--steps", type=int, default=8, help="steps of each (default: %(default)s)")
+    rank.add_argument("--guidance", type=float, default=3.0, help="guidance scale of each (default: %(default)s)")
+    rank.add_argument("--out", type=Path, default=Path("runs/rank"), help="folder for the results (default: %(default)s)")
+    add_distill_arguments(commands.add_parser("distill", help="teach a smaller UNet to do what its original does"))
     return parser
 
 
@@ -40,6 +52,15 @@ def main(arguments: Sequence[str]) -> None:
         from tuning.assemble_command import assemble_command
 
         assemble_command(options.source, options.recipe, options.out, options.precision, console)
+    elif options.command == "distill":
+        from tuning.distill_command import run
+
+        run(options)
+    else:
+        from tuning.rank_command import RankOptions, rank_command
+
+        given = {key: value for key, value in vars(options).items() if key != "command"}
+        rank_command(RankOptions(**given), console)
 
 
 if __name__ == "__main__":

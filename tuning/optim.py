@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 __all__ = ["MuonAdamW"]
 
-# First and last layers and embeddings are no hidden matrices: AdamW trains them.
-_OUTER = ("conv_in", "conv_out", "embedding", "quant_conv")
+# First and last layers, embeddings and the few rows of a router are no hidden matrices: AdamW trains them.
+_OUTER = ("conv_in", "conv_out", "embedding", "quant_conv", "router")
 
 
 def _matrix(tensor: Tensor, like: Tensor) -> Tensor:
     """(out, ...) as (out, columns) in the order in which `like` lies in memory, so that `like` itself needs no copy."""
-    return tensor.flatten(1) if like.is_contiguous() else tensor.permute(0, 2, 3, 1).flatten(1)
+    return tensor.flatten(1) if like.is_contiguous() else tensor.permute(0, *range(2, like.ndim), 1).flatten(1)
 
 
 class MuonAdamW:
@@ -32,7 +32,7 @@ class MuonAdamW:
                 continue
             inner = muon_lr > 0 and parameter.ndim >= 2 and not any(part in name for part in _OUTER)
             (hidden if inner else rest).append(parameter)
-        self._hidden = hidden
+        self._rest, self._hidden = rest, hidden
         self._views = [nn.Parameter(_matrix(p.data, p)) for p in hidden]
         self._optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
         if self._views:
@@ -41,15 +41,24 @@ class MuonAdamW:
         self._base = [o.param_groups[0]["lr"] for o in self._optimizers]
         self.parameters = rest + hidden
 
-    def step(self, factor: float) -> None:
-        """One update with every learning rate at `factor` of its base; gradients are freed."""
+    def step(self, factor: float, clip: float, scaler: torch.amp.GradScaler | None = None) -> None:
+        """One update with every learning rate at `factor` of its base; gradients are clipped to the norm `clip`, and freed.
+
+        With a scaler, gradients are brought back to their scale first, and an optimizer whose gradients overflowed waits.
+        """
         for view, parameter in zip(self._views, self._hidden, strict=True):
             if parameter.grad is not None:
                 view.grad = _matrix(parameter.grad, parameter)
+        if scaler is not None:
+            for optimizer in self._optimizers:
+                scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(self._rest + self._views, clip)
         for optimizer, base in zip(self._optimizers, self._base, strict=True):
             optimizer.param_groups[0]["lr"] = base * factor
-            optimizer.step()
+            optimizer.step() if scaler is None else scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
+        if scaler is not None:
+            scaler.update()
         for parameter in self._hidden:
             parameter.grad = None
 

@@ -1,55 +1,93 @@
-"""Several training processes as one: the few collectives that training needs, and none of them when it runs alone.
+"""Several training processes as one, through accelerate: devices, mixed precision, and the one collective of a step.
 
-Start with `torchrun --nproc-per-node N -m ...`. On a CPU give each process one thread: two threads of one process in
-contention collapsed to a fifteenth of the speed here, two processes keep theirs.
+Start with `accelerate launch -m ...` or `torchrun --nproc-per-node N -m ...`. On a CPU give each process one thread: two
+threads of one process in contention collapsed to a fifteenth of the speed here, two processes keep theirs.
 """
 
-import os
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Workers"]
+from tuning.errors import TuningError
+
+__all__ = ["Mixed", "Workers"]
+
+Mixed = Literal["no", "fp16", "bf16"]
+
+# Gradients travel in messages of at most so many numbers: a small UNet's in one, a large one's without a second copy of all.
+_MESSAGE = 32_000_000
 
 
 class Workers:
-    """This process's place among the workers; reads torchrun's environment."""
+    """This process's place among the workers, as accelerate reads it from the launcher's environment.
 
-    def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+    Raises TuningError when `mixed` is asked for where there is no GPU.
+    """
+
+    def __init__(self, mixed: Mixed = "no") -> None:
+        from accelerate import Accelerator
+
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-        if self.count > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
+        if mixed != "no" and not cuda:
+            raise TuningError(f"mixed precision {mixed} needs an NVIDIA GPU and torch sees none; use no")
+        self._accelerator: Any = Accelerator(cpu=not cuda, mixed_precision=mixed)
+        self.rank: int = self._accelerator.process_index
+        self.count: int = self._accelerator.num_processes
+        self.device: torch.device = self._accelerator.device
+        self.mixed = mixed
 
     @property
     def first(self) -> bool:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter], progress: float) -> float:
-        """Averages gradients in place, in one message, and `progress` (so that all use the same); returns the latter."""
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What keeps fp16 gradients from vanishing; None in other precisions."""
+        scaler: torch.amp.GradScaler | None = self._accelerator.scaler
+        return scaler
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Mixed precision, where it was asked for, inside the context."""
+        context: AbstractContextManager[None] = self._accelerator.autocast()
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the loss's gradients, scaled for fp16 where that is needed."""
+        self._accelerator.backward(loss)
+
+    def average(self, parameters: Sequence[nn.Parameter], values: Sequence[float] = ()) -> list[float]:
+        """Averages gradients in place over the processes, and `values` with them; returns the latter."""
         if self.count == 1:
-            return progress
+            return list(values)
         grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads] + [torch.tensor([progress], device=grads[0].device)])
-        dist.all_reduce(flat)
-        flat /= self.count
-        at = 0
+        first: list[Tensor] = [torch.tensor(values, dtype=grads[0].dtype, device=grads[0].device)]
+        message, averaged = first, first[0]
+        size = 0
         for grad in grads:
-            grad.copy_(flat[at : at + grad.numel()].view_as(grad))
-            at += grad.numel()
-        return float(flat[-1])
+            message.append(grad)
+            size += grad.numel()
+            if size > _MESSAGE:
+                self._exchange(message)
+                message, size = [], 0
+        if message:
+            self._exchange(message)
+        return [float(value) for value in averaged]
+
+    def _exchange(self, tensors: list[Tensor]) -> None:
+        flat: Tensor = self._accelerator.reduce(torch.cat([t.flatten() for t in tensors]), "mean")
+        at = 0
+        for tensor in tensors:
+            tensor.copy_(flat[at : at + tensor.numel()].view_as(tensor))
+            at += tensor.numel()
 
     def wait(self) -> None:
         """Waits for the others."""
-        if self.count > 1:
-            dist.barrier()
+        self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
         """Leaves the group."""
-        if self.count > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        self._accelerator.end_training()

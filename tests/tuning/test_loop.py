@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tuning import TuningError
-from tuning.loop import LoopSettings, generator, run_loop
+from tuning.loop import LoopSettings, run_loop
+from tuning.noising import generator
 from tuning.optim import MuonAdamW
 from tuning.workers import Workers
 
@@ -121,7 +122,7 @@ def test_muon_updates_kernels_in_place_whatever_their_layout(layout: torch.memor
         before = module.weight.detach().clone()
         optimizer = MuonAdamW(module, lr=0.1, muon_lr=0.1, weight_decay=0)
         module(torch.randn(2, 4, 5, 5)).square().mean().backward()
-        optimizer.step(0.5)
+        optimizer.step(0.5, 1e9)
         updates.append(module.weight.detach() - before)
         assert module.weight.grad is None
     # Muon orthogonalises: every singular value of the update is near the learning rate.

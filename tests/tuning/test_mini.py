@@ -14,12 +14,13 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 import tuning
 from tuning.mini.autoencoder import reconstruct, whiten
 from tuning.mini.data import batch, to_bytes, to_tensor
-from tuning.mini.latents import LatentPools, tokenize
+from tuning.mini.latents import LatentPools
 from tuning.mini.models import TEXT_LENGTH, load_tokenizer, new_vae, scheduler
 from tuning.mini.reading import read_scenes
 from tuning.mini.scenes import held_back_prompts
 from tuning.mini.settings import STAGES, MiniSettings
 from tuning.mini.train import main, run_stage
+from tuning.noising import tokenize
 from tuning.workers import Workers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,30 +64,13 @@ def test_batches_follow_from_step_and_rank_alone(shell: Path) -> None:
     def pools(seed: int = 0) -> LatentPools:
         torch.manual_seed(0)
         tokenizer = load_tokenizer(shell / "tokenizer")
-        return LatentPools(
-            new_vae((8, 8, 8, 8)), tokenizer, scheduler(), Workers(), size=8, epochs=1, batch_size=4, dropout=0.5, seed=seed
-        )
+        return LatentPools(new_vae((8, 8, 8, 8)), tokenizer, Workers(), size=8, epochs=1, batch_size=4, seed=seed)
 
     one, two = pools(), pools()
     for step in (0, 1, 5):  # a pool serves two steps
-        a, b = one.draw(step), two.draw(step)
-        assert torch.equal(a.noisy, b.noisy)
-        assert torch.equal(a.tokens, b.tokens)
-        assert torch.equal(a.timesteps // 250, torch.arange(4)), "one timestep from each quarter"
-    assert not torch.equal(one.draw(0).noisy, pools(1).draw(0).noisy)
-
-
-def test_velocity_target_recovers_the_latents(shell: Path) -> None:
-    noise = scheduler()
-    pools = LatentPools(
-        new_vae((8, 8, 8, 8)), load_tokenizer(shell / "tokenizer"), noise, Workers(),
-        size=8, epochs=1, batch_size=4, dropout=0.0, seed=0,
-    )  # fmt: skip
-    latents = torch.randn(4, 4, 8, 8)
-    drawn = pools.noised(latents, torch.zeros(4, TEXT_LENGTH, dtype=torch.long), torch.Generator().manual_seed(0), 0, 4)
-    alpha = noise.alphas_cumprod[drawn.timesteps].sqrt()[:, None, None, None]
-    sigma = (1 - noise.alphas_cumprod[drawn.timesteps]).sqrt()[:, None, None, None]
-    assert torch.allclose(alpha * drawn.noisy - sigma * drawn.target, latents, atol=1e-4)
+        for a, b in zip(one.draw(step), two.draw(step), strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(one.draw(0)[0], pools(1).draw(0)[0])
 
 
 def test_a_tiny_training_runs_every_stage_and_leaves_a_pipeline(shell: Path, tiny: MiniSettings, tmp_path: Path) -> None:
@@ -102,8 +86,6 @@ def test_a_tiny_training_runs_every_stage_and_leaves_a_pipeline(shell: Path, tin
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("a red star", num_inference_steps=2, height=64, width=64, output_type="np").images
     assert picture.shape == (1, 64, 64, 3)
-    student = UNet2DConditionModel.from_pretrained(out, subfolder="unet_assembled")
-    assert list(student.config.layers_per_block) == [1, 1, 2, 2]
     # A stage that is done is not done again.
     assert run_stage("vae", tiny, out, runs, Workers()) == {}
 

@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from tuning.folder import save_part
-from tuning.loop import generator
 from tuning.mini.data import batch
 from tuning.mini.reading import read_scenes
+from tuning.noising import generator
 from tuning.workers import Workers
 
 __all__ = ["AutoencoderTask", "reconstruct", "whiten"]

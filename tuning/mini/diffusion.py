@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from tuning.folder import save_part
-from tuning.loop import generator
 from tuning.mini.latents import LatentPools
 from tuning.mini.sampling import accuracy
+from tuning.noising import Batch, Noising
+from tuning.teacher import Teacher
 from tuning.workers import Workers
 
 __all__ = ["DiffusionTask"]
@@ -22,52 +21,33 @@ class DiffusionTask:
     name = "diffusion"
 
     def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        text: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        vae: AutoencoderKL,
-        pools: LatentPools,
-        folder: Path,
-        workers: Workers,
-        *,
-        validation: int = 512,
-        prompts: int = 64,
+        self, model: Teacher, pools: LatentPools, noising: Noising, folder: Path, workers: Workers, *, prompts: int = 64
     ) -> None:
-        unet.to(workers.device, memory_format=torch.channels_last)
-        text.to(workers.device)
-        self.module: nn.Module = nn.ModuleDict({"unet": unet, "text": text})
-        self._unet, self._text, self._tokenizer, self._vae = unet, text, tokenizer, vae
-        self._pools, self._folder = pools, folder
-        self._validation, self._prompts = validation, prompts
+        model.unet.to(workers.device, memory_format=torch.channels_last)
+        model.text.to(workers.device)
+        self.module: nn.Module = nn.ModuleDict({"unet": model.unet, "text": model.text})
+        self._model, self._pools, self._noising, self._folder, self._prompts = model, pools, noising, folder, prompts
 
-    def _predict(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-        velocity = self._unet(noisy, timesteps, self._text(tokens).last_hidden_state).sample
-        assert isinstance(velocity, Tensor)
-        return velocity
+    def _loss(self, drawn: Batch) -> Tensor:
+        states = self._model.text(drawn.tokens).last_hidden_state
+        velocity = self._model.unet(drawn.noisy, drawn.timesteps, states).sample
+        return nn.functional.mse_loss(velocity, drawn.target)
 
     def loss(self, step: int, progress: float) -> dict[str, Tensor]:
         """The mean squared error of the velocity."""
-        drawn = self._pools.draw(step)
-        predicted = self._predict(drawn.noisy, drawn.timesteps, drawn.tokens)
-        return {"loss": nn.functional.mse_loss(predicted, drawn.target)}
+        return {"loss": self._loss(self._noising.batch(*self._pools.draw(step), step))}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Loss on held-back scenes at fixed noise, and the accuracy of sampled pictures."""
-        latents, tokens = self._pools.encode(self._validation, "diffusion validation", held=True)
+        latents, tokens = self._pools.validation()
         total = 0.0
-        for at in range(0, self._validation, 128):
-            source = generator(3, at)
-            part = self._pools.noised(latents[at : at + 128], tokens[at : at + 128], source, 0, 128)
-            predicted = self._predict(part.noisy, part.timesteps, part.tokens)
-            total += float(nn.functional.mse_loss(predicted, part.target)) * len(part.noisy) / self._validation
-        return {"valid_loss": total} | self._accuracy()
-
-    def _accuracy(self) -> dict[str, float]:
-        return accuracy(self._unet, self._text, self._tokenizer, self._vae, count=self._prompts)
+        for at in range(0, len(latents), 128):
+            part = self._noising.fixed(latents[at : at + 128], tokens[at : at + 128], at)
+            total += float(self._loss(part)) * len(part.noisy) / len(latents)
+        return {"valid_loss": total} | accuracy(self._model.unet, self._model, count=self._prompts)
 
     def export(self) -> None:
         """Writes unet/ and text_encoder/."""
-        save_part(self._unet, self._folder / "unet")
-        save_part(self._text, self._folder / "text_encoder")
+        save_part(self._model.unet, self._folder / "unet")
+        save_part(self._model.text, self._folder / "text_encoder")

@@ -11,7 +11,7 @@ from tuning.loop import LoopSettings
 
 __all__ = ["STAGES", "MiniSettings"]
 
-STAGES = ("vae", "decoder", "diffusion", "assembled")
+STAGES = ("vae", "decoder", "diffusion")
 
 
 def _stages() -> dict[str, LoopSettings]:
@@ -19,7 +19,6 @@ def _stages() -> dict[str, LoopSettings]:
         "vae": LoopSettings(minutes=6, lr=2e-3, muon_lr=0.02, ema=0.998, validate_minutes=2),
         "decoder": LoopSettings(minutes=4, lr=1e-3, muon_lr=0.01, ema=0.998, validate_minutes=2),
         "diffusion": LoopSettings(minutes=75, lr=2e-3, muon_lr=0.02, decay=0.7, validate_minutes=8),
-        "assembled": LoopSettings(minutes=18, lr=1e-3, muon_lr=0.01, decay=0.9, validate_minutes=6),
     }
 
 
@@ -51,7 +50,9 @@ class MiniSettings:
         """Reads what `save` wrote. Raises TuningError when it can't."""
         try:
             values: dict[str, Any] = json.loads(path.read_text())
-            values["stages"] = {name: LoopSettings(**stage) for name, stage in values["stages"].items()}
+            # A stage of older settings that is none any more is passed over.
+            stages = {name: stage for name, stage in values["stages"].items() if name in STAGES}
+            values["stages"] = {name: LoopSettings(**stage) for name, stage in stages.items()}
             arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             return cls(**arguments)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

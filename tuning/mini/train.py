@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel
+from diffusers import AutoencoderKL, DDPMScheduler
 
 from tuning.errors import TuningError
 from tuning.folder import save_part
 from tuning.loop import Task, run_loop
-from tuning.mini.assembled import AssembledTask
 from tuning.mini.autoencoder import AutoencoderTask, whiten
 from tuning.mini.data import batch
 from tuning.mini.diffusion import DiffusionTask
@@ -25,7 +23,8 @@ from tuning.mini.folder import save_shell
 from tuning.mini.latents import LatentPools
 from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, scheduler
 from tuning.mini.settings import STAGES, MiniSettings
-from tuning.recipes import recipe
+from tuning.noising import Noising
+from tuning.teacher import Teacher
 from tuning.workers import Workers
 
 __all__ = ["main", "run_stage"]
@@ -50,55 +49,28 @@ def _task(stage: str, settings: MiniSettings, out: Path, runs: Path, workers: Wo
         return AutoencoderTask(vae, size, out, workers, decoder_only=True, validation=count)
     if stage == "diffusion":
         return _diffusion(settings, out, runs, workers)
-    if stage == "assembled":
-        return _assembled(settings, out, runs, workers)
     raise TuningError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
-
-
-def _pools(settings: MiniSettings, vae: AutoencoderKL, out: Path, workers: Workers, name: str) -> LatentPools:
-    return LatentPools(
-        vae,
-        load_tokenizer(out / "tokenizer"),
-        scheduler(),
-        workers,
-        size=settings.pool,
-        epochs=settings.pool_epochs,
-        batch_size=settings.batch,
-        dropout=settings.caption_dropout,
-        seed=settings.seed,
-        name=name,
-    )
 
 
 def _diffusion(settings: MiniSettings, out: Path, runs: Path, workers: Workers) -> Task:
     vae, tokenizer = _vae_after(runs, "vae"), load_tokenizer(out / "tokenizer")
     unet = new_unet(settings.unet_widths, settings.text_width)
     text = new_text_encoder(tokenizer, settings.text_width, settings.text_layers)
-    pools = _pools(settings, vae, out, workers, "diffusion")
-    return DiffusionTask(
-        unet, text, tokenizer, vae, pools, out, workers, validation=settings.validation, prompts=settings.prompts
-    )
-
-
-def _assembled(settings: MiniSettings, out: Path, runs: Path, workers: Workers) -> Task:
-    vae, tokenizer = _vae_after(runs, "vae"), load_tokenizer(out / "tokenizer")
-    if not (runs / "diffusion").exists():
-        raise TuningError(f"{runs / 'diffusion'} is missing: run --stage diffusion first")
-    teacher = UNet2DConditionModel.from_pretrained(runs / "diffusion", torch_dtype=torch.float32)
-    text = CLIPTextModel.from_pretrained(runs / "text", dtype=torch.float32)
-    pools = _pools(settings, vae, out, workers, "assembled")
-    return AssembledTask(
-        teacher,
-        recipe("assembled"),
-        text,
-        tokenizer,
+    schedule = DDPMScheduler.from_config(scheduler().config)
+    model = Teacher("mini", unet, text, tokenizer, vae, schedule)
+    pools = LatentPools(
         vae,
-        pools,
-        out,
+        tokenizer,
         workers,
+        size=settings.pool,
+        epochs=settings.pool_epochs,
+        batch_size=settings.batch,
+        seed=settings.seed,
         validation=settings.validation,
-        prompts=settings.prompts,
     )
+    empty = model.ids([""])[0]
+    noising = Noising(schedule, workers, empty=empty, dropout=settings.caption_dropout, seed=settings.seed)
+    return DiffusionTask(model, pools, noising, out, workers, prompts=settings.prompts)
 
 
 def _finish(stage: str, task: Any, out: Path, runs: Path) -> None:
@@ -120,8 +92,6 @@ def run_stage(stage: str, settings: MiniSettings, out: Path, runs: Path, workers
     task = _task(stage, settings, out, runs, workers)
     log = out / "training" / f"{stage}.jsonl"
     checkpoint = runs / f"{stage}.pt"
-    if workers.first and not checkpoint.exists():
-        log.unlink(missing_ok=True)
     figures = run_loop(task, settings.stages[stage], workers=workers, checkpoint=checkpoint, log=log)
     if workers.first:
         _finish(stage, task, out, runs)
