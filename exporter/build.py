@@ -33,10 +33,10 @@ DEFAULT_PLANS = ("block:2", "deepcache:2")
 """Plans that every bundle is cut for; the number makes no difference to the cuts."""
 DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 _CODE = {
-    "exporter": ("build", "graph", "measure", "partition", "sources", "topology", "trace", "units", "write"),
+    "exporter": ("build", "condconv", "graph", "measure", "partition", "sources", "topology", "trace", "units", "write"),
     "engines": ("manifest", "shapes", "tensor_rt", "torch_program"),
     "runtime": ("demand", "modes", "plan", "presets"),
-    "tuning": ("assembly", "changes", "folder", "kept", "recipes", "units"),
+    "tuning": ("assembly", "changes", "condconv", "experts", "folder", "kept", "recipes", "units"),
 }
 _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 

@@ -15,9 +15,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from engines.manifest import Unit
+from exporter.condconv import FORM, Form, exported
+from tuning.condconv import CondConvResnet
 from tuning.units import unit_modules
 
-__all__ = ["SegmentModule", "kind_of", "unit_module"]
+__all__ = ["CondConvBranch", "SegmentModule", "kind_of", "unit_module"]
 
 
 class Time(nn.Module):
@@ -57,6 +59,22 @@ class ResnetBranch(nn.Module):
         x = self.conv1(self.activation(self.norm1(_joined(inputs))))
         x = x + self.time(self.activation(time))[:, :, None, None]
         result: Tensor = self.conv2(self.activation(self.norm2(x)))
+        return result
+
+
+class CondConvBranch(ResnetBranch):
+    """Likewise, of a ResNet with conditional convolutions: they read the time embedding too."""
+
+    def __init__(self, resnet: CondConvResnet, form: Form = FORM) -> None:
+        super().__init__(resnet)
+        self.conv1, self.conv2 = exported(resnet.conv1, form), exported(resnet.conv2, form)
+
+    def forward(self, *features: Tensor) -> Tensor:
+        *inputs, time = features
+        time = self.activation(time)
+        x = self.conv1(self.activation(self.norm1(_joined(inputs))), time)
+        x = x + self.time(time)[:, :, None, None]
+        result: Tensor = self.conv2(self.activation(self.norm2(x)), time)
         return result
 
 
@@ -139,7 +157,9 @@ def unit_module(unet: UNet2DConditionModel, name: str) -> nn.Module:
     if isinstance(module, nn.Conv2d):
         return Stem(module)
     if kind == "resnet":
-        return ResnetBranch(module) if is_branch else ResnetSum(module)
+        if not is_branch:
+            return ResnetSum(module)
+        return CondConvBranch(module) if isinstance(module, CondConvResnet) else ResnetBranch(module)
     if kind == "attention":
         return AttentionBranch(module) if is_branch else AttentionSum()
     return module
