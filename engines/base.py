@@ -16,6 +16,7 @@ import torch
 from engines.bundle import Bundle
 from engines.errors import EngineError
 from engines.manifest import Feature, Segment
+from engines.recording import Recorder
 from engines.shapes import bind, resolve
 
 if TYPE_CHECKING:
@@ -155,6 +156,10 @@ class Engine(ABC):
             EngineError: the bundle has no files of this engine for the segment, or they cannot run here.
             BundleError: the files are damaged.
         """
+
+    def recorder(self) -> Recorder | None:
+        """What records work of this engine's runners on its device; None where it cannot be, as on a CPU."""
+        return None
 
     def compiled_files(self, bundle: Bundle, segment: Segment) -> list[Path]:
         """The checked paths of what ``compile`` made; EngineError if the bundle was built without this engine."""

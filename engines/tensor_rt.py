@@ -4,6 +4,7 @@ What differs: TensorRT builds on the GPU that the engine will run on; TensorRT-R
 named compute capabilities, and finishes the kernels on the user's card.
 """
 
+import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,9 @@ from engines.base import Engine, Profile, Runner, Traced
 from engines.bundle import Bundle
 from engines.errors import EngineError
 from engines.manifest import Segment
-from engines.tensor_rt_runner import EngineRunner, ErrorLog
+from engines.recording import CudaRecorder, Recorder
+from engines.runtime_cache import RuntimeCache, cache_places
+from engines.tensor_rt_runner import Device, EngineRunner, ErrorLog
 
 __all__ = ["TensorRT", "TensorRTRTX"]
 
@@ -40,6 +43,7 @@ class _Family(Engine):
         self.trt = trt or self._import()
         self.device = device or torch.device("cuda")
         self._log = ErrorLog(self.trt)
+        self._place = Device(self.device)
 
     @classmethod
     def _import(cls) -> Any:
@@ -127,15 +131,15 @@ class _Family(Engine):
                 f"it was built by {made.version} for {', '.join(made.targets) or 'the GPU it was built on'}; "
                 f"build it for this one with: {self.rebuild_command(bundle)}"
             )
-        return EngineRunner(
-            segment,
-            bundle.manifest.features,
-            (runtime, engine),
-            self._create_context,
-            self._log,
-            self.name,
-            self.device,
-        )
+        return self._runner(bundle, segment, (runtime, engine))
+
+    def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
+        features = bundle.manifest.features
+        return EngineRunner(segment, features, loaded, self._create_context, self._log, self.name, self._place)
+
+    def recorder(self) -> Recorder | None:
+        """CUDA graphs."""
+        return CudaRecorder(self.device) if self.device.type == "cuda" else None
 
     def _require_gpu(self, purpose: str) -> None:
         if self.device.type != "cuda" or torch.cuda.is_available():
@@ -156,7 +160,8 @@ class _Family(Engine):
         return [name.replace("_", " ").lower() for name, member in members.items() if int(member) & bits]
 
     def _create_context(self, engine: Any) -> Any:
-        return engine.create_execution_context()
+        """A context that is given the memory it works in: all of them share one block."""
+        return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
 
 class TensorRT(_Family):
@@ -193,6 +198,10 @@ class TensorRTRTX(_Family):
     attention built in 0.62 s to 88.6 MB for one, three or five targets. Turing (sm75) must be asked for: it has no fp32
     matrix product, and NVIDIA advises against engines that serve it and later cards at once."""
 
+    def __init__(self, trt: Any = None, device: torch.device | None = None) -> None:
+        super().__init__(trt, device)
+        self._caches: dict[Path, RuntimeCache] = {}
+
     def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
         """The targets named, each once; with none, ``DEFAULT_TARGETS``, or the GPU at hand where these leave it out.
 
@@ -219,9 +228,37 @@ class TensorRTRTX(_Family):
         for index, target in enumerate(targets):
             config.set_compute_capability(self.trt.ComputeCapability.__members__[target.upper()], index)
 
-    def _create_context(self, engine: Any) -> Any:
-        # Runtime cache and CUDA-graph strategy are properties of this configuration.
-        return engine.create_execution_context(engine.create_runtime_config())
+    def _configure(self, builder: Any, network: Any, segment: Segment, profile: Profile) -> Any:
+        config = super()._configure(builder, network, segment, profile)
+        # Without it a large engine may allocate while it runs, which no CUDA graph can hold.
+        config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        return config
+
+    def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
+        cache = self._cache(bundle)
+
+        def create_context(engine: Any) -> Any:
+            config = self._runtime_config(engine)
+            cache.attach(config)
+            return engine.create_execution_context(config)
+
+        features = bundle.manifest.features
+        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, self._place, cache.store)
+
+    def _runtime_config(self, engine: Any) -> Any:
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # Graphs are ours: they hold a whole step, and the library's own would be one more inside them. Kernels that are still
+        # to be exchanged for better ones would stay in a graph as they are, so they are compiled before the first launch.
+        config.cuda_graph_strategy = self.trt.CudaGraphStrategy.DISABLED
+        config.dynamic_shapes_kernel_specialization_strategy = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return config
+
+    def _cache(self, bundle: Bundle) -> RuntimeCache:
+        if bundle.folder not in self._caches:
+            name = f"{self.name}-{self.version()}-{_card_name(self.device)}.bin"
+            self._caches[bundle.folder] = RuntimeCache(cache_places(bundle.folder, bundle.manifest.key, name))
+        return self._caches[bundle.folder]
 
 
 def _card() -> str | None:
@@ -230,6 +267,12 @@ def _card() -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability()
     return f"sm{major}{minor}"
+
+
+def _card_name(device: torch.device) -> str:
+    """The GPU's name, fit for a file's."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _advice(reason: str) -> str:

@@ -6,14 +6,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 
 from engines.base import DTYPES, Runner
 from engines.errors import EngineError
 from engines.manifest import Feature, Segment
+from engines.recording import CannotRecord, beside, current_recording
+from engines.scratch import Scratch
 
-__all__ = ["EngineRunner", "ErrorLog"]
+__all__ = ["Device", "EngineRunner", "ErrorLog"]
 
 _DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
 
@@ -54,26 +57,65 @@ def _logger(trt: Any) -> Any:
     return make()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Context:
     """An execution context, and the lock that must be held from its first binding to its launch."""
 
     handle: Any
+    scratch: torch.Tensor | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    launched: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
+    """The input shapes that it has run with."""
+
+
+class Device:
+    """Where an engine's runners work, and what they share there.
+
+    Args:
+        device: where tensors live; CPU in tests only.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.scratch = Scratch(device)
+        self._lock = threading.Lock()
+        self._own: torch.cuda.Stream | None = None
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """The handle of the stream to launch on, which is the current one inside; never the default stream.
+
+        On the default stream TensorRT waits for the whole device at every launch.
+        """
+        if self.device.type != "cuda":
+            yield 0
+            return
+        current = torch.cuda.current_stream(self.device)
+        if current != torch.cuda.default_stream(self.device):
+            yield int(current.cuda_stream)
+            return
+        with self._lock:
+            self._own = self._own or torch.cuda.Stream(self.device)
+        with beside(self._own):
+            yield int(self._own.cuda_stream)
 
 
 class EngineRunner(Runner):
-    """Runs a deserialised engine on PyTorch's current stream, reading and writing the tensors' own memory.
+    """Runs one deserialised engine on the current CUDA stream, without waiting for it.
 
-    A context has scratch memory that a launch uses until it has finished, and its bindings are not thread-safe. So
-    there is one context per stream, where launches follow one another anyway, and a lock around binding and launching.
+    Inputs are read from, and outputs written to, the tensors' own memory. An engine cannot run twice at once on one execution
+    context, so there is one per stream, and one more for each recording: a context that has served a CUDA graph must not change.
+    All of a stream work in one block of scratch memory.
 
     Args:
-        loaded: the runtime, which must outlive the engine, and the engine.
-        create_context: makes an execution context of the engine; None where there is no memory for one.
+        segment: the segment.
+        features: the manifest's features.
+        loaded: the TensorRT runtime and the engine that it made; kept together, for the engine needs the runtime.
+        create_context: makes an execution context of the engine, without memory to work in; None where it cannot.
         log: where the engine's errors arrive.
         engine_name: the name that errors use.
-        device: where tensors live; CPU in tests only.
+        device: where it runs.
+        learned: called when the engine has run with shapes that are new to it, and may have compiled kernels for them.
 
     Raises:
         EngineError: the engine's tensors are not those of the manifest.
@@ -90,15 +132,19 @@ class EngineRunner(Runner):
         create_context: Callable[[Any], Any],
         log: ErrorLog,
         engine_name: str,
-        device: torch.device,
+        device: Device,
+        learned: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(segment, features)
-        self.device = device
+        self.device = device.device
         self._runtime, self._engine = loaded
-        self._create_context = create_context
+        self._create_context, self._learned = create_context, learned
         self._log = log
         self._engine_name = engine_name
+        self._place = device
+        self._place.scratch.reserve(self._engine.device_memory_size_v2)
         self._contexts: dict[int, _Context] = {}
+        self._recorded: WeakKeyDictionary[object, dict[int, _Context]] = WeakKeyDictionary()
         self._growing = threading.Lock()
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._check_tensors(names)
@@ -117,21 +163,42 @@ class EngineRunner(Runner):
                 self._refuse(f"its engine has no output {name}, only {', '.join(names)}; build the bundle again")
 
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-        taken = {name: self._addressable(inputs[name]) for name in self._taken}
-        self._check_limits(taken)
-        stream = self._stream()
-        context = self._context(stream)
-        with self._log.collect() as errors, context.lock:
-            for name, tensor in taken.items():
-                done = context.handle.set_input_shape(name, tuple(tensor.shape))
-                self._expect(done, f"shape {_text(tensor.shape)} of {name}", errors)
-                self._set_address(context.handle, name, tensor, errors)
-            outputs = self._make_outputs(context.handle)
-            for name, tensor in outputs.items():
-                self._set_address(context.handle, name, tensor, errors)
-            self._expect(context.handle.execute_async_v3(stream), "launch", errors)
+        with self._place.stream() as stream:
+            taken = {name: self._addressable(inputs[name]) for name in self._taken}
+            self._check_limits(taken)
+            context = self._context(stream)
+            with self._log.collect() as errors, context.lock:
+                outputs = self._bind(context, taken, stream, errors)
+                self._expect(context.handle.execute_async_v3(stream), "launch", errors)
+                self._note_shapes(context, taken, stream)
         # Copies in ``taken`` may go now: PyTorch gives their memory only to later work on the same stream.
         return outputs
+
+    def _bind(
+        self, context: _Context, taken: Mapping[str, torch.Tensor], stream: int, errors: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        """Give the context its inputs, its scratch memory and new outputs, which are returned."""
+        handle = context.handle
+        if current_recording() is None:
+            self._give_scratch(context, stream)
+        for name, tensor in taken.items():
+            self._expect(handle.set_input_shape(name, tuple(tensor.shape)), f"shape {_text(tensor.shape)} of {name}", errors)
+            self._set_address(handle, name, tensor, errors)
+        outputs = self._make_outputs(handle)
+        for name, tensor in outputs.items():
+            self._set_address(handle, name, tensor, errors)
+        return outputs
+
+    def _note_shapes(self, context: _Context, taken: Mapping[str, torch.Tensor], stream: int) -> None:
+        """At the first launch with some shapes, what was compiled for them is kept, and a recording learns whether it can be."""
+        shapes = tuple(tuple(tensor.shape) for tensor in taken.values())
+        if shapes in context.launched:
+            return
+        context.launched.add(shapes)
+        self._learned()
+        fit = getattr(context.handle, "is_stream_capturable", None)  # only TensorRT-RTX can tell
+        if current_recording() is not None and fit is not None and not fit(stream):
+            raise CannotRecord(f"segment {self.segment.name}: {self._engine_name} cannot run it inside a CUDA graph")
 
     def _addressable(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.contiguous()
@@ -163,17 +230,24 @@ class EngineRunner(Runner):
     def _refuse(self, reason: str) -> NoReturn:
         raise EngineError(f"segment {self.segment.name}: {reason}")
 
-    def _stream(self) -> int:
-        return int(torch.cuda.current_stream(self.device).cuda_stream) if self.device.type == "cuda" else 0
-
     def _context(self, stream: int) -> _Context:
+        """The context of a stream, or of the recording that is being made; made when it is first asked for."""
+        recording = current_recording()
         with self._growing:
-            if stream not in self._contexts:
+            contexts = self._contexts if recording is None else self._recorded.setdefault(recording, {})
+            if stream not in contexts:
                 with self._log.collect() as errors:
                     handle = self._create_context(self._engine)
                 self._expect(handle is not None, "making of an execution context", errors)
-                self._contexts[stream] = _Context(handle)
-            return self._contexts[stream]
+                contexts[stream] = _Context(handle)
+                self._give_scratch(contexts[stream], stream)
+            return contexts[stream]
+
+    def _give_scratch(self, context: _Context, stream: int) -> None:
+        block = self._place.scratch.block(stream)
+        if context.scratch is not block:
+            context.handle.set_device_memory(block.data_ptr(), block.numel())
+            context.scratch = block
 
     def synchronize(self) -> None:
         """Wait until the current stream has finished."""

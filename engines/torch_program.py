@@ -12,6 +12,7 @@ from engines.base import Engine, Profile, Runner, Traced
 from engines.bundle import Bundle
 from engines.errors import EngineError
 from engines.manifest import Feature, Segment
+from engines.recording import CudaRecorder, Recorder
 
 __all__ = ["ModuleRunner", "Torch"]
 
@@ -42,9 +43,9 @@ class ModuleRunner(Runner):
         return dict(zip(self.segment.outputs, outputs, strict=True))
 
     def synchronize(self) -> None:
-        """Wait until the device has finished."""
+        """Wait until the current stream has finished."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 def _device_of(module: nn.Module) -> torch.device:
@@ -79,6 +80,10 @@ class Torch(Engine):
         torch.export.save(traced.program, archive)
         path.write_bytes(archive.getbuffer())
         return [path]
+
+    def recorder(self) -> Recorder | None:
+        """CUDA graphs, on a GPU."""
+        return CudaRecorder(self.device) if self.device.type == "cuda" else None
 
     def load(self, bundle: Bundle, segment: Segment) -> Runner:
         """The segment's program as a runner on this engine's device.

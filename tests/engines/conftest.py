@@ -15,6 +15,10 @@ from torch.export import Dim
 from engines import Bundle, Engine, Manifest, Profile, Segment, Traced, Unit, make_engine
 from engines.bundle import MANIFEST_NAME, describe_file
 from engines.manifest import Compiled, Feature
+from engines.tensor_rt import TensorRT, TensorRTRTX
+from engines.tensor_rt_runner import EngineRunner
+
+from .fake_tensorrt import ALIGNMENT, DataType, FakeTensorRT, Program
 
 FEATURES = {
     "sample": Feature(dtype="float32", shape=("batch", 4, "height", "width")),
@@ -207,3 +211,50 @@ def damageable(tiny: Tiny, tmp_path: Path) -> Bundle:
     folder = tmp_path / "copy"
     shutil.copytree(tiny.bundle.folder, folder)
     return Bundle.open(folder)
+
+
+@pytest.fixture
+def cpu_alignment(monkeypatch):
+    """PyTorch's CPU allocations have less alignment than its CUDA ones."""
+    monkeypatch.setattr(EngineRunner, "ALIGNMENT", ALIGNMENT)
+
+
+@pytest.fixture(params=[TensorRT, TensorRTRTX])
+def kind(request):
+    """Both of the family."""
+    return request.param
+
+
+@pytest.fixture
+def fake(tiny):
+    """TensorRT's module, with programs in the place of engines."""
+    programs = {}
+    for name, module in tiny.modules.items():
+        shapes = tiny.profiles[name]
+        segment = tiny.segment(name)
+        programs[name.encode()] = Program(
+            function=module,
+            limits={key: (shapes.minimum[key], shapes.maximum[key]) for key in segment.inputs},
+            outputs=segment.outputs,
+            types={"timestep": DataType.INT64},
+        )
+    return FakeTensorRT(programs)
+
+
+@pytest.fixture
+def bundle(kind, tiny, tmp_path):
+    """A bundle whose engine files hold the names of the fake's programs."""
+    segments = []
+    for segment in tiny.bundle.manifest.segments:
+        path = tmp_path / f"{segment.name}.engine"
+        path.write_bytes(segment.name.encode())
+        compiled = Compiled(files=(describe_file(tmp_path, path),), version="10.9", targets=("sm86",))
+        segments.append(segment.model_copy(update={"engines": {kind.name: compiled}}))
+    return write_bundle(tmp_path, tuple(segments))
+
+
+@pytest.fixture
+def load(kind, fake, bundle, cpu_alignment):
+    """Loads a segment by name in an engine of the kind, driven by the fake."""
+    engine = kind(fake, torch.device("cpu"))
+    return lambda name: engine.load(bundle, bundle.manifest.segment(name))

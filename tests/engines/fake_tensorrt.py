@@ -3,10 +3,12 @@
 An "engine file" names a program: a torch function with typed, bounded inputs. Its context reads the inputs from memory by
 address and writes the outputs to memory by address, as a GPU would, so that a wrong address, shape or dtype shows as a wrong
 number. It is as strict as the real thing: bad shapes and misaligned addresses are refused and logged, a context used by two
-threads at once fails.
+threads at once fails, and so does one that has no memory to work in, that is recorded before it ran with the same shapes, or
+that is changed after it was recorded.
 """
 
 import ctypes
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +19,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from tests.recording import outside, tape
 
 ALIGNMENT = 64
 """Bytes; what PyTorch's CPU allocations have (on a GPU they have 512, and TensorRT demands 256)."""
@@ -50,6 +54,9 @@ class Program:
     outputs: tuple[str, ...]
     types: dict[str, DataType] = field(default_factory=dict)
     card: str = "sm89"
+    memory: int = 4096
+    """Bytes to work in."""
+    capturable: bool = True
 
     def type_of(self, name: str) -> DataType:
         return self.types.get(name, DataType.FLOAT)
@@ -62,11 +69,16 @@ class FakeTensorRT:
     ILogger = ILogger
     EngineInvalidityDiagnostics = EngineInvalidityDiagnostics
     ComputeCapability = SimpleNamespace(__members__={"SM86": 1, "SM89": 2})
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+    CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
     def __init__(self, files: dict[bytes, Program], card: str = "sm89") -> None:
         self.files = files
         self.card = card
         self.engines: list[FakeEngine] = []
+        self.compiled: list[str] = []
+        """The kernels that had to be compiled: those that were in no runtime cache."""
 
     def Runtime(self, logger: Any) -> "FakeRuntime":
         return FakeRuntime(self, logger)
@@ -83,7 +95,7 @@ class FakeRuntime:
             self.logger.log(ILogger.WARNING, "a warning, which is no reason")
             self.logger.log(ILogger.ERROR, "deserializeCudaEngine:\n  incompatible device")
             return None
-        self.trt.engines.append(FakeEngine(program, self.logger))
+        self.trt.engines.append(FakeEngine(self.trt, data.decode(), program, self.logger))
         return self.trt.engines[-1]
 
     def get_engine_validity(self, data: bytes) -> tuple[int, int]:
@@ -94,7 +106,8 @@ class FakeRuntime:
 
 
 class FakeEngine:
-    def __init__(self, program: Program, logger: ILogger) -> None:
+    def __init__(self, trt: FakeTensorRT, name: str, program: Program, logger: ILogger) -> None:
+        self.trt, self.name = trt, name
         self.program = program
         self.logger = logger
         self.names = [*program.limits, *program.outputs]
@@ -116,16 +129,64 @@ class FakeEngine:
         smallest, largest = self.program.limits[name]
         return [smallest, smallest, largest]
 
-    def create_runtime_config(self) -> str:
-        return "configuration"
+    @property
+    def device_memory_size_v2(self) -> int:
+        return self.program.memory
+
+    def create_runtime_config(self) -> "FakeConfig":
+        return FakeConfig(self.trt.card)
 
     def create_execution_context(self, config: Any = None) -> "FakeContext | None":
         if not self.memory_left:
             self.logger.log(ILogger.ERROR, "out of memory")
             return None
         time.sleep(0.01)  # the real thing compiles kernels here: time enough for another thread to come by
-        self.contexts.append(FakeContext(self, config))
-        return self.contexts[-1]
+        strategy = config.strategy if isinstance(config, FakeConfig) else config
+        assert strategy == "user managed"
+        context = FakeContext(self, config)
+        self.contexts.append(context)
+        return context
+
+
+class FakeConfig:
+    """TensorRT-RTX's runtime configuration."""
+
+    def __init__(self, card: str) -> None:
+        self.card = card
+        self.strategy = "static"
+        self.cuda_graph_strategy = "unset"
+        self.dynamic_shapes_kernel_specialization_strategy = "lazy"
+        self.cache: FakeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> "FakeCache":
+        return FakeCache(self.card)
+
+    def set_runtime_cache(self, cache: "FakeCache") -> bool:
+        self.cache = cache
+        return True
+
+
+class FakeCache:
+    """Names of compiled kernels, for one card."""
+
+    def __init__(self, card: str) -> None:
+        self.card = card
+        self.kernels: list[str] = []
+
+    def serialize(self) -> memoryview:
+        return memoryview(json.dumps([self.card, *self.kernels]).encode())
+
+    def deserialize(self, blob: bytes) -> bool:
+        try:
+            card, *kernels = json.loads(blob)
+        except ValueError:
+            return False
+        if card == self.card:
+            self.kernels = kernels
+        return bool(card == self.card)
 
 
 class FakeContext:
@@ -135,6 +196,9 @@ class FakeContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.launches: list[int] = []
+        self.memory: tuple[int, int] | None = None
+        self.known: set[str] = set()
+        self.recorded = False
         self.fails = False
         self.user: int | None = None
 
@@ -150,8 +214,19 @@ class FakeContext:
         self.engine.logger.log(ILogger.ERROR, message)
         return False
 
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert not self.recorded, "the address is in a graph"
+        assert size >= self.engine.program.memory
+        assert address % ALIGNMENT == 0
+        self.memory = address, size
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.program.capturable
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._enter()
+        if self.recorded:
+            return self._refuse("the context is in a graph")
         smallest, largest = self.engine.program.limits[name]
         if any(not low <= got <= high for low, got, high in zip(smallest, shape, largest, strict=True)):
             return self._refuse(f"{name}: {shape} is outside the profile")
@@ -167,25 +242,50 @@ class FakeContext:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         program = self.engine.program
-        zeros = [torch.zeros(self.shapes[key], dtype=program.type_of(key).value) for key in program.limits]
-        return tuple(_as_tuple(program.function(*zeros))[program.outputs.index(name)].shape)
+        with outside():
+            zeros = [torch.zeros(self.shapes[key], dtype=program.type_of(key).value) for key in program.limits]
+            return tuple(_as_tuple(program.function(*zeros))[program.outputs.index(name)].shape)
 
     def execute_async_v3(self, stream: int) -> bool:
         self._enter()
         if self.fails:
             return self._refuse("the launch failed")
-        program = self.engine.program
-        arguments = [_read(self.addresses[key], self.shapes[key], program.type_of(key)) for key in program.limits]
-        with torch.no_grad():
-            results = _as_tuple(program.function(*arguments))
-        for name, result in zip(program.outputs, results, strict=True):
-            _write(self.addresses[name], result)
+        if self.memory is None:
+            return self._refuse("no device memory")
+        kernels = f"{self.engine.name} {sorted(self.shapes.items())}"
+        recording = tape()
+        if recording is None:
+            self._compile(kernels)
+            self._compute(self.memory[0], self.addresses, self.shapes)
+        elif kernels not in self.known:
+            return self._refuse("the shapes are new, and a graph is being recorded")
+        else:
+            place, addresses, shapes = self.memory[0], dict(self.addresses), dict(self.shapes)
+            recording.launches.append(lambda: self._compute(place, addresses, shapes))
+            self.recorded = True
         self.launches.append(stream)
         # A launch uses the addresses of its own run only: what stays behind would hide a missing one in the next run.
         self.addresses.clear()
         self.shapes.clear()
         self.user = None
         return True
+
+    def _compile(self, kernels: str) -> None:
+        self.known.add(kernels)
+        cache = self.config.cache if isinstance(self.config, FakeConfig) else None
+        if cache is None or kernels not in cache.kernels:
+            self.engine.trt.compiled.append(kernels)
+            if cache is not None:
+                cache.kernels.append(kernels)
+
+    def _compute(self, place: int, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
+        program = self.engine.program
+        arguments = [_read(addresses[key], shapes[key], program.type_of(key)) for key in program.limits]
+        ctypes.memset(place, 0xFF, program.memory)
+        with torch.no_grad():
+            results = _as_tuple(program.function(*arguments))
+        for name, result in zip(program.outputs, results, strict=True):
+            _write(addresses[name], result)
 
 
 def _as_tuple(result: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

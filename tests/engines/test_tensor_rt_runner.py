@@ -2,68 +2,23 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 from engines import EngineError
-from engines.bundle import describe_file
-from engines.manifest import Compiled
 from engines.tensor_rt import TensorRT, TensorRTRTX
-from engines.tensor_rt_runner import EngineRunner
+from engines.tensor_rt_runner import Device, EngineRunner
 
 from .conftest import random_inputs, write_bundle
-from .fake_tensorrt import ALIGNMENT, DataType, FakeTensorRT, Program
+from .fake_tensorrt import ALIGNMENT, DataType
 
 
 def close(found, expected):
     """The fake computes with the very modules of the reference: nothing but the last bit may differ."""
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.fixture(autouse=True)
-def cpu_alignment(monkeypatch):
-    """PyTorch's CPU allocations have less alignment than its CUDA ones."""
-    monkeypatch.setattr(EngineRunner, "ALIGNMENT", ALIGNMENT)
-
-
-@pytest.fixture(params=[TensorRT, TensorRTRTX])
-def kind(request):
-    return request.param
-
-
-@pytest.fixture
-def fake(tiny):
-    programs = {}
-    for name, module in tiny.modules.items():
-        shapes = tiny.profiles[name]
-        segment = tiny.segment(name)
-        programs[name.encode()] = Program(
-            function=module,
-            limits={key: (shapes.minimum[key], shapes.maximum[key]) for key in segment.inputs},
-            outputs=segment.outputs,
-            types={"timestep": DataType.INT64},
-        )
-    return FakeTensorRT(programs)
-
-
-@pytest.fixture
-def bundle(kind, tiny, tmp_path):
-    """A bundle whose engine files hold the names of the fake's programs."""
-    segments = []
-    for segment in tiny.bundle.manifest.segments:
-        path = tmp_path / f"{segment.name}.engine"
-        path.write_bytes(segment.name.encode())
-        compiled = Compiled(files=(describe_file(tmp_path, path),), version="10.9", targets=("sm86",))
-        segments.append(segment.model_copy(update={"engines": {kind.name: compiled}}))
-    return write_bundle(tmp_path, tuple(segments))
-
-
-@pytest.fixture
-def load(kind, fake, bundle):
-    engine = kind(fake, torch.device("cpu"))
-    return lambda name: engine.load(bundle, bundle.manifest.segment(name))
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(2, 16, 16), (1, 8, 32), (4, 32, 8)])
@@ -104,7 +59,7 @@ def test_what_needs_no_copy_is_not_copied(load):
 
 def test_one_context_serves_one_stream(load, fake, monkeypatch, kind):
     stream = [5]
-    monkeypatch.setattr(EngineRunner, "_stream", lambda self: stream[0])
+    monkeypatch.setattr(Device, "stream", lambda self: nullcontext(stream[0]))
     runner = load("front")
     runner.run(random_inputs(1, 8, 8))
     runner.run(random_inputs(2, 8, 8))
@@ -112,13 +67,18 @@ def test_one_context_serves_one_stream(load, fake, monkeypatch, kind):
     runner.run(random_inputs(1, 8, 8))
     (engine,) = fake.engines
     assert [context.launches for context in engine.contexts] == [[5, 5], [6]]
-    assert {context.config for context in engine.contexts} == {"configuration" if kind is TensorRTRTX else None}
+    for context in engine.contexts:
+        if kind is TensorRT:
+            assert context.config == "user managed"
+        else:
+            assert context.config.cuda_graph_strategy == "disabled"
+            assert context.config.dynamic_shapes_kernel_specialization_strategy == "eager"
 
 
 @pytest.mark.parametrize("streams", ["one", "one each"])
 def test_threads_may_share_a_runner(load, fake, tiny, monkeypatch, streams):
     if streams == "one each":
-        monkeypatch.setattr(EngineRunner, "_stream", lambda self: threading.get_ident())
+        monkeypatch.setattr(Device, "stream", lambda self: nullcontext(threading.get_ident()))
     runner = load("front")
     inputs = [random_inputs(1 + seed % 3, 8, 8 * (1 + seed % 2), seed) for seed in range(60)]
     with ThreadPoolExecutor(6) as pool:

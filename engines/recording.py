@@ -1,0 +1,108 @@
+"""Work recorded once on a device and replayed at once, on the same memory: on NVIDIA GPUs, CUDA graphs.
+
+A recording holds addresses: it reads its inputs' memory as it is when replayed and writes the same outputs again. Whoever replays
+it keeps the inputs alive and puts new values where the old ones were.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from engines.errors import EngineError
+
+__all__ = ["CannotRecord", "CudaRecorder", "Recorder", "Recording", "beside", "current_recording"]
+
+Outputs = TypeVar("Outputs")
+
+
+class CannotRecord(Exception):
+    """Some work cannot be recorded; it can still be done as it comes."""
+
+
+class Recording(Generic[Outputs]):
+    """Recorded work. ``replay`` computes its ``outputs`` anew, in the same memory."""
+
+    outputs: Outputs
+    replay: Callable[[], None]
+
+
+_CURRENT: ContextVar[Recording[Any] | None] = ContextVar("recording", default=None)
+
+
+def current_recording() -> Recording[Any] | None:
+    """The recording that is being made here; None where work is done as it comes.
+
+    Runners whose state a recording would refer to keep it apart for each, and only as long as the recording lives.
+    """
+    return _CURRENT.get()
+
+
+class Recorder(ABC):
+    """Makes recordings that take turns: what one keeps to itself while it is replayed is another's to use afterwards."""
+
+    @abstractmethod
+    def beside(self) -> AbstractContextManager[None]:
+        """Inside it, work goes to the recorder's own stream, in its turn (see ``beside``)."""
+
+    @abstractmethod
+    def _capture(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        """Record the work without doing it: what replays it, and its outputs."""
+
+    def record(self, work: Callable[[], Outputs]) -> Recording[Outputs]:
+        """Do the work once, so that all that is made at first use is there, and record it. Call it inside ``beside``.
+
+        Raises:
+            CannotRecord: the work can be done, but not recorded.
+        """
+        recording: Recording[Outputs] = Recording()
+        token = _CURRENT.set(recording)
+        try:
+            work()
+            try:
+                recording.replay, recording.outputs = self._capture(work)
+            except (RuntimeError, EngineError) as error:
+                raise CannotRecord(" ".join(str(error).split())) from error
+        finally:
+            _CURRENT.reset(token)
+        return recording
+
+
+class CudaRecorder(Recorder):
+    """Records CUDA graphs that share one pool of memory, on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def beside(self) -> AbstractContextManager[None]:
+        """Inside it, work goes to the recorder's own stream, in its turn (see ``beside``)."""
+        return beside(self._stream)
+
+    def _capture(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate and wait meanwhile: only what this one does has to be fit for a graph.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            outputs = work()
+        return graph.replay, outputs
+
+
+@contextmanager
+def beside(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Inside it, work goes to ``stream``: after all that the current stream was given, and before what it gets next.
+
+    The host waits for neither. Memory freed on one of the two streams may be given to the other's work at once.
+    """
+    current = torch.cuda.current_stream(stream.device)
+    if current == stream:
+        yield
+        return
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        current.wait_stream(stream)

@@ -1,0 +1,33 @@
+"""The memory that execution contexts work in: one block for all of them, as they run one after another."""
+
+import torch
+
+__all__ = ["Scratch"]
+
+
+class Scratch:
+    """One block of device memory for each stream, as large as the greatest need of any engine.
+
+    A block that became too small is let go here; a context that was recorded with it keeps it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._need = 1
+        self._blocks: dict[int, torch.Tensor] = {}
+
+    @property
+    def need(self) -> int:
+        """Bytes."""
+        return self._need
+
+    def reserve(self, size: int) -> None:
+        """Make blocks of at least this many bytes from now on."""
+        self._need = max(self._need, size)
+
+    def block(self, stream: int) -> torch.Tensor:
+        """The block of a stream, which must be the current one: only there may it be used."""
+        block = self._blocks.get(stream)
+        if block is None or block.numel() < self._need:
+            block = self._blocks[stream] = torch.empty(self._need, dtype=torch.uint8, device=self._device)
+        return block
