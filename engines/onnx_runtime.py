@@ -1,6 +1,7 @@
 """The ONNX Runtime engine: runs a bundle's ONNX segments as they are, on the CPU or, with its GPU package, on CUDA."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from engines.base import DTYPES, Engine, Runner
 from engines.bundle import Bundle
 from engines.errors import EngineError
 from engines.manifest import Feature, Segment
+from engines.recording import beside
 
 __all__ = ["OnnxRuntime"]
 
 _CUDA = "CUDAExecutionProvider"
+_TENSORRT = "TensorrtExecutionProvider"
 
 
 class OnnxRuntime(Engine):
@@ -23,15 +26,16 @@ class OnnxRuntime(Engine):
         threads: CPU threads per operator; by default as many as PyTorch takes, which is one per physical core unless
             ``OMP_NUM_THREADS`` or ``torch.set_num_threads`` says otherwise.
         device: ``cpu`` or ``cuda``; by default CUDA where ONNX Runtime has it and PyTorch finds a GPU.
+        tensorrt: on CUDA, leave to TensorRT what it can run; its engines are built when they are first used.
 
     Raises:
-        EngineError: onnxruntime is not installed, or ``device`` is CUDA and it cannot be had.
+        EngineError: onnxruntime is not installed, or ``device`` is CUDA or ``tensorrt`` is asked for and it cannot be had.
     """
 
     name = "onnxruntime"
     compiles = False
 
-    def __init__(self, threads: int | None = None, device: torch.device | str | None = None) -> None:
+    def __init__(self, threads: int | None = None, device: torch.device | str | None = None, tensorrt: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -43,13 +47,22 @@ class OnnxRuntime(Engine):
             raise EngineError(f"engine onnxruntime: got {threads} threads, expected 1 or more, or None for one per core")
         self._ort: Any = onnxruntime
         self.threads = threads or torch.get_num_threads()
-        cuda = _CUDA in onnxruntime.get_available_providers() and torch.cuda.is_available()
+        offered = onnxruntime.get_available_providers()
+        cuda = _CUDA in offered and torch.cuda.is_available()
         self.device = torch.device(device or ("cuda" if cuda else "cpu"))
         if self.device.type == "cuda" and not cuda:
             raise EngineError(
                 "engine onnxruntime cannot run on cuda here: that takes the package onnxruntime-gpu, a PyTorch built "
                 "for CUDA and an NVIDIA GPU; install them, or leave the device out to run on the CPU"
             )
+        if tensorrt and (self.device.type != "cuda" or _TENSORRT not in offered):
+            raise EngineError(
+                "engine onnxruntime cannot leave anything to TensorRT here: that takes CUDA and a package onnxruntime-gpu with "
+                f"{_TENSORRT} (it has: {', '.join(offered)}); leave tensorrt out, or choose engine tensorrt"
+            )
+        self._tensorrt = tensorrt
+        # Sessions must be told their stream when they are made, and take no default stream.
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def version(self) -> str:
         """ONNX Runtime's version."""
@@ -71,13 +84,12 @@ class OnnxRuntime(Engine):
         session = self._session(paths[0], segment)
         if self.device.type == "cpu":
             return _ArrayRunner(segment, bundle.manifest.features, session)
-        return _BoundRunner(segment, bundle.manifest.features, session, self.device)
+        return _BoundRunner(segment, bundle.manifest.features, session, self.device, self._run_options(), self._stream)
 
     def _session(self, path: Path, segment: Segment) -> Any:
         cuda = self.device.type == "cuda"
-        providers = [_CUDA, "CPUExecutionProvider"] if cuda else ["CPUExecutionProvider"]
         try:
-            session = self._ort.InferenceSession(str(path), self._options(), providers=providers)
+            session = self._ort.InferenceSession(str(path), self._options(), providers=self._providers())
         except Exception as error:  # its exceptions have no base class of their own
             raise EngineError(
                 f"segment {segment.name}: ONNX Runtime {self.version()} refuses {path}: {error}; "
@@ -90,6 +102,19 @@ class OnnxRuntime(Engine):
                 f"onnxruntime-gpu {self.version()}; install those that its log names, or choose another engine"
             )
         return session
+
+    def _providers(self) -> list[Any]:
+        if self._stream is None:
+            return ["CPUExecutionProvider"]
+        place = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self._stream.cuda_stream)}
+        names = [_TENSORRT, _CUDA] if self._tensorrt else [_CUDA]
+        return [*((name, place) for name in names), "CPUExecutionProvider"]
+
+    def _run_options(self) -> Any:
+        options = self._ort.RunOptions()
+        # A run would wait for the GPU before it returns.
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return options
 
     def _options(self) -> Any:
         options = self._ort.SessionOptions()
@@ -118,30 +143,43 @@ class _ArrayRunner(Runner):
 
 
 class _BoundRunner(Runner):
-    """On a GPU: ONNX Runtime reads and writes the tensors' own memory through IO binding; no copies to the host."""
+    """On a GPU: ONNX Runtime reads and writes the tensors' own memory through IO binding; the host copies and waits for nothing.
 
-    def __init__(self, segment: Segment, features: Mapping[str, Feature], session: Any, device: torch.device) -> None:
+    All sessions of an engine work on one stream, which takes its turn with the current one.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        features: Mapping[str, Feature],
+        session: Any,
+        device: torch.device,
+        options: Any,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
         super().__init__(segment, features)
-        self._session = session
+        self._session, self._options, self._stream = session, options, stream
         self._taken = _input_names(session)
         self.device = device
 
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-        # The contiguous copies are kept in a dictionary of their own, so that they live until the run has ended.
-        taken = {name: inputs[name].detach().contiguous() for name in self._taken}
-        outputs = {
-            name: torch.empty(shape, dtype=DTYPES[self.features[name].dtype], device=self.device)
-            for name, shape in self.output_shapes(sizes).items()
-        }
-        binding = self._session.io_binding()
-        for name, tensor in taken.items():
-            binding.bind_input(name, *self._place(tensor))
-        for name, tensor in outputs.items():
-            binding.bind_output(name, *self._place(tensor))
-        # ONNX Runtime works on a stream of its own, and waits for it before it returns; PyTorch's is waited for here.
-        self.synchronize()
-        self._session.run_with_iobinding(binding)
+        with self._turn():
+            # The contiguous copies are kept in a dictionary of their own, so that they live until the run has started.
+            taken = {name: inputs[name].detach().contiguous() for name in self._taken}
+            outputs = {
+                name: torch.empty(shape, dtype=DTYPES[self.features[name].dtype], device=self.device)
+                for name, shape in self.output_shapes(sizes).items()
+            }
+            binding = self._session.io_binding()
+            for name, tensor in taken.items():
+                binding.bind_input(name, *self._place(tensor))
+            for name, tensor in outputs.items():
+                binding.bind_output(name, *self._place(tensor))
+            self._session.run_with_iobinding(binding, self._options)
         return outputs
+
+    def _turn(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._stream is None else beside(self._stream)
 
     def _place(self, tensor: torch.Tensor) -> tuple[str, int, Any, list[int], int]:
         """Device, element type, shape and address of a tensor, in the order in which the bindings take them."""

@@ -27,7 +27,7 @@ class BoundOnnxRuntime(OnnxRuntime):
 
     def load(self, bundle, segment):
         session = self._session(bundle.path(segment.onnx[0]), segment)
-        return _BoundRunner(segment, bundle.manifest.features, session, torch.device("cpu"))
+        return _BoundRunner(segment, bundle.manifest.features, session, torch.device("cpu"), self._run_options(), None)
 
 
 class Live:
