@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from tuning.changes import KEY, Changes, apply_changes
+from tuning.changes import KEY, Changes, apply_changes, changes_of
 from tuning.errors import TuningError
 from tuning.experts import add_experts
 from tuning.kept import Kept, keep, removed_units
@@ -36,8 +36,13 @@ def assemble(unet: UNet2DConditionModel, recipe: Recipe, *, share: bool = False)
     down block that is left loses its sampler.
 
     Raises TuningError for a glob that names nothing, a ResNet that would go without its attention, a skip connection left
-    without its other end, everything at a resolution that is not the innermost, or kept weights that don't fit their new place.
+    without its other end, everything at a resolution that is not the innermost, kept weights that don't fit their new place,
+    experts whose place is no ResNet, or a UNet that has experts already.
     """
+    if changes_of(unet).experts is not None:
+        raise TuningError(
+            f"recipe {recipe.name}: this UNet has conditional convolutions already; assemble the UNet that it was made from"
+        )
     kept = keep(unet, recipe)
     config, changes = _configuration(unet, kept, recipe.name)
     with torch.device("meta"):  # its weights come from the given UNet: random ones would only cost time and memory

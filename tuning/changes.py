@@ -54,16 +54,18 @@ def changes_of(unet: UNet2DConditionModel) -> Changes:
 
 
 def apply_changes(unet: UNet2DConditionModel, changes: Changes) -> None:
-    """Makes the changes in place and notes them in the UNet's configuration; weights of new modules are random.
+    """Makes those changes that are not made yet, in place, and notes them in the UNet's configuration.
+
+    Routers start at zero, the weights of other experts than the first are random.
 
     Assembly calls this on the meta device and fills in the weights after: new modules keep all they have in their state.
     """
     if not changes:
         return
-    units = unit_modules(unet)
-    for name in changes.removed:
+    units, before = unit_modules(unet), changes_of(unet)
+    for name in sorted(set(changes.removed) - set(before.removed)):
         _replace(unet, units[name], _NoAttention())
-    if changes.experts is not None:
+    if changes.experts is not None and before.experts is None:
         _add_experts(unet, units, changes.experts)
     unet.register_to_config(**{KEY: changes.model_dump(mode="json")})
 

@@ -58,8 +58,8 @@ class CondConv2d(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """(n, in, h, w) and the activated time embedding (n, time width) -> (n, out, h, w)."""
         amounts = gates(self.router(x.mean((2, 3)) if self.reads == "features" else time))
-        # Not in training: there each sample's gates need a gradient of their own.
-        if not torch.is_grad_enabled() and torch.equal(amounts, amounts[:1].expand_as(amounts)):
+        # Not in training: there each sample's gates need a gradient of their own. Rows of a product may be rounded unlike.
+        if not torch.is_grad_enabled() and torch.allclose(amounts, amounts[:1], rtol=0, atol=1e-6):
             return functional.conv2d(x, self.mixed(amounts[0]), self.bias, padding=1)
         # Mixing for each sample is less arithmetic, but slower as yet: a grouped convolution takes 2 to 15 times a plain one's
         # time, forward and backward at 32 to 128 channels on a CPU, a matrix product on unfolded inputs 5 to 16 times, this
