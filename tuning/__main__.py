@@ -1,4 +1,4 @@
-"""``python -m tuning assemble | distill | rank``."""
+"""``python -m tuning assemble | distill | latents | rank``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from rich.console import Console
 
 from engines.command import Parser, run_command
 from tuning.distill_options import add_arguments as add_distill_arguments
+from tuning.latents_command import add_arguments as add_latents_arguments
 
 _SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, or random:CONFIG"
 
@@ -30,6 +31,7 @@ def _parser() -> Parser:
     rank.add_argument("--guidance", type=float, default=3.0, help="guidance scale of each (default: %(default)s)")
     rank.add_argument("--out", type=Path, default=Path("runs/rank"), help="folder for the results (default: %(default)s)")
     add_distill_arguments(commands.add_parser("distill", help="teach a smaller UNet to do what its original does"))
+    add_latents_arguments(commands.add_parser("latents", help="encode pictures once, for many passes of distillation"))
     return parser
 
 
@@ -56,6 +58,10 @@ def main(arguments: Sequence[str]) -> None:
         from tuning.distill_command import run
 
         run(options)
+    elif options.command == "latents":
+        from tuning.latents_command import run as encode
+
+        encode(options)
     else:
         from tuning.rank_command import RankOptions, rank_command
 

@@ -16,6 +16,8 @@ from tuning.distill_task import Distillation, Examples
 from tuning.errors import TuningError
 from tuning.folder import load_unet, save_part
 from tuning.loop import run_loop
+from tuning.mini.render import IMAGE_SIZE
+from tuning.mini.scenes import held_back_prompts
 from tuning.recipes import LossWeights, recipe
 from tuning.teacher import Teacher
 from tuning.workers import Workers
@@ -50,21 +52,26 @@ def _student(option: str, teacher: UNet2DConditionModel) -> tuple[UNet2DConditio
     return assemble(teacher, chosen), chosen.loss
 
 
-def _examples(options: argparse.Namespace, teacher: Teacher, workers: Workers) -> tuple[Examples, list[str]]:
-    """The data, and prompts of its own for sample pictures."""
-    if options.data == "mini":
-        from tuning.mini.latents import LatentPools
-        from tuning.mini.scenes import held_back_prompts
+def _examples(options: argparse.Namespace, teacher: Teacher, workers: Workers) -> tuple[Examples, int]:
+    """The data, and the side of its pictures in pixels."""
+    if options.data != "mini":
+        from tuning.examples import open_examples
 
-        sizes = {"size": options.pool, "epochs": 4, "batch_size": options.batch, "validation": options.validation}
-        pools = LatentPools(teacher.vae, teacher.tokenizer, workers, seed=options.seed, name="distill", **sizes)
-        return pools, held_back_prompts(_GRID, 1)
-    raise TuningError(f"data {options.data!r}: no such data")
+        limits = {"size": options.size, "batch": options.batch, "validation": options.validation, "seed": options.seed}
+        return open_examples(options.data, teacher, workers, **limits)
+    from tuning.mini.latents import LatentPools
+
+    sizes = {"size": options.pool, "epochs": 4, "batch_size": options.batch, "validation": options.validation}
+    return LatentPools(teacher.vae, teacher.tokenizer, workers, seed=options.seed, name="distill", **sizes), IMAGE_SIZE
 
 
-def _prompts(options: argparse.Namespace, own: list[str]) -> list[str]:
+def _prompts(options: argparse.Namespace, teacher: Teacher, examples: Examples) -> list[str]:
+    """Prompts of sample pictures: those of the file, or captions of examples held back."""
     if options.prompts is None:
-        return own
+        if options.data == "mini":
+            return held_back_prompts(_GRID, 1)
+        texts: list[str] = teacher.tokenizer.batch_decode(examples.validation()[1][:_GRID], skip_special_tokens=True)
+        return texts
     try:
         prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -95,33 +102,45 @@ def _check_out(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the command.
 
-    Raises TuningError for a user's mistake, in the first of several processes; the others leave with exit code 2.
+    Raises TuningError for a user's mistake. Of several processes the first alone raises what all of them find out before
+    they train; the others leave with exit code 2.
     """
-    workers = None
+    fill_defaults(options)
+    workers = Workers(options.mixed)
     try:
-        fill_defaults(options)
-        workers = Workers(options.mixed)
-        _distil(options, workers)
-    except TuningError:
-        if workers is not None and not workers.first:
+        try:
+            task, folder, grid = _prepared(options, workers)
+        except TuningError:
+            if workers.first:
+                raise
             sys.exit(2)
-        raise
+        figures = run_loop(
+            task,
+            loop_settings(options),
+            workers=workers,
+            checkpoint=folder / "checkpoint.pt",
+            log=folder / "metrics.jsonl",
+            stop_at=(lambda step: step >= options.pause_at) if options.pause_at else None,
+            sample=grid,
+        )
+        if figures:
+            save_part(task.module, options.out, torch.float16 if options.precision == "fp16" else torch.float32)
+        workers.wait()
     finally:
-        if workers is not None:
-            workers.close()
+        workers.close()
 
 
-def _distil(options: argparse.Namespace, workers: Workers) -> None:
+def _prepared(options: argparse.Namespace, workers: Workers) -> tuple[Distillation, Path, Callable[[int], None]]:
+    """The training, the folder of what it leaves beside the UNet, and what draws sample pictures at a step."""
     _check_out(options)
-    run_folder: Path = options.work or options.out / "training"
-    remember(options, run_folder, workers.count, write=False)
+    folder: Path = options.work or options.out / "training"
+    remember(options, folder, workers.count, write=False)
     torch.manual_seed(options.seed)
     teacher = Teacher.load(options.teacher)
     student, weights = _student(options.student, teacher.unet)
-    examples, own = _examples(options, teacher, workers)
-    prompts = _prompts(options, own)
+    examples, size = _examples(options, teacher, workers)
     task = _Distill(
-        run_folder,
+        folder,
         teacher=teacher,
         student=student,
         weights=weights,
@@ -132,22 +151,13 @@ def _distil(options: argparse.Namespace, workers: Workers) -> None:
         checkpointing=options.gradient_checkpointing,
         measure=_measure(options, teacher),
     )
-    remember(options, run_folder, workers.count, write=workers.first)
+    prompts = _prompts(options, teacher, examples)
+    remember(options, folder, workers.count, write=workers.first)
 
     def grid(step: int) -> None:
         from tuning.curves import write_grid
 
-        write_grid(task.pictures(prompts, guidance=options.guidance), run_folder / "samples" / f"step_{step:06}.png")
+        pictures = task.pictures(prompts, guidance=options.guidance, size=size)
+        write_grid(pictures, folder / "samples" / f"step_{step:06}.png")
 
-    figures = run_loop(
-        task,
-        loop_settings(options),
-        workers=workers,
-        checkpoint=run_folder / "checkpoint.pt",
-        log=run_folder / "metrics.jsonl",
-        stop_at=(lambda step: step >= options.pause_at) if options.pause_at else None,
-        sample=grid,
-    )
-    if figures:
-        save_part(task.module, options.out, torch.float16 if options.precision == "fp16" else torch.float32)
-    workers.wait()
+    return task, folder, grid

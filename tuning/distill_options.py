@@ -11,7 +11,7 @@ from tuning.errors import TuningError
 if TYPE_CHECKING:
     from tuning.loop import LoopSettings
 
-__all__ = ["add_arguments", "fill_defaults", "loop_settings", "remember"]
+__all__ = ["add_arguments", "fill_defaults", "loop_settings", "number", "remember"]
 
 # The embedded model's data is small and plain: Muon and large steps suit it. Others start as in BK-SDM (arXiv 2305.15798).
 _MINI = {"batch": 64, "lr": 1e-3, "muon_lr": 0.01, "warmup": 100, "decay": 0.9, "guidance": 3.0}
@@ -22,7 +22,9 @@ _LOOP = ("steps", "minutes", "wall_minutes", "lr", "muon_lr", "warmup", "decay",
 _INTERVALS = ("log_every", "validate_minutes", "validate_every", "sample_every", "save_minutes")
 
 
-def _number(kind: type, least: float) -> Callable[[str], Any]:
+def number(kind: type, least: float) -> Callable[[str], Any]:
+    """A reader of whole numbers (`int`) or numbers (`float`) from `least` on, for argparse."""
+
     def read(text: str) -> Any:
         try:
             value = kind(text)
@@ -38,7 +40,7 @@ def _number(kind: type, least: float) -> Callable[[str], Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `distill`."""
-    whole, some, least = _number(int, 1), _number(float, 1e-9), _number(float, 0)
+    whole, some, least = number(int, 1), number(float, 1e-9), number(float, 0)
     add = parser.add_argument
     add("--teacher", required=True, help="mini, or a Stable Diffusion folder in the diffusers layout")
     add("--student", required=True, help="a recipe (name or .json), made of the teacher, or the folder of a UNet")
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("batch", whole, "examples per process"),
         ("lr", some, "AdamW's learning rate"),
         ("muon_lr", least, "Muon's, for the inner matrices; 0: AdamW for all"),
-        ("warmup", _number(int, 0), "steps of rising learning rates"),
+        ("warmup", number(int, 0), "steps of rising learning rates"),
         ("decay", least, "last share of the bound in which they fall to 0"),
         ("guidance", least, "guidance scale of the sample pictures"),
     ):
@@ -69,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     group.add_argument("--size", type=whole, help="pixels of the pictures' sides (default: the teacher's)")
     group.add_argument("--pool", type=whole, default=8192, help="--data mini: pictures rendered at a time (default: %(default)s)")
-    group.add_argument("--seed", type=_number(int, 0), default=0, help="of data order and noise (default: %(default)s)")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="of data order and noise (default: %(default)s)")
     look = parser.add_argument_group("looking on")
     look.add_argument("--log-every", type=whole, default=20, help="steps between lines (default: %(default)s)")
     look.add_argument("--validate-minutes", type=least, default=6.0, help="between validations (default: %(default)s)")

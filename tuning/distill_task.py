@@ -87,11 +87,12 @@ class Distillation:
         self._student.train()
         return totals
 
-    def pictures(self, prompts: Sequence[str], *, guidance: float) -> Tensor:
+    def pictures(self, prompts: Sequence[str], *, guidance: float, size: int) -> Tensor:
         """Pictures (n, 3, size, size) in [-1, 1] that the student draws, the same noise at every call."""
         self._student.eval()
+        how = {"guidance": guidance, "size": size}
         with self._workers.autocast():
-            drawn = [sample(self._student, self._teacher, [p], guidance=guidance, seed=i) for i, p in enumerate(prompts)]
+            drawn = [sample(self._student, self._teacher, [p], seed=i, **how) for i, p in enumerate(prompts)]  # type: ignore[arg-type]
         self._student.train()
         return torch.cat(drawn).float().cpu()
 

@@ -1,0 +1,113 @@
+"""Pictures with captions, read through `datasets`: a folder with metadata.jsonl (columns file_name and text), or .tar shards.
+
+Shards are webdataset's: KEY.jpg, .jpeg, .png or .webp beside KEY.txt. `datasets` keeps an index of either in its cache, and
+of shards a copy of the pictures.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from tuning.errors import TuningError
+
+__all__ = ["Pictures"]
+
+_KINDS = ("jpg", "jpeg", "png", "webp")
+_METADATA = "metadata.jsonl"
+
+
+class Pictures:
+    """The pictures and captions of a folder or of one .tar file. Pictures are opened when they are asked for.
+
+    Raises TuningError when there are none, or when one has no caption.
+    """
+
+    captions: list[str]
+
+    def __init__(self, path: Path) -> None:
+        shards = _shards(path)
+        self._rows = _load("webdataset", path, data_files=shards) if shards else _folder(path)
+        names = self._rows.column_names
+        self._column = next((name for name in (*_KINDS, "image") if name in names), "image")
+        text = "txt" if shards else "text"
+        if self._column not in names or text not in names:
+            wanted = f"KEY.txt beside each KEY.{'|'.join(_KINDS)}" if shards else f"the columns file_name and text in {_METADATA}"
+            raise TuningError(f"data {path}: no captions, only {', '.join(names)}; write {wanted}")
+        self.captions = [caption or "" for caption in self._rows[text]]
+        silent = next((i for i, caption in enumerate(self.captions) if not caption.strip()), None)
+        if silent is not None:
+            raise TuningError(f"data {path}: {self._name(self._rows[silent])} has no caption; write one or take the picture out")
+        self._path = path
+
+    def _name(self, row: dict[str, Any]) -> str:
+        """What to call a row's picture."""
+        return str(row[self._column].get("path") or row.get("__key__")) if row[self._column] else str(row.get("__key__"))
+
+    def read(self, numbers: list[int], size: int) -> Tensor:
+        """(n, 3, size, size) in [-1, 1]: the shorter side scaled to `size`, the middle of the longer one.
+
+        Raises TuningError, naming the file, for a picture that can't be read.
+        """
+        return torch.stack([self._one(number, size) for number in numbers])
+
+    def _one(self, number: int, size: int) -> Tensor:
+        row = self._rows[number]
+        held = row[self._column] or {}
+        try:
+            with Image.open(io.BytesIO(held["bytes"]) if held["bytes"] else held["path"]) as opened:
+                picture = ImageOps.exif_transpose(opened).convert("RGB")
+        except (OSError, KeyError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+            raise TuningError(
+                f"data {self._path}: {self._name(row)} cannot be read as a picture ({type(error).__name__}); "
+                "replace it or take it out, and start again"
+            ) from error
+        fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.asarray(fitted, np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def _shards(path: Path) -> list[str]:
+    """The .tar files that are meant."""
+    if path.is_file() and path.suffix == ".tar":
+        return [str(path)]
+    if not path.is_dir():
+        raise TuningError(
+            f"data {path}: no such folder; give mini, a folder of pictures with {_METADATA}, .tar shards, or latents"
+        )
+    if not any(path.iterdir()):
+        raise TuningError(f"data {path} is empty; put pictures and a {_METADATA} there, or .tar shards")
+    return [] if (path / _METADATA).is_file() else sorted(str(file) for file in path.glob("*.tar"))
+
+
+def _folder(path: Path) -> Any:
+    if not (path / _METADATA).is_file():
+        raise TuningError(
+            f"data {path}: {_METADATA} is missing; write one with a line "
+            '{"file_name": "a.png", "text": "what it shows"} per picture'
+        )
+    return _load("imagefolder", path, data_dir=str(path))
+
+
+def _load(kind: str, path: Path, **where: Any) -> Any:
+    """The rows as `datasets` finds them, pictures undecoded."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise TuningError("reading pictures needs the package datasets; install the train extra of this project") from error
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        rows = datasets.load_dataset(kind, split="train", **where)
+        for name in (*_KINDS, "image"):
+            if name in rows.column_names:
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+    except Exception as error:  # of many kinds, from pyarrow, tarfile and datasets
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        file = path / _METADATA if kind == "imagefolder" else path
+        raise TuningError(f"data {file} cannot be read ({reason}); repair the file") from error
+    return rows
