@@ -61,23 +61,20 @@ def test_units_without_a_mid_block_and_with_one_layer() -> None:
 
 def test_assembled_keeps_the_teachers_weights(small_unet: UNet2DConditionModel) -> None:
     student = tuning.assemble(small_unet, tuning.recipe("assembled"))
-    assert list(student.config.layers_per_block) == [1, 1, 2, 2]
+    config = student.config
+    assert config.block_out_channels == (16, 16, 24)
+    assert config.down_block_types == ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    assert config.up_block_types == ("CrossAttnUpBlock2D",) * 3
+    assert config.layers_per_block == (2, 2, 1)
+    assert not changes_of(student), "any diffusers loads it"
     theirs, ours = small_unet.state_dict(), student.state_dict()
-    moved = {"up_blocks.2": {1: 2}, "up_blocks.3": {1: 2}}
+    moved = {f"up_blocks.{i}.": f"up_blocks.{i + 1}." for i in range(3)}
+    moved |= {f"up_blocks.0.{kind}.{i}.": f"up_blocks.1.{kind}.{i + 1}." for kind in ("resnets", "attentions") for i in range(2)}
     for key, value in ours.items():
-        origin = key
-        for block, layers in moved.items():
-            for new, old in layers.items():
-                for kind in ("resnets", "attentions"):
-                    origin = origin.replace(f"{block}.{kind}.{new}.", f"{block}.{kind}.{old}.")
-        assert torch.equal(value, theirs[origin]), key
-    gone = [u for u in units_of(small_unet) if u not in units_of(student)]
-    assert gone == [f"{layer}.{kind}" for layer in LAST_LAYERS for kind in ("resnet", "attention")]
+        start = max((begin for begin in moved if key.startswith(begin)), key=len, default="")
+        assert torch.equal(value, theirs[moved[start] + key[len(start) :] if start else key]), key
     latents, states = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
     assert student(latents, torch.tensor([1, 999]), states).sample.isfinite().all()
-
-
-LAST_LAYERS = ("down.0.layer.1", "down.1.layer.1", "up.2.layer.2", "up.3.layer.2")  # names of the student, renumbered
 
 
 def test_removing_nothing_gives_the_same_unet(small_unet: UNet2DConditionModel) -> None:
@@ -109,7 +106,7 @@ def test_the_mid_block_can_go(small_unet: UNet2DConditionModel) -> None:
         (("up.0.sampler",), "can't be removed"),
         (("mid", "down.2.sampler"), "can't be removed"),
         (("down.2.layer.0", "up.1.layer.1"), "keep the first and the last layer"),
-        (("down.3", "up.0"), "or keep the innermost stages, whose widths are others"),
+        (("down.2", "down.3", "up.0", "up.1"), "or keep the innermost stages, whose widths are others"),
         (("mid.layer.1",), "remove the whole of it"),
         (("down.1.layer.1", "up.2.layer.0"), "keep the first and the last layer"),
     ],
@@ -247,7 +244,8 @@ def test_attentions_can_go_alone(small_unet: UNet2DConditionModel, tmp_path: Pat
     save_part(student, tmp_path / "unet", torch.float32)
     again = tuning.load_unet(tmp_path / "unet")
     assert changes_of(again) == changes_of(student)
-    assert torch.equal(outputs(again), outputs(student))
+    # Sums may be in another order for weights that lie elsewhere in memory.
+    assert torch.allclose(outputs(again), outputs(student), atol=1e-6)
 
 
 def test_a_block_without_any_attention_is_of_the_plain_type(small_unet: UNet2DConditionModel, tmp_path: Path) -> None:
@@ -268,7 +266,7 @@ def test_what_was_assembled_can_be_assembled_further(small_unet: UNet2DCondition
     at_once = tuning.assemble(small_unet, Recipe(name="both", remove=gone))
     assert twice.config.down_block_types[1] == at_once.config.down_block_types[1] == "DownBlock2D"
     assert changes_of(twice) == changes_of(at_once)
-    assert torch.equal(outputs(twice), outputs(at_once))
+    assert torch.allclose(outputs(twice), outputs(at_once), atol=1e-6)
 
 
 def test_the_student_shares_no_memory_with_its_teacher(small_unet: UNet2DConditionModel) -> None:

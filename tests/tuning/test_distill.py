@@ -33,7 +33,7 @@ def test_features_are_the_blocks_outputs(small_unet: UNet2DConditionModel, input
         small_unet(*inputs[:3])
     assert {name: tuple(value.shape) for name, value in seen.values.items()} == {
         "down.0": (2, 16, 4, 4),
-        "mid": (2, 32, 1, 1),
+        "mid": (2, 24, 1, 1),
         "up.3": (2, 16, 8, 8),
     }
     with torch.no_grad():
@@ -55,6 +55,6 @@ def test_weights_count_and_a_missing_block_has_no_feature(small_unet: UNet2DCond
 
 def test_unlike_models_are_refused(small_unet: UNet2DConditionModel) -> None:
     with pytest.raises(TuningError, match="text width"):
-        DistillLoss(small_unet, new_unet((16, 16, 24, 32), 16), LossWeights())
+        DistillLoss(small_unet, new_unet((16, 16, 24, 24), 16), LossWeights())
     with pytest.raises(TuningError, match="block widths"):
-        DistillLoss(small_unet, new_unet((8, 16, 24, 32), 32), LossWeights())
+        DistillLoss(small_unet, new_unet((8, 16, 24, 24), 32), LossWeights())
