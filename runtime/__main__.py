@@ -13,11 +13,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from engines import UserError
+from engines import Bundle, BundleError, UserError
 from engines.command import Parser, parse_size, run_command
 from runtime.entry import default_bundle, load
 from runtime.executor import StepRecord
 from runtime.explain import explain, listed, plot
+from runtime.listing import list_plans
 from runtime.pipeline import Generation, Pipeline
 from runtime.presets import PRESETS, find_plan
 from runtime.schedulers import make_scheduler
@@ -28,7 +29,8 @@ __all__ = ["main"]
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m runtime", description="Generate pictures from a prompt; `plans` as the prompt lists the plans."
+        prog="python -m runtime",
+        description="Generate pictures from a prompt; `plans` as the prompt lists the plans and their costs.",
     )
     parser.add_argument("prompt", help="what the picture shows, or the word `plans`")
     parser.add_argument("--negative", default="", help="what it should not show")
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     console = Console(highlight=False)
     if options.prompt == "plans":
-        console.print(_plans())
+        _plans(options, console)
         return
     if options.out.suffix.lower() != ".png" or not options.out.parent.is_dir():
         raise UserError(f"cannot write {options.out}: give the name of a .png file in a folder that exists")
@@ -135,14 +137,24 @@ def _steps(generation: Generation) -> Table:
     return table
 
 
-def _plans() -> Table:
-    table = Table(title="plans")
-    table.add_column("plan")
-    table.add_column("what it does")
-    for preset in PRESETS.values():
-        table.add_row(preset.form, preset.summary)
-    table.add_row("FILE.json", "a plan of your own: key steps and inherited units")
-    return table
+def _plans(options: Namespace, console: Console) -> None:
+    """List the plans; what they cost is a bundle's to say."""
+    try:
+        bundle = Bundle.open(options.bundle or default_bundle())
+    except BundleError as error:
+        if options.bundle:
+            raise
+        console.print(list_plans(None, options.steps))
+        console.print(f"What plans cost depends on the UNet; {error}", soft_wrap=True)
+        return
+    console.print(list_plans(bundle, options.steps))
+    examples = ", ".join(preset.example for preset in PRESETS.values() if preset.example != preset.form)
+    console.print(
+        f"N: one step in N is a key step, which computes everything. MACs: those of {examples} over {options.steps} steps, "
+        f"relative to full, with the UNet of {bundle.folder}. *: that bundle is cut for other plans; build one with --plan. "
+        "-: not with this UNet, or there is no bundle of the other UNet beside it. "
+        "With --plan PLAN --explain a prompt's steps are listed, and the time that they will take."
+    )
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -84,12 +84,13 @@ class Explicit(Record):
         """Indices of the key steps of a range of ``steps`` steps.
 
         Raises:
-            ValueError: a listed step is beyond the range.
+            ValueError: a listed step is beyond the range, or beyond ``of``.
         """
-        keys = {key if self.of is None else key * steps // self.of for key in self.steps}
-        if keys and max(keys) >= steps:
-            raise ValueError(f"steps names step {max(keys)}, but only {steps} steps run (0 to {steps - 1})")
-        return keys
+        count = steps if self.of is None else self.of
+        if self.steps and max(self.steps) >= count:
+            reason = f"only {steps} steps run" if self.of is None else f"they are listed for {self.of} (of)"
+            raise ValueError(f"steps names step {max(self.steps)}, but {reason}: choose from 0 to {count - 1}")
+        return {key * steps // count for key in self.steps}
 
 
 class Random(Record):

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from engines import Bundle, Engine, Manifest
-from runtime.errors import PlanError, RequestError
+from runtime.companions import companion
+from runtime.errors import RequestError
 from runtime.executor import Executor, Network, StepRecord
 from runtime.images import Original, Picture, read_original, to_pictures
 from runtime.plan import Plan
@@ -87,20 +88,8 @@ class Pipeline:
         """The UNet of that name: this bundle's, or that of a bundle beside it which was made from the same source."""
         with self._lock:
             if name not in self.networks:
-                self.networks[name] = Network.load(self._companion(name), self.engine)
+                self.networks[name] = Network.load(companion(self.bundle, name), self.engine)
             return self.networks[name]
-
-    def _companion(self, variant: str) -> Bundle:
-        source, folder = self.manifest.source, self.bundle.folder.parent
-        for path in sorted(folder.glob("[!.]*/manifest.json")):
-            bundle = Bundle.open(path.parent)
-            if (bundle.manifest.variant, bundle.manifest.source) == (variant, source):
-                _check_alike(self.bundle, bundle)
-                return bundle
-        raise PlanError(
-            f"the plan runs the UNet {variant!r}, and no bundle in {folder} has it for source {source}; build it with: "
-            f"python -m exporter build --variant {variant} --source {source} --out {folder / variant}"
-        )
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The text encoder's output (prompts, tokens, width); a prompt that is too long is cut with a warning."""
@@ -241,13 +230,3 @@ class Pipeline:
             if callback is not None:
                 callback(record, latents)
         return latents, records
-
-
-def _check_alike(one: Bundle, other: Bundle) -> None:
-    """Raise PlanError unless two bundles can take turns on the same latents and text."""
-    for field in ("latent_channels", "vae_scale", "text_length", "precision"):
-        here, there = getattr(one.manifest, field), getattr(other.manifest, field)
-        if here != there:
-            raise PlanError(
-                f"bundles {one.folder} and {other.folder} cannot take turns: {field} is {here} in one and {there} in the other"
-            )

@@ -86,8 +86,14 @@ class Plan(Record):
         """The plan itself, if its parts fit together.
 
         Raises:
-            PlanError: UNet ranges overlap or leave a gap, or there are two adaptive rules.
+            PlanError: UNet ranges overlap or leave a gap, a rule ends before it starts, or there are two adaptive rules.
         """
+        for number, rule in enumerate(self.rules):
+            if rule.stop <= rule.start:
+                raise PlanError(
+                    f"plan {self.name}: rules.{number} starts at {rule.start:g} and stops at {rule.stop:g}; "
+                    "stop is a share of the steps above start"
+                )
         at = 0.0
         for number, part in enumerate(self.unets):
             if part.start != at or part.stop <= part.start:

@@ -76,34 +76,17 @@ def _adaptive(text: str) -> Plan:
 
 # Which units each level inherits is this project's choice where A-SDM is silent; DeepCache's and Faster Diffusion's are theirs.
 PRESETS = {
-    "full": Preset("full", "every step computes everything", "full", _full),
-    "block": Preset(
-        "block:N", "key step every N-th; the others inherit the last up block but one", "block:3", _uniform("up.-2")
-    ),
-    "layer": Preset(
-        "layer:N", "the others inherit the first layer of the outermost up block: a little more is computed than with deepcache",
-        "layer:3", _uniform("up.-1.layer.0"),
-    ),
+    "full": Preset("full", "there are none: every step computes all", "full", _full),
+    "block": Preset("block:N", "inherit the last up block but one", "block:3", _uniform("up.-2")),
+    "layer": Preset("layer:N", "inherit the first layer of the last up block", "layer:3", _uniform("up.-1.layer.0")),
     "unit": Preset(
-        "unit:N", "the others skip every attention; what it added is added again (by residual)", "unit:3",
-        _uniform("*.attention", kind="residual"),
+        "unit:N", "skip attentions, add what they added before", "unit:3", _uniform("*.attention", kind="residual")
     ),
-    "encoder": Preset(
-        "encoder:faster", "the way down and the middle run at Faster Diffusion's key steps (or every N-th: encoder:N)",
-        "encoder:faster", _encoder,
-    ),
-    "deepcache": Preset(
-        "deepcache:N", "as DeepCache: the others run only the stem, the last layer and the head", "deepcache:3",
-        _uniform("up.-1.layer.-2"),
-    ),
-    "quadratic": Preset(
-        "quadratic:N", "deepcache with key steps dense around 0.3 of the schedule (DeepCache's non-uniform mode)", "quadratic:3",
-        _quadratic,
-    ),
-    "adaptive": Preset(
-        "adaptive:X", "block with a key step whenever the stem has changed by more than X", "adaptive:0.3", _adaptive
-    ),
-    "switch": Preset("switch:X", "the assembled UNet for the first X of the noise, then the original", "switch:0.4", _switch),
+    "encoder": Preset("encoder:faster", "run the way up only (also encoder:N)", "encoder:faster", _encoder),
+    "deepcache": Preset("deepcache:N", "run the stem, the last layer and the head", "deepcache:3", _uniform("up.-1.layer.-2")),
+    "quadratic": Preset("quadratic:N", "as deepcache; key steps dense around 0.3", "quadratic:3", _quadratic),
+    "adaptive": Preset("adaptive:X", "as block; key steps as the stem changes by X", "adaptive:0.3", _adaptive),
+    "switch": Preset("switch:X", "the assembled UNet for the first X of noise", "switch:0.4", _switch),
 }  # fmt: skip
 
 

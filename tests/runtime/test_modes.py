@@ -39,8 +39,10 @@ def test_explicit_as_listed_or_scaled() -> None:
     assert Explicit(steps=(0, 2, 5)).keys(6) == {0, 2, 5}
     assert Explicit(steps=FASTER_DIFFUSION, of=50).keys(50) == set(FASTER_DIFFUSION)
     assert Explicit(steps=FASTER_DIFFUSION, of=50).keys(20) == {0, 1, 2, 4, 6, 10, 14}
-    with pytest.raises(ValueError, match=r"steps names step 5, but only 5 steps run \(0 to 4\)"):
+    with pytest.raises(ValueError, match=r"steps names step 5, but only 5 steps run: choose from 0 to 4"):
         Explicit(steps=(0, 5)).keys(5)
+    with pytest.raises(ValueError, match=r"steps names step 60, but they are listed for 50 \(of\): choose from 0 to 49"):
+        Explicit(steps=(0, 60), of=50).keys(100)
 
 
 def test_random_is_drawn_once_and_for_all_by_its_seed() -> None:

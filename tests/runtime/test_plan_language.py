@@ -247,6 +247,10 @@ BAD_PLANS: dict[str, tuple[Plan, str]] = {
         Plan(name="p", rules=(Rule(units=("up.1",), kind="residual", when=Uniform(every=2)),)),
         "up.1.sampler has no residual branch: its input and output differ and there is no shortcut",
     ),
+    "ends before it starts": (
+        Plan(name="p", rules=(Rule(units=("up.1",), when=Uniform(every=2), start=0.8, stop=0.2),)),
+        "plan p: rules.0 starts at 0.8 and stops at 0.2; stop is a share of the steps above start",
+    ),
     "no such UNet": (Plan(name="p", unets=(UNetRange(unet="x", start=0, stop=1),)), "runs the UNet 'x'; there is: one"),
     "no such feature": (
         Plan(name="p", rules=(Rule(units=("up.1",), when=Threshold(above=0.1, feature="x")),)),

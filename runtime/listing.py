@@ -1,0 +1,69 @@
+"""The list of plans, and what each would cost with a bundle's UNet."""
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from engines import Bundle, Manifest, Segment
+from runtime.companions import companion
+from runtime.cost import relative_macs
+from runtime.errors import PlanError, RequestError
+from runtime.presets import PRESETS, find_plan
+from runtime.schedule import Schedule, check_runs
+
+__all__ = ["list_plans"]
+
+
+def list_plans(bundle: Bundle | None, steps: int) -> Table:
+    """A row for each preset: how it is written, what it does and, with a bundle, the MACs of its example relative to ``full``.
+
+    Costs are those of a bundle that is cut for the plan, and known from the manifest: nothing is loaded or run.
+
+    Args:
+        bundle: whose UNet; for plans that switch UNets, bundles of the same source beside it are looked at too.
+        steps: denoising steps, each one evaluation.
+
+    Raises:
+        RequestError: there are no steps.
+    """
+    if steps < 1:
+        raise RequestError(f"steps = {steps}; choose 1 or more")
+    table = Table(box=SIMPLE)
+    table.add_column("plan", no_wrap=True)
+    if bundle is not None:
+        table.add_column("MACs", no_wrap=True)
+    table.add_column("what its inherit steps do")
+    for preset in PRESETS.values():
+        cost = () if bundle is None else (_cost(bundle, preset.example, steps),)
+        table.add_row(preset.form, *cost, preset.summary)
+    table.add_row("FILE.json", *(() if bundle is None else ("",)), "what you write: see docs/plans.md")
+    return table
+
+
+def _cost(bundle: Bundle, name: str, steps: int) -> str:
+    """MACs relative to full, from the least to the most where that is decided while running; ``*`` where the cuts do not fit."""
+    plan, variant = find_plan(name), bundle.manifest.variant
+    timesteps = [1000 * (1 - step / steps) for step in range(steps)]
+    try:
+        cut = {part: companion(bundle, part).manifest for part in dict.fromkeys(part.unet for part in plan.unets) or [variant]}
+        schedule = Schedule(plan, {part: _unit_by_unit(manifest) for part, manifest in cut.items()}, timesteps)
+    except PlanError:  # this UNet is too small for it, or has no companion
+        return "-"
+    full = variant if variant in cut else None
+    least, most = (f"{relative_macs(schedule, full, changed):.2f}" for changed in (False, True))
+    return (least if least == most else f"{least} to {most}") + ("" if _fits(schedule, cut) else " *")
+
+
+def _unit_by_unit(manifest: Manifest) -> Manifest:
+    """The same UNet, cut everywhere."""
+    units = [unit for unit in manifest.units if unit.name in manifest.unet_units]
+    segments = [Segment(name=unit.name, units=(unit.name,), inputs=unit.inputs, outputs=unit.outputs) for unit in units]
+    return manifest.model_copy(update={"segments": tuple(segments)})
+
+
+def _fits(schedule: Schedule, cut: dict[str, Manifest]) -> bool:
+    """Whether bundles cut like this can run a schedule."""
+    try:
+        check_runs(Schedule(schedule.plan, cut, schedule.timesteps))
+    except PlanError:
+        return False
+    return True
