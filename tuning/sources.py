@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tuning.assembly import assemble
+from tuning.changes import KEY, apply_changes, changes_of
 from tuning.errors import TuningError
 from tuning.folder import load_unet, unet_from
 from tuning.recipes import RECIPES
@@ -68,13 +69,15 @@ def random_unet(source: str, seed: int = 0) -> UNet2DConditionModel:
         TuningError: the configuration is neither one of ``RANDOM_CONFIGS`` nor a UNet's config.json.
     """
     path, recipe = _random_config(source)
-    if recipe is not None:
-        with torch.device("meta"):
-            config = assemble(unet_from(path), RECIPES[recipe]).config
-        plain = {key: value for key, value in config.items() if key != "_use_default_values"}
+    with torch.device("meta"):
+        shape = unet_from(path)
+        if recipe is not None:
+            shape = assemble(shape, RECIPES[recipe])
+    config = {key: value for key, value in shape.config.items() if key not in ("_use_default_values", KEY)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made: UNet2DConditionModel = UNet2DConditionModel.from_config(plain) if recipe else unet_from(path)
+        made: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
+        apply_changes(made, changes_of(shape))
     return made.eval()
 
 

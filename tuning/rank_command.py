@@ -1,0 +1,199 @@
+"""``python -m tuning rank``: what each removal saves and costs, as a table, JSON and a plot, and the recipe chosen by it."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tuning.assembly import assemble
+from tuning.candidates import candidates, recipe_of
+from tuning.errors import TuningError
+from tuning.rank import Chosen, Errors, Ranked, check_names, choose, rank
+from tuning.recipes import Recipe
+from tuning.sources import RANDOM, open_unet
+from tuning.timing import UnitTimes, random_inputs, time_together, time_units
+from tuning.trajectories import Points, trajectories
+
+__all__ = ["RankOptions", "rank_command"]
+
+RECIPE_NAME = "assembled"
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """What to rank, what to time it on, and how thoroughly. `latents` is a side, 0 for the UNet's own, at most 32."""
+
+    source: str = "mini"
+    times: str | None = None
+    speedup: float = 1.35
+    latents: int = 0
+    rows: int = 2
+    rounds: int = 5
+    prompts: int = 16
+    steps: int = 8
+    guidance: float = 3.0
+    out: Path = Path("runs/rank")
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that was measured; `measured` are the seconds of the whole UNet and of the assembled one, by what was timed."""
+
+    ranked: list[Ranked]
+    chosen: list[Chosen]
+    recipe: Recipe
+    times: UnitTimes
+    side: int
+    points: Points
+    measured: dict[str, list[float]]
+
+
+def rank_command(options: RankOptions, console: Console) -> None:
+    """Rank a source's removals, choose a recipe, and write rank.json, rank.png and assembled.json; nothing if anything fails.
+
+    Raises:
+        TuningError: an option out of range, a source that cannot be read, UNets of unlike units, or a speed-up out of reach.
+    """
+    _check(options)
+    from tuning.rank_plot import plot_ranking  # asks for matplotlib before anything is measured
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        result = _measure(options, bar)
+    console.print(_table(result))
+    for line in _lines(options, result):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    _write(options.out / "rank.json", json.dumps(_record(options, result), indent=1))
+    _write(options.out / f"{RECIPE_NAME}.json", result.recipe.model_dump_json(indent=1, exclude_defaults=True))
+    plot_ranking(result.ranked, result.chosen, options.out / "rank.png", _title(options, result))
+    console.print(f"written: {options.out}/rank.json, rank.png, {RECIPE_NAME}.json", highlight=False, soft_wrap=True)
+
+
+def _check(options: RankOptions) -> None:
+    if options.speedup <= 1:
+        raise TuningError(f"speed-up {options.speedup:g}: must be more than 1, such as 1.35")
+    for name, least in (("rows", 1), ("rounds", 1), ("prompts", 1), ("steps", 1), ("latents", 0)):
+        if getattr(options, name) < least:
+            raise TuningError(f"{name} {getattr(options, name)}: must be {least} or more")
+    if options.out.exists() and not options.out.is_dir():
+        raise TuningError(f"{options.out} exists and is no folder; choose another --out")
+
+
+def _measure(options: RankOptions, bar: Progress) -> Result:
+    source = open_unet(options.source)
+    timed = open_unet(options.times or options.source)
+    unet = source.unet()
+    found = candidates(unet)
+    other = unet if timed == source else timed.unet()
+    side = _side(options, other)
+    inputs = random_inputs(other, side, options.rows)
+    task = bar.add_task(f"timing the units of {timed.name}", total=options.rounds + 1)
+    times = time_units(other, inputs, options.rounds, lambda: bar.advance(task))
+    check_names(found, times, source.name, timed.name)
+    task = bar.add_task("trajectories", total=options.steps)
+    points = trajectories(
+        source, unet, prompts=options.prompts, steps=options.steps, guidance=options.guidance,
+        side=min(_own_side(unet), 64), tick=lambda: bar.advance(task),
+    )  # fmt: skip
+    errors = Errors(unet, points)
+    task = bar.add_task("errors", total=len(found))
+    ranked = rank(found, errors, times, lambda: bar.advance(task))
+    task = bar.add_task("choosing", total=None)
+    chosen = choose(
+        unet, found, errors, times, options.speedup, lambda at: bar.update(task, advance=1, description=f"choosing: {at}")
+    )
+    recipe = recipe_of(tuple(item for step in chosen for item in step.remove), RECIPE_NAME)
+    measured = {timed.name: _compare(other, recipe, inputs, options.rounds)}
+    if other is not unet:
+        measured[source.name] = _compare(unet, recipe, random_inputs(unet, _own_side(unet), options.rows), 10 * options.rounds)
+    return Result(ranked, chosen, recipe, times, side, points, measured)
+
+
+def _own_side(unet: UNet2DConditionModel) -> int:
+    return int(unet.config.sample_size or 32)
+
+
+def _side(options: RankOptions, unet: UNet2DConditionModel) -> int:
+    side, multiple = options.latents or min(_own_side(unet), 32), 1 << (len(unet.down_blocks) - 1)
+    if side % multiple:
+        raise TuningError(f"latents {side}: this UNet needs a multiple of {multiple}")
+    return side
+
+
+def _compare(unet: UNet2DConditionModel, recipe: Recipe, inputs: Any, rounds: int) -> list[float]:
+    return time_together([unet, assemble(unet, recipe, share=True)], inputs, rounds)
+
+
+def _table(result: Result) -> Table:
+    table = Table("removed", title="what goes, and what that saves and costs: least error for the time first")
+    for name in ("share of time", "± spread", "error", "error per time"):
+        table.add_column(name, justify="right")
+    for each in result.ranked:
+        numbers = f"{each.share:.1%}", f"{each.spread:.1%}", f"{each.error:.2g}", f"{each.price:.2g}"
+        table.add_row(each.candidate.name, *numbers)
+    return table
+
+
+def _lines(options: RankOptions, result: Result) -> list[str]:
+    """What is said after the table."""
+    lines = [f"{i}. remove {step.name}: error {step.error:.2g}, {step.speedup:.2f}x" for i, step in enumerate(result.chosen, 1)]
+    for name, (whole, less) in result.measured.items():
+        lines.append(f"measured, torch on the CPU, {name}: {whole:.3g} s whole, {less:.3g} s assembled: {whole / less:.2f}x")
+    if not result.points.has_text:
+        lines.append(f"{options.source} has no text encoder: errors are for random text states")
+    if options.source.startswith(RANDOM):
+        lines.append(f"{options.source} has random weights: its errors mean nothing")
+    return [*lines, f"recipe {RECIPE_NAME}: remove {', '.join(result.recipe.remove)}"]
+
+
+def _title(options: RankOptions, result: Result) -> str:
+    return (
+        f"Error of {options.source} against time of {options.times or options.source}\n"
+        f"torch on the CPU, latents {result.side} x {result.side}, {options.rows} rows"
+    )
+
+
+def _record(options: RankOptions, result: Result) -> dict[str, Any]:
+    """Everything measured, with what it was measured on."""
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items() if key != "out"}
+    times = result.times
+    return {
+        "command": f"python -m tuning rank --source {options.source} --times {options.times or options.source} "
+        f"--speedup {options.speedup:g}",
+        "options": given | {"latents": result.side},
+        "text": "text encoder" if result.points.has_text else "random states",
+        "points": len(result.points),
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "unet-heirloom")},
+        "dtype": "float32",
+        "seconds": times.seconds,
+        "seconds_spread": times.seconds_spread,
+        "units": {name: {"share": share, "spread": times.spreads[name]} for name, share in times.shares.items()},
+        "candidates": [
+            {"remove": r.candidate.remove, "share": r.share, "spread": r.spread, "error": r.error, "error_per_time": r.price}
+            for r in result.ranked
+        ],
+        "selection": [asdict(step) for step in result.chosen],
+        "measured_seconds": {n: {"whole": w, "assembled": a, "speedup": w / a} for n, (w, a) in result.measured.items()},
+        "recipe": result.recipe.model_dump(mode="json"),
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_text(text + "\n", "utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,95 @@
+"""What a UNet is given while pictures are made: noisy latents, timesteps and text states along real denoising trajectories."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tuning.errors import TuningError
+from tuning.mini.models import scheduler
+from tuning.mini.scenes import held_back_prompts
+from tuning.sources import UNetSource, check_part
+
+__all__ = ["Points", "trajectories"]
+
+_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Points:
+    """Latents (n, c, h, w), timesteps (n,), text states (n, length, width), and whether the text states are of prompts."""
+
+    latents: Tensor
+    timesteps: Tensor
+    states: Tensor
+    has_text: bool
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+@torch.no_grad()
+def trajectories(
+    source: UNetSource,
+    unet: UNet2DConditionModel,
+    *,
+    prompts: int,
+    steps: int,
+    guidance: float,
+    side: int,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+) -> Points:
+    """Every step's latents on the way to `prompts` pictures, with DPM-Solver++ and classifier-free guidance.
+
+    Prompts are scenes that the embedded model was not trained on. A source that is only a UNet gets random text states and
+    Stable Diffusion's noise schedule.
+
+    Raises:
+        TuningError: the checkpoint's text encoder, tokenizer or scheduler is missing or damaged.
+    """
+    source_of_noise = torch.Generator().manual_seed(seed)
+    if source.whole is None:
+        config = scheduler(prediction_type="epsilon").config
+        states = torch.randn((prompts + 1, _TOKENS, unet.config.cross_attention_dim), generator=source_of_noise)
+    else:
+        states, config = _read(source.name, source.whole, prompts)
+    plain, asked = states[:1].expand(prompts, -1, -1), states[1:]
+    solver = DPMSolverMultistepScheduler.from_config(config)
+    solver.set_timesteps(steps)
+    latents = torch.randn((prompts, unet.config.in_channels, side, side), generator=source_of_noise)
+    found = []
+    for t in solver.timesteps:
+        found.append(latents)
+        first, second = unet(torch.cat([latents] * 2), t, torch.cat([plain, asked])).sample.chunk(2)
+        latents = solver.step(first + guidance * (second - first), t, latents).prev_sample
+        tick()
+    return Points(
+        torch.cat(found), solver.timesteps.repeat_interleave(prompts), asked.repeat(steps, 1, 1), source.whole is not None
+    )
+
+
+def _read(name: str, folder: Path, prompts: int) -> tuple[Tensor, Any]:
+    """Text states of the empty prompt and of `prompts` others, and the scheduler's configuration."""
+    for part, weights in (("text_encoder", True), ("tokenizer", False), ("scheduler", False)):
+        check_part(name, folder, part, weights=weights)
+    try:
+        text = CLIPTextModel.from_pretrained(
+            folder / "text_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
+        ).eval()
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        config = DPMSolverMultistepScheduler.load_config(folder / "scheduler", local_files_only=True)
+        words = ["", *held_back_prompts(prompts, seed=2)]  # seeds 0 and 1 are for published figures and for validation
+        length = tokenizer.model_max_length
+        tokens = tokenizer(words, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        return text(tokens).last_hidden_state, config
+    except Exception as error:  # of many kinds, as the files may be damaged in many ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TuningError(
+            f"source {name}: text_encoder, tokenizer or scheduler cannot be read ({reason}); get it again"
+        ) from error
