@@ -46,27 +46,20 @@ class Checkpoint:
         return own if (self.folder / own / "config.json").is_file() else "unet"
 
     def unet(self, variant: str) -> UNet2DConditionModel:
-        """The UNet of a variant, float32, in evaluation mode; assembled from the original's layers where none is stored.
+        """The UNet of a variant, float32, in evaluation mode; made of the original by the recipe of that name where none is stored.
 
         Raises:
             SourceError: the checkpoint has no such variant and none can be made.
         """
         folder = self.unet_folder(variant)
         with self._reading(folder):
-            unet = UNet2DConditionModel.from_pretrained(
-                self.folder, subfolder=folder, use_safetensors=True, local_files_only=True
-            )
-        unet = unet.float().eval()
+            unet = tuning.load_unet(self.folder / folder)
         if variant == "original" or folder != "unet":
             return unet
-        if variant == "assembled":
-            try:
-                return tuning.assemble(unet, tuning.recipe("assembled")).eval()
-            except tuning.TuningError as error:
-                raise SourceError(
-                    f"source {self.name} has no assembled UNet, and none can be made of its UNet: {error}"
-                ) from error
-        raise SourceError(f"source {self.name} has no {variant} UNet (folder unet_{variant}); allowed here: original, assembled")
+        try:
+            return tuning.assemble(unet, tuning.recipe(variant)).eval()
+        except tuning.TuningError as error:
+            raise SourceError(f"source {self.name} has no {variant} UNet, and none can be made of its UNet: {error}") from error
 
     def is_distilled(self, variant: str) -> bool:
         """Whether the variant's weights were trained for it, not only cut out of the original's."""
@@ -147,8 +140,6 @@ def open_source(source: str, variant: str) -> Checkpoint:
     checkpoint = Checkpoint(source, path)
     for part in (*_PARTS, "tokenizer", "scheduler"):
         _check_part(checkpoint, part)
-    if variant not in {"original", "assembled"} and not checkpoint.is_distilled(variant):
-        raise SourceError(f"source {source} has no {variant} UNet (folder unet_{variant}); allowed here: original, assembled")
     return checkpoint
 
 

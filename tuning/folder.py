@@ -45,7 +45,9 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
     Raises:
         TuningError: the folder holds no UNet, its weights are pickled, damaged or others than its configuration needs.
     """
-    unet = unet_from(folder / "config.json")
+    with torch.device("meta"):  # random weights would only cost time
+        unet = unet_from(folder / "config.json")
+    unet.to_empty(device="cpu")
     try:
         unet.load_state_dict(_weights(folder))
     except RuntimeError as error:

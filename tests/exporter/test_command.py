@@ -68,7 +68,6 @@ def test_build_prints_progress_and_a_table(
 
 WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--variant", "smaller"], ["unknown variant 'smaller'; choose from: original, assembled, condconv"]),
-    (["--variant", "condconv"], ["has no condconv UNet", "original, assembled"]),
     (["--source", "nowhere"], ["unknown source 'nowhere': no such folder; give 'mini', a diffusers folder, or a hub id"]),
     (["--source", "./nowhere/at/all"], ["unknown source './nowhere/at/all'"]),
     (["--source", "nobody/no-such-model"], ["unknown source 'nobody/no-such-model'", "hub"]),
