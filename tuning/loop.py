@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -65,9 +66,9 @@ class LoopSettings:
 
 
 def _reached(state: State, s: LoopSettings) -> float:
-    """How much of the nearest bound is used up, 0 to 1 and more."""
+    """How much of the nearest bound is used up after this step, 0 to 1 and more."""
     shares = [
-        state.step / s.steps if s.steps else 0.0,
+        (state.step + 1) / s.steps if s.steps else 0.0,
         state.cpu / 60 / s.minutes if s.minutes else 0.0,
         state.wall / 60 / s.wall_minutes if s.wall_minutes else 0.0,
     ]
@@ -96,9 +97,9 @@ class _Report:
             whole = [line for line in lines if line.endswith("}")]  # a killed process may leave a part of one
             self._log.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
 
-    def add(self, losses: dict[str, Tensor]) -> None:
+    def add(self, losses: dict[str, float]) -> None:
         for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
 
     def write(self, state: State, figures: dict[str, float] | None = None) -> None:
@@ -141,30 +142,42 @@ class _Loop:
         self.saved = self.validated = time.monotonic()
 
     def train(self) -> None:
-        """One step: gradients of `accumulate` batches, averaged over the workers, then the update."""
+        """One step: gradients of `accumulate` batches, averaged over the workers, then the update.
+
+        A checkpoint that is due is written in between: its weights are known to give a loss that is finite.
+        """
         state, settings = self.state, self.settings
-        losses: dict[str, Tensor] = {}
-        for part in range(settings.accumulate):
-            drawn = self.task.loss(state.step * settings.accumulate + part, state.progress)
-            # Each worker and batch brings its share: the sum is a mean.
-            self.workers.backward(drawn["loss"] / settings.accumulate)
-            for name, value in drawn.items():
-                losses[name] = losses.get(name, 0) + value.detach() / settings.accumulate
-        factor = _factor(settings, state.step, state.progress)
-        state.read_clocks()
-        state.step += 1
-        shared = self.workers.average(state.optimizer.parameters, [float(losses["loss"]), _reached(state, settings)])
-        if not math.isfinite(shared[0]):
+        means = self._gradients()
+        if not math.isfinite(means["loss"]):
             raise TuningError(
-                f"the loss of {self.task.name} is not finite at step {state.step - 1}; the last checkpoint is kept: "
+                f"the loss of {self.task.name} is not finite at step {state.step}; the last checkpoint is kept: "
                 "lower the learning rates and start again to go on from it"
             )
-        state.progress = shared[1]
+        if time.monotonic() - self.saved > 60 * settings.save_minutes:
+            self.save()
+        factor = _factor(settings, state.step, state.progress)
+        state.step += 1
+        state.progress = means.pop("progress")
         state.optimizer.step(factor, settings.clip, self.workers.scaler)
         state.update_average(settings.ema)
-        self.report.add(losses)
+        self.report.add(means)
+
+    def _gradients(self) -> dict[str, float]:
+        """Adds up the step's gradients; returns the losses, and the progress after it, as means over the workers."""
+        state, accumulate = self.state, self.settings.accumulate
+        sums: dict[str, Tensor] = {}
+        for part in range(accumulate):
+            losses = self.task.loss(state.step * accumulate + part, state.progress)
+            self.workers.backward(losses["loss"] / accumulate)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / accumulate
+        state.read_clocks()
+        values = [_reached(state, self.settings), *torch.stack(list(sums.values())).tolist()]
+        shared = self.workers.average(state.optimizer.parameters, values)
+        return dict(zip(("progress", *sums), shared, strict=True))
 
     def save(self) -> None:
+        """Writes the checkpoint, in the first worker."""
         if self.checkpoint is not None and self.workers.first:
             self.state.save(self.checkpoint)
         self.saved = time.monotonic()
@@ -189,8 +202,6 @@ class _Loop:
         settings, step, now = self.settings, self.state.step, time.monotonic()
         if step % settings.log_every == 0:
             self.report.write(self.state)
-        if now - self.saved > 60 * settings.save_minutes:
-            self.save()
         if self.state.progress >= 1:
             return
         by_time = settings.validate_every is None and now - self.validated > 60 * settings.validate_minutes

@@ -5,6 +5,7 @@ of shards a copy of the pictures.
 """
 
 import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Pictures:
         text = "txt" if shards else "text"
         if self._column not in names or text not in names:
             wanted = f"KEY.txt beside each KEY.{'|'.join(_KINDS)}" if shards else f"the columns file_name and text in {_METADATA}"
-            raise TuningError(f"data {path}: no captions, only {', '.join(names)}; write {wanted}")
+            raise TuningError(f"data {path}: no captions, only {', '.join(n for n in names if n[:2] != '__')}; write {wanted}")
         self.captions = [caption or "" for caption in self._rows[text]]
         silent = next((i for i, caption in enumerate(self.captions) if not caption.strip()), None)
         if silent is not None:
@@ -92,6 +93,19 @@ def _folder(path: Path) -> Any:
     return _load("imagefolder", path, data_dir=str(path))
 
 
+def _damaged(shards: list[str]) -> str | None:
+    """The first shard that is no whole .tar."""
+    for shard in shards:
+        try:
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    if member.isfile():
+                        tar.extractfile(member).read()  # type: ignore[union-attr]
+        except (OSError, tarfile.TarError):
+            return shard
+    return None
+
+
 def _load(kind: str, path: Path, **where: Any) -> Any:
     """The rows as `datasets` finds them, pictures undecoded."""
     try:
@@ -108,6 +122,6 @@ def _load(kind: str, path: Path, **where: Any) -> Any:
     except Exception as error:  # of many kinds, from pyarrow, tarfile and datasets
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        file = path / _METADATA if kind == "imagefolder" else path
+        file = path / _METADATA if kind == "imagefolder" else _damaged(where["data_files"]) or path
         raise TuningError(f"data {file} cannot be read ({reason}); repair the file") from error
     return rows

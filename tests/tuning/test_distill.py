@@ -53,6 +53,29 @@ def test_weights_count_and_a_missing_block_has_no_feature(small_unet: UNet2DCond
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.down_blocks[0].parameters())
 
 
+def test_blocks_of_a_student_without_the_innermost_stage_are_matched_from_outside(
+    small_unet: UNet2DConditionModel, inputs: Inputs
+) -> None:
+    student = tuning.assemble(small_unet, tuning.recipe("bk-tiny"))
+    assert matched(small_unet, student) == {
+        "down.0": "down.0", "down.1": "down.1", "down.2": "down.2", "up.1": "up.0", "up.2": "up.1", "up.3": "up.2",
+    }  # fmt: skip
+    entering: list[torch.Tensor] = []
+    sampler = small_unet.down_blocks[2].downsamplers[0]
+    hook = sampler.register_forward_pre_hook(lambda _, given: entering.append(given[0]))
+    with BlockFeatures(small_unet, ["down.2", "up.1"], ["down.2"]) as theirs, torch.no_grad():
+        small_unet(*inputs[:3])
+    hook.remove()
+    assert torch.equal(theirs.values["down.2"], entering[0]), "the student has no sampler there: what enters it is compared"
+    with BlockFeatures(student, ["down.2", "up.0"], ["down.2"]) as ours, torch.no_grad():
+        student(*inputs[:3])
+    assert ours.values["down.2"].shape == theirs.values["down.2"].shape
+    assert ours.values["up.0"].shape == theirs.values["up.1"].shape
+    losses = DistillLoss(small_unet, student, LossWeights())(*inputs)
+    losses["loss"].backward()
+    assert losses["features"].isfinite()
+
+
 def test_unlike_models_are_refused(small_unet: UNet2DConditionModel) -> None:
     with pytest.raises(TuningError, match="text width"):
         DistillLoss(small_unet, new_unet((16, 16, 24, 24), 16), LossWeights())
