@@ -130,7 +130,7 @@ class DistillLoss:
         Shapes: noisy and target (n, c, h, w), timesteps (n,), states (n, length, text width).
         """
         with torch.no_grad(), BlockFeatures(self._teacher, self._pairs, self._unsampled) as theirs:
-            taught = self._teacher(noisy, timesteps, states).sample.float()
+            taught = self._taught(noisy, timesteps, states)
         with BlockFeatures(self._student, self._pairs.values(), {self._pairs[n] for n in self._unsampled}) as ours:
             predicted = self._student(noisy, timesteps, states).sample.float()
         mse = nn.functional.mse_loss
@@ -139,3 +139,10 @@ class DistillLoss:
         w = self._weights
         total = w.noise * losses["noise"] + w.output * losses["output"] + w.features * losses["features"]
         return {"loss": total} | losses
+
+    def _taught(self, noisy: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:
+        """The teacher's output, computed in the precision of its weights whatever the student's is."""
+        dtype = self._teacher.dtype
+        with torch.autocast(noisy.device.type, enabled=False):
+            taught: Tensor = self._teacher(noisy.to(dtype), timesteps, states.to(dtype)).sample
+        return taught.float()

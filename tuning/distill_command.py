@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tuning.assembly import assemble
+from tuning.distill import check_pair
 from tuning.distill_options import fill_defaults, loop_settings, remember
 from tuning.distill_task import Distillation, Examples
 from tuning.errors import TuningError
@@ -18,7 +19,8 @@ from tuning.folder import load_unet, save_part
 from tuning.loop import run_loop
 from tuning.mini.render import IMAGE_SIZE
 from tuning.mini.scenes import held_back_prompts
-from tuning.recipes import LossWeights, recipe
+from tuning.progressive import next_removal, share_of, stages_of
+from tuning.recipes import Recipe, recipe
 from tuning.teacher import Teacher
 from tuning.workers import Workers
 
@@ -41,15 +43,15 @@ class _Distill(Distillation):
         draw_curves(self._run / "metrics.jsonl", self._run / "curves.png")
 
 
-def _student(option: str, teacher: UNet2DConditionModel) -> tuple[UNet2DConditionModel, LossWeights]:
-    """The student and its losses' weights."""
+def _student(option: str, teacher: UNet2DConditionModel) -> tuple[Recipe, UNet2DConditionModel]:
+    """The student to begin with, and the recipe that it follows; a UNet's folder is a recipe that removes nothing."""
     path = Path(option).expanduser()
     if path.is_dir():
-        return load_unet(path), LossWeights()
+        return Recipe(name=path.name or "student"), load_unet(path)
     if path.is_file() and path.suffix != ".json":
         raise TuningError(f"student {option} is a file; give a recipe, or the folder of a UNet with safetensors")
     chosen = recipe(option)
-    return assemble(teacher, chosen), chosen.loss
+    return chosen, assemble(teacher, next_removal(teacher, teacher, chosen, 0))
 
 
 def _examples(options: argparse.Namespace, teacher: Teacher, workers: Workers) -> tuple[Examples, int]:
@@ -109,55 +111,87 @@ def run(options: argparse.Namespace) -> None:
     workers = Workers(options.mixed)
     try:
         try:
-            task, folder, grid = _prepared(options, workers)
+            work = _Run(options, workers)
         except TuningError:
             if workers.first:
                 raise
             sys.exit(2)
-        figures = run_loop(
-            task,
-            loop_settings(options),
-            workers=workers,
-            checkpoint=folder / "checkpoint.pt",
-            log=folder / "metrics.jsonl",
-            stop_at=(lambda step: step >= options.pause_at) if options.pause_at else None,
-            sample=grid,
-        )
-        if figures:
-            save_part(task.module, options.out, torch.float16 if options.precision == "fp16" else torch.float32)
+        work.train()
         workers.wait()
     finally:
         workers.close()
 
 
-def _prepared(options: argparse.Namespace, workers: Workers) -> tuple[Distillation, Path, Callable[[int], None]]:
-    """The training, the folder of what it leaves beside the UNet, and what draws sample pictures at a step."""
-    _check_out(options)
-    folder: Path = options.work or options.out / "training"
-    remember(options, folder, workers.count, write=False)
-    torch.manual_seed(options.seed)
-    teacher = Teacher.load(options.teacher)
-    student, weights = _student(options.student, teacher.unet)
-    examples, size = _examples(options, teacher, workers)
-    task = _Distill(
-        folder,
-        teacher=teacher,
-        student=student,
-        weights=weights,
-        examples=examples,
-        workers=workers,
-        dropout=options.dropout,
-        seed=options.seed,
-        checkpointing=options.gradient_checkpointing,
-        measure=_measure(options, teacher),
-    )
-    prompts = _prompts(options, teacher, examples)
-    remember(options, folder, workers.count, write=workers.first)
+class _Run:
+    """One command: what is read once, and a training for each portion of the recipe."""
 
-    def grid(step: int) -> None:
-        from tuning.curves import write_grid
+    def __init__(self, options: argparse.Namespace, workers: Workers) -> None:
+        self.options, self.workers = options, workers
+        self.folder: Path = options.work or options.out / "training"
+        _check_out(options)
+        remember(options, self.folder, workers.count, write=False)
+        torch.manual_seed(options.seed)
+        self.teacher = Teacher.load(options.teacher)
+        self.recipe, student = _student(options.student, self.teacher.unet)
+        self.stages = stages_of(self.recipe)
+        check_pair(self.teacher.unet, student)
+        self.first = student
+        self.examples, self.size = _examples(options, self.teacher, workers)
+        self.teacher.vae.to(workers.device)
+        self.prompts = _prompts(options, self.teacher, self.examples)
+        remember(options, self.folder, workers.count, write=workers.first)
 
-        pictures = task.pictures(prompts, guidance=options.guidance, size=size)
-        write_grid(pictures, folder / "samples" / f"step_{step:06}.png")
+    def train(self) -> None:
+        """Trains stage after stage, passing over those that an earlier run has done, and writes the student of the last."""
+        student = self.first
+        for stage in range(self.stages):
+            last = stage == self.stages - 1
+            folder = self.folder if last else self.folder / f"stage_{stage + 1}"
+            if last or not (folder / "unet" / "config.json").is_file():
+                task = self._task(student, stage, folder)
+                if self._loop(task, stage, folder) is None:
+                    return
+                if self.workers.first:
+                    half = last and self.options.precision == "fp16"
+                    save_part(
+                        task.module, self.options.out if last else folder / "unet", torch.float16 if half else torch.float32
+                    )
+                self.workers.wait()
+            if not last:
+                student = load_unet(folder / "unet")
+                student = assemble(student, next_removal(self.teacher.unet, student, self.recipe, stage + 1))
 
-    return task, folder, grid
+    def _task(self, student: UNet2DConditionModel, stage: int, folder: Path) -> _Distill:
+        options = self.options
+        return _Distill(
+            folder,
+            teacher=self.teacher,
+            student=student,
+            weights=self.recipe.loss,
+            examples=self.examples,
+            workers=self.workers,
+            name="distill" if self.stages == 1 else f"distill {stage + 1} of {self.stages}",
+            dropout=options.dropout,
+            seed=options.seed + stage,
+            checkpointing=options.gradient_checkpointing,
+            measure=_measure(options, self.teacher),
+        )
+
+    def _loop(self, task: _Distill, stage: int, folder: Path) -> dict[str, float] | None:
+        pause: int | None = self.options.pause_at
+
+        def grid(step: int) -> None:
+            from tuning.curves import write_grid
+
+            pictures = task.pictures(self.prompts, guidance=self.options.guidance, size=self.size)
+            write_grid(pictures, folder / "samples" / f"step_{step:06}.png")
+
+        return run_loop(
+            task,
+            share_of(loop_settings(self.options), stage, self.stages),
+            workers=self.workers,
+            checkpoint=folder / "checkpoint.pt",
+            log=folder / "metrics.jsonl",
+            stop_at=None if pause is None else lambda step: step >= pause,
+            sample=grid,
+        )

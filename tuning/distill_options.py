@@ -110,13 +110,13 @@ def remember(options: argparse.Namespace, run: Path, processes: int, *, write: b
     path = run / "settings.json"
     values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     values |= {"processes": processes}
-    if (run / "checkpoint.pt").exists() and path.exists():
+    if path.exists() and next(run.rglob("checkpoint.pt"), None):
         before = json.loads(path.read_text())
         for name in _SAME:
             if before.get(name) != values.get(name):
                 raise TuningError(
                     f"{run} holds a run with {name} {before.get(name)}, and this one has {values.get(name)}: give the same to go "
-                    f"on with it, or another --work, or delete {run / 'checkpoint.pt'} to start anew"
+                    f"on with it, another --work, or delete {run} to start anew"
                 )
     if write:
         run.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,6 @@ class Examples(Protocol):
 class Distillation:
     """Teaches a student to do what the teacher does; all on the workers' device."""
 
-    name = "distill"
-
     def __init__(
         self,
         teacher: Teacher,
@@ -42,12 +40,14 @@ class Distillation:
         examples: Examples,
         workers: Workers,
         *,
+        name: str = "distill",
         dropout: float = 0.1,
         seed: int = 0,
         checkpointing: bool = False,
         measure: Callable[[UNet2DConditionModel], dict[str, float]] | None = None,
     ) -> None:
         """`measure` adds figures of its own to validation. Raises TuningError for a student of another kind."""
+        self.name = name
         self._losses = DistillLoss(teacher.unet, student, weights)
         # What only answers questions needs no more than the precision that is computed in.
         teacher.unet.to(workers.device, _DTYPES[workers.mixed], memory_format=torch.channels_last)

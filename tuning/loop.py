@@ -220,12 +220,12 @@ def run_loop(
     log: Path | None = None,
     stop_at: Callable[[int], bool] | None = None,
     sample: Callable[[int], None] | None = None,
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Trains until a bound is reached, going on from `checkpoint` where it exists; leaves averaged weights in the module.
 
     `stop_at(step)` ends the run early without finishing the stage: the checkpoint then allows going on. `sample(step)`
-    draws pictures with the averaged weights. Returns the last validation figures, on the first worker of a run that
-    reached its bound. Raises TuningError when no bound is given or the loss is not finite.
+    draws pictures with the averaged weights. Returns the last validation figures (on the first worker; on others they are
+    empty), or None when it was stopped early. Raises TuningError when no bound is given or the loss is not finite.
     """
     if not (settings.steps or settings.minutes or settings.wall_minutes):
         raise TuningError("training needs a bound: give --steps, --minutes or --wall-minutes")
@@ -234,7 +234,7 @@ def run_loop(
         loop.train()
         loop.beside()
     loop.save()
-    figures = loop.look(measure=True, draw=True) if loop.state.progress >= 1 else {}
+    figures = loop.look(measure=True, draw=True) if loop.state.progress >= 1 else None
     task.module.load_state_dict(loop.state.average)
     workers.wait()
     return figures

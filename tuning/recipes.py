@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tuning.errors import TuningError
 
@@ -38,6 +38,9 @@ class Recipe(BaseModel):
 
     `remove` holds globs over units ("down.0.layer.1.attention"), layers ("down.0.layer.1") or blocks ("mid"). A block's
     number may count from the end, so that "up.-1" is the outermost up block of any UNet.
+
+    With `portions`, distillation removes so many of the globs at a time, in their order, and trains in between; assembly
+    alone removes all at once.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,8 +48,17 @@ class Recipe(BaseModel):
     version: Literal[1] = 1
     name: str = Field(min_length=1)
     remove: tuple[str, ...] = ()
+    portions: tuple[int, ...] = ()
     experts: Experts | None = None
     loss: LossWeights = LossWeights()
+
+    @model_validator(mode="after")
+    def _portions_add_up(self) -> "Recipe":
+        if self.portions and (min(self.portions) < 1 or sum(self.portions) != len(self.remove)):
+            raise ValueError(f"portions {self.portions} do not add up to the {len(self.remove)} entries of remove")
+        if self.portions and self.experts:
+            raise ValueError("experts go with removal at once, not with portions")
+        return self
 
     @classmethod
     def load(cls, path: Path) -> "Recipe":
@@ -54,8 +66,9 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate_json(path.read_text())
         except (OSError, ValidationError) as error:
-            first = str(error).splitlines()[0]
-            raise TuningError(f"{path} is no recipe ({first}): write name, version 1 and remove as JSON") from error
+            said = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            reason = ": ".join([*(str(part) for part in said["loc"]), str(said["msg"]).splitlines()[0]])
+            raise TuningError(f"{path} is no recipe ({reason}): write name, version 1 and remove as JSON") from error
 
 
 _SECOND_LAYERS = ("down.*.layer.1", "up.*.layer.1")
@@ -72,6 +85,8 @@ RECIPES = {
 }
 # The same surgery, so that the two can be compared; where the experts go follows from it.
 RECIPES["condconv"] = RECIPES["assembled"].model_copy(update={"name": "condconv", "experts": Experts()})
+# The same again, in three portions with distillation after each, to compare with one removal at equal training cost.
+RECIPES["progressive"] = RECIPES["assembled"].model_copy(update={"name": "progressive", "portions": (1, 2, 2)})
 
 
 def recipe(name: str) -> Recipe:

@@ -34,6 +34,6 @@ def sample(
     shape = (len(prompts), unet.config.in_channels, side, side)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     for t in solver.timesteps:
-        plain, asked = unet(torch.cat([latents] * 2), t.to(device), states).sample.chunk(2)
+        plain, asked = unet(torch.cat([latents] * 2), t.to(device), states).sample.float().chunk(2)
         latents = solver.step(plain + guidance * (asked - plain), t, latents).prev_sample
     return model.decode(latents)

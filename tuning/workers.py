@@ -24,15 +24,15 @@ _MESSAGE = 32_000_000
 class Workers:
     """This process's place among the workers, as accelerate reads it from the launcher's environment.
 
-    Raises TuningError when `mixed` is asked for where there is no GPU.
+    Raises TuningError when fp16 is asked for where there is no GPU.
     """
 
     def __init__(self, mixed: Mixed = "no") -> None:
         from accelerate import Accelerator
 
         cuda = torch.cuda.is_available()
-        if mixed != "no" and not cuda:
-            raise TuningError(f"mixed precision {mixed} needs an NVIDIA GPU and torch sees none; use no")
+        if mixed == "fp16" and not cuda:
+            raise TuningError("mixed precision fp16 needs an NVIDIA GPU and torch sees none; use bf16 or no")
         self._accelerator: Any = Accelerator(cpu=not cuda, mixed_precision=mixed)
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes

@@ -47,8 +47,8 @@ def distil(given: list[str], out: Path, extra: str) -> None:
     main([*given, "--out", str(out), *extra.split()])
 
 
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+def metrics(out: Path, stage: str = ".") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "training" / stage / "metrics.jsonl").read_text().splitlines()]
 
 
 def same(one: Any, two: Any) -> bool:
@@ -180,6 +180,42 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(given: list[str], t
     assert error < 1e-5
 
 
+def test_a_recipe_in_portions_trains_after_each(given: list[str], tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = "--student progressive --steps 8"
+    distil(given, whole, more)
+    steps = {name: metrics(whole, name)[-1]["step"] for name in ("stage_1", "stage_2", ".")}
+    assert list(steps.values()) == [2, 3, 3], "8 steps in all"
+    stages = [tuning.load_unet(whole / "training" / name / "unet") for name in ("stage_1", "stage_2")]
+    students = [*stages, tuning.load_unet(whole)]
+    sizes = [sum(p.numel() for p in student.parameters()) for student in students]
+    assert sizes == sorted(sizes, reverse=True)
+    teacher = tuning.load_unet(Path(given[given.index("--teacher") + 1]) / "unet")
+    at_once = tuning.assemble(teacher, tuning.recipe("assembled"))
+    assert tuning.unit_modules(students[-1]) == tuning.unit_modules(at_once)
+    distil(given, parts, f"{more} --pause-at 1")
+    with pytest.raises(UserError, match="holds a run with student progressive"):
+        distil(given, parts, "--steps 8")
+    distil(given, parts, f"{more} --pause-at 2")  # the length of the first stage: leaves in the second
+    assert (parts / "training" / "stage_1" / "unet").exists()
+    assert not (parts / WEIGHTS).exists()
+    distil(given, parts, more)
+    assert same(load_file(whole / WEIGHTS), load_file(parts / WEIGHTS))
+
+
+@pytest.mark.slow
+def test_mixed_precision_comes_close(given: list[str], tmp_path: Path) -> None:
+    full, mixed = tmp_path / "full", tmp_path / "mixed"
+    distil(given, full, "--steps 4")
+    command = [sys.executable, "-m", "tuning", *given, "--out", str(mixed), "--steps", "4", "--mixed", "bf16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(metrics(full), metrics(mixed), strict=True):
+        name = "loss" if "loss" in a else "valid_loss"
+        assert a[name] == pytest.approx(b[name], rel=0.05)
+    assert {value.dtype for value in load_file(mixed / WEIGHTS).values()} == {torch.float32}
+
+
 def test_mistakes_are_one_line(given: list[str], small_model: Path, latents: Path, tmp_path: Path) -> None:
     unlike = {}
     for name, changes in {
@@ -211,7 +247,6 @@ def test_mistakes_are_one_line(given: list[str], small_model: Path, latents: Pat
         ("--steps 0", "got '0', wanted a whole number of at least 1"),
         ("--steps 1 --lr nan", "got 'nan', wanted a number"),
         ("--steps 1 --ema 2", "--ema 2.0 is no share"),
-        ("--steps 1 --mixed bf16", "needs an NVIDIA GPU"),
         ("--steps 1 --size 128", "leave --size out"),
         (f"--out {small_model / 'unet'} --steps 1", "is where the teacher is read from"),
     ):

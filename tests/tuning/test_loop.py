@@ -131,3 +131,28 @@ def test_muon_updates_kernels_in_place_whatever_their_layout(layout: torch.memor
     assert singular.max() < 1.5
     # bf16 inside Newton-Schulz sums columns in another order.
     assert torch.allclose(updates[0], updates[1], atol=2e-3)
+
+
+def test_a_scaler_changes_no_update_and_waits_when_gradients_overflow() -> None:
+    def updated(scale: float, spoil: bool = False) -> tuple[Tensor, float]:
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1))
+        optimizer = MuonAdamW(module, lr=0.1, muon_lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
+        loss = module(torch.ones(1, 2, 4, 4)).square().mean()
+        (scaler.scale(loss) if scaler else loss).backward()
+        if spoil:
+            for parameter in optimizer.parameters:
+                assert parameter.grad is not None
+                parameter.grad.fill_(float("inf"))
+        optimizer.step(1.0, 0.5, scaler)
+        return torch.cat([p.detach().flatten() for p in module.parameters()]), scaler.get_scale() if scaler else 0
+
+    plain, scaled = updated(0)[0], updated(1024.0)[0]
+    assert torch.allclose(plain, scaled, atol=1e-3)
+    before, scale = updated(1024.0, spoil=True)
+    assert before.isfinite().all()
+    assert scale == 512
+    torch.manual_seed(1)
+    untouched = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1))
+    assert torch.equal(before, torch.cat([p.detach().flatten() for p in untouched.parameters()]))

@@ -96,7 +96,7 @@ def run_stage(stage: str, settings: MiniSettings, out: Path, runs: Path, workers
     if workers.first:
         _finish(stage, task, out, runs)
     workers.wait()
-    return figures
+    return figures or {}
 
 
 def _settings(args: argparse.Namespace) -> MiniSettings:
