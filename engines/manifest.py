@@ -5,20 +5,28 @@ file with its SHA-256, every feature with dtype and symbolic shape, and every un
 runtime needs neither the UNet's classes nor its weights in another form.
 """
 
+import re
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from engines.shapes import Shape
 
-__all__ = ["MANIFEST_VERSION", "Compiled", "Feature", "File", "Manifest", "Precision", "Segment", "Unit", "Variant"]
+__all__ = ["MANIFEST_VERSION", "Compiled", "Feature", "File", "Manifest", "Precision", "Segment", "Unit", "Variant", "is_variant"]
 
 MANIFEST_VERSION: Literal[1] = 1
 
 Precision = Literal["fp32", "fp16"]
-Variant = Literal["original", "assembled", "condconv"]
+_VARIANT = r"^[a-z0-9]+(-[a-z0-9]+)*$"
+Variant = Annotated[str, Field(pattern=_VARIANT)]
+"""The name of the recipe by which the UNet was made: original, assembled, bk-tiny, ..."""
 DType = Literal["float32", "float16", "int64"]
+
+
+def is_variant(name: str) -> bool:
+    """Whether a variant can be called so."""
+    return re.fullmatch(_VARIANT, name) is not None
 
 
 class _Record(BaseModel):
@@ -95,6 +103,8 @@ class Manifest(_Record):
     """Hash of everything the bundle was made from: an equal key means that a new build would make the same bundle."""
     variant: Variant
     source: str
+    unet: str | None = None
+    """Folder of the UNet, where it is not one of the source's; not written where it is."""
     source_sha256: str
     """Hash of the weights and configurations that the bundle was made from."""
     precision: Precision
@@ -120,6 +130,11 @@ class Manifest(_Record):
     """Tokenizer and scheduler configuration."""
     made_with: dict[str, str]
     """Versions of the programs that made the bundle."""
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return {key: value for key, value in written.items() if key != "unet" or value is not None}
 
     @property
     def unet_units(self) -> tuple[str, ...]:

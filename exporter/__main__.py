@@ -17,7 +17,8 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m exporter", description="Build, verify and inspect bundles.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     build = commands.add_parser("build", help="make a bundle", description=_BUILD)
-    build.add_argument("--variant", default="original", help="original, assembled or condconv (default: %(default)s)")
+    build.add_argument("--variant", default="original", help="original, assembled, bk-tiny, ... (default: %(default)s)")
+    build.add_argument("--unet", type=Path, help="folder of the variant's UNet (default: the source's own, or made of it)")
     build.add_argument("--source", default="mini", help="mini, a diffusers folder, or a hub id (default: %(default)s)")
     build.add_argument("--engine", default="onnxruntime", help=f"one or more of {','.join(ENGINES)} (default: %(default)s)")
     build.add_argument("--granularity", help="largest segment: block, layer or unit (default: block, without --plan)")
@@ -86,6 +87,7 @@ def _build(given: object, console: Console) -> None:
     options = BuildOptions(
         variant=values["variant"],
         source=values["source"],
+        unet=values["unet"],
         engines=_names(values["engine"]),
         granularity=values["granularity"] or (None if values["plan"] else "block"),
         plans=tuple(values["plan"]),
@@ -107,7 +109,7 @@ def _build(given: object, console: Console) -> None:
 
         bundle, built = build(options, progress)
     show_segments(bundle, console)
-    if not open_source(options.source, options.variant).is_distilled(options.variant):
+    if not open_source(options.source, options.variant, options.unet).is_distilled(options.variant):
         print(
             f"warning: the {options.variant} UNet was cut out of {options.source}'s and not distilled since, so pictures suffer",
             file=sys.stderr,

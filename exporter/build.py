@@ -36,7 +36,7 @@ _CODE = {
     "exporter": ("build", "condconv", "graph", "measure", "partition", "sources", "topology", "trace", "units", "write"),
     "engines": ("manifest", "shapes", "tensor_rt", "torch_program"),
     "runtime": ("demand", "modes", "plan", "presets"),
-    "tuning": ("assembly", "changes", "condconv", "experts", "folder", "kept", "recipes", "units"),
+    "tuning": ("assembly", "changes", "condconv", "experts", "folder", "kept", "recipes", "sources", "units"),
 }
 _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 
@@ -45,12 +45,14 @@ _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "on
 class BuildOptions:
     """What to build.
 
-    Without a ``granularity``, segments are as large as ``plans`` allow. ``sizes`` are (height, width) in pixels, none for the
+    Without a ``granularity``, segments are as large as ``plans`` allow. ``unet`` is the folder of the
+    variant's UNet, where the source does not hold it. ``sizes`` are (height, width) in pixels, none for the
     model's own; ``max_images`` is per call.
     """
 
     variant: Variant = "original"
     source: str = "mini"
+    unet: Path | None = None
     engines: tuple[str, ...] = ("onnxruntime",)
     granularity: Granularity | None = "block"
     plans: tuple[str, ...] = ()
@@ -80,7 +82,7 @@ def build(options: BuildOptions, progress: Progress = lambda done, total, what: 
         PlanError: a plan to cut for is unknown or names a unit that the UNet does not have.
     """
     _check_choices(options)
-    checkpoint = open_source(options.source, options.variant)
+    checkpoint = open_source(options.source, options.variant, options.unet)
     engines = [make_engine(name) for name in dict.fromkeys(options.engines)]
     if options.targets and not any(engine.has_profile for engine in engines):
         raise BuildError(
@@ -136,11 +138,15 @@ def _check_choices(options: BuildOptions) -> None:
 
 def _key(options: BuildOptions, fingerprint: str, engines: Sequence[Engine], targets: dict[str, tuple[str, ...]]) -> str:
     """A hash of everything the bundle's content depends on."""
-    inputs = asdict(options) | {"out": None, "force": None, "targets": targets}
+    inputs = asdict(options) | {"out": None, "force": None, "targets": targets, "unet": _text(options.unet)}
     inputs["plans"] = [sha256(Path(plan)) if Path(plan).is_file() else plan for plan in options.plans]
     inputs["engines"] = {engine.name: engine.version() for engine in engines}
     made_from = [inputs, fingerprint, _versions(), _own_code(), MANIFEST_VERSION, OPSET]
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _own_code() -> str:
@@ -199,6 +205,7 @@ def _manifest(
         key=key,
         variant=options.variant,
         source=options.source,
+        unet=_text(options.unet),
         source_sha256=fingerprint,
         precision=options.precision,
         sizes=tuple(sizes),

@@ -1,11 +1,10 @@
-"""Where weights come from: the embedded ``mini`` model, a diffusers folder, or a hub id."""
+"""What a build reads: a Stable Diffusion checkpoint, with the UNet of a variant. Where sources lie is in `tuning.sources`."""
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -13,57 +12,87 @@ from torch import nn
 
 import tuning
 from engines.bundle import sha256
-from engines.manifest import Variant
+from engines.manifest import is_variant
 from exporter.errors import SourceError
+from tuning.changes import changes_of
+from tuning.folder import only_assembled, unet_from
+from tuning.sources import MINI, check_part, find_folder
 
 __all__ = ["MINI", "VARIANTS", "Checkpoint", "open_source"]
 
-MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
-VARIANTS: tuple[str, ...] = get_args(Variant)
-
-_PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
-_PARTS = ("unet", "vae", "text_encoder")
-_CONVERT = (
-    "python -c \"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{path}').save_pretrained('{folder}')\""
-)
+VARIANTS = tuple(tuning.RECIPES)
+_PARTS = {"unet": True, "vae": True, "text_encoder": True, "tokenizer": False, "scheduler": False}
+"""The folders of a checkpoint, and whether they hold weights."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Stable Diffusion checkpoint in the diffusers folder layout. Weights are read when asked for."""
+    """A Stable Diffusion checkpoint in the diffusers folder layout. Weights are read when asked for.
+
+    ``own_unet`` is the folder of a UNet that takes the place of the checkpoint's.
+    """
 
     name: str
     folder: Path
+    own_unet: Path | None = None
 
     @property
     def guidance_scale(self) -> float:
         """What pictures look best with: Stable Diffusion's usual 7.5; the embedded model was measured to want less."""
         return 3.0 if self.folder == MINI else 7.5
 
-    def unet_folder(self, variant: str) -> str:
-        """The sub-folder that holds a variant's UNet: ``unet_assembled`` where it was distilled, else ``unet``."""
-        own = f"unet_{variant}"
-        return own if (self.folder / own / "config.json").is_file() else "unet"
+    def unet_folder(self, variant: str) -> Path:
+        """Where a variant's UNet comes from: ``unet_assembled`` where there is one, else ``unet``, which a recipe cuts down."""
+        stored = self.folder / f"unet_{variant}"
+        return self.own_unet or (stored if (stored / "config.json").is_file() else self.folder / "unet")
 
     def unet(self, variant: str) -> UNet2DConditionModel:
-        """The UNet of a variant, float32, in evaluation mode; made of the original by the recipe of that name where none is stored.
+        """The UNet of a variant, float32, in evaluation mode; made by the recipe of that name where none is stored.
 
         Raises:
-            SourceError: the checkpoint has no such variant and none can be made.
+            SourceError: the checkpoint has no such variant and none can be made, or the UNet given for it is another.
         """
         folder = self.unet_folder(variant)
-        with self._reading(folder):
-            unet = tuning.load_unet(self.folder / folder)
-        if variant == "original" or folder != "unet":
+        try:
+            unet = tuning.load_unet(folder)
+        except tuning.TuningError as error:
+            raise SourceError(f"source {self.name}: {error}") from error
+        if self.own_unet is not None:
+            self._check_own(unet, variant)
+        if variant == "original" or folder != self.folder / "unet":
             return unet
         try:
             return tuning.assemble(unet, tuning.recipe(variant)).eval()
         except tuning.TuningError as error:
             raise SourceError(f"source {self.name} has no {variant} UNet, and none can be made of its UNet: {error}") from error
 
+    def _check_own(self, unet: UNet2DConditionModel, variant: str) -> None:
+        """Raise SourceError unless the UNet given has the units that the variant's recipe leaves of the source's."""
+        if variant not in tuning.RECIPES:
+            return
+        recipe = tuning.recipe(variant)
+        try:
+            original = unet_from(self.folder / "unet" / "config.json")  # without weights
+            wanted = tuning.assemble(original, recipe.model_copy(update={"experts": None}), share=True)
+        except tuning.TuningError as error:
+            raise SourceError(f"source {self.name} can have no {variant} UNet: {error}") from error
+        ours, theirs = tuning.unit_modules(unet), tuning.unit_modules(wanted)
+        unlike = sorted(ours.keys() ^ theirs.keys())
+        if unlike:
+            which = "lacks" if unlike[0] in theirs else "has"
+            raise SourceError(f"{self.own_unet} is no {variant} UNet of {self.name}: it {which} {unlike[0]}; name its --variant")
+        if list(unet.config.block_out_channels) != list(wanted.config.block_out_channels):
+            raise SourceError(
+                f"{self.own_unet} is no UNet of {self.name}: its widths are {list(unet.config.block_out_channels)}, "
+                f"not {list(wanted.config.block_out_channels)}"
+            )
+        if (changes_of(unet).experts is None) != (recipe.experts is None):
+            raise SourceError(f"{self.own_unet} is no {variant} UNet: only condconv has conditional convolutions")
+
     def is_distilled(self, variant: str) -> bool:
         """Whether the variant's weights were trained for it, not only cut out of the original's."""
-        return variant == "original" or self.unet_folder(variant) != "unet"
+        folder = self.unet_folder(variant)
+        return variant == "original" or (folder != self.folder / "unet" and not only_assembled(folder))
 
     def vae(self) -> AutoencoderKL:
         """The VAE, float32, in evaluation mode."""
@@ -93,16 +122,21 @@ class Checkpoint:
                 "again with diffusers' save_pretrained"
             ) from error
 
-    def files(self, variant: str) -> Iterator[Path]:
-        """Every file that a build of the variant reads."""
-        for part in (self.unet_folder(variant), "vae", "text_encoder", "tokenizer", "scheduler"):
-            yield from sorted(path for path in (self.folder / part).rglob("*") if path.is_file())
+    def files(self, variant: str) -> Iterator[tuple[str, Path]]:
+        """Every file that a build of the variant reads, and what it is called whichever folder the checkpoint lies in."""
+        unet = self.unet_folder(variant)
+        for folder in (unet, *(self.folder / part for part in _PARTS if part != "unet")):
+            name = "--unet" if folder == self.own_unet else folder.name
+            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                # Beside a UNet that was distilled may lie what its training left.
+                if folder != self.own_unet or path.suffix in {".json", ".safetensors"}:
+                    yield f"{name}/{path.relative_to(folder)}", path
 
     def fingerprint(self, variant: str) -> str:
         """A hash of all those files."""
         digest = hashlib.sha256()
-        for path in self.files(variant):
-            digest.update(f"{path.relative_to(self.folder)} {sha256(path)}\n".encode())
+        for name, path in self.files(variant):
+            digest.update(f"{name} {sha256(path)}\n".encode())
         return digest.hexdigest()
 
 
@@ -120,76 +154,27 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def open_source(source: str, variant: str) -> Checkpoint:
+def open_source(source: str, variant: str, unet: Path | None = None) -> Checkpoint:
     """Find a checkpoint and check that a build can read it.
 
     Args:
         source: ``mini``, a diffusers folder, or a hub id such as ``owner/name`` (fetched into the hub's cache).
-        variant: original, assembled or condconv.
+        variant: the name of a recipe; with ``unet``, of any.
+        unet: the folder of the variant's UNet, where it is not in the source's.
 
     Raises:
         SourceError: unknown variant or source, a pickle, or a folder with parts missing.
     """
-    if variant not in VARIANTS:
+    if unet is None and variant not in VARIANTS:
         raise SourceError(f"unknown variant {variant!r}; choose from: {', '.join(VARIANTS)}")
-    path = MINI if source == "mini" else Path(source).expanduser()
-    if path.is_file() or path.suffix in {*_PICKLES, ".safetensors"}:
-        raise SourceError(_single_file(path))
-    if not path.is_dir():
-        path = _fetch(source)
-    checkpoint = Checkpoint(source, path)
-    for part in (*_PARTS, "tokenizer", "scheduler"):
-        _check_part(checkpoint, part)
-    return checkpoint
-
-
-def _single_file(path: Path) -> str:
-    if not path.exists():
-        return f"source {path}: no such file; give 'mini', a diffusers folder or a hub id"
-    convert = _CONVERT.format(path=path, folder=path.with_suffix(""))
-    if path.suffix in _PICKLES:
-        return f"source {path} is a pickle, which can run code when it is read; if you trust it, convert it once: {convert}"
-    return f"source {path} is a single file; convert it to a diffusers folder once: {convert}"
-
-
-def _check_part(checkpoint: Checkpoint, part: str) -> None:
-    folder = checkpoint.folder / part
-    if not folder.is_dir() or not any(folder.glob("*.json")):
-        raise SourceError(
-            f"source {checkpoint.name}: {folder} is missing; "
-            "a diffusers folder has unet, vae, text_encoder, tokenizer and scheduler"
-        )
-    if part in _PARTS and not any(folder.glob("*.safetensors")):
-        pickles = [path.name for path in folder.iterdir() if path.suffix in _PICKLES]
-        if pickles:
-            raise SourceError(
-                f"source {checkpoint.name}: {folder / pickles[0]} is a pickle, which can run code when it is read; "
-                f'if you trust it, convert it once: python -c "from diffusers import StableDiffusionPipeline as P; '
-                f"P.from_pretrained('{checkpoint.folder}').save_pretrained('{checkpoint.folder}-safetensors')\""
-            )
-        raise SourceError(f"source {checkpoint.name}: no .safetensors file in {folder}")
-
-
-def _fetch(source: str) -> Path:
-    """Fetch a hub repository's configurations and safetensors, or find them in the hub's cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    unknown = f"unknown source {source!r}: no such folder"
-    if source.count("/") != 1 or source.startswith((".", "/")):
-        raise SourceError(f"{unknown}; give 'mini', a diffusers folder, or a hub id such as owner/name")
-    patterns = [
-        "*/*.json",
-        "*/*.txt",
-        "*/diffusion_pytorch_model.safetensors",
-        "text_encoder/model.safetensors",
-        "model_index.json",
-    ]
+    if not is_variant(variant):
+        raise SourceError(f"variant {variant!r} is no name; write small letters, numbers and -, such as {', '.join(VARIANTS)}")
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise SourceError(
-            f"{unknown}, and the hub gave no repository of that name ({reason}); give 'mini', a diffusers folder, or a hub id; "
-            "a gated repository needs: hf auth login"
-        ) from error
+        folder = find_folder(source)
+        for part, weights in _PARTS.items():
+            check_part(source, folder, part, weights=weights)
+        if unet is not None:
+            check_part(source, unet.parent, unet.name)
+    except tuning.TuningError as error:
+        raise SourceError(str(error)) from error
+    return Checkpoint(source, folder, unet)

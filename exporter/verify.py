@@ -113,7 +113,7 @@ def verify(bundle: Bundle, engine: Engine, sizes: Sequence[tuple[int, int]] = ()
 
 def _load_reference(bundle: Bundle) -> _Reference:
     manifest = bundle.manifest
-    checkpoint = open_source(manifest.source, manifest.variant)
+    checkpoint = open_source(manifest.source, manifest.variant, None if manifest.unet is None else Path(manifest.unet))
     if checkpoint.fingerprint(manifest.variant) != manifest.source_sha256:
         raise BuildError(
             f"the weights of source {manifest.source} are not those that bundle {bundle.folder} was made from; "

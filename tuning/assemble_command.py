@@ -12,7 +12,7 @@ from torch import nn
 from engines.replacing import replacing
 from tuning.assembly import assemble
 from tuning.errors import TuningError
-from tuning.folder import save_part
+from tuning.folder import ASSEMBLY_NOTE, save_part, weights_sha256
 from tuning.kept import removed_units
 from tuning.recipes import Recipe, recipe
 from tuning.sources import open_unet
@@ -21,7 +21,6 @@ from tuning.units import unit_modules
 __all__ = ["PRECISIONS", "assemble_command", "check_place"]
 
 PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
-_NOTE = "assembly.json"
 
 
 def assemble_command(source: str, name: str, out: Path, precision: str, console: Console) -> None:
@@ -46,7 +45,8 @@ def assemble_command(source: str, name: str, out: Path, precision: str, console:
         for file in (folder / "unet").iterdir():
             file.rename(folder / file.name)
         (folder / "unet").rmdir()
-        (folder / _NOTE).write_text(json.dumps(note, indent=1) + "\n", "utf-8")
+        note["weights_sha256"] = weights_sha256(folder)
+        (folder / ASSEMBLY_NOTE).write_text(json.dumps(note, indent=1) + "\n", "utf-8")
     if table.row_count:
         console.print(table)
     numbers = f"{before / 1e6:.1f} M parameters before, {after / 1e6:.1f} M after ({after / before:.1%})"

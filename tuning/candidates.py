@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tuning.assembly import assemble
-from tuning.changes import KEY
+from tuning.changes import KEY, apply_changes, changes_of
 from tuning.errors import TuningError
 from tuning.kept import keep
 from tuning.recipes import Recipe
@@ -30,6 +30,7 @@ def skeleton(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     with torch.device("meta"):
         config = {key: value for key, value in unet.config.items() if key not in ("_use_default_values", KEY)}
         made: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
+        apply_changes(made, changes_of(unet))
     return made
 
 

@@ -14,10 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from engines.bundle import sha256
 from tuning.changes import KEY, Changes, apply_changes
 from tuning.errors import TuningError
 
-__all__ = ["load_unet", "save_part", "unet_from"]
+__all__ = ["ASSEMBLY_NOTE", "load_unet", "only_assembled", "save_part", "unet_from", "weights_sha256"]
+
+ASSEMBLY_NOTE = "assembly.json"
+"""What assembly leaves beside the weights: from what and by which recipe they were taken, and their hash."""
 
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -54,6 +58,20 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
         reason = str(error).splitlines()[-1].strip()
         raise TuningError(f"{folder}: the weights are not those of its config.json ({reason}); get both again") from error
     return unet.float().eval()
+
+
+def weights_sha256(folder: Path) -> list[str]:
+    """Hashes of the safetensors in a model's folder."""
+    return [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+
+
+def only_assembled(folder: Path) -> bool:
+    """Whether a UNet's folder still holds what assembly wrote: nothing has been trained since."""
+    try:
+        note = json.loads((folder / ASSEMBLY_NOTE).read_text())
+        return bool(note["weights_sha256"] == weights_sha256(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def unet_from(path: Path) -> UNet2DConditionModel:

@@ -67,7 +67,12 @@ def test_build_prints_progress_and_a_table(
 
 
 WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
-    (["--variant", "smaller"], ["unknown variant 'smaller'; choose from: original, assembled, condconv"]),
+    (
+        ["--variant", "smaller"],
+        ["unknown variant 'smaller'; choose from: original, assembled, bk-base, bk-small, bk-tiny, condconv"],
+    ),
+    (["--unet", "nowhere"], ["nowhere is missing"]),
+    (["--variant", "../x", "--unet", "nowhere"], ["variant '../x' is no name"]),
     (["--source", "nowhere"], ["unknown source 'nowhere': no such folder; give 'mini', a diffusers folder, or a hub id"]),
     (["--source", "./nowhere/at/all"], ["unknown source './nowhere/at/all'"]),
     (["--source", "nobody/no-such-model"], ["unknown source 'nobody/no-such-model'", "hub"]),
