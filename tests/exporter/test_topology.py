@@ -8,13 +8,24 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+import tuning
 from engines.manifest import Feature
 from exporter import SourceError, topology
 from exporter.measure import measure
 from exporter.topology import block_of, depth_factor
 from exporter.units import unit_module
 from tests.reference import MINI
-from tests.unets import SD15, TOPOLOGIES, small_unet, unet_inputs
+from tests.unets import (
+    SD15,
+    TEXT_WIDTH,
+    TOKENS,
+    TOPOLOGIES,
+    manifest_of,
+    relative_error,
+    segment_module,
+    small_unet,
+    unet_inputs,
+)
 
 
 def meta_unet(config: dict[str, Any]) -> UNet2DConditionModel:
@@ -140,6 +151,26 @@ def test_a_mid_block_without_attention() -> None:
     inputs = inputs_of(unet)
     assert [name for name in inputs if name.startswith("mid")] == ["mid.layer.0.resnet"]
     assert inputs["mid.layer.0.resnet"] == ("down.1.layer.0.resnet", "time")
+
+
+def test_layers_that_lost_their_attention_alone() -> None:
+    gone = ("down.0.layer.1.attention", "mid.layer.0.attention", "up.1.layer.0.attention")
+    unet = tuning.assemble(small_unet("uneven"), tuning.Recipe(name="bare", remove=gone))
+    inputs = inputs_of(unet)
+    assert not set(gone) & set(inputs)
+    assert inputs["down.0.sampler"] == ("down.0.layer.1.resnet",)
+    assert inputs["mid.layer.1.resnet"] == ("mid.layer.0.resnet", "time")
+    assert inputs["up.1.layer.1.resnet"] == ("up.1.layer.0.resnet", "down.0.sampler", "time")
+    assert inputs["up.2.layer.0.resnet"] == ("up.1.sampler", "down.0.layer.1.resnet", "time")
+    manifest = manifest_of(unet)
+    given = torch.randn(2, 4, 8, 8), torch.tensor([500.0]), torch.randn(2, TOKENS, TEXT_WIDTH)
+    features = dict(zip(("sample", "timestep", "text_encoder"), given, strict=True))
+    with torch.no_grad():
+        for segment in manifest.segments:
+            made = segment_module(unet, manifest, segment)(*(features[name] for name in segment.inputs))
+            features |= dict(zip(segment.outputs, made, strict=True))
+        expected = unet(given[0], given[1], given[2]).sample
+    assert relative_error(features["head"], expected) < 1e-5, "the order of sums aside"
 
 
 @pytest.mark.parametrize("model", list(TOPOLOGIES))

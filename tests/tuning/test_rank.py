@@ -1,0 +1,226 @@
+"""``python -m tuning rank``: every removal that fits is measured, and the cheapest for the time goes first."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+import tuning
+from tests.commands import Command, assert_refused, command
+from tests.sources import save_source
+from tests.unets import small_unet as unet_of
+from tuning import Recipe, TuningError
+from tuning.__main__ import main
+from tuning.candidates import Candidate, candidates, gone_units, recipe_of, skeleton
+from tuning.rank import NOTHING, Errors, check_names, choose, rank
+from tuning.sources import UNetSource
+from tuning.timing import UnitTimes, random_inputs, time_together, time_units
+from tuning.trajectories import Points, trajectories
+
+QUICK = ("--rounds", "1", "--prompts", "2", "--steps", "2")
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.setenv("COLUMNS", "200")
+    return command(main, capfd, monkeypatch)
+
+
+@pytest.fixture
+def two_stages() -> UNet2DConditionModel:
+    return unet_of("two stages", layers_per_block=2)
+
+
+def points(unet: UNet2DConditionModel, count: int = 3) -> Points:
+    latents, _, states = random_inputs(unet, 8, count, tokens=5)
+    return Points(latents, torch.linspace(0, 999, count), states, True)
+
+
+def times(unet: UNet2DConditionModel, **dear: float) -> UnitTimes:
+    """Every unit takes a hundredth of the time, but those named (with _ for .)."""
+    shares = {unit: dear.get(unit.replace(".", "_"), 0.01) for unit in tuning.unit_modules(unet)}
+    return UnitTimes(shares, dict.fromkeys(shares, 0.001), 1.0, 0.0, 1)
+
+
+def silence(unet: UNet2DConditionModel, unit: str) -> None:
+    """Makes an attention add nothing."""
+    for weights in unet.get_submodule(tuning.unit_modules(unet)[unit]).proj_out.parameters():
+        nn.init.zeros_(weights)
+
+
+def test_candidates_are_what_assembly_accepts(two_stages: UNet2DConditionModel) -> None:
+    found = {candidate.name: candidate for candidate in candidates(two_stages)}
+    attentions = [unit for unit in tuning.unit_modules(two_stages) if unit.endswith(".attention")]
+    pairs = [f"down.0.layer.{i} + up.1.layer.{j}" for i in range(2) for j in (1, 2)]
+    # The innermost stage is wider, so nothing else takes what it made: it stays, and so does the first layer on its way down.
+    pairs += [f"down.1.layer.1 + up.0.layer.{j}" for j in range(2)]
+    assert set(found) == {"mid", *attentions, *pairs}
+    assert found["down.0.layer.1 + up.1.layer.1"].units == {
+        "down.0.layer.1.resnet", "down.0.layer.1.attention", "up.1.layer.1.resnet", "up.1.layer.1.attention",
+    }  # fmt: skip
+    for candidate in found.values():
+        tuning.assemble(two_stages, recipe_of(candidate.remove))
+
+
+def test_the_innermost_stage_takes_the_sampler_before_it_along(small_unet: UNet2DConditionModel) -> None:
+    bare = skeleton(small_unet)
+    assert next(bare.parameters()).is_meta
+    gone = gone_units(bare, recipe_of(("down.3", "up.0")))
+    assert {unit for unit in gone if unit.endswith(".sampler")} == {"down.2.sampler", "up.0.sampler"}
+    assert len(gone) == 2 + 2 + 3
+
+
+def test_a_recipe_names_each_thing_once() -> None:
+    remove = ("up.1.layer.1", "down.0.layer.1.attention", "mid", "down.0.layer.1", "down.0.layer.0.attention", "mid")
+    assert recipe_of(remove).remove == ("down.0.layer.0.attention", "down.0.layer.1", "mid", "up.1.layer.1")
+
+
+def test_units_are_timed_within_the_whole(two_stages: UNet2DConditionModel) -> None:
+    inputs = random_inputs(two_stages, 8, 1, tokens=5)
+    ticks: list[None] = []
+    found = time_units(two_stages, inputs, 3, lambda: ticks.append(None))
+    assert len(ticks) == 4
+    assert set(found.shares) == set(tuning.unit_modules(two_stages))
+    assert all(share > 0 for share in found.shares.values())
+    assert 0.3 < sum(found.shares.values()) <= 1
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in two_stages.modules()), "hooks are gone"
+    slow = unet_of("two stages", layers_per_block=8)
+    quick, slower = time_together([two_stages, slow], random_inputs(two_stages, 16, 1, tokens=5), 5)
+    assert 0 < quick < slower
+
+
+def test_errors_are_shares_of_the_predictions_mean_square(two_stages: UNet2DConditionModel) -> None:
+    silence(two_stages, "down.0.layer.1.attention")
+    given = points(two_stages)
+    errors = Errors(two_stages, given)
+    assert errors.of(Recipe(name="same")) == 0
+    assert errors.of(recipe_of(("down.0.layer.1.attention",))) < 1e-10
+    without = tuning.assemble(two_stages, recipe_of(("mid",)))
+    with torch.no_grad():
+        whole, less = (u(given.latents, given.timesteps, given.states).sample for u in (two_stages, without))
+    assert errors.of(recipe_of(("mid",))) == pytest.approx(float((whole - less).square().sum() / whole.square().sum()), rel=1e-4)
+
+
+def test_the_least_error_for_the_time_comes_first(two_stages: UNet2DConditionModel) -> None:
+    silence(two_stages, "down.0.layer.0.attention")
+    silence(two_stages, "down.0.layer.1.attention")
+    found = [
+        c for c in candidates(two_stages) if c.name.startswith("down.0") and c.name.endswith("attention") and "+" not in c.name
+    ]
+    assert len(found) == 2
+    dear = times(two_stages, down_0_layer_1_attention=0.2)
+    ranked = rank(found, Errors(two_stages, points(two_stages)), dear)
+    assert [each.candidate.name for each in ranked] == ["down.0.layer.1.attention", "down.0.layer.0.attention"]
+    assert [each.share for each in ranked] == [0.2, 0.01]
+    assert ranked[0].price == NOTHING / 0.2
+
+
+def test_choosing_goes_on_until_the_unet_is_fast_enough(two_stages: UNet2DConditionModel) -> None:
+    for unit in ("down.0.layer.0.attention", "down.0.layer.1.attention"):
+        silence(two_stages, unit)
+    found, errors = candidates(two_stages), Errors(two_stages, points(two_stages))
+    dear = times(two_stages, down_0_layer_0_attention=0.1, down_0_layer_1_attention=0.15)
+    chosen = choose(two_stages, found, errors, dear, 1.3)
+    assert [step.name for step in chosen] == ["down.0.layer.1.attention", "down.0.layer.0.attention"]
+    assert [step.speedup for step in chosen] == [pytest.approx(1 / 0.85), pytest.approx(1 / 0.75)]
+    assert chosen[-1].error < 1e-10
+
+
+def test_errors_are_measured_anew_after_each_removal(two_stages: UNet2DConditionModel) -> None:
+    found, errors = candidates(two_stages), Errors(two_stages, points(two_stages))
+    chosen = choose(two_stages, found, errors, times(two_stages), 1.1)
+    assert len(chosen) > 2
+    taken: tuple[str, ...] = ()
+    for step in chosen:
+        taken += step.remove
+        assert step.error == pytest.approx(errors.of(recipe_of(taken)), rel=1e-3, abs=1e-9)
+    recipe = recipe_of(taken)
+    share = 0.01 * len(gone_units(skeleton(two_stages), recipe))
+    assert chosen[-1].speedup == pytest.approx(1 / (1 - share))
+    assert chosen[-1].speedup >= 1.1 > chosen[-2].speedup
+
+
+def test_a_speed_up_out_of_reach(two_stages: UNet2DConditionModel) -> None:
+    found, errors = candidates(two_stages)[:2], Errors(two_stages, points(two_stages))
+    with pytest.raises(TuningError, match=r"speed-up 9: all that can go makes the UNet 1\.\d+ times as fast; ask for less"):
+        choose(two_stages, found, errors, times(two_stages), 9)
+
+
+def test_trajectories_end_where_pictures_do(two_stages: UNet2DConditionModel, tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source", two_stages)
+    given = trajectories(UNetSource("s", source / "unet", source), two_stages, prompts=2, steps=3, guidance=2.0, side=8)
+    assert given.has_text
+    assert given.latents.shape == (6, 4, 8, 8)
+    assert given.timesteps.tolist() == sorted(given.timesteps.tolist(), reverse=True)
+    assert len(set(given.timesteps.tolist())) == 3
+    assert given.states.shape == (6, 32, 16)
+    assert torch.equal(given.states[:2], given.states[2:4])
+    assert not torch.equal(given.states[0], given.states[1])
+    again = trajectories(UNetSource("s", source / "unet", source), two_stages, prompts=2, steps=3, guidance=2.0, side=8)
+    assert torch.allclose(again.latents, given.latents, atol=1e-5)
+
+
+def test_the_command(run: Command, two_stages: UNet2DConditionModel, tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source", two_stages)
+    out = tmp_path / "out"
+    done = run("rank", "--source", source, "--speedup", "1.05", "--out", out, *QUICK)
+    assert (done.code, done.err) == (0, [])
+    assert {path.name for path in out.iterdir()} == {"rank.json", "rank.png", "assembled.json"}
+    recipe = tuning.recipe(str(out / "assembled.json"))
+    assert recipe.name == "assembled"
+    tuning.assemble(two_stages, recipe)
+    record = json.loads((out / "rank.json").read_text())
+    assert len(record["candidates"]) == len(candidates(two_stages))
+    assert record["recipe"]["remove"] == list(recipe.remove)
+    assert record["selection"][-1]["speedup"] >= 1.05
+    assert record["text"] == "text encoder"
+    assert record["threads"] == torch.get_num_threads()
+    assert record["command"].startswith(f"python -m tuning rank --source {source} ")
+    assert (out / "rank.png").read_bytes().startswith(b"\x89PNG")
+    text = "\n".join(done.out)
+    for words in ("share of time", "mid.layer.0.attention", "measured, torch on the CPU", "recipe assembled: remove "):
+        assert words in text
+
+
+def test_a_source_that_is_only_a_unet_and_times_of_another(
+    run: Command, two_stages: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    two_stages.save_pretrained(tmp_path / "unet")
+    config = tmp_path / "unet" / "config.json"
+    arguments = ("rank", "--source", tmp_path / "unet", "--times", f"random:{config}", "--speedup", "1.02")
+    done = run(*arguments, "--out", tmp_path / "out", *QUICK)
+    assert done.code == 0
+    assert any("has no text encoder: errors are for random text states" in line for line in done.out)
+    assert json.loads((tmp_path / "out" / "rank.json").read_text())["text"] == "random states"
+    unet_of("no mid").save_pretrained(tmp_path / "other")
+    other = ("--times", tmp_path / "other", "--out", tmp_path / "none")
+    assert_refused(run("rank", "--source", tmp_path / "unet", *other, *QUICK), "which", "has: times of one UNet hold")
+    assert not (tmp_path / "none").exists()
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["--speedup", "1"], "speed-up 1: must be more than 1"),
+    (["--speedup", "fast"], "invalid float value: 'fast'"),
+    (["--speedup", "50"], "ask for less"),
+    (["--rounds", "0"], "rounds 0: must be 1 or more"),
+    (["--latents", "9"], "latents 9: this UNet needs a multiple of 2"),
+    (["--source", "nowhere"], "unknown source 'nowhere'"),
+    (["--times", "random:sd9"], "random:sd9: no such configuration"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), MISTAKES, ids=lambda given: " ".join(given) if isinstance(given, list) else "")
+def test_mistakes(run: Command, two_stages: UNet2DConditionModel, tmp_path: Path, options: list[str], says: str) -> None:
+    two_stages.save_pretrained(tmp_path / "unet")
+    source = [] if "--source" in options else ["--source", tmp_path / "unet"]
+    assert_refused(run("rank", *source, "--out", tmp_path / "out", *QUICK, *options), says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_must_agree() -> None:
+    found = [Candidate("mid", ("mid",), frozenset({"mid.layer.0.resnet"}))]
+    with pytest.raises(TuningError, match="b has no mid.layer.0.resnet, which a has"):
+        check_names(found, UnitTimes({}, {}, 1.0, 0.0, 1), "a", "b")
