@@ -1,16 +1,19 @@
 """`python -m benchmarks.plans`: what plans cost and what they do to pictures, for the embedded model.
 
-For each plan: MACs and UNet time relative to `full` on one bundle that is cut for all of them, the share of held-back prompts
-that the picture shows (by the rule reader), and PSNR and SSIM to the pictures that `full` makes from the same noise. Times are
-taken in turns, plan after plan, and the median of the ratios to `full` counts. Writes a CSV, a JSON beside it and a plot.
+For each plan: MACs and UNet time relative to `full`, as they were on one bundle that is cut for all of them; the share of
+held-back prompts that the picture shows (by the rule reader); and PSNR and SSIM to the pictures that `full` makes from the same
+noise. Times are taken in turns, plan after plan, and the median of the ratios to `full` counts. Writes a CSV, a JSON beside it, a
+plot and a grid of pictures. A run that was broken off goes on where it was: what it has measured is kept in --work until then.
 """
 
 import argparse
 import csv
 import json
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +25,15 @@ from rich.table import Table
 
 import runtime
 from benchmarks.attributes import measure
+from benchmarks.gallery import draw
 from benchmarks.machine import machine
+from benchmarks.plans_plot import front, plot
+from engines import UserError
 from engines.command import run_command
-from runtime.cost import relative_macs
-from runtime.schedulers import make_scheduler
+from runtime.cost import macs_of
 from tuning.mini.scenes import held_back_prompts
 
-__all__ = ["PLANS", "front", "main"]
+__all__ = ["GRID", "PLANS", "Kept", "costs", "likeness", "main"]
 
 PLANS = (
     "full", "block:2", "block:3", "block:4", "block:6", "layer:2", "layer:3", "layer:5", "deepcache:2", "deepcache:3",
@@ -36,78 +41,95 @@ PLANS = (
     "adaptive:0.1", "adaptive:0.2", "switch:0.4", "switch:0.7", "switch:0.4+block:3", "switch:0.7+block:3", "switch:0.4+layer:3",
     "switch:0.7+deepcache:3", "block:3+unit:2",
 )  # fmt: skip
+GRID = ("full", "block:3", "layer:3", "deepcache:3", "unit:3", "encoder:faster", "switch:0.4", "switch:0.4+block:3")
 COLUMNS = ("plan", "macs", "time", "time_low", "time_high", "accuracy", "psnr", "ssim")
+PROMPT = "a red star on a blue background"
+"""Of the pictures that are timed."""
+_GRID_COLUMNS = 8
+
+PlanRow = dict[str, Any]
 
 
-def times(pipeline: runtime.Pipeline, plans: Sequence[str], steps: int, guidance: float, rounds: int) -> dict[str, list[float]]:
-    """UNet seconds of each plan as a ratio to `full` of the same round; plans take turns."""
-    ratios: dict[str, list[float]] = {plan: [] for plan in plans}
-    for number in range(rounds + 1):
-        seconds = {}
-        for plan in ("full", *plans):
-            made = pipeline.generate(
-                "a red star on a blue background", steps=steps, guidance_scale=guidance, seed=number, plan=plan
-            )
-            seconds[plan] = sum(record.seconds for record in made.steps)
-        if number:  # the first round warms up
-            for plan in plans:
-                ratios[plan].append(seconds[plan] / seconds["full"])
-    return ratios
+class Kept:
+    """A folder with what a run has measured so far: JSON lines by name, and arrays of pictures.
+
+    Raises:
+        UserError: the folder holds a run with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
+        self.folder = folder
+        wanted, path = json.loads(json.dumps(settings)), folder / "settings.json"
+        if path.exists() and json.loads(path.read_text()) != wanted:
+            raise UserError(f"{folder} holds a run with other settings; go on with those, remove it, or choose another --work")
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=2) + "\n")
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """What was added under a name; a last line that was cut off does not count."""
+        path = self.folder / f"{name}.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def add(self, name: str, line: Mapping[str, object]) -> None:
+        """Add a line; the file takes the old one's place whole."""
+        path = self.folder / f"{name}.jsonl"
+        temporary = path.with_suffix(".part")
+        temporary.write_text("".join(json.dumps(each) + "\n" for each in [*self.lines(name), line]))
+        temporary.replace(path)
+
+    def pictures(self, plan: str) -> list[Image.Image]:
+        """What ``put`` kept."""
+        return [Image.fromarray(array) for array in np.load(self._array(plan))]
+
+    def put(self, plan: str, pictures: Sequence[Image.Image]) -> None:
+        """Keep pictures of a plan."""
+        np.save(self._array(plan), np.stack([np.asarray(picture) for picture in pictures]))
+
+    def _array(self, plan: str) -> Path:
+        return self.folder / f"{plan.replace(':', '-')}.npy"
 
 
-def likeness(pictures: Sequence[Image.Image], reference: Sequence[Image.Image]) -> tuple[float, float]:
-    """Mean PSNR in dB (over those that differ at all) and mean SSIM."""
+def costs(pipeline: runtime.Pipeline, plans: Sequence[str], options: argparse.Namespace, kept: Kept) -> dict[str, PlanRow]:
+    """MACs and UNet time of each plan relative to `full`, as they were: plans take turns, and ratios are of the same round."""
+    have = len(kept.lines("rounds"))
+    for number in track(range(have, options.rounds), "rounds of timing"):
+        # The first round of a process warms up.
+        for _ in range(2 if number == have else 1):
+            figures = {plan: _cost(pipeline, plan, number, options) for plan in plans}
+        kept.add("rounds", figures)
+    found = {}
+    for plan in plans:
+        macs, ratios = ([line[plan][i] / line["full"][i] for line in kept.lines("rounds")] for i in (0, 1))
+        spread = {"time": statistics.median(ratios), "time_low": min(ratios), "time_high": max(ratios)}
+        found[plan] = {name: round(value, 3) for name, value in {"macs": statistics.mean(macs), **spread}.items()}
+    return found
+
+
+def _cost(pipeline: runtime.Pipeline, plan: str, seed: int, options: argparse.Namespace) -> tuple[int, float]:
+    """MACs of one row, and seconds, of a picture's UNet calls."""
+    made = pipeline.generate(PROMPT, steps=options.steps, guidance_scale=options.guidance, seed=seed, plan=plan)
+    macs = sum(macs_of(pipeline.networks[record.unet].manifest, record.ran) for record in made.steps)
+    return macs, sum(record.seconds for record in made.steps)
+
+
+def likeness(pictures: Sequence[Image.Image], reference: Sequence[Image.Image]) -> tuple[float | None, float]:
+    """Mean PSNR in dB over the pictures that differ at all (None where none does), and mean SSIM."""
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     one, other = (
         torch.from_numpy(np.stack([np.asarray(p) for p in some])).permute(0, 3, 1, 2) / 255 for some in (pictures, reference)
     )
     if torch.equal(one, other):
-        return float("inf"), 1.0
+        return None, 1.0
     psnr = peak_signal_noise_ratio(one, other, data_range=1.0, dim=(1, 2, 3), reduction="none")
     ssim = structural_similarity_index_measure(one, other, data_range=1.0)
     assert isinstance(ssim, torch.Tensor)  # a tuple only where the full picture is asked for
-    return float(psnr[torch.isfinite(psnr)].mean()), float(ssim)
+    return round(float(psnr[torch.isfinite(psnr)].mean()), 2), round(float(ssim), 4)
 
 
-def front(rows: Sequence[Mapping[str, float | str]]) -> list[str]:
-    """Names of the plans that no other plan beats in both time and accuracy."""
-    better = sorted(rows, key=lambda row: (float(row["time"]), -float(row["accuracy"])))
-    names, best = [], -1.0
-    for row in better:
-        if float(row["accuracy"]) > best:
-            names.append(str(row["plan"]))
-            best = float(row["accuracy"])
-    return names
-
-
-def _plot(rows: Sequence[Mapping[str, float | str]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    best = front(rows)
-    figure, axis = pyplot.subplots(figsize=(9, 5.5))
-    for row in rows:
-        x, y, on_front = 1 / float(row["time"]), 100 * float(row["accuracy"]), row["plan"] in best
-        axis.scatter(x, y, s=36 if on_front else 18, color="#c8553d" if on_front else "#8a9ba8", zorder=3 if on_front else 2)
-        axis.annotate(str(row["plan"]), (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    line = [(1 / float(row["time"]), 100 * float(row["accuracy"])) for row in rows if row["plan"] in best]
-    axis.plot(*zip(*sorted(line), strict=True), color="#c8553d", linewidth=1, zorder=1)
-    axis.set_xlabel("UNet speed relative to full")
-    axis.set_ylabel("held-back prompts shown, %")
-    axis.grid(alpha=0.3)
-    axis.set_title("Plans on the embedded model; the Pareto front in red", fontsize=10)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-
-
-def _row(
-    pipeline: runtime.Pipeline, plan: str, options: argparse.Namespace, ratios: list[float]
-) -> tuple[dict[str, float | str], list[Image.Image]]:
-    timesteps = make_scheduler("dpm++", pipeline.bundle.folder / "scheduler", options.steps).timesteps.tolist()
-    schedule = pipeline.schedule(runtime.find_plan(plan), timesteps)
+def _quality(plan: str, options: argparse.Namespace, kept: Kept) -> PlanRow:
+    """What a plan's pictures are worth; the first of them (of `full`, all) are kept."""
     figures, pictures, _ = measure(
         options.bundle,
         plan,
@@ -116,64 +138,81 @@ def _row(
         guidance=options.guidance,
         engine="onnxruntime",
     )
-    row: dict[str, float | str] = {
-        "plan": plan,
-        "macs": round(relative_macs(schedule, "original"), 3),
-        "time": round(statistics.median(ratios), 3),
-        "time_low": round(min(ratios), 3),
-        "time_high": round(max(ratios), 3),
-        "accuracy": round(figures["rules"]["all"], 4),
-    }
-    return row, pictures
+    kept.put(plan, pictures if plan == "full" else pictures[:_GRID_COLUMNS])
+    psnr, ssim = likeness(pictures, kept.pictures("full"))
+    return {"plan": plan, "accuracy": round(figures["rules"]["all"], 4), "psnr": psnr, "ssim": ssim}
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Measure every plan; raises UserError where the bundle is missing or cannot run one."""
+def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plans", description=__doc__)
     parser.add_argument(
         "--bundle", type=Path, default=Path("bundles/plans/original"), help="cut for all plans, as make plans builds it"
     )
-    parser.add_argument("--count", type=int, default=500, help="prompts (default: 500)")
-    parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: 20)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="default: 3")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing (default: 7)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plans.csv"))
-    parser.add_argument("--plot", type=Path, default=Path("docs/plans.png"))
+    parser.add_argument("--count", type=int, default=500, help="prompts, 8 or more (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plans.csv"), help="default: %(default)s")
+    parser.add_argument("--plot", type=Path, default=Path("docs/plans.png"), help="default: %(default)s")
+    parser.add_argument("--grid", type=Path, default=Path("docs/plans_grid.png"), help="default: %(default)s")
+    parser.add_argument("--work", type=Path, default=Path("runs/plans"), help="where a run is kept until it is done")
     options = parser.parse_args(arguments)
+    if options.count < _GRID_COLUMNS or options.rounds < 1:
+        raise UserError(f"--count {options.count} --rounds {options.rounds}: choose {_GRID_COLUMNS} or more, and 1 or more")
+    return options
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure every plan; raises UserError where the bundle is missing or cannot run one."""
+    options = _arguments(arguments)
     pipeline = runtime.load(options.bundle)
-    ratios = times(pipeline, PLANS, options.steps, options.guidance, options.rounds)
-    rows, reference = [], None
-    for plan in track(PLANS, "plans"):
-        row, pictures = _row(pipeline, plan, options, ratios[plan])
-        reference = reference or pictures
-        psnr, ssim = likeness(pictures, reference)
-        rows.append(row | {"psnr": round(psnr, 2), "ssim": round(ssim, 4)})
-    _write(rows, options)
+    for plan in PLANS:  # refused now rather than after an hour; this loads the bundles to switch to
+        pipeline.schedule(runtime.find_plan(plan), [1000 * (1 - step / options.steps) for step in range(options.steps)])
+    settings = {
+        "prompts": options.count, "steps": options.steps, "scheduler": "dpm++", "guidance": options.guidance, "dtype": "float32",
+        "engine": "onnxruntime", "rounds": options.rounds,
+    }  # fmt: skip
+    bundles = {name: network.manifest.key for name, network in pipeline.networks.items()}
+    kept = Kept(options.work, settings | {"bundles": bundles, "plans": PLANS})
+    found = costs(pipeline, PLANS, options, kept)
+    done = {row["plan"] for row in kept.lines("plans")}
+    for plan in track([plan for plan in PLANS if plan not in done], "plans"):
+        kept.add("plans", _quality(plan, options, kept))
+    rows = [row | found[row["plan"]] for row in kept.lines("plans")]
+    _write(rows, settings, options)
+    _draw_grid(rows, kept, options)
+    _show(rows, options)
+    shutil.rmtree(options.work)
 
 
-def _write(rows: Sequence[Mapping[str, float | str]], options: argparse.Namespace) -> None:
+def _write(rows: Sequence[PlanRow], settings: Mapping[str, object], options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    settings = {
-        "prompts": options.count,
-        "steps": options.steps,
-        "scheduler": "dpm++",
-        "guidance": options.guidance,
-        "dtype": "float32",
-    }
-    settings |= {"engine": "onnxruntime", "rounds": options.rounds, "front": front(rows)}
-    options.out.with_suffix(".json").write_text(json.dumps({"settings": settings} | machine(), indent=2) + "\n")
+    fronts = {f"front by {measure}": front(rows, measure) for measure in ("accuracy", "psnr")}
+    options.out.with_suffix(".json").write_text(json.dumps({"settings": settings} | fronts | machine(), indent=2) + "\n")
     options.plot.parent.mkdir(parents=True, exist_ok=True)
-    _plot(rows, options.plot)
+    plot(rows, f"{options.count} held-back prompts, {options.steps} steps of DPM++, embedded model", options.plot)
+
+
+def _draw_grid(rows: Sequence[PlanRow], kept: Kept, options: argparse.Namespace) -> None:
+    options.grid.parent.mkdir(parents=True, exist_ok=True)
+    speeds = {row["plan"]: 1 / row["time"] for row in rows}
+    names = {plan: f"{plan.replace('+', '+' + chr(10))}\n{speeds[plan]:.2f} times" for plan in GRID}
+    draw([(names[plan], kept.pictures(plan)[:_GRID_COLUMNS]) for plan in GRID], held_back_prompts(_GRID_COLUMNS), options.grid)
+
+
+def _show(rows: Sequence[PlanRow], options: argparse.Namespace) -> None:
     table = Table(*COLUMNS, title=f"{options.count} prompts, {options.steps} steps of DPM++", box=SIMPLE)
     for row in rows:
-        table.add_row(*(str(row[column]) for column in COLUMNS))
-    console = Console()
+        table.add_row(*("-" if row[column] is None else str(row[column]) for column in COLUMNS))
+    console = Console(highlight=False, width=130)
     console.print(table)
-    console.print(f"Pareto front: {', '.join(front(rows))}; wrote {options.out} and {options.plot}", highlight=False)
+    for measured in ("accuracy", "psnr"):
+        console.print(f"Pareto front by {measured}: {', '.join(front(rows, measured))}")
+    console.print(f"wrote {options.out}, {options.out.with_suffix('.json')}, {options.plot} and {options.grid}")
 
 
 if __name__ == "__main__":
