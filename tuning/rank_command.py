@@ -20,7 +20,7 @@ from tuning.errors import TuningError
 from tuning.rank import Chosen, Errors, Ranked, check_names, choose, rank
 from tuning.recipes import Recipe
 from tuning.sources import RANDOM, open_unet
-from tuning.timing import UnitTimes, random_inputs, time_together, time_units
+from tuning.timing import UnitTimes, clock, random_inputs, time_together, time_units
 from tuning.trajectories import Points, trajectories
 
 __all__ = ["RankOptions", "rank_command"]
@@ -163,18 +163,25 @@ def _title(options: RankOptions, result: Result) -> str:
     )
 
 
+def _command(options: RankOptions) -> str:
+    """What was run, as far as it is not the default."""
+    plain = asdict(RankOptions())
+    given = [f"--{key} {value}" for key, value in asdict(options).items() if value != plain[key] or key == "source"]
+    return " ".join(["python -m tuning rank", *(words for words in given if not words.startswith("--out "))])
+
+
 def _record(options: RankOptions, result: Result) -> dict[str, Any]:
     """Everything measured, with what it was measured on."""
     given = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items() if key != "out"}
     times = result.times
     return {
-        "command": f"python -m tuning rank --source {options.source} --times {options.times or options.source} "
-        f"--speedup {options.speedup:g}",
+        "command": _command(options),
         "options": given | {"latents": result.side},
         "text": "text encoder" if result.points.has_text else "random states",
         "points": len(result.points),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "threads": torch.get_num_threads(),
+        "clock": clock().__name__,
         "versions": {name: version(name) for name in ("torch", "diffusers", "unet-heirloom")},
         "dtype": "float32",
         "seconds": times.seconds,

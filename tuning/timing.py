@@ -1,4 +1,8 @@
-"""How long a UNet's units take on this machine's processor, by hooks on their modules."""
+"""How long a UNet's units take on this machine's processor, by hooks on their modules.
+
+With one thread (OMP_NUM_THREADS=1) seconds are the process's own, so that other programs on the machine don't count; with more
+they are those of the clock on the wall.
+"""
 
 import statistics
 import time
@@ -13,7 +17,7 @@ from torch import Tensor, nn
 
 from tuning.units import unit_modules
 
-__all__ = ["UnitTimes", "random_inputs", "time_together", "time_units"]
+__all__ = ["UnitTimes", "clock", "random_inputs", "time_together", "time_units"]
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Tick = Callable[[], None]
@@ -31,6 +35,11 @@ class UnitTimes:
     seconds: float
     seconds_spread: float
     rounds: int
+
+
+def clock() -> Callable[[], float]:
+    """What seconds are read from."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def random_inputs(unet: UNet2DConditionModel, side: int, rows: int, tokens: int = 77) -> Inputs:
@@ -60,23 +69,24 @@ def time_units(unet: UNet2DConditionModel, inputs: Inputs, rounds: int, tick: Ti
 def _round(unet: UNet2DConditionModel, inputs: Inputs) -> tuple[float, dict[str, float]]:
     """Seconds of one forward pass, and of each unit in it."""
     units: dict[str, float] = {}
+    now = clock()
     with ExitStack() as stack:
         for name, path in unit_modules(unet).items():
             module = unet.get_submodule(path)
-            before, after = _hooks(name, units)
+            before, after = _hooks(name, units, now)
             stack.callback(module.register_forward_pre_hook(before).remove)
             stack.callback(module.register_forward_hook(after).remove)
-        start = time.perf_counter()
+        start = now()
         unet(*inputs)
-        return time.perf_counter() - start, units
+        return now() - start, units
 
 
-def _hooks(name: str, units: dict[str, float]) -> tuple[Callable[..., None], Callable[..., None]]:
+def _hooks(name: str, units: dict[str, float], now: Callable[[], float]) -> tuple[Callable[..., None], Callable[..., None]]:
     def before(_module: nn.Module, _inputs: Any) -> None:
-        units[name] = -time.perf_counter()
+        units[name] = -now()
 
     def after(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        units[name] += time.perf_counter()
+        units[name] += now()
 
     return before, after
 
@@ -85,11 +95,12 @@ def _hooks(name: str, units: dict[str, float]) -> tuple[Callable[..., None], Cal
 def time_together(unets: Sequence[UNet2DConditionModel], inputs: Inputs, rounds: int, tick: Tick = lambda: None) -> list[float]:
     """Seconds of each UNet on the same inputs, medians over rounds in which they take turns, after one that does not count."""
     taken: list[list[float]] = [[] for _ in unets]
+    now = clock()
     for _ in range(rounds + 1):
         for unet, seconds in zip(unets, taken, strict=True):
-            start = time.perf_counter()
+            start = now()
             unet(*inputs)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now() - start)
         tick()
     return [statistics.median(seconds[1:]) for seconds in taken]
 

@@ -178,7 +178,8 @@ def test_the_command(run: Command, two_stages: UNet2DConditionModel, tmp_path: P
     assert record["selection"][-1]["speedup"] >= 1.05
     assert record["text"] == "text encoder"
     assert record["threads"] == torch.get_num_threads()
-    assert record["command"].startswith(f"python -m tuning rank --source {source} ")
+    assert record["command"].startswith(f"python -m tuning rank --source {source} --speedup 1.05 --rounds 1 ")
+    assert record["clock"] == "process_time", "tests run with one thread"
     assert (out / "rank.png").read_bytes().startswith(b"\x89PNG")
     text = "\n".join(done.out)
     for words in ("share of time", "mid.layer.0.attention", "measured, torch on the CPU", "recipe assembled: remove "):
