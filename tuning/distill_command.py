@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,8 @@ class _Run:
         self.options, self.workers = options, workers
         self.folder: Path = options.work or options.out / "training"
         _check_out(options)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise TuningError("drawing curves needs matplotlib; install it with: pip install unet-heirloom[train]")
         remember(options, self.folder, workers.count, write=False)
         torch.manual_seed(options.seed)
         self.teacher = Teacher.load(options.teacher)
