@@ -54,6 +54,15 @@ def test_it_starts_as_the_assembled_unet_bit_for_bit(
         assert torch.allclose(trained, plain(*inputs(rows)).sample, atol=1e-4)
 
 
+def test_the_recipe_is_assembled_with_experts(small_unet: UNet2DConditionModel) -> None:
+    expected = tuning.recipe("assembled").model_copy(update={"name": "condconv", "experts": Experts()})
+    assert tuning.recipe("condconv") == expected
+    ours, plain = (tuning.assemble(small_unet, tuning.recipe(name)) for name in ("condconv", "assembled"))
+    assert any(isinstance(module, CondConv2d) for module in ours.modules())
+    with torch.no_grad():
+        assert torch.equal(ours(*inputs(3)).sample, plain(*inputs(3)).sample)
+
+
 def test_gates_are_exact_at_zero_and_stay_within_their_bounds() -> None:
     assert torch.equal(gates(torch.zeros(2, 3)), torch.tensor([[1.0, 0.0, 0.0]] * 2))
     far = gates(torch.tensor([[50.0, 50.0, -50.0]]))
@@ -119,7 +128,6 @@ def test_a_whole_unet_is_what_it_is_by_hand(small_unet: UNet2DConditionModel, ro
 
 
 def test_experts_go_beside_what_was_removed(small_unet: UNet2DConditionModel) -> None:
-    assert tuning.recipe("condconv").remove == tuning.recipe("assembled").remove
     experts = changes_of(conditional(small_unet, "timestep")).experts
     assert experts is not None
     assert experts.count == 4
@@ -180,7 +188,7 @@ def test_bad_places_are_refused(small_unet: UNet2DConditionModel, units: tuple[s
 
 def test_a_unet_that_has_experts_is_not_assembled_again(small_unet: UNet2DConditionModel) -> None:
     with pytest.raises(TuningError, match="recipe assembled: .*conditional.*assemble the UNet that it was made from"):
-        tuning.assemble(conditional(small_unet, "timestep"), tuning.recipe("assembled"))
+        tuning.assemble(conditional(small_unet, "timestep"), SHALLOW)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
