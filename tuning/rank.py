@@ -6,7 +6,7 @@ with the least added error for the time it saves, errors measured anew after eac
 removals that add next to nothing (see `NOTHING`) the one that saves the most time is next.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,26 +114,31 @@ def choose(
     taken: tuple[str, ...] = ()
     gone: frozenset[str] = frozenset()
     while reached < speedup:
-        best: tuple[float, Candidate, float, frozenset[str]] | None = None
-        for candidate in list(left):
-            recipe = recipe_of((*taken, *candidate.remove))
-            try:
-                units = gone_units(bare, recipe)
-            except TuningError:
-                left.remove(candidate)  # what has gone stays away, so it will not fit later either
-                continue
-            saved = _share(units - gone, times)
-            if saved <= 0:
-                left.remove(candidate)
-                continue
+        options: list[tuple[float, int, Candidate, float, frozenset[str]]] = []
+        fitting = list(_fitting(bare, left, taken, gone, times))
+        for candidate, recipe, units, saved in fitting:
             now = errors.of(recipe)
-            price = max(now - error, NOTHING) / saved
-            if best is None or price < best[0]:
-                best = price, candidate, now, units
+            options.append((max(now - error, NOTHING) / saved, len(options), candidate, now, units))
             tick(f"{len(chosen)} gone, {reached:.2f}x")
-        if best is None:
+        if not options:
             raise TuningError(f"speed-up {speedup:g}: all that can go makes the UNet {reached:.2f} times as fast; ask for less")
-        _, picked, error, gone = best
+        _, _, picked, error, gone = min(options, key=lambda option: option[:2])
+        left = [candidate for candidate, *_ in fitting]  # what has gone stays away: what does not fit now never will
         taken, reached = (*taken, *picked.remove), 1 / (1 - _share(gone, times))
         chosen.append(Chosen(picked.name, picked.remove, error, reached))
     return chosen
+
+
+def _fitting(
+    bare: UNet2DConditionModel, left: Sequence[Candidate], taken: tuple[str, ...], gone: frozenset[str], times: UnitTimes
+) -> Iterator[tuple[Candidate, Recipe, frozenset[str], float]]:
+    """Candidates that can go after what is gone: with the recipe of all, its units, and the share of time that it saves more."""
+    for candidate in left:
+        recipe = recipe_of((*taken, *candidate.remove))
+        try:
+            units = gone_units(bare, recipe)
+        except TuningError:
+            continue
+        saved = _share(units - gone, times)
+        if saved > 0:
+            yield candidate, recipe, units, saved
