@@ -152,8 +152,10 @@ class UNet:
         timesteps, place = _all_timesteps(timestep)
         call = self._call
         if call is None or call.timesteps.data_ptr() != timesteps.data_ptr() or call.shape != shape or _again(call, place):
+            if call is not None:
+                call.executor.close()
             schedule = self._pipeline.schedule(self.plan, timesteps[place:].tolist())
-            executor = Executor(self._pipeline.networks, schedule)
+            executor = Executor(self._pipeline.networks, schedule, self._pipeline.graphs)
             call = self._call = _Call(timesteps, place, shape, executor, next=place)
         elif place != call.next:
             raise RequestError(

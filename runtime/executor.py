@@ -4,19 +4,20 @@ A step starts from the noise prediction and asks backwards. What later steps inh
 copy; what nobody will read any more is let go at once.
 """
 
-import time
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from engines import Bundle, Engine, Manifest, Runner
-from engines.manifest import Segment
 from runtime.change import Change
+from runtime.graphs import GraphedNetwork, Graphs
 from runtime.modes import Threshold
+from runtime.network import Network
 from runtime.plan import NOISE
 from runtime.schedule import Schedule, Step
-from runtime.work import TEXT, Work, lay_out, run_either_way
+from runtime.timer import Timer
+from runtime.work import TEXT, run_either_way
 
 __all__ = ["Executor", "Network", "StepRecord"]
 
@@ -25,7 +26,8 @@ __all__ = ["Executor", "Network", "StepRecord"]
 class StepRecord:
     """What one model evaluation did.
 
-    ``ran`` names the segments that ran, in order; ``inherited`` the features that they took from earlier steps.
+    ``ran`` names the segments that ran, in order; ``inherited`` the features that they took from earlier steps. On a GPU the host
+    goes ahead of the device: reading ``seconds`` waits until the step has been done there.
     """
 
     index: int
@@ -34,49 +36,12 @@ class StepRecord:
     kind: str
     ran: tuple[str, ...]
     inherited: tuple[str, ...]
-    seconds: float
+    timer: Timer = field(repr=False, compare=False)
 
-
-@dataclass(frozen=True)
-class Network:
-    """A manifest and a runner for each of its segments. Holds no state of a call, so calls can share it."""
-
-    manifest: Manifest
-    runners: Mapping[str, Runner]
-
-    @classmethod
-    def load(cls, bundle: Bundle, engine: Engine) -> "Network":
-        """Load every segment of a bundle; raises BundleError or EngineError as ``Engine.load`` does."""
-        runners = {segment.name: engine.load(bundle, segment) for segment in bundle.manifest.segments}
-        return cls(bundle.manifest, runners)
-
-    def run(self, work: Work, given: Mapping[str, Tensor], made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Do the work on the ``given`` features; returns the wanted ones.
-
-        What is given is never replaced. What is ``made`` already is let go, as are the features that are made here, when nobody
-        will read it any more.
-        """
-        made = {} if made is None else made
-        for segment, spent in zip(work.segments, work.spent, strict=True):
-            self.run_all([segment], given, made)
-            for name in spent:
-                del made[name]
-        return {name: given[name] if name in given else made[name] for name in work.wanted}
-
-    def run_all(self, segments: Iterable[Segment], given: Mapping[str, Tensor], made: dict[str, Tensor]) -> None:
-        """Run segments in order and add all that they make to ``made``. They read what is given, or else what was made."""
-        for segment in segments:
-            inputs = {name: given[name] if name in given else made[name] for name in segment.inputs}
-            made.update(self.runners[segment.name].run(inputs))
-
-    def compute(self, wanted: str, given: Mapping[str, Tensor]) -> Tensor:
-        """One feature from the given ones, running only what it needs."""
-        return self.run(lay_out(self.manifest, frozenset({wanted}), frozenset(given)), given)[wanted]
-
-    def synchronize(self) -> None:
-        """Wait for all that was started."""
-        for runner in self.runners.values():
-            runner.synchronize()
+    @property
+    def seconds(self) -> float:
+        """What the step took, from when the device had done what came before it."""
+        return self.timer.seconds
 
 
 @dataclass(frozen=True)
@@ -95,11 +60,20 @@ class Executor:
     Args:
         networks: loaded segments of each UNet, by the names that the schedule uses.
         schedule: a plan laid out for this call, whose cuts were checked with ``check_runs``.
+        graphs: recordings of the UNets' steps, which this call has until its last step or ``close``. Where another call has them,
+            steps run piece by piece.
     """
 
-    def __init__(self, networks: Mapping[str, Network], schedule: Schedule) -> None:
+    def __init__(self, networks: Mapping[str, Network], schedule: Schedule, graphs: Graphs | None = None) -> None:
         self._networks, self._schedule = networks, schedule
         self._cache: dict[str, Tensor] = {}
+        self._graphs = graphs if graphs is not None and graphs.take() else None
+        self._release = weakref.finalize(self, self._graphs.release) if self._graphs else lambda: None
+
+    def close(self) -> None:
+        """Let another call have the graphs; nothing of this one may follow. A call that comes to its end needs no closing."""
+        self._graphs = None
+        self._release()
 
     def step(self, index: int, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, StepRecord]:
         """Predict the noise (or velocity) of one step.
@@ -113,12 +87,12 @@ class Executor:
         Returns:
             The prediction, shaped as ``sample``, and what was done for it.
         """
-        started = time.perf_counter()
+        timer = Timer(sample.device)
         given = {"sample": sample, "timestep": timestep, TEXT: text}
         threshold = self._schedule.asked(index)
         start = _Start(self._schedule.decide(index)) if threshold is None else self._find_out(index, threshold, given)
         step, made = start.step, start.made
-        network, work = self._networks[step.unet], self._schedule.work(step, frozenset(made))
+        network, work = self._network(step.unet), self._schedule.work(step, frozenset(made))
         # What this step refreshes is let go first, so that old and new are never held together.
         for name in step.keep.intersection(self._cache):
             del self._cache[name]
@@ -126,7 +100,9 @@ class Executor:
         later = self._schedule.read_later(index)
         self._cache |= {name: result[name] for name in step.keep}
         self._cache = {name: tensor for name, tensor in self._cache.items() if name in later}
-        network.synchronize()
+        timer.stop()
+        if index == self._schedule.steps - 1:
+            self.close()
         record = StepRecord(
             index=index,
             timestep=self._schedule.timesteps[index],
@@ -134,7 +110,7 @@ class Executor:
             kind="key" if step.key else "inherit",
             ran=(*start.ran, *work.ran),
             inherited=tuple(sorted(start.taken | work.taken)),
-            seconds=time.perf_counter() - started,
+            timer=timer,
         )
         return result[NOISE], record
 
@@ -144,7 +120,7 @@ class Executor:
         While the answer is on its way from the device, what runs whatever it is has been started.
         """
         name, schedule = threshold.feature, self._schedule
-        network, probing = self._networks[schedule.unet(index)], schedule.probing(index, threshold)
+        network, probing = self._network(schedule.unet(index)), schedule.probing(index, threshold)
         made: dict[str, Tensor] = {}
         network.run_all(probing.segments, self._with_cached(given, probing.taken), made)
         change = Change(self._cache[name], made[name], threshold.above)
@@ -155,6 +131,10 @@ class Executor:
         network.run_all(ahead, self._with_cached(given, taken), made)
         ran = tuple(segment.name for segment in (*probing.segments, *ahead))
         return _Start(more if change else less, made, ran, probing.taken | taken)
+
+    def _network(self, unet: str) -> Network | GraphedNetwork:
+        network = self._networks[unet]
+        return self._graphs.of(unet, network) if self._graphs else network
 
     def _with_cached(self, given: Mapping[str, Tensor], names: frozenset[str]) -> dict[str, Tensor]:
         return {**given, **{name: self._cache[name] for name in names}}

@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from torch import Tensor
 from engines import Bundle, Engine, Manifest
 from runtime.companions import companion
 from runtime.errors import RequestError
-from runtime.executor import Executor, Network, StepRecord
+from runtime.executor import Executor, StepRecord
+from runtime.graphs import Graphs
 from runtime.images import Original, Picture, read_original, to_pictures
+from runtime.network import Network
 from runtime.plan import Plan
 from runtime.presets import find_plan
 from runtime.schedule import TEXT, Schedule, check_runs
@@ -32,7 +35,9 @@ _SEEDS = 2**63
 """PyTorch's generators take seeds of 64 bits."""
 
 Callback = Callable[[StepRecord, Tensor], None]
-"""Called after every model evaluation with its record and the latents (images, channels, height, width)."""
+"""Called after every model evaluation with its record and the latents (images, channels, height, width).
+
+On a GPU the evaluation has only been started: what reads the latents or the record's seconds waits for it."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Pipeline:
             bundle.path(file)
         self.network = Network.load(bundle, engine)
         self.networks: dict[str, Network] = {bundle.manifest.variant: self.network}
+        recorder = engine.recorder()
+        self.graphs = Graphs(recorder) if recorder else None
         self._lock = threading.Lock()
         scheduler = json.loads((bundle.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
         self._train_steps: int = scheduler.get("num_train_timesteps", 1000)
@@ -214,12 +221,19 @@ class Pipeline:
         self, start: Start, text: Tensor, noise: Any, schedule: Schedule, scale: float, callback: Callback | None
     ) -> tuple[Tensor, list[StepRecord]]:
         """The denoising loop. The step index is counted here: schedulers may visit a timestep twice."""
-        executor, records, latents = Executor(self.networks, schedule), [], start.latents
+        with closing(Executor(self.networks, schedule, self.graphs)) as executor:
+            return self._loop(executor, start, text, noise, scale, callback)
+
+    def _loop(
+        self, executor: Executor, start: Start, text: Tensor, noise: Any, scale: float, callback: Callback | None
+    ) -> tuple[Tensor, list[StepRecord]]:
+        records, latents = [], start.latents
+        # The scheduler looks things up by timestep on the host; the UNet's copies are made here, for each would be waited for.
+        when = start.timesteps.to(self.engine.device, torch.float32)
         for index, timestep in enumerate(start.timesteps):
             scaled = noise.scale_model_input(latents, timestep)
             sample = torch.cat([scaled, scaled]) if scale > 1 else scaled
-            when = timestep.reshape(1).to(self.engine.device, torch.float32)
-            prediction, record = executor.step(index, sample, when, text)
+            prediction, record = executor.step(index, sample, when[index : index + 1], text)
             if scale > 1:
                 negative, positive = prediction.chunk(2)
                 prediction = negative + scale * (positive - negative)

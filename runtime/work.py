@@ -1,13 +1,13 @@
 """What the steps of one kind do, laid out once: the segments that run, what they take from the cache, what is let go when."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from engines.manifest import Manifest, Segment
 from runtime.demand import demand
 
-__all__ = ["TEXT", "Work", "lay_out", "run_either_way"]
+__all__ = ["TEXT", "Work", "lay_out", "read_by", "run_either_way"]
 
 TEXT = "text_encoder"
 """Graph input of the UNet, made by the text encoder once per prompt: (batch, tokens, width)."""
@@ -29,6 +29,12 @@ class Work:
     def ran(self) -> tuple[str, ...]:
         """Names of the segments."""
         return tuple(segment.name for segment in self.segments)
+
+    @cached_property
+    def read(self) -> tuple[str, ...]:
+        """The features that are not made here: those that segments read, and those that are wanted as they are."""
+        made = {name for segment in self.segments for name in segment.outputs}
+        return tuple(dict.fromkeys((*read_by(self.segments, self.taken), *sorted(self.wanted - made))))
 
 
 def lay_out(
@@ -68,3 +74,13 @@ def run_either_way(one: Work, other: Work, apart: frozenset[str]) -> tuple[Segme
             yield segment
 
     return tuple(alike())
+
+
+def read_by(segments: Iterable[Segment], given: Collection[str]) -> tuple[str, ...]:
+    """The features that segments read which none of them made before, or which are ``given`` all the same; each once."""
+    made: set[str] = set()
+    read: dict[str, None] = {}
+    for segment in segments:
+        read |= dict.fromkeys(name for name in segment.inputs if name in given or name not in made)
+        made.update(segment.outputs)
+    return tuple(read)

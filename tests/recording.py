@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -21,12 +22,12 @@ from engines.recording import Recorder
 
 Outputs = TypeVar("Outputs")
 
-_tapes: list[Tape] = []
+_TAPE: ContextVar[Tape | None] = ContextVar("tape", default=None)
 
 
 def tape() -> Tape | None:
     """What launches go on while work is recorded; None where they run."""
-    return _tapes[-1] if _tapes else None
+    return _TAPE.get()
 
 
 def outside() -> AbstractContextManager[None]:
@@ -50,13 +51,9 @@ class Tape(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         before = {_storage(tensor) for tensor in _tensors((args, kwargs))}
         args, kwargs = tree_map_only(Tensor, self._alias, (args, kwargs or {}))
-        fresh = [tensor for tensor in _tensors(result) if _storage(tensor) not in before]
-        memory = [self._alias(tensor) for tensor in fresh]
-        for tensor in memory:
-            if _storage(tensor) not in self._made:
-                self._made[_storage(tensor)] = self._alias(tensor)
-        if not str(func).startswith("aten.empty"):
-            self.launches.append(lambda: _again(func, args, kwargs, memory, before))
+        memory = [self._alias(tensor) for tensor in _tensors(result) if _storage(tensor) not in before]
+        self._made |= {_storage(tensor): tensor for tensor in memory}
+        self.launches.append(lambda: _again(func, args, kwargs, memory, before))
         return result
 
     def _alias(self, tensor: Tensor) -> Tensor:
@@ -118,12 +115,12 @@ class FakeRecorder(Recorder):
         if self.broken:
             raise self.broken
         tape = Tape()
-        _tapes.append(tape)
+        token = _TAPE.set(tape)
         try:
             with tape:
                 outputs = work()
         finally:
-            _tapes.pop()
+            _TAPE.reset(token)
         tape.spoil(everything=True)
         self._tapes.add(tape)
         self.recorded += 1

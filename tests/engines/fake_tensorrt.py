@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from functools import cache
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +115,15 @@ class FakeEngine:
         self.contexts: list[FakeContext] = []
         self.memory_left = True
 
+    @cache  # noqa: B019 - an engine lives as long as its test
+    def output_shapes(self, shapes: tuple[tuple[int, ...], ...]) -> dict[str, tuple[int, ...]]:
+        program = self.program
+        kinds = [program.type_of(name).value for name in program.limits]
+        with outside(), torch.no_grad():
+            zeros = [torch.zeros(shape, dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)]
+            results = _as_tuple(program.function(*zeros))
+        return {name: tuple(result.shape) for name, result in zip(program.outputs, results, strict=True)}
+
     @property
     def num_io_tensors(self) -> int:
         return len(self.names)
@@ -199,6 +209,8 @@ class FakeContext:
         self.memory: tuple[int, int] | None = None
         self.known: set[str] = set()
         self.recorded = False
+        self.in_graph: dict[str, int] = {}
+        """Addresses of the recorded launch."""
         self.fails = False
         self.user: int | None = None
 
@@ -241,10 +253,7 @@ class FakeContext:
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        program = self.engine.program
-        with outside():
-            zeros = [torch.zeros(self.shapes[key], dtype=program.type_of(key).value) for key in program.limits]
-            return tuple(_as_tuple(program.function(*zeros))[program.outputs.index(name)].shape)
+        return self.engine.output_shapes(tuple(self.shapes[key] for key in self.engine.program.limits))[name]
 
     def execute_async_v3(self, stream: int) -> bool:
         self._enter()
@@ -262,7 +271,7 @@ class FakeContext:
         else:
             place, addresses, shapes = self.memory[0], dict(self.addresses), dict(self.shapes)
             recording.launches.append(lambda: self._compute(place, addresses, shapes))
-            self.recorded = True
+            self.recorded, self.in_graph = True, addresses
         self.launches.append(stream)
         # A launch uses the addresses of its own run only: what stays behind would hide a missing one in the next run.
         self.addresses.clear()
