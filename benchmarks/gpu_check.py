@@ -1,0 +1,263 @@
+"""`make gpu-check`: the whole of what runs on an NVIDIA GPU, on the one at hand: right, and how fast.
+
+For every engine that can be had and both precisions: the error of each segment against the diffusers model; for each plan, the
+error of the final latents against the torch engine in float32, run piece by piece; whether steps replayed as CUDA graphs give
+what they give piece by piece; the planned bytes of features beside those measured; and the time of a picture's UNet steps both
+ways. Writes benchmarks/results/gpu-CARD.json.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.machine import machine
+from engines import DTYPES, ENGINES, Bundle, Engine, EngineError, make_engine
+from engines.command import Parser, parse_size, run_command
+from engines.errors import UserError
+from engines.onnx_runtime import OnnxRuntime
+from engines.shapes import resolve
+from engines.torch_program import Torch
+from exporter import BuildOptions, build
+from exporter.build import DTYPE
+from exporter.verify import TOLERANCE, verify
+from runtime import Executor, Pipeline, find_plan
+from runtime.cost import peak_bytes
+from runtime.schedule import TEXT
+from runtime.schedulers import make_scheduler
+
+__all__ = ["main"]
+
+PROMPT = "a red star on a blue background"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A plan on an engine. Errors are the largest, relative to the largest value; None where there is nothing to measure."""
+
+    engine: str
+    precision: str
+    plan: str
+    error: float
+    """Of the final latents, run piece by piece, against the torch engine in float32."""
+    graphs_error: float | None
+    """Of the final latents with steps replayed, against the same piece by piece."""
+    milliseconds: float
+    """Of a picture's UNet steps, piece by piece; the median of the rounds."""
+    graphs_milliseconds: float | None
+    planned_bytes: int
+    """Of features at once."""
+    measured_bytes: int | None
+    """Of device memory at once, with what the engine needs inside a segment."""
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        found = "it finds none" if torch.version.cuda else f"PyTorch {torch.__version__} is built without CUDA"
+        raise UserError(
+            f"the check needs an NVIDIA GPU and a PyTorch built for CUDA ({found}); run it where there is one, or try the "
+            "program itself, on the torch engine, with --device cpu --engines torch"
+        )
+    return torch.device(name)
+
+
+def _engine(name: str, device: torch.device) -> Engine:
+    if name == "torch":
+        return Torch(device)
+    return OnnxRuntime(device=device) if name == "onnxruntime" else make_engine(name)
+
+
+def _relative(made: Tensor, reference: Tensor) -> float:
+    return float((made.float().cpu() - reference.float().cpu()).abs().max() / reference.float().abs().max().cpu())
+
+
+def _bundle(options: argparse.Namespace, engine: str, precision: str) -> Bundle:
+    wanted = BuildOptions(
+        variant=options.variant,
+        source=options.source,
+        engines=(engine,),
+        plans=tuple(options.plans),
+        precision=precision,  # type: ignore[arg-type]
+        sizes=(options.size,) if options.size else (),
+        max_images=1,
+        out=options.work / f"{Path(options.source).name}-{options.variant}-{engine}-{precision}".replace(":", "-"),
+        force=True,
+    )
+    return build(wanted)[0]
+
+
+def _run(pipeline: Pipeline, plan: str, options: argparse.Namespace) -> tuple[Tensor, float]:
+    """Final latents of a plan, and the median seconds of its steps over the rounds; the first round warms up and records."""
+    seconds = []
+    for _ in range(options.rounds + 1):
+        made = pipeline.generate(PROMPT, steps=options.steps, seed=1, plan=plan)
+        seconds.append(sum(record.seconds for record in made.steps))
+    return made.latents, statistics.median(seconds[1:])
+
+
+def _memory(pipeline: Pipeline, plan: str, steps: int) -> tuple[int, int | None]:
+    """Planned bytes of features, and the measured peak of the UNet's steps, run piece by piece; None without a GPU."""
+    manifest, device = pipeline.manifest, pipeline.engine.device
+    timesteps = make_scheduler("ddim", pipeline.bundle.folder / "scheduler", steps).timesteps.tolist()
+    schedule = pipeline.schedule(find_plan(plan), timesteps)
+    height, width = (side // manifest.vae_scale for side in manifest.sizes[0])
+    sizes = {"batch": 2, "height": height, "width": width}
+    given = {name: torch.zeros(resolve(manifest.features[name].shape, sizes), device=device) for name in ("sample", TEXT)}
+    text = given[TEXT].to(DTYPES[manifest.features[TEXT].dtype])
+    executor = Executor(pipeline.networks, schedule)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    for index, timestep in enumerate(timesteps):
+        executor.step(index, given["sample"], torch.tensor([timestep], device=device), text)
+    measured = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
+    return peak_bytes(schedule, sizes), measured
+
+
+def _row(
+    pipeline: Pipeline, precision: str, plan: str, references: dict[str, Tensor], options: argparse.Namespace
+) -> tuple[Row, Tensor]:
+    graphs, pipeline.graphs = pipeline.graphs, None
+    planned, measured = _memory(pipeline, plan, options.steps)
+    latents, seconds = _run(pipeline, plan, options)
+    pipeline.graphs = graphs
+    replayed = _run(pipeline, plan, options) if graphs else None
+    row = Row(
+        engine=pipeline.engine.name,
+        precision=precision,
+        plan=plan,
+        error=_relative(latents, references.get(plan, latents)),
+        graphs_error=_relative(replayed[0], latents) if replayed else None,
+        milliseconds=round(1000 * seconds, 3),
+        graphs_milliseconds=round(1000 * replayed[1], 3) if replayed else None,
+        planned_bytes=planned,
+        measured_bytes=measured,
+    )
+    return row, latents
+
+
+def _segments(bundle: Bundle, engine: Engine) -> dict[str, float]:
+    """The largest error of each segment, and of the chain, against the diffusers model."""
+    errors: dict[str, float] = {}
+    for found in verify(bundle, engine, bundle.manifest.sizes[:1]):
+        errors[found.segment] = max(found.error, errors.get(found.segment, 0.0))
+    return errors
+
+
+def _show(console: Console, rows: Sequence[Row]) -> None:
+    table = Table(
+        "engine", "precision", "plan", "error", "graphs: error", "ms", "graphs: ms", "MB planned", "measured", box=SIMPLE
+    )
+
+    def text(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    for row in rows:
+        megabytes = None if row.measured_bytes is None else row.measured_bytes / 1e6
+        table.add_row(row.engine, row.precision, row.plan, text(row.error, ".1e"), text(row.graphs_error, ".1e"),
+                      text(row.milliseconds, ".2f"), text(row.graphs_milliseconds, ".2f"),
+                      text(row.planned_bytes / 1e6, ".1f"), text(megabytes, ".1f"))  # fmt: skip
+    console.print(table)
+
+
+def _faults(rows: Sequence[Row], segments: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What is not as it must be. Errors of final latents depend on the plan and the model, and are only reported."""
+    faults = [
+        f"{name}: segment {segment} is off by {error:.1e}"
+        for name, errors in segments.items()
+        for segment, error in errors.items()
+        if not error <= TOLERANCE["fp16" if name.endswith("fp16") else "fp32"]
+    ]
+    # Replayed or not, the same kernels run; only what picks another kernel inside a graph can make a difference.
+    off = [row for row in rows if row.graphs_error is not None and not row.graphs_error <= 1e-3]
+    return faults + [f"{row.engine} {row.precision} {row.plan}: replayed steps are off by {row.graphs_error:.1e}" for row in off]
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the program itself; no graphs")
+    parser.add_argument("--source", default="mini", help="as for python -m exporter build (default: mini)")
+    parser.add_argument("--variant", default="original")
+    parser.add_argument("--engines", default="torch,tensorrt-rtx,tensorrt,onnxruntime", help="torch comes first: the reference")
+    parser.add_argument("--precision", default="fp32,fp16")
+    parser.add_argument("--plans", default="full,deepcache:3,block:3,unit:3,adaptive:0.2")
+    parser.add_argument("--size", type=parse_size, help="of the picture (default: the model's own)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("bundles/gpu-check"), help="where bundles are built")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args(arguments)
+    for name, allowed in (("engines", ENGINES), ("precision", DTYPE), ("plans", None)):
+        chosen = getattr(options, name).split(",")
+        for one in chosen:
+            if allowed is not None and one not in allowed:
+                raise UserError(f"--{name}: unknown {one!r}; choose from: {', '.join(allowed)}")
+        setattr(options, name, chosen)
+    return options
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Check what runs on the GPU; raises UserError without one, exits with 1 where something is wrong."""
+    options = _parse(arguments)
+    device, console = _device(options.device), Console()
+    rows: list[Row] = []
+    segments: dict[str, dict[str, float]] = {}
+    skipped: dict[str, str] = {}
+    references: dict[str, Tensor] = {}
+    for name in options.engines:
+        for precision in options.precision:
+            console.print(f"{name}, {precision}", highlight=False)
+            try:
+                engine = _engine(name, device)
+                bundle = _bundle(options, name, precision)
+                pipeline = Pipeline(bundle, engine)
+            except EngineError as error:
+                skipped[f"{name} {precision}"] = str(error)
+                continue
+            segments[f"{name} {precision}"] = _segments(bundle, engine)
+            for plan in options.plans:
+                row, latents = _row(pipeline, precision, plan, references, options)
+                references.setdefault(plan, latents)
+                rows.append(row)
+            del pipeline
+    _report(console, device, rows, segments, skipped, options)
+
+
+def _report(
+    console: Console,
+    device: torch.device,
+    rows: Sequence[Row],
+    segments: Mapping[str, Mapping[str, float]],
+    skipped: Mapping[str, str],
+    options: argparse.Namespace,
+) -> None:
+    _show(console, rows)
+    for name, reason in skipped.items():
+        console.print(f"left out: {name}: {reason}", highlight=False)
+    cuda = device.type == "cuda"
+    card = torch.cuda.get_device_name() if cuda else "cpu"
+    faults = _faults(rows, segments)
+    settings = {name: getattr(options, name) for name in ("source", "variant", "steps", "rounds", "size")}
+    found: dict[str, object] = {"card": card, "cuda": torch.version.cuda, "settings": settings, "faults": faults}
+    found |= {"skipped": dict(skipped), "segments": dict(segments), "plans": [asdict(row) for row in rows]}
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"gpu-{card.lower().replace(' ', '-')}.json"
+    path.write_text(json.dumps(machine() | found, indent=2) + "\n")
+    console.print(f"wrote {path}", highlight=False)
+    for fault in faults:
+        console.print(f"WRONG: {fault}", highlight=False)
+    if faults or not rows:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)
