@@ -1,20 +1,19 @@
 """The plot of a ranking: time saved across, error up, a point for each removal, the chosen ones named."""
 
+import importlib.util
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tuning.errors import TuningError
 from tuning.rank import NOTHING, Chosen, Ranked
 
-try:
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise TuningError("the plot needs matplotlib; install it with: pip install unet-heirloom[train]") from error
 
-__all__ = ["plot_ranking"]
+__all__ = ["check_matplotlib", "plot_ranking"]
 
 _KINDS = {"skip pair": "tab:blue", "attention": "tab:orange", "mid block": "tab:green", "innermost stage": "tab:red"}
 
@@ -31,7 +30,7 @@ def _kind(each: Ranked) -> str:
     return "skip pair" if ".layer." in names[0] else "innermost stage"
 
 
-def _label(axes: Axes, ranked: Sequence[Ranked], steps: dict[str, int]) -> None:
+def _label(axes: "Axes", ranked: Sequence[Ranked], steps: dict[str, int]) -> None:
     """Name every point; names that would lie on one another are moved up, with a line to their point."""
     taken: list[tuple[float, float]] = []
     for each in sorted(ranked, key=lambda one: one.error):
@@ -47,8 +46,16 @@ def _label(axes: Axes, ranked: Sequence[Ranked], steps: dict[str, int]) -> None:
         )  # fmt: skip
 
 
+def check_matplotlib() -> None:
+    """Raise TuningError where matplotlib is missing; call it before anything is measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise TuningError("the plot needs matplotlib; install it with: pip install unet-heirloom[train]")
+
+
 def plot_ranking(ranked: Sequence[Ranked], chosen: Sequence[Chosen], path: Path, title: str) -> None:
     """Write the plot to `path`, in one move."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     steps = {step.name: i for i, step in enumerate(chosen, 1)}
