@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -314,3 +315,19 @@ def test_null_gives_the_dtype_of_the_manifest_and_names_a_size_that_no_input_tel
     else:
         with pytest.raises(EngineError, match=r"no input tells size 'images'"):
             runner.run(tokens)
+
+
+def test_onnxruntime_leaves_nothing_to_tensorrt_where_there_is_none():
+    with pytest.raises(EngineError, match=r"cannot leave anything to TensorRT here: .* \(it has: .*CPUExecutionProvider\)"):
+        OnnxRuntime(device="cpu", tensorrt=True)
+
+
+@pytest.mark.parametrize(("tensorrt", "first"), [(False, []), (True, ["TensorrtExecutionProvider"])])
+def test_onnxruntime_on_cuda_is_told_the_stream_and_waits_for_nothing(tensorrt, first):
+    engine = OnnxRuntime(device="cpu")
+    engine._stream, engine._tensorrt = SimpleNamespace(cuda_stream=77), tensorrt  # type: ignore[assignment]
+    *accelerated, last = engine._providers()
+    assert [name for name, _ in accelerated] == [*first, "CUDAExecutionProvider"]
+    assert all(options == {"device_id": "0", "user_compute_stream": "77"} for _, options in accelerated)
+    assert last == "CPUExecutionProvider"
+    assert engine._run_options().get_run_config_entry("disable_synchronize_execution_providers") == "1"

@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from torch import Tensor
 
 from engines import Manifest, Unit
+from engines.recording import CudaRecorder
 from engines.shapes import resolve
 from engines.tensor_rt_runner import Device, EngineRunner, ErrorLog
 from runtime import Executor, Network, Plan, PlanError, Rule, Schedule, UNetRange, find_plan
@@ -119,7 +120,7 @@ class Loop:
         timestep = self.noise.timesteps[len(self.kinds)]
         # Every step's inputs are new tensors, as a pipeline's are.
         prediction, record = self.executor.step(
-            len(self.kinds), self.latents.clone(), timestep.reshape(1).float(), self.text.clone()
+            len(self.kinds), self.latents.clone(), timestep.reshape(1).to(self.latents.device, torch.float32), self.text.clone()
         )
         self.latents = self.noise.step(prediction, timestep, self.latents).prev_sample
         self.kinds.append(record.kind)
@@ -325,3 +326,19 @@ def test_uniform_steps_are_recorded_once_each(unet: Any, manifest: Manifest, rec
     Loop({"one": live_network(unet, manifest)}, plan, inputs(0), graphs).finish()
     assert recorder.recorded == 3
     assert recorder.replayed == STEPS + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(PLANS))
+def test_cuda_graphs(manifest: Manifest, name: str) -> None:
+    """The real thing: as above, and nothing falls back."""
+    live = live_network(small_unet("uneven").cuda(), manifest)
+    graphs = Graphs(CudaRecorder(torch.device("cuda")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(3):
+            start = tuple(tensor.cuda() for tensor in inputs(seed))
+            made = Loop({"one": live}, PLANS[name], start, graphs).finish()  # type: ignore[arg-type]
+            expected = Loop({"one": live}, PLANS[name], start).finish()  # type: ignore[arg-type]
+            assert relative_error(made, expected) < 1e-3
+    assert graphs.take()
