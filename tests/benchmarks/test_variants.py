@@ -1,0 +1,64 @@
+"""The table of variants: how it reads, that README shows the committed one, and that the Frechet distance is one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+
+from benchmarks.frechet import distance_to, rendered
+from benchmarks.reader.network import WEIGHTS, load
+from benchmarks.variants import ROWS, markdown
+
+RESULTS = Path("benchmarks/results/variants.json")
+SPREAD = {"median": 1.0, "low": 0.954, "high": 1.101}
+COSTS = {"parameters": 2_933_604, "macs": 12_340_000}
+RESULT: dict[str, Any] = {
+    "settings": {"pixels": 256},
+    "rows": {
+        "original": COSTS | {"time": SPREAD, "time_large": SPREAD, "accuracy": 0.998, "frechet": 9.9},
+        "rendered pictures": {"frechet": 1.234},
+    },
+}
+
+
+def test_the_table_reads() -> None:
+    head, _, row, floor = markdown(RESULT).splitlines()
+    assert "time at 256 px" in head
+    assert row == "| `original` | 2.93 M | 12.3 M | 1.00 (0.95 to 1.10) | 1.00 (0.95 to 1.10) | 99.8 % | 9.90 |"
+    assert floor == "| rendered pictures |  |  |  |  |  | 1.23 |"
+
+
+def test_rows_compare_with_the_original() -> None:
+    assert ROWS[0].variant == "original"
+    assert len({row.folder for row in ROWS}) == len(ROWS)
+    assert {row.variant for row in ROWS if not row.distilled} <= {row.variant for row in ROWS if row.distilled}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/variants.md"])
+def test_pages_show_the_committed_figures(page: str) -> None:
+    assert markdown(json.loads(RESULTS.read_text())) in Path(page).read_text()
+
+
+def _frechet(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Heusel et al. 2017, equation 6, with scipy's matrix root."""
+    mean, covariance = zip(
+        *((x.mean(0), np.cov(x, rowvar=False)) for x in (one.double().numpy(), other.double().numpy())), strict=True
+    )
+    root = linalg.sqrtm(covariance[0] @ covariance[1]).real
+    return float(((mean[0] - mean[1]) ** 2).sum() + np.trace(covariance[0] + covariance[1] - 2 * root))
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="the network reader is not trained yet")
+def test_the_distance_is_frechets() -> None:
+    real, near = torch.cat(list(rendered(300, "real"))), torch.cat(list(rendered(300, "near")))
+    far = torch.nn.functional.avg_pool2d(near, 9, stride=1, padding=4)
+    distances = distance_to(iter(real.split(100)), [near, far])
+    with torch.no_grad():
+        features = [load().features(pictures) for pictures in (real, near, far)]
+    # The matrix root of nearly singular covariances: torchmetrics takes eigenvalues, scipy a Schur decomposition.
+    assert distances == pytest.approx([_frechet(features[0], features[1]), _frechet(features[0], features[2])], rel=1e-2)
+    assert distances[1] > 2 * distances[0]
