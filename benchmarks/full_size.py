@@ -1,0 +1,108 @@
+"""UNets with random weights in ONNX Runtime, for benchmarks of time: no checkpoint is needed for those.
+
+A UNet's segments are traced as every build traces them and loaded by the engine that every bundle is run with, so that what is
+timed is what users run. The text encoder and the VAE are left out.
+"""
+
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from rich.progress import track
+from torch import Tensor, nn
+
+from engines import DTYPES, Bundle, Manifest, Segment, Unit
+from engines.bundle import MANIFEST_NAME, describe_file
+from engines.manifest import Feature
+from engines.shapes import resolve
+from exporter.measure import measure
+from exporter.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
+from exporter.trace import trace
+from exporter.units import unit_module
+from tuning.timing import clock
+
+__all__ = ["TOKENS", "Traceable", "export", "features_of", "measured_units", "random_inputs", "spread", "take_turns"]
+
+TOKENS = 77
+"""Of Stable Diffusion's text encoders."""
+
+Traceable = tuple[Segment, nn.Module]
+"""A segment, and the module that takes its inputs and returns its outputs in the order that the segment names."""
+
+
+def features_of(unet: UNet2DConditionModel) -> dict[str, Feature]:
+    """The features that a UNet is given."""
+    return {
+        SAMPLE: Feature(dtype="float32", shape=("batch", unet.config.in_channels, "height", "width")),
+        TIMESTEP: Feature(dtype="float32", shape=(1,)),
+        TEXT: Feature(dtype="float32", shape=("batch", TOKENS, unet.config.cross_attention_dim)),
+    }
+
+
+def measured_units(unet: UNet2DConditionModel, side: int) -> tuple[list[Unit], dict[str, Feature], dict[str, nn.Module]]:
+    """A UNet's units with their MACs at latents of ``side`` x ``side``, all features, and the module of each unit."""
+    units = topology(unet)
+    modules = {unit.name: unit_module(unet, unit.name) for unit in units}
+    measured, features = measure(units, modules, features_of(unet), {"height": side, "width": side})
+    return measured, features, modules
+
+
+def export(
+    folder: Path, unet: UNet2DConditionModel, parts: Sequence[Traceable], units: Sequence[Unit], features: Mapping[str, Feature]
+) -> Bundle:
+    """Trace segments into a bundle that has nothing else; the folder is there whole or not at all.
+
+    The manifest is as true as it needs to be for loading and running segments.
+    """
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "segments").mkdir(parents=True)
+    depth, written = depth_factor(unet), []
+    for segment, module in track(parts, f"tracing {folder.name}"):
+        path = temporary / "segments" / f"{segment.name}.onnx"
+        trace(segment, module, features, depth, path)
+        files = [file for file in (path, path.with_name(f"{path.name}.data")) if file.exists()]
+        written.append(segment.model_copy(update={"onnx": tuple(describe_file(temporary, file) for file in files)}))
+    manifest = Manifest(
+        key="0" * 64, variant="original", source="random", source_sha256="0" * 64, precision="fp32", sizes=((512, 512),),
+        max_images=1, latent_channels=unet.config.in_channels, vae_scale=8, size_multiple=8 * depth, text_length=TOKENS,
+        vocabulary=1, features=dict(features), units=tuple(units), segments=tuple(written), files=(), made_with={},
+    )  # fmt: skip
+    (temporary / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return Bundle.open(folder)
+
+
+def random_inputs(names: Sequence[str], features: Mapping[str, Feature], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Normal numbers in the shapes of features, for values of ``batch``, ``height`` and ``width``; the timestep is 500."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: resolve(features[name].shape, sizes) for name in names}
+    inputs = {n: torch.randn(shape, generator=generator).to(DTYPES[features[n].dtype]) for n, shape in shapes.items()}
+    return inputs | ({TIMESTEP: torch.tensor([500.0])} if TIMESTEP in names else {})
+
+
+def take_turns(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each case, one of each in every round; a round before the first warms up.
+
+    They are the process's own where it has one thread, so that other programs take no part in them; see ``clock``.
+    """
+    now = clock()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in track(range(rounds + 1), "rounds"):
+        for name, case in cases.items():
+            started = now()
+            case()
+            if number:
+                seconds[name].append(now() - started)
+    return seconds
+
+
+def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
+    """Median, least and most."""
+    return {
+        "median": round(statistics.median(values), digits), "low": round(min(values), digits), "high": round(max(values), digits)
+    }  # fmt: skip
