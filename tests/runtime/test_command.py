@@ -152,6 +152,37 @@ WRONG_PLANS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"name": "typo", "key_step": {"mode": "uniform", "every": 2}}, ["wrong.json, key_step: "]),
     (
+        {"name": "gap", "unets": [{"unet": "assembled", "start": 0, "stop": 0.4}, {"unet": "original", "start": 0.5, "stop": 1}]},
+        ["plan gap: unets.1 covers 0.5 to 1, expected a range that starts at 0.4"],
+    ),
+    (
+        {
+            "name": "overlap",
+            "unets": [{"unet": "original", "start": 0, "stop": 0.6}, {"unet": "original", "start": 0.4, "stop": 1}],
+        },
+        ["plan overlap: unets.1 covers 0.4 to 1, expected a range that starts at 0.6", "without overlap or gap"],
+    ),
+    (
+        {"name": "short", "unets": [{"unet": "original", "start": 0, "stop": 0.6}]},
+        ["plan short: unets end at 0.6; the last range must end at 1"],
+    ),
+    (
+        {"name": "sampler", "rules": [{"units": ["down.0.sampler"], "kind": "residual", "when": EVERY_2}]},
+        ["rules.units names 'down.0.sampler' by residual, but", "no residual branch: its input and output differ", "kind output"],
+    ),
+    (
+        {"name": "below", "rules": [{"units": ["up.2"], "when": {"mode": "threshold", "above": -0.1}}]},
+        ["wrong.json, rules.0.when.threshold.above: ", "greater than or equal to 0"],
+    ),
+    (
+        {"name": "many", "rules": [{"units": ["up.2"], "when": {"mode": "explicit", "steps": [0, 30]}}]},
+        ["plan many: rules.when.steps names step 30, but only 20 steps run: choose from 0 to 19"],
+    ),
+    (
+        {"name": "backwards", "rules": [{"units": ["up.2"], "when": EVERY_2, "start": 0.9, "stop": 0.1}]},
+        ["plan backwards: rules.0 starts at 0.9 and stops at 0.1; stop is a share of the steps above start"],
+    ),
+    (
         {"name": "never", "rules": [{"units": ["up.2"], "when": {"mode": "uniform", "every": 0}}]},
         ["wrong.json, rules.0.when.uniform.every: "],
     ),
@@ -164,6 +195,35 @@ def test_wrong_plans(runtime: Command, mini_bundle: Bundle, here: Path, tmp_path
     path.write_text(json.dumps(plan))
     assert_refused(runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path), *parts)
     assert list(here.iterdir()) == []
+
+
+def test_a_switch_whose_features_do_not_match(
+    runtime: Command, mini_bundle: Bundle, assembled_bundle: Bundle, here: Path, tmp_path: Path
+) -> None:
+    """The assembled UNet has a stage less, so its last up block but one is not the original's."""
+    path = tmp_path / "carry.json"
+    ranges = [{"unet": "assembled", "start": 0, "stop": 0.4}, {"unet": "original", "start": 0.4, "stop": 1}]
+    rules = [{"units": ["up.-2"], "when": {"mode": "explicit", "steps": [0]}}]
+    path.write_text(json.dumps({"name": "taken", "unets": ranges, "rules": rules, "carry": True}))
+    outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path)
+    assert_refused(outcome, "plan taken: carry cannot take up.2.sampler from UNet assembled to original", "set carry to false")
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--strength", "0"], ["strength = 0.0; choose a number above 0"]),
+        (["--strength", "1.01"], ["strength = 1.01; choose a number above 0", "up to 1"]),
+        (["--mask", "wide.png"], ["mask and image are 64x128 and 64x64 (height x width); give a mask of the image's size"]),
+    ],
+    ids=" ".join,
+)
+def test_wrong_pictures(runtime: Command, mini_bundle: Bundle, here: Path, options: list[str], parts: list[str]) -> None:
+    Image.new("RGB", (64, 64)).save(here / "in.png")
+    Image.new("L", (128, 64)).save(here / "wide.png")
+    assert_refused(runtime(PROMPT, "--bundle", mini_bundle.folder, "--image", "in.png", *options), *parts)
+    assert sorted(path.name for path in here.iterdir()) == ["in.png", "wide.png"]
 
 
 def test_a_plan_file_that_a_bundle_cannot_run_is_named_as_a_file_to_build_with(

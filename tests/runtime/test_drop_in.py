@@ -13,7 +13,7 @@ from engines import Bundle
 from runtime import Pipeline, PlanError, RequestError, UNet
 from runtime.drop_in import _all_timesteps
 from tests.diffusers_pipelines import NEGATIVE, PIPELINES, PROMPT, SEED, inputs, latents, pipeline
-from tests.reference import MINI, SCHEDULER_CLASSES, reference_scheduler
+from tests.reference import MINI, SCHEDULER_CLASSES, mini_unet, reference_scheduler
 from tests.unets import relative_error
 
 TOLERANCE = 1e-4
@@ -68,6 +68,44 @@ def test_calls_in_a_row_are_alike(unet: UNet) -> None:
     for _ in range(2):
         assert torch.equal(latents(made), first)
         assert kinds(unet.steps) == ["key", "inherit", "inherit"] * 2
+
+
+@pytest.mark.parametrize("plan", ["switch:0.4", "switch:0.4+block:2"])
+@pytest.mark.parametrize(("kind", "scheduler"), [("text", "dpm++"), ("text", "heun"), ("image", "ddim"), ("inpaint", "pndm")])
+def test_a_plan_that_switches_finds_the_other_bundle(
+    mini_bundle: Bundle, assembled_bundle: Bundle, mini_pipeline: Pipeline, plan: str, kind: str, scheduler: str
+) -> None:
+    settings = inputs(kind, 0.9)
+    unet = UNet(mini_bundle.folder, plan)
+    made = pipeline(kind, scheduler, unet)
+    expected = generate(mini_pipeline, scheduler=scheduler, plan=plan, **settings)
+    first = latents(made, **settings)
+    assert relative_error(first, expected.latents) < TOLERANCE
+    names = [record.unet for record in unet.steps]
+    assert names == [record.unet for record in expected.steps]
+    assert set(names) == {"assembled", "original"}
+    assert kinds(unet.steps) == kinds(expected.steps)
+    # Broken off while the first UNet runs, and after the switch: the next call begins with the first one again.
+    for step in (0, 4):
+        with pytest.raises(BrokenOffError):
+            latents(made, callback_on_step_end=break_off_after(step), **settings)
+        assert torch.equal(latents(made, **settings), first)
+        assert [record.unet for record in unet.steps] == names
+
+
+def test_switching_is_what_two_unets_of_diffusers_give(mini_bundle: Bundle, assembled_bundle: Bundle) -> None:
+    """Nothing of ours on the other side: one pipeline whose UNet is exchanged when the noise is down to 0.6."""
+    made = pipeline("text", "ddim")
+    unets = [mini_unet("assembled"), made.unet]
+
+    def exchange(made: Any, index: int, timestep: Any, tensors: Any) -> Any:
+        following = made.scheduler.timesteps[index + 1 :]
+        made.unet = unets[len(following) > 0 and 1 - float(following[0]) / 1000 >= 0.4]
+        return tensors
+
+    made.unet = unets[0]
+    expected = latents(made, callback_on_step_end=exchange)
+    assert relative_error(latents(pipeline("text", "ddim", UNet(mini_bundle.folder, "switch:0.4"))), expected) < TOLERANCE
 
 
 class BrokenOffError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 import runtime
-from engines import Bundle, BundleError
-from runtime import Pipeline, StepRecord
+from engines import Bundle, BundleError, make_engine
+from runtime import Pipeline, Plan, Rule, StepRecord
 from runtime.executor import Network
+from runtime.modes import Explicit, Front
 from tests.reference import mini_text
 from tests.unets import relative_error
 
@@ -134,23 +136,48 @@ def test_a_callback_that_raises_ends_the_call_and_nothing_else(mini_pipeline: Pi
     assert torch.equal(after.latents, before.latents)
 
 
+OWN_PLAN = Plan(
+    name="own",
+    rules=(
+        Rule(units=("up.-2",), when=Front(every=2)),
+        Rule(units=("up.-1.layer.-2",), when=Explicit(steps=(0, 1)), start=0.5),
+    ),
+)
+# Ten plans of which no two inherit the same at the same steps.
 CALLS: list[dict[str, Any]] = [
     {"prompt": PROMPT, "plan": "full", "scheduler": "ddim", "seed": 1},
     {"prompt": "a green ring", "plan": "deepcache:3", "scheduler": "euler", "seed": 2},
     {"prompt": "a white square", "plan": "block:2", "scheduler": "heun", "seed": 3, "num_images": 2},
     {"prompt": "a small heart", "plan": "deepcache:2", "scheduler": "pndm", "seed": 4, "width": 128},
+    {"prompt": "a blue cross", "plan": "block:3", "seed": 5, "guidance_scale": 1.0},
+    {"prompt": "a red ring", "plan": "adaptive:0.1", "scheduler": "ddim", "seed": 6},
+    {"prompt": "a yellow star", "plan": "quadratic:2", "seed": 7, "negative_prompt": "a ring"},
+    {"prompt": "a black circle", "plan": "encoder:faster", "scheduler": "pndm", "seed": 8},
+    {"prompt": "a white star", "plan": "switch:0.4+block:2", "scheduler": "euler", "seed": 9},
+    {"prompt": "a green heart", "plan": OWN_PLAN, "scheduler": "heun", "seed": 10},
 ]
 
 
-def test_calls_in_parallel_give_what_calls_in_a_row_give(mini_pipeline: Pipeline) -> None:
+def test_ten_calls_at_once_give_what_calls_in_a_row_give(
+    mini_bundle: Bundle, assembled_bundle: Bundle, mini_pipeline: Pipeline
+) -> None:
     in_a_row = [mini_pipeline.generate(**call, steps=6) for call in CALLS]
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        # Each call twice, so that calls with other plans begin and end while one runs.
-        parallel = list(pool.map(lambda call: mini_pipeline.generate(**call, steps=6), [*CALLS, *CALLS]))
-    for alone, together in zip([*in_a_row, *in_a_row], parallel, strict=True):
-        assert torch.equal(together.latents, alone.latents)
-        assert [image.tobytes() for image in together.images] == [image.tobytes() for image in alone.images]
-        assert [record.ran for record in together.steps] == [record.ran for record in alone.steps]
+    assert len({(str(made.plan), made.plan.name) for made in in_a_row}) == len(CALLS) == 10
+    # A pipeline that has run nothing yet, so that the bundle to switch to is loaded while others run.
+    together, start = Pipeline(mini_bundle, make_engine("onnxruntime")), Barrier(len(CALLS))
+
+    def call(settings: dict[str, Any]) -> list[Any]:
+        start.wait()
+        # Twice, so that calls with other plans begin and end while one runs.
+        return [together.generate(**settings, steps=6) for _ in range(2)]
+
+    with ThreadPoolExecutor(max_workers=len(CALLS)) as pool:
+        at_once = list(pool.map(call, CALLS))
+    for alone, twice in zip(in_a_row, at_once, strict=True):
+        for made in twice:
+            assert torch.equal(made.latents, alone.latents)
+            assert [image.tobytes() for image in made.images] == [image.tobytes() for image in alone.images]
+            assert [(record.unet, record.ran) for record in made.steps] == [(record.unet, record.ran) for record in alone.steps]
 
 
 def test_runtime_generate_loads_a_bundle_once(mini_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

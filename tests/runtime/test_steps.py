@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from engines import Bundle
 from runtime import Pipeline
 from tests.reference import reference_scheduler
 
@@ -37,6 +38,22 @@ def test_records_say_what_ran_and_what_was_inherited(mini_pipeline: Pipeline) ->
         assert record.seconds > 0
     assert made.plan.name == "deepcache:3"
     assert made.seconds >= sum(record.seconds for record in made.steps)
+
+
+def test_records_of_a_plan_that_switches_say_which_unet_ran(assembled_bundle: Bundle, mini_pipeline: Pipeline) -> None:
+    made = mini_pipeline.generate("a blue ring", steps=6, scheduler="ddim", plan="switch:0.4+block:2")
+    # Timesteps from 831 (or as the scheduler has it) down: those at less than 0.4 of the noise schedule are the assembled UNet's.
+    early = [1 - record.timestep / 1000 < 0.4 for record in made.steps]
+    assert [record.unet for record in made.steps] == ["assembled" if is_early else "original" for is_early in early]
+    assert 1 < sum(early) < 6
+    # The switch is a key step, whatever the rule says.
+    keys = {0, 2, 4, sum(early)}
+    assert {record.index for record in made.steps if record.kind == "key"} == keys
+    inner = {name: {s.name for s in mini_pipeline.networks[name].manifest.segments} for name in ("assembled", "original")}
+    for record in made.steps:
+        assert set(record.ran) <= inner[record.unet]
+        assert (record.inherited == ()) == (record.index in keys)
+        assert 0 < record.seconds < made.seconds
 
 
 def test_full_runs_everything_at_every_step(mini_pipeline: Pipeline) -> None:
