@@ -176,7 +176,8 @@ class Engine(ABC):
         """The command that builds the bundle again with this engine beside those it has."""
         manifest = bundle.manifest
         names = sorted({self.name, *(name for segment in manifest.segments for name in segment.engines)})
+        sizes = ",".join(f"{height}x{width}" for height, width in manifest.sizes)
         return (
-            f"python -m exporter build --variant {manifest.variant} --source {manifest.source} "
-            f"--precision {manifest.precision} --engine {','.join(names)} --force --out {bundle.folder}"
+            f"{manifest.build_command} --precision {manifest.precision} --engine {','.join(names)} --sizes {sizes} "
+            f"--batch 1..{manifest.max_images} --force --out {bundle.folder}"
         )

@@ -141,6 +141,12 @@ class Manifest(_Record):
         """Names of the UNet's units: those that a plan can name."""
         return tuple(unit.name for unit in self.units if unit.kind not in {"text_encoder", "vae_decoder", "vae_encoder"})
 
+    @property
+    def build_command(self) -> str:
+        """The command that builds from the same UNet, to be completed by what should differ."""
+        unet = f" --unet {self.unet}" if self.unet else ""
+        return f"python -m exporter build --variant {self.variant} --source {self.source}{unet}"
+
     def segment(self, name: str) -> Segment:
         """The segment of that name; KeyError if there is none."""
         for segment in self.segments:

@@ -197,8 +197,7 @@ class Pipeline:
         if _ENCODER not in [segment.name for segment in self.manifest.segments]:
             raise RequestError(
                 f"bundle {self.bundle.folder} has no segment {_ENCODER}, which image needs: an older version built it; "
-                f"build it anew: python -m exporter build --variant {self.manifest.variant} --source {self.manifest.source} "
-                f"--force --out {self.bundle.folder}"
+                f"build it anew: {self.manifest.build_command} --force --out {self.bundle.folder}"
             )
         return original.fitted(height, width, self.manifest.size_multiple)
 

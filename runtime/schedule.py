@@ -269,6 +269,5 @@ def _cannot_run(plan: Plan, feature: str, reader: str, segment: str, manifest: M
     spec = plan.name if ":" in plan.name else "FILE.json"  # presets, or a plan of one's own
     return (
         f"plan {plan.name} inherits {feature}, but this bundle computes it and its reader {reader} in one segment ({segment}); "
-        f"build a bundle that is cut there: python -m exporter build --variant {manifest.variant} --source {manifest.source} "
-        f"--plan {spec}"
+        f"build a bundle that is cut there: {manifest.build_command} --precision {manifest.precision} --plan {spec}"
     )

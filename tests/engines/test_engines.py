@@ -189,7 +189,8 @@ def test_an_engine_that_the_bundle_was_built_without_is_named(tiny):
     segment = tiny.segment("front").model_copy(update={"engines": {}})
     with pytest.raises(EngineError, match=r"has no torch engines") as caught:
         Torch("cpu").load(tiny.bundle, segment)
-    assert "--variant original --source mini --precision fp32 --engine torch --force --out" in str(caught.value)
+    wanted = "--variant original --source mini --precision fp32 --engine torch --sizes 64x64 --batch 1..2 --force --out"
+    assert wanted in str(caught.value)
 
 
 def test_a_segment_without_an_onnx_file_is_named(tiny):

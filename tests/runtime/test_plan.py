@@ -193,7 +193,7 @@ def test_a_plan_that_inherits_inside_a_segment_is_refused_with_the_command_to_re
         PlanError,
         match=r"plan inner inherits up\.1\.layer\.0\.attention, but this bundle computes it "
         r"and its reader up\.1\.layer\.1\.resnet\S* in one segment \(up\.1\); "
-        r".*: python -m exporter build --variant original --source test --plan ",
+        r".*: python -m exporter build --variant original --source test --precision fp32 --plan ",
     ):
         check_runs(laid_out(plan))
     for fitting in (manifest_of(unet, "unit"), manifest_of(unet, "layer"), manifest_of(unet, "block", plans=[plan])):
