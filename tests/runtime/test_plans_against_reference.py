@@ -26,7 +26,13 @@ PROMPT, NEGATIVE = "a red star on a blue background", "a green circle"
 # Paths of the modules whose outputs each preset inherits, in diffusers' names: written down, not derived.
 INHERITED: dict[str, dict[str, list[str]]] = {
     "full": {"mini": [], "no mid": [], "uneven": [], "two stages": []},
-    "block": {"mini": ["up_blocks.2"], "no mid": ["up_blocks.1"], "uneven": ["up_blocks.1"], "two stages": ["up_blocks.0"]},
+    "block": {
+        "mini": ["up_blocks.2"],
+        "assembled": ["up_blocks.1"],  # a stage less
+        "no mid": ["up_blocks.1"],
+        "uneven": ["up_blocks.1"],
+        "two stages": ["up_blocks.0"],
+    },
     "deepcache": {
         "mini": ["up_blocks.3.attentions.1"],
         "no mid": ["up_blocks.2.attentions.0"],
@@ -50,12 +56,14 @@ def key_steps(plan: str, evaluations: int) -> range:
     return range(0, evaluations, int(plan.partition(":")[2] or 1))
 
 
-def expected_latents(unet: Any, plan: str, scheduler: str, steps: int, guidance: float, images: int = 1) -> Tensor:
+def expected_latents(
+    unet: Any, plan: str, scheduler: str, steps: int, guidance: float, images: int = 1, model: str = "mini"
+) -> Tensor:
     noise = reference_scheduler(scheduler, steps)
     latents = reference_noise(11, images, 4, 8, 8) * noise.init_noise_sigma
     texts = [NEGATIVE] * images + [PROMPT] * images if guidance > 1 else [PROMPT] * images
     keys = key_steps(plan, len(noise.timesteps))
-    return reference_denoise(unet, noise, latents, mini_text(texts), guidance, keys, inherited_paths(plan, "mini"))[0]
+    return reference_denoise(unet, noise, latents, mini_text(texts), guidance, keys, inherited_paths(plan, model))[0]
 
 
 @pytest.mark.parametrize("plan", SCHEDULES)
@@ -93,7 +101,7 @@ def test_the_assembled_variant(assembled_bundle: Bundle) -> None:
 
     pipeline = Pipeline(assembled_bundle, make_engine("onnxruntime"))
     made = pipeline.generate(PROMPT, NEGATIVE, steps=5, seed=11, scheduler="ddim", plan="block:2")
-    expected = expected_latents(mini_unet("assembled"), "block:2", "ddim", 5, 3.0)
+    expected = expected_latents(mini_unet("assembled"), "block:2", "ddim", 5, 3.0, model="assembled")
     assert relative_error(made.latents, expected) < TOLERANCE
 
 
