@@ -25,7 +25,7 @@ from rich.table import Table
 
 import runtime
 from benchmarks.attributes import measure
-from benchmarks.gallery import draw
+from benchmarks.grid import draw
 from benchmarks.machine import machine
 from benchmarks.plans_plot import front, plot
 from engines import UserError

@@ -21,7 +21,7 @@ import runtime
 import tuning
 from benchmarks.attributes import measure
 from benchmarks.frechet import RENDERED, distance_to, rendered
-from benchmarks.gallery import PROMPTS, draw
+from benchmarks.grid import PROMPTS, draw
 from benchmarks.machine import machine
 from engines import Bundle, make_engine
 from engines.command import run_command
