@@ -43,7 +43,8 @@ class _Family(Engine):
         self.trt = trt or self._import()
         self.device = device or torch.device("cuda")
         self._log = ErrorLog(self.trt)
-        self._place = Device(self.device)
+        # The VAE works in more memory than the UNet, whose block is kept for each stream and as long as recordings refer to it.
+        self._unet, self._ends = Device(self.device), Device(self.device)
 
     @classmethod
     def _import(cls) -> Any:
@@ -134,8 +135,11 @@ class _Family(Engine):
         return self._runner(bundle, segment, (runtime, engine))
 
     def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
-        features = bundle.manifest.features
-        return EngineRunner(segment, features, loaded, self._create_context, self._log, self.name, self._place)
+        place = self._place(bundle, segment)
+        return EngineRunner(segment, bundle.manifest.features, loaded, self._create_context, self._log, self.name, place)
+
+    def _place(self, bundle: Bundle, segment: Segment) -> Device:
+        return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._ends
 
     def recorder(self) -> Recorder | None:
         """CUDA graphs."""
@@ -242,8 +246,8 @@ class TensorRTRTX(_Family):
             cache.attach(config)
             return engine.create_execution_context(config)
 
-        features = bundle.manifest.features
-        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, self._place, cache.store)
+        features, place = bundle.manifest.features, self._place(bundle, segment)
+        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, cache.store)
 
     def _runtime_config(self, engine: Any) -> Any:
         config = engine.create_runtime_config()

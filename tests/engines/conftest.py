@@ -139,7 +139,8 @@ def profile(segment: Segment) -> Profile:
     return Profile(shapes(1, 8), shapes(2, 16), shapes(4, 32))
 
 
-def write_bundle(folder: Path, segments: tuple[Segment, ...]) -> Bundle:
+def write_bundle(folder: Path, segments: tuple[Segment, ...], kinds: dict[str, str] | None = None) -> Bundle:
+    """A bundle of the segments; ``kinds`` are of units that are none of the UNet's."""
     names = tuple(dict.fromkeys(name for segment in segments for name in segment.units))
     manifest = Manifest(
         key="0" * 64,
@@ -155,7 +156,7 @@ def write_bundle(folder: Path, segments: tuple[Segment, ...]) -> Bundle:
         text_length=5,
         vocabulary=100,
         features=FEATURES,
-        units=tuple(Unit(name=name, kind="resnet", inputs=()) for name in names),
+        units=tuple(Unit(name=name, kind=(kinds or {}).get(name, "resnet"), inputs=()) for name in names),
         segments=segments,
         files=(),
         made_with={"torch": torch.__version__},

@@ -15,7 +15,7 @@ from engines.tensor_rt import TensorRTRTX
 from engines.tensor_rt_runner import Device
 from tests.recording import FakeRecorder
 
-from .conftest import random_inputs
+from .conftest import random_inputs, write_bundle
 
 
 def contexts_of(fake):
@@ -54,6 +54,16 @@ def test_an_engine_with_greater_need_makes_the_block_grow(load, fake, tiny):
     front.run(features)
     assert {context.memory[1] for context in contexts_of(fake)} == {65536}
     assert len({context.memory[0] for context in contexts_of(fake)}) == 1
+
+
+def test_the_unet_has_a_block_of_its_own(kind, fake, bundle, tiny, cpu_alignment):
+    """The VAE's, which is larger, is not held for each of the streams that the UNet runs on."""
+    fake.files[b"back"] = replace(fake.files[b"back"], memory=65536)
+    whole = write_bundle(bundle.folder, bundle.manifest.segments, {"noise": "vae_decoder"})
+    engine, features = kind(fake, torch.device("cpu")), tiny.reference(random_inputs(1, 8, 8))
+    for segment in whole.manifest.segments:
+        engine.load(whole, segment).run(features)
+    assert [context.memory[1] for context in contexts_of(fake)] == [4096, 65536]
 
 
 def test_a_recording_reads_and_writes_the_same_memory_again(load, fake, tiny, recorder):
