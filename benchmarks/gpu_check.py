@@ -72,7 +72,11 @@ def _device(name: str) -> torch.device:
 def _engine(name: str, device: torch.device) -> Engine:
     if name == "torch":
         return Torch(device)
-    return OnnxRuntime(device=device) if name == "onnxruntime" else make_engine(name)
+    if name == "onnxruntime":
+        return OnnxRuntime(device=device)
+    if device.type != "cuda":
+        raise EngineError(f"engine {name} runs on an NVIDIA GPU only; leave it out of --engines")
+    return make_engine(name)
 
 
 def _relative(made: Tensor, reference: Tensor) -> float:
@@ -118,7 +122,7 @@ def _memory(pipeline: Pipeline, plan: str, steps: int) -> tuple[int, int | None]
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     for index, timestep in enumerate(timesteps):
-        executor.step(index, given["sample"], torch.tensor([timestep], device=device), text)
+        executor.step(index, given["sample"], torch.tensor([timestep], dtype=torch.float32, device=device), text)
     measured = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
     return peak_bytes(schedule, sizes), measured
 
@@ -208,7 +212,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Check what runs on the GPU; raises UserError without one, exits with 1 where something is wrong."""
     options = _parse(arguments)
-    device, console = _device(options.device), Console()
+    device, console = _device(options.device), Console(width=130)
     rows: list[Row] = []
     segments: dict[str, dict[str, float]] = {}
     skipped: dict[str, str] = {}
@@ -242,7 +246,7 @@ def _report(
 ) -> None:
     _show(console, rows)
     for name, reason in skipped.items():
-        console.print(f"left out: {name}: {reason}", highlight=False)
+        console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True)
     cuda = device.type == "cuda"
     card = torch.cuda.get_device_name() if cuda else "cpu"
     faults = _faults(rows, segments)

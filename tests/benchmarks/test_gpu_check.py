@@ -43,7 +43,7 @@ def test_the_program_itself_runs_on_a_cpu(bundles: Path, tmp_path: Path, capsys:
     found = json.loads((tmp_path / "gpu-cpu.json").read_text())
     assert found["faults"] == []
     assert set(found["skipped"]) == {"tensorrt-rtx fp32"}
-    assert "needs an NVIDIA GPU" in found["skipped"]["tensorrt-rtx fp32"]
+    assert "runs on an NVIDIA GPU only" in found["skipped"]["tensorrt-rtx fp32"]
     assert max(found["segments"]["torch fp32"].values()) < 1e-4
     assert {"the chain", "stem", "vae_decoder"} <= set(found["segments"]["torch fp32"])
     rows = {row["plan"]: row for row in found["plans"]}
