@@ -15,6 +15,7 @@ from torch import Tensor
 
 import runtime
 from engines import Bundle, BundleError, make_engine
+from engines.null import Null
 from runtime import Pipeline, Plan, Rule, StepRecord
 from runtime.executor import Network
 from runtime.modes import Explicit, Front
@@ -92,6 +93,17 @@ def test_text_features_are_those_of_the_text_encoder(mini_pipeline: Pipeline) ->
     prompts = [PROMPT, "", "a large white square at the top left and a small green ring"]
     # float32 on both sides, three layers: 1e-6 is seen, 1e-5 leaves room for another processor's kernels.
     assert relative_error(mini_pipeline.encode(prompts), mini_text(prompts)) < 1e-5
+
+
+def test_text_is_encoded_once_a_call_and_not_once_a_step_or_picture(mini_bundle: Bundle) -> None:
+    engine = Null()
+    pipeline = Pipeline(mini_bundle, engine)
+    pipeline.generate([PROMPT, "a green ring"], "a circle", steps=5, num_images=3, plan="deepcache:2")
+    # The prompts in one batch, and the negative prompt.
+    assert [engine.calls.count(name) for name in ("text_encoder", "stem", "vae_decoder")] == [2, 5, 1]
+    engine.calls.clear()
+    pipeline.generate(PROMPT, "a circle", steps=5, guidance_scale=1)
+    assert [engine.calls.count(name) for name in ("text_encoder", "stem", "vae_decoder")] == [1, 5, 1]
 
 
 def test_an_over_long_prompt_warns_and_is_cut(mini_pipeline: Pipeline) -> None:
