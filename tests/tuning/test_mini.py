@@ -128,7 +128,7 @@ def test_the_autoencoder_keeps_every_shape() -> None:
 def test_two_processes_train_as_one(tiny: MiniSettings, tmp_path: Path) -> None:
     settings = tmp_path / "tiny.json"
     tiny.save(settings)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tuning.mini.train"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tuning.mini.train"]
     command += ["--stage", "vae", "--settings", str(settings), "--out", str(tmp_path / "m"), "--runs", str(tmp_path / "r")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
