@@ -164,7 +164,8 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(given: list[str], t
     loss = tuning.LossWeights(features=0)
     recipe.write_text(tuning.recipe("assembled").model_copy(update={"loss": loss}).model_dump_json())
     given = [*given, "--student", str(recipe), "--steps", "5"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tuning", *given, "--out", str(two)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "tuning", *given, "--out", str(two)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
