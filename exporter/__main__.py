@@ -114,7 +114,7 @@ def _build(given: object, console: Console) -> None:
             f"warning: the {options.variant} UNet was cut out of {options.source}'s and not distilled since, so pictures suffer",
             file=sys.stderr,
         )
-    console.print(f"{'built' if built else 'up to date:'} {bundle.folder}", highlight=False)
+    console.print(f"{'built' if built else 'up to date:'} {bundle.folder}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

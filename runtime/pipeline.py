@@ -101,13 +101,14 @@ class Pipeline:
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The text encoder's output (prompts, tokens, width); a prompt that is too long is cut with a warning."""
         length = self.manifest.text_length
-        for prompt in prompts:
-            tokens = len(self.tokenizer(prompt).input_ids)
+        with self._lock:  # padding and truncation are state of the tokenizer: two threads would change each other's
+            whole = [len(self.tokenizer(prompt).input_ids) for prompt in prompts]
+            ids = self.tokenizer(
+                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids
+        for prompt, tokens in zip(prompts, whole, strict=True):
             if tokens > length:
                 warnings.warn(f"prompt cut to {length} tokens, it has {tokens}: {prompt!r}", stacklevel=3)
-        ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
         return self.network.compute(TEXT, {"tokens": ids.to(self.engine.device)})
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
