@@ -1,13 +1,17 @@
-"""The ONNX Runtime engine: runs a bundle's ONNX segments as they are, on the CPU or, with its GPU package, on CUDA."""
+"""The ONNX Runtime engine: runs a bundle's ONNX segments, on the CPU or, with its GPU package, on CUDA.
 
-from collections.abc import Mapping
+Compiling a segment means to write a copy of its graph in which each attention is one operator of ONNX Runtime's own. A bundle
+without copies runs too: its ONNX files are taken as they are, slower and with more memory.
+"""
+
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engines.base import DTYPES, Engine, Runner
+from engines.base import DTYPES, Engine, Profile, Runner, Traced
 from engines.bundle import Bundle
 from engines.errors import EngineError
 from engines.manifest import Feature, Segment
@@ -20,7 +24,7 @@ _TENSORRT = "TensorrtExecutionProvider"
 
 
 class OnnxRuntime(Engine):
-    """Runs ONNX segments; nothing is compiled beforehand.
+    """Runs ONNX segments, with attention fused where the bundle was built for this engine.
 
     Args:
         threads: CPU threads per operator; by default as many as PyTorch takes, which is one per physical core unless
@@ -33,7 +37,7 @@ class OnnxRuntime(Engine):
     """
 
     name = "onnxruntime"
-    compiles = False
+    compiles = True
 
     def __init__(self, threads: int | None = None, device: torch.device | str | None = None, tensorrt: bool = False) -> None:
         try:
@@ -68,8 +72,22 @@ class OnnxRuntime(Engine):
         """ONNX Runtime's version."""
         return str(self._ort.__version__)
 
+    def compile(self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str]) -> list[Path]:
+        """Write ``<segment>.ort.onnx`` beside the traced file, whose weights it shares; nothing if there is no attention to fuse.
+
+        The ``stem`` is not used: ONNX Runtime reads weights only from the folder of the file that refers to them.
+
+        Raises:
+            EngineError: targets were given; the copy runs wherever ONNX Runtime does.
+        """
+        from engines.attention import fuse_attention  # what it takes is needed for builds only
+
+        self.check_targets(targets)
+        copy = traced.onnx.with_suffix(".ort.onnx")
+        return [copy] if fuse_attention(traced.onnx, copy) else []
+
     def load(self, bundle: Bundle, segment: Segment) -> Runner:
-        """A session on the segment's ONNX file, after checking the hashes of all its files.
+        """A session on the segment's copy for this engine, or else on its ONNX file, after checking the hashes of all its files.
 
         Raises:
             EngineError: the segment has no ONNX file, or ONNX Runtime refuses it.
@@ -81,6 +99,9 @@ class OnnxRuntime(Engine):
                 f"bundle {bundle.folder} has no ONNX file for segment {segment.name}; "
                 f"build it with: {self.rebuild_command(bundle)}"
             )
+        compiled = segment.engines.get(self.name)
+        if compiled is not None and not self._tensorrt:  # TensorRT does not know the fused operator
+            paths = [bundle.path(file) for file in compiled.files] + paths
         session = self._session(paths[0], segment)
         if self.device.type == "cpu":
             return _ArrayRunner(segment, bundle.manifest.features, session)
