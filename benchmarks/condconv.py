@@ -39,7 +39,7 @@ from tuning.changes import changes_of
 
 __all__ = ["main"]
 
-_SD15 = Path("tuning/configs/sd15.json")
+_SD15 = Path("models/sd15/unet/config.json")
 _TOKENS = 77
 
 

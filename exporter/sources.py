@@ -1,12 +1,12 @@
 """What a build reads: a Stable Diffusion checkpoint, with the UNet of a variant. Where sources lie is in `tuning.sources`."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
@@ -14,55 +14,122 @@ import tuning
 from engines.bundle import sha256
 from engines.manifest import is_variant
 from exporter.errors import SourceError
+from tuning.assembly import origins
 from tuning.changes import changes_of
-from tuning.folder import only_assembled, unet_from
-from tuning.sources import MINI, check_part, find_folder
+from tuning.checkpoint import PARTS, FolderSource, RandomSource, Source, check_part
+from tuning.folder import meta_unet, only_assembled, unet_weights
+from tuning.sources import MINI, find_source
+from tuning.weights import Made, Renamed, Weights, filled, shapes_of
 
 __all__ = ["MINI", "VARIANTS", "Checkpoint", "open_source"]
 
 VARIANTS = tuple(tuning.RECIPES)
-_PARTS = {"unet": True, "vae": True, "text_encoder": True, "tokenizer": False, "scheduler": False}
-"""The folders of a checkpoint, and whether they hold weights."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Stable Diffusion checkpoint in the diffusers folder layout. Weights are read when asked for.
+    """A Stable Diffusion checkpoint with one UNet for each variant. Weights are read when they are taken.
 
-    ``own_unet`` is the folder of a UNet that takes the place of the checkpoint's.
+    ``own_unet`` is the folder of a UNet that takes the place of the checkpoint's. Parts are ``unet``, ``vae``, ``text_encoder``.
     """
 
-    name: str
-    folder: Path
+    source: Source
     own_unet: Path | None = None
+    _weights: dict[tuple[str, str], Weights] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """What the user called the source."""
+        return self.source.name
+
+    @property
+    def folder(self) -> Path:
+        """Where its configurations, tokenizer and scheduler lie."""
+        return self.source.folder
 
     @property
     def guidance_scale(self) -> float:
         """What pictures look best with: Stable Diffusion's usual 7.5; the embedded model was measured to want less."""
         return 3.0 if self.folder == MINI else 7.5
 
-    def unet_folder(self, variant: str) -> Path:
-        """Where a variant's UNet comes from: ``unet_assembled`` where there is one, else ``unet``, which a recipe cuts down."""
-        stored = self.folder / f"unet_{variant}"
-        return self.own_unet or (stored if (stored / "config.json").is_file() else self.folder / "unet")
-
-    def unet(self, variant: str) -> UNet2DConditionModel:
-        """The UNet of a variant, float32, in evaluation mode; made by the recipe of that name where none is stored.
+    def skeleton(self, part: str, variant: str) -> Any:
+        """A part's module without weights: parameters on the meta device, in evaluation mode.
 
         Raises:
-            SourceError: the checkpoint has no such variant and none can be made, or the UNet given for it is another.
+            SourceError: a configuration is missing or no such model's, the source has no such variant and none can be made of
+                its UNet, or the UNet given for it is another.
         """
-        folder = self.unet_folder(variant)
-        try:
-            unet = tuning.load_unet(folder)
-        except tuning.TuningError as error:
-            raise SourceError(f"source {self.name}: {error}") from error
+        with _source_errors(self.name):
+            if part != "unet":
+                return self.source.skeleton(part)
+            if (folder := self._unet_folder(variant)) is None:
+                return self._original() if variant == "original" else self._assembled(variant)
+            unet = meta_unet(folder / "config.json")
         if self.own_unet is not None:
             self._check_own(unet, variant)
-        if variant == "original" or folder != self.folder / "unet":
-            return unet
+        return unet
+
+    def weights(self, part: str, variant: str) -> Weights:
+        """Where the part's weights are, under the names that they have in its skeleton's state.
+
+        Raises:
+            SourceError: as ``skeleton``, or the weights are missing or not those that the configuration needs.
+        """
+        if (part, variant) not in self._weights:
+            with _source_errors(self.name):
+                self._weights[part, variant] = self._unet_weights(variant) if part == "unet" else self.source.weights(part)
+        return self._weights[part, variant]
+
+    def unet(self, variant: str) -> UNet2DConditionModel:
+        """The whole UNet of a variant, float32, in evaluation mode. Raises SourceError as ``weights`` does."""
+        return self._whole("unet", variant)
+
+    def vae(self) -> AutoencoderKL:
+        """The VAE, float32, in evaluation mode."""
+        return self._whole("vae", "original")
+
+    def text_encoder(self) -> nn.Module:
+        """The CLIP text encoder, float32, in evaluation mode."""
+        text: nn.Module = self._whole("text_encoder", "original")
+        return text
+
+    def _whole(self, part: str, variant: str) -> Any:
+        with _source_errors(self.name):
+            return filled(self.skeleton(part, variant), self.weights(part, variant))
+
+    def _unet_folder(self, variant: str) -> Path | None:
+        """The folder of a variant's own UNet; None where it is the source's UNet, or is cut out of that."""
+        if self.own_unet is not None:
+            return self.own_unet
+        stored = self.folder / f"unet_{variant}"
+        return stored if isinstance(self.source, FolderSource) and (stored / "config.json").is_file() else None
+
+    def _original(self) -> UNet2DConditionModel:
+        """The skeleton of the source's UNet."""
+        return self.source.skeleton("unet")
+
+    def _assembled(self, variant: str) -> UNet2DConditionModel:
+        """The skeleton of what the recipe of that name makes of the source's UNet."""
+        with self._making(variant):
+            return tuning.assemble(self._original(), tuning.recipe(variant))
+
+    def _unet_weights(self, variant: str) -> Weights:
+        unet = self.skeleton("unet", variant)
+        if (folder := self._unet_folder(variant)) is not None:
+            return unet_weights(folder, unet)
+        whole = self.source.weights("unet")
+        if variant == "original":
+            return whole
+        recipe = tuning.recipe(variant)
+        if recipe.experts is None:
+            return Renamed(whole, origins(self._original(), recipe))
+        # What experts start from comes from several kernels of the original, or from none.
+        return Made(f"{self.name}, {variant}", shapes_of(unet), lambda: tuning.assemble(filled(self._original(), whole), recipe))
+
+    @contextmanager
+    def _making(self, variant: str) -> Iterator[None]:
         try:
-            return tuning.assemble(unet, tuning.recipe(variant)).eval()
+            yield
         except tuning.TuningError as error:
             raise SourceError(f"source {self.name} has no {variant} UNet, and none can be made of its UNet: {error}") from error
 
@@ -72,8 +139,7 @@ class Checkpoint:
             return
         recipe = tuning.recipe(variant)
         try:
-            original = unet_from(self.folder / "unet" / "config.json")  # without weights
-            wanted = tuning.assemble(original, recipe.model_copy(update={"experts": None}), share=True)
+            wanted = tuning.assemble(self._original(), recipe.model_copy(update={"experts": None}))
         except tuning.TuningError as error:
             raise SourceError(f"source {self.name} can have no {variant} UNet: {error}") from error
         ours, theirs = tuning.unit_modules(unet), tuning.unit_modules(wanted)
@@ -91,90 +157,61 @@ class Checkpoint:
 
     def is_distilled(self, variant: str) -> bool:
         """Whether the variant's weights were trained for it, not only cut out of the original's."""
-        folder = self.unet_folder(variant)
-        return variant == "original" or (folder != self.folder / "unet" and not only_assembled(folder))
-
-    def vae(self) -> AutoencoderKL:
-        """The VAE, float32, in evaluation mode."""
-        with self._reading("vae"):
-            vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True, local_files_only=True)
-        return vae.float().eval()
-
-    def text_encoder(self) -> nn.Module:
-        """The CLIP text encoder, float32, in evaluation mode."""
-        from transformers import CLIPTextModel
-
-        with self._reading("text_encoder"), _no_progress_bar():
-            model: nn.Module = CLIPTextModel.from_pretrained(
-                self.folder / "text_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
-            )
-        return model.eval()
-
-    @contextmanager
-    def _reading(self, part: str) -> Iterator[None]:
-        """Turn what diffusers and transformers raise for damaged files, of many kinds, into SourceError."""
-        try:
-            yield
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SourceError(
-                f"source {self.name}: {self.folder / part} cannot be read ({reason}); get its files again, or save the model "
-                "again with diffusers' save_pretrained"
-            ) from error
+        folder = self._unet_folder(variant)
+        return variant == "original" or (folder is not None and not only_assembled(folder))
 
     def files(self, variant: str) -> Iterator[tuple[str, Path]]:
         """Every file that a build of the variant reads, and what it is called whichever folder the checkpoint lies in."""
-        unet = self.unet_folder(variant)
-        for folder in (unet, *(self.folder / part for part in _PARTS if part != "unet")):
+        folder = self._unet_folder(variant)
+        if folder is not None:
             name = "--unet" if folder == self.own_unet else folder.name
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                 # Beside a UNet that was distilled may lie what its training left.
                 if folder != self.own_unet or path.suffix in {".json", ".safetensors"}:
                     yield f"{name}/{path.relative_to(folder)}", path
+        for part in PARTS:
+            if part != "unet" or folder is None or not isinstance(self.source, FolderSource):
+                for path in self.source.files(part):
+                    yield f"{part}/{path.name}", path
 
-    def fingerprint(self, variant: str) -> str:
-        """A hash of all those files."""
-        digest = hashlib.sha256()
+    def fingerprint(self, variant: str, digest: Callable[[Path], str] = sha256) -> str:
+        """A hash of all those files, whose own are given by ``digest``; of a random source's name and seed as well."""
+        whole = hashlib.sha256()
+        if isinstance(self.source, RandomSource):
+            whole.update(f"{self.name} {self.source.seed}\n".encode())
         for name, path in self.files(variant):
-            digest.update(f"{name} {sha256(path)}\n".encode())
-        return digest.hexdigest()
+            whole.update(f"{name} {digest(path)}\n".encode())
+        return whole.hexdigest()
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers' own bar out of the build's output."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def _source_errors(name: str) -> Iterator[None]:
+    """Say of which source TuningError speaks."""
     try:
         yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    except tuning.TuningError as error:
+        reason = str(error)
+        raise SourceError(reason if reason.startswith("source ") else f"source {name}: {reason}") from error
 
 
-def open_source(source: str, variant: str, unet: Path | None = None) -> Checkpoint:
+def open_source(source: str, variant: str, unet: Path | None = None, config: Path | None = None) -> Checkpoint:
     """Find a checkpoint and check that a build can read it.
 
     Args:
-        source: ``mini``, a diffusers folder, or a hub id such as ``owner/name`` (fetched into the hub's cache).
+        source: as ``tuning.sources.find_source`` takes it.
         variant: the name of a recipe; with ``unet``, of any.
         unet: the folder of the variant's UNet, where it is not in the source's.
+        config: a diffusers folder with configurations, for a single file of another family.
 
     Raises:
-        SourceError: unknown variant or source, a pickle, or a folder with parts missing.
+        SourceError: unknown variant or source, a pickle, or a folder or file with parts missing.
     """
     if unet is None and variant not in VARIANTS:
         raise SourceError(f"unknown variant {variant!r}; choose from: {', '.join(VARIANTS)}")
     if not is_variant(variant):
         raise SourceError(f"variant {variant!r} is no name; write small letters, numbers and -, such as {', '.join(VARIANTS)}")
-    try:
-        folder = find_folder(source)
-        for part, weights in _PARTS.items():
-            check_part(source, folder, part, weights=weights)
+    with _source_errors(source):
+        found = find_source(source, config)
         if unet is not None:
             check_part(source, unet.parent, unet.name)
-    except tuning.TuningError as error:
-        raise SourceError(str(error)) from error
-    return Checkpoint(source, folder, unet)
+    return Checkpoint(found, unet)

@@ -18,7 +18,7 @@ from tuning.kept import Kept, keep, removed_units
 from tuning.recipes import Recipe
 from tuning.units import unit_modules
 
-__all__ = ["assemble", "removed_units"]
+__all__ = ["assemble", "origins", "removed_units"]
 
 _PER_STAGE = (
     "block_out_channels", "down_block_types", "only_cross_attention", "cross_attention_dim", "transformer_layers_per_block",
@@ -44,14 +44,35 @@ def assemble(unet: UNet2DConditionModel, recipe: Recipe, *, share: bool = False)
             f"recipe {recipe.name}: this UNet has conditional convolutions already; assemble the UNet that it was made from"
         )
     kept = keep(unet, recipe)
-    config, changes = _configuration(unet, kept, recipe.name)
-    with torch.device("meta"):  # its weights come from the given UNet: random ones would only cost time and memory
-        student: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
-        apply_changes(student, changes)
-    student.load_state_dict(_weights(unet, student, kept, recipe.name, share), assign=True)
+    student = _without_weights(unet, kept, recipe.name)
+    source: dict[str, Tensor] = unet.state_dict()
+    names = _origins(unet, student, kept, recipe.name)
+    state = {
+        name: source[origin] if share else source[origin].clone(memory_format=torch.contiguous_format)
+        for name, origin in names.items()
+    }
+    student.load_state_dict(state, assign=True)
     if recipe.experts is not None:
         add_experts(unet, student, recipe, removed_units(unet, recipe), kept.origin)
     return student.train(unet.training)
+
+
+def origins(unet: UNet2DConditionModel, recipe: Recipe) -> dict[str, str]:
+    """Names of the assembled UNet's weights -> the given UNet's names of them; that can be on the meta device.
+
+    Raises TuningError as `assemble` does. A recipe with experts makes some of its weights, which come from no single one.
+    """
+    kept = keep(unet, recipe)
+    return _origins(unet, _without_weights(unet, kept, recipe.name), kept, recipe.name)
+
+
+def _without_weights(unet: UNet2DConditionModel, kept: Kept, name: str) -> UNet2DConditionModel:
+    """The student on the meta device: its weights come from the given UNet, random ones would only cost time and memory."""
+    config, changes = _configuration(unet, kept, name)
+    with torch.device("meta"):
+        student: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
+        apply_changes(student, changes)
+    return student
 
 
 def _configuration(unet: UNet2DConditionModel, kept: Kept, name: str) -> tuple[dict[str, Any], Changes]:
@@ -102,20 +123,20 @@ def _without_attention(unet: UNet2DConditionModel, kept: Kept) -> set[str]:
     return bare
 
 
-def _weights(teacher: nn.Module, student: nn.Module, kept: Kept, name: str, share: bool) -> dict[str, Tensor]:
-    """The student's state: the teacher's weights, or copies, under the names that they have in the student."""
+def _origins(teacher: nn.Module, student: nn.Module, kept: Kept, name: str) -> dict[str, str]:
+    """Names in the student's state -> names in the teacher's. Raises TuningError where a weight does not fit its new place."""
     source: dict[str, Tensor] = teacher.state_dict()
     theirs, ours = unit_modules(teacher), unit_modules(student)
     renamed = {path: theirs[kept.origin(unit)] for unit, path in ours.items()}
-    state: dict[str, Tensor] = {}
+    found: dict[str, str] = {}
     for key, value in student.state_dict().items():
         path = next((p for p in renamed if key.startswith(f"{p}.")), None)
         origin = key if path is None else renamed[path] + key[len(path) :]
         if origin not in source or source[origin].shape != value.shape:
             raise TuningError(f"recipe {name}: {_misfit(origin, source, value, kept)}")
-        state[key] = source[origin] if share else source[origin].clone(memory_format=torch.contiguous_format)
+        found[key] = origin
     _check_heads(teacher, student, renamed, name)
-    return state
+    return found
 
 
 def _misfit(origin: str, source: dict[str, Tensor], value: Tensor, kept: Kept) -> str:

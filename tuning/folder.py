@@ -10,15 +10,23 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from engines.bundle import sha256
 from tuning.changes import KEY, Changes, apply_changes
 from tuning.errors import TuningError
+from tuning.weights import Filed, Weights, filled, map_file, shapes_of
 
-__all__ = ["ASSEMBLY_NOTE", "load_unet", "only_assembled", "save_part", "unet_from", "weights_sha256"]
+__all__ = [
+    "ASSEMBLY_NOTE",
+    "load_unet",
+    "meta_unet",
+    "only_assembled",
+    "save_part",
+    "unet_from",
+    "unet_weights",
+    "weights_sha256",
+]
 
 ASSEMBLY_NOTE = "assembly.json"
 """What assembly leaves beside the weights: from what and by which recipe they were taken, and their hash."""
@@ -49,15 +57,21 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
     Raises:
         TuningError: the folder holds no UNet, its weights are pickled, damaged or others than its configuration needs.
     """
-    with torch.device("meta"):  # random weights would only cost time
-        unet = unet_from(folder / "config.json")
-    unet.to_empty(device="cpu")
-    try:
-        unet.load_state_dict(_weights(folder))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise TuningError(f"{folder}: the weights are not those of its config.json ({reason}); get both again") from error
-    return unet.float().eval()
+    unet = meta_unet(folder / "config.json")
+    return filled(unet, unet_weights(folder, unet))
+
+
+def unet_weights(folder: Path, unet: nn.Module) -> Weights:
+    """The weights in a UNet's folder; `unet` is made from its configuration, on whichever device. Errors as in `load_unet`."""
+    files = _files(folder)
+
+    def open_files() -> dict[str, Tensor]:
+        return {name: tensor for file in files for name, tensor in map_file(file).items()}
+
+    shapes = shapes_of(unet)
+    if unknown := sorted(open_files().keys() - shapes.keys()):
+        raise TuningError(f"{folder}: the weights are not those of its config.json (it has no {unknown[0]}); get both again")
+    return Filed(str(folder), shapes, open_files)
 
 
 def weights_sha256(folder: Path) -> list[str]:
@@ -72,6 +86,12 @@ def only_assembled(folder: Path) -> bool:
         return bool(note["weights_sha256"] == weights_sha256(folder))
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def meta_unet(path: Path) -> UNet2DConditionModel:
+    """A UNet's shape from its config.json, on the meta device, in evaluation mode. Raises TuningError as `unet_from` does."""
+    with torch.device("meta"):
+        return unet_from(path).eval()
 
 
 def unet_from(path: Path) -> UNet2DConditionModel:
@@ -90,15 +110,12 @@ def unet_from(path: Path) -> UNet2DConditionModel:
     return unet
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the folder's safetensors file, or files where it is sharded."""
+def _files(folder: Path) -> list[Path]:
+    """The folder's safetensors file, or files where it is sharded."""
     files = sorted(folder.glob(f"{_WEIGHTS}*.safetensors"))
     plain = [file for file in files if file.name == f"{_WEIGHTS}.safetensors"]
     if not files:
         pickles = [file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
         found = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else "no weights"
         raise TuningError(f"{folder} has {found}: it needs {_WEIGHTS}.safetensors, as save_pretrained writes it")
-    try:
-        return {key: tensor for file in plain or files for key, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise TuningError(f"{folder}: its weights cannot be read ({error}); get the file again") from error
+    return plain or files

@@ -1,52 +1,54 @@
-"""Where weights come from: the embedded ``mini`` model, a diffusers folder, a hub id, or, for measurements, random numbers."""
+"""Where weights come from: the embedded ``mini`` model, a diffusers folder, a hub id, a single file, or random numbers."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from diffusers import UNet2DConditionModel
 
-from tuning.assembly import assemble
-from tuning.changes import KEY, apply_changes, changes_of
+from tuning.checkpoint import PARTS, PICKLES, FileSource, FolderSource, RandomSource, Source, check_part
 from tuning.errors import TuningError
-from tuning.folder import load_unet, unet_from
+from tuning.folder import load_unet, meta_unet
 from tuning.recipes import RECIPES
+from tuning.single_file import check_single_file, text_width
 
-__all__ = ["MINI", "RANDOM", "RANDOM_CONFIGS", "UNetSource", "check_part", "find_folder", "open_unet", "random_unet"]
+__all__ = ["MINI", "RANDOM", "RANDOM_CONFIGS", "UNetSource", "find_source", "open_unet", "random_unet"]
 
-MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
+_MODELS = Path(__file__).resolve().parents[1] / "models"
+MINI = _MODELS / "mini"
 RANDOM = "random:"
 """What the name of a source with random weights starts with."""
 
-_CONFIGS = Path(__file__).parent / "configs"
-_PLAIN = tuple(sorted(path.stem for path in _CONFIGS.glob("*.json")))
-RANDOM_CONFIGS = (*_PLAIN, *(name for name in RECIPES if name.startswith("bk-")))
+_FAMILIES = {768: "sd15", 1024: "sd21"}
+"""By the width of the text that the UNet reads: the folder with the family's configurations."""
+RANDOM_CONFIGS = (*_FAMILIES.values(), *(name for name in RECIPES if name.startswith("bk-")))
 """Configurations with a name; those of a recipe are SD 1.5's, assembled by it."""
 
-_PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
-_CHOICES = "give 'mini', a diffusers folder, or a hub id"
+_CHOICES = "give 'mini', a diffusers folder, a .safetensors file, or a hub id"
 _CONVERT = (
     "python -c \"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{path}').save_pretrained('{folder}')\""
 )
 _HUB_FILES = ("*.json", "*/*.json", "*/*.txt", "diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model.safetensors",
-              "text_encoder/model.safetensors")  # fmt: skip
+              "*/diffusion_pytorch_model-*.safetensors", "text_encoder/model.safetensors")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class UNetSource:
-    """A UNet that can be loaded. ``folder`` is its own, ``whole`` that of the checkpoint it is a part of, where there is one."""
+    """A UNet that can be loaded: in a ``folder`` of its own, a part of a ``whole`` checkpoint, or random."""
 
     name: str
     folder: Path | None = None
-    whole: Path | None = None
+    whole: Source | None = None
 
     def unet(self) -> UNet2DConditionModel:
         """The UNet, float32, in evaluation mode. Raises TuningError when its files cannot be read."""
+        if self.whole is not None:
+            unet: UNet2DConditionModel = self.whole.model("unet")
+            return unet
         return random_unet(self.name) if self.folder is None else load_unet(self.folder)
 
 
 def open_unet(source: str) -> UNetSource:
-    """Find a UNet: ``mini``, a diffusers folder (of a whole checkpoint or of a UNet), a hub id, or ``random:CONFIG``.
+    """Find a UNet: in any source of a whole checkpoint, or in a folder of its own, as diffusers writes it.
 
     Raises:
         TuningError: there is no such source, or it holds no UNet with safetensors.
@@ -54,12 +56,15 @@ def open_unet(source: str) -> UNetSource:
     if source.startswith(RANDOM):
         _random_config(source)
         return UNetSource(source)
-    folder = find_folder(source)
+    path = _path(source)
+    if path.suffix == ".safetensors":
+        return UNetSource(source, whole=_file_source(source, path, None))
+    folder = path if path.is_dir() else _fetch(source)
     if not (folder / "unet").is_dir() and (folder / "config.json").is_file():
-        _check_weights(source, folder)
+        check_part(source, folder.parent, folder.name)
         return UNetSource(source, folder)
     check_part(source, folder, "unet")
-    return UNetSource(source, folder / "unet", folder)
+    return UNetSource(source, whole=FolderSource(source, folder))
 
 
 def random_unet(source: str, seed: int = 0) -> UNet2DConditionModel:
@@ -69,91 +74,109 @@ def random_unet(source: str, seed: int = 0) -> UNet2DConditionModel:
         TuningError: the configuration is neither one of ``RANDOM_CONFIGS`` nor a UNet's config.json.
     """
     path, recipe = _random_config(source)
-    with torch.device("meta"):
-        shape = unet_from(path)
-        if recipe is not None:
-            shape = assemble(shape, RECIPES[recipe])
-    config = {key: value for key, value in shape.config.items() if key not in ("_use_default_values", KEY)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
-        apply_changes(made, changes_of(shape))
-    return made.eval()
+    unet: UNet2DConditionModel = RandomSource(source, path.parent, path, recipe, seed).model("unet")
+    return unet
+
+
+def find_source(source: str, config: Path | None = None) -> Source:
+    """Find a whole checkpoint.
+
+    Args:
+        source: ``mini``, a diffusers folder, a hub id such as ``owner/name`` (fetched into the hub's cache), a .safetensors file
+            in CompVis' layout, or ``random:CONFIG``.
+        config: for the two last ones, a diffusers folder whose configurations are taken instead of the family's.
+
+    Raises:
+        TuningError: there is no such source, a part of it is missing, or its weights are pickled.
+    """
+    if config is not None and not (config / "unet" / "config.json").is_file():
+        raise TuningError(f"config {config} is no diffusers folder: {config / 'unet' / 'config.json'} is missing")
+    if source.startswith(RANDOM):
+        return _random_source(source, config)
+    path = _path(source)
+    if path.suffix == ".safetensors":
+        return _file_source(source, path, config)
+    if config is not None:
+        raise TuningError(f"source {source} has configurations of its own: leave --config out, which is for single files")
+    folder = path if path.is_dir() else _fetch(source)
+    for part, has_weights in PARTS.items():
+        check_part(source, folder, part, weights=has_weights)
+    return FolderSource(source, folder)
+
+
+def _path(source: str) -> Path:
+    """The folder or the file that a source is or would be. Raises TuningError for a pickle and for a file that is missing."""
+    path = MINI if source == "mini" else Path(source).expanduser()
+    if path.suffix in {*PICKLES, ".safetensors"} and not path.exists():
+        raise TuningError(f"source {path}: no such file; {_CHOICES}")
+    if path.is_file() and path.suffix in PICKLES:
+        convert = _CONVERT.format(path=path, folder=path.with_suffix(""))
+        raise TuningError(
+            f"source {path} is a pickle, which can run code when it is read; if you trust it, convert it once: {convert}"
+        )
+    if path.is_file() and path.suffix != ".safetensors":
+        raise TuningError(f"source {path} is a file of another kind than .safetensors; {_CHOICES}")
+    return path
+
+
+def _file_source(source: str, path: Path, config: Path | None) -> FileSource:
+    check_single_file(path)
+    width = text_width(path)
+    if config is None and width not in _FAMILIES:
+        raise TuningError(
+            f"source {source}: its UNet reads text of width {width}, which is neither Stable Diffusion 1.x (768) nor 2.x (1024); "
+            "give --config DIR, a diffusers folder with the configurations of this model"
+        )
+    return FileSource(source, config or _MODELS / _FAMILIES[width or 0], path)
+
+
+def _random_source(source: str, config: Path | None) -> RandomSource:
+    path, recipe = _random_config(source)
+    width = meta_unet(path).config.cross_attention_dim
+    if config is None and width not in _FAMILIES:
+        raise TuningError(
+            f"source {source}: its UNet reads text of width {width}, which no text encoder of Stable Diffusion 1.x (768) or 2.x "
+            "(1024) makes; give --config DIR, a diffusers folder with the configurations of the other parts"
+        )
+    return RandomSource(source, config or _MODELS / _FAMILIES[width], path, recipe)
 
 
 def _random_config(source: str) -> tuple[Path, str | None]:
-    """The file of the configuration, and the recipe by which it is to be assembled."""
+    """The file of the UNet's configuration, and the recipe by which it is to be assembled."""
     name = source.removeprefix(RANDOM)
-    if name in _PLAIN:
-        return _CONFIGS / f"{name}.json", None
     if name in RANDOM_CONFIGS:
-        return _CONFIGS / "sd15.json", name
-    if Path(name).suffix == ".json" and Path(name).is_file():
-        return Path(name), None
-    raise TuningError(
-        f"source {source}: no such configuration; choose from: {', '.join(RANDOM_CONFIGS)}, or a UNet's config.json"
-    )
-
-
-def find_folder(source: str) -> Path:
-    """The folder of ``mini``, of a path, or of a hub id such as ``owner/name`` (fetched into the hub's cache).
-
-    Raises:
-        TuningError: there is no such folder or repository, or it is a single file.
-    """
-    path = MINI if source == "mini" else Path(source).expanduser()
-    if path.is_file() or path.suffix in {*_PICKLES, ".safetensors"}:
-        raise TuningError(_single_file(path))
-    return path if path.is_dir() else _fetch(source)
-
-
-def check_part(name: str, checkpoint: Path, part: str, *, weights: bool = True) -> None:
-    """Raise TuningError unless a checkpoint's folder has the part, with safetensors where it has ``weights``."""
-    folder = checkpoint / part
-    if not folder.is_dir() or not any(folder.glob("*.json")):
+        family = name if name in _FAMILIES.values() else "sd15"
+        return _MODELS / family / "unet" / "config.json", None if name == family else name
+    path = Path(name).expanduser()
+    if path.suffix != ".json" or not path.is_file():
         raise TuningError(
-            f"source {name}: {folder} is missing; a diffusers folder has unet, vae, text_encoder, tokenizer and scheduler"
+            f"source {source}: no such configuration; choose from: {', '.join(RANDOM_CONFIGS)}, or a UNet's config.json"
         )
-    if weights:
-        _check_weights(name, folder)
-
-
-def _check_weights(name: str, folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = [path.name for path in folder.iterdir() if path.suffix in _PICKLES]
-    if pickles:
-        whole = folder.parent
-        raise TuningError(
-            f"source {name}: {folder / pickles[0]} is a pickle, which can run code when it is read; "
-            f'if you trust it, convert it once: python -c "from diffusers import StableDiffusionPipeline as P; '
-            f"P.from_pretrained('{whole}').save_pretrained('{whole}-safetensors')\""
-        )
-    raise TuningError(f"source {name}: no .safetensors file in {folder}")
-
-
-def _single_file(path: Path) -> str:
-    if not path.exists():
-        return f"source {path}: no such file; give 'mini', a diffusers folder or a hub id"
-    convert = _CONVERT.format(path=path, folder=path.with_suffix(""))
-    if path.suffix in _PICKLES:
-        return f"source {path} is a pickle, which can run code when it is read; if you trust it, convert it once: {convert}"
-    return f"source {path} is a single file; convert it to a diffusers folder once: {convert}"
+    return path, None
 
 
 def _fetch(source: str) -> Path:
     """Fetch a hub repository's configurations and safetensors, or find them in the hub's cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     unknown = f"unknown source {source!r}: no such folder"
     if source.count("/") != 1 or source.startswith((".", "/")):
         raise TuningError(f"{unknown}; {_CHOICES} such as owner/name")
     try:
         return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
-    except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).splitlines()[0]
+    except GatedRepoError as error:
         raise TuningError(
-            f"{unknown}, and the hub gave no repository of that name ({reason}); {_CHOICES}; "
-            "a gated repository needs: hf auth login"
+            f"source {source} is gated: agree to its terms at https://huggingface.co/{source}, then log in with: hf auth login"
         ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise TuningError(
+            f"{unknown}, and the hub has no repository of that name for you; {_CHOICES}; if it is private: hf auth login"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        why = "may not be asked: HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "cannot be reached"
+        raise TuningError(f"{unknown}, it is not in the hub's cache, and the hub {why}; {_CHOICES}") from error
+    except OSError as error:  # the hub's other refusals are of this kind, too
+        reason = str(error).splitlines()[0]
+        raise TuningError(f"source {source} could not be fetched from the hub ({reason}); try again, or {_CHOICES}") from error

@@ -1,19 +1,16 @@
 """The model that is taught from: UNet, text encoder, tokenizer, autoencoder and noise schedule of one checkpoint."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tuning.errors import TuningError
-from tuning.folder import load_unet
+from tuning.checkpoint import reading
 from tuning.noising import tokenize
-from tuning.sources import check_part, find_folder
+from tuning.sources import find_source
 
 __all__ = ["Teacher"]
 
@@ -31,17 +28,14 @@ class Teacher:
 
     @classmethod
     def load(cls, source: str) -> "Teacher":
-        """Reads `mini`, a diffusers folder or a hub id. Raises TuningError when a part is missing, damaged or a pickle."""
-        folder = find_folder(source)
-        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-            check_part(source, folder, part, weights=part not in ("tokenizer", "scheduler"))
-        safe: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-        vae = _read(folder / "vae", lambda path: AutoencoderKL.from_pretrained(path, **safe))
-        text = _read(folder / "text_encoder", lambda path: CLIPTextModel.from_pretrained(path, dtype=torch.float32, **safe))
-        tokenizer = _read(folder / "tokenizer", lambda path: CLIPTokenizer.from_pretrained(path, local_files_only=True))
-        schedule = _read(folder / "scheduler", lambda path: DDPMScheduler.from_pretrained(path, local_files_only=True))
-        models = [model.float().eval().requires_grad_(False) for model in (load_unet(folder / "unet"), text, vae)]
-        return cls(source, models[0], models[1], tokenizer, models[2], schedule)
+        """Reads any source of a whole checkpoint. Raises TuningError when a part is missing, damaged or a pickle."""
+        found = find_source(source)
+        unet, text, vae = (found.model(part).requires_grad_(False) for part in ("unet", "text_encoder", "vae"))
+        with reading(source, found.folder / "tokenizer"):
+            tokenizer = CLIPTokenizer.from_pretrained(found.folder / "tokenizer", local_files_only=True)
+        with reading(source, found.folder / "scheduler"):
+            schedule = DDPMScheduler.from_pretrained(found.folder / "scheduler", local_files_only=True)
+        return cls(source, unet, text, tokenizer, vae, schedule)
 
     @property
     def size(self) -> int:
@@ -74,14 +68,3 @@ class Teacher:
         """Scaled latents -> pictures (n, 3, h, w) in [-1, 1]."""
         pictures: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return pictures.clamp(-1, 1)
-
-
-def _read(folder: Path, load: Callable[[Path], Any]) -> Any:
-    """Turns what diffusers and transformers raise for missing and damaged files, of many kinds, into TuningError."""
-    try:
-        return load(folder)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TuningError(
-            f"teacher: {folder} cannot be read ({reason}); get its files again, as safetensors, not as pickles"
-        ) from error

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from tuning.errors import TuningError
+from tuning.checkpoint import Source, reading
 from tuning.mini.models import scheduler
 from tuning.mini.scenes import held_back_prompts
-from tuning.sources import UNetSource, check_part
+from tuning.noising import tokenize
+from tuning.sources import UNetSource
 
 __all__ = ["Points", "trajectories"]
 
@@ -58,7 +58,7 @@ def trajectories(
         config = scheduler(prediction_type="epsilon").config
         states = torch.randn((prompts + 1, _TOKENS, unet.config.cross_attention_dim), generator=source_of_noise)
     else:
-        states, config = _read(source.name, source.whole, prompts)
+        states, config = _read(source.whole, prompts)
     plain, asked = states[:1].expand(prompts, -1, -1), states[1:]
     solver = DPMSolverMultistepScheduler.from_config(config)
     solver.set_timesteps(steps)
@@ -74,22 +74,12 @@ def trajectories(
     )
 
 
-def _read(name: str, folder: Path, prompts: int) -> tuple[Tensor, Any]:
+def _read(source: Source, prompts: int) -> tuple[Tensor, Any]:
     """Text states of the empty prompt and of `prompts` others, and the scheduler's configuration."""
-    for part, weights in (("text_encoder", True), ("tokenizer", False), ("scheduler", False)):
-        check_part(name, folder, part, weights=weights)
-    try:
-        text = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", use_safetensors=True, local_files_only=True, dtype=torch.float32
-        ).eval()
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        config = DPMSolverMultistepScheduler.load_config(folder / "scheduler", local_files_only=True)
-        words = ["", *held_back_prompts(prompts, seed=2)]  # seeds 0 and 1 are for published figures and for validation
-        length = tokenizer.model_max_length
-        tokens = tokenizer(words, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        return text(tokens).last_hidden_state, config
-    except Exception as error:  # of many kinds, as the files may be damaged in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TuningError(
-            f"source {name}: text_encoder, tokenizer or scheduler cannot be read ({reason}); get it again"
-        ) from error
+    text, tokens = source.model("text_encoder"), source.folder / "tokenizer"
+    with reading(source.name, tokens):
+        tokenizer = CLIPTokenizer.from_pretrained(tokens, local_files_only=True)
+    with reading(source.name, source.folder / "scheduler"):
+        config = DPMSolverMultistepScheduler.load_config(source.folder / "scheduler", local_files_only=True)
+    words = ["", *held_back_prompts(prompts, seed=2)]  # seeds 0 and 1 are for published figures and for validation
+    return text(tokenize(tokenizer, words)).last_hidden_state, config

@@ -16,6 +16,7 @@ import torch
 
 from engines import Bundle
 from tests.commands import Command, assert_refused, contents
+from tests.exporter.conftest import names_in
 from tests.reference import MINI
 from tests.sources import save_source
 from tests.unets import small_unet
@@ -54,7 +55,7 @@ def test_build_prints_progress_and_a_table(
     outcome = exporter("build", "--source", tiny_source)
     assert outcome.code == 0
     assert outcome.err == []
-    assert outcome.out[0] == "[0/12] text_encoder: tracing"
+    assert outcome.out[:2] == ["[0/?] reading the source", "[0/12] text_encoder: tracing"]
     assert "[12/12] done" in outcome.out
     assert outcome.out[-1] == "built bundles/tiny-original"
     text = "\n".join(outcome.out)
@@ -73,7 +74,10 @@ WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     ),
     (["--unet", "nowhere"], ["nowhere is missing"]),
     (["--variant", "../x", "--unet", "nowhere"], ["variant '../x' is no name"]),
-    (["--source", "nowhere"], ["unknown source 'nowhere': no such folder; give 'mini', a diffusers folder, or a hub id"]),
+    (
+        ["--source", "nowhere"],
+        ["unknown source 'nowhere': no such folder; give 'mini', a diffusers folder, a .safetensors file, or a hub id"],
+    ),
     (["--source", "./nowhere/at/all"], ["unknown source './nowhere/at/all'"]),
     (["--source", "nobody/no-such-model"], ["unknown source 'nobody/no-such-model'", "hub"]),
     (["--source", "gone.safetensors"], ["gone.safetensors: no such file"]),
@@ -154,10 +158,10 @@ def test_a_folder_whose_weights_are_pickled_is_refused(exporter: Command, tiny_s
     assert_refused(exporter("build", "--source", copy), "diffusion_pytorch_model.bin is a pickle", "save_pretrained")
 
 
-def test_a_single_file_is_refused_with_the_command_to_convert_it(exporter: Command, tmp_path: Path) -> None:
+def test_a_single_file_that_holds_nothing_is_refused(exporter: Command, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\0" * 64)
-    assert_refused(exporter("build", "--source", path), "is a single file", "from_single_file")
+    assert_refused(exporter("build", "--source", path), "model.safetensors: its weights cannot be read", "get the file again")
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
@@ -218,7 +222,7 @@ def test_a_full_disk(exporter: Command, fake_trace: FakeTrace, tiny_source: Path
     folder.mkdir()
     outcome = exporter("build", "--source", tiny_source, "--out", folder / "bundle")
     assert_refused(outcome, "the disk is full; nothing was kept of what was being written", "mid.onnx.data")
-    assert list(folder.iterdir()) == []
+    assert names_in(folder) == [".bundle.building"]
 
 
 def test_a_full_disk_while_files_are_copied(
@@ -233,7 +237,7 @@ def test_a_full_disk_while_files_are_copied(
 
     monkeypatch.setattr(shutil, "copyfile", refuse)
     assert_refused(exporter("build", "--source", tiny_source, "--out", folder / "bundle"), "the disk is full")
-    assert list(folder.iterdir()) == []
+    assert names_in(folder) == [".bundle.building"]
 
 
 def test_a_place_where_nothing_can_be_written(
@@ -256,13 +260,13 @@ def test_a_real_limit_on_what_may_be_written(tiny_source: Path, tmp_path: Path) 
         "import errno, resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "import engines.command, exporter.__main__, exporter.write\n"
-        "def trace(segment, module, features, depth, path):\n"
+        "def write(program, segment, path):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "    try:\n"
         "        path.write_bytes(bytes(8192))\n"
         "    except OSError as error:\n"
         "        raise OSError(errno.ENOSPC, 'No space left on device', str(path)) from error\n"
-        "exporter.write.trace = trace\n"
+        "exporter.write.write_onnx = write\n"
         "engines.command.run_command(exporter.__main__.main)\n"
     )
     arguments = ["build", "--source", str(tiny_source), "--out", str(folder / "bundle")]

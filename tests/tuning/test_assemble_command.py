@@ -14,7 +14,7 @@ from tests.commands import Command, assert_refused, command, contents
 from tests.sources import save_source
 from tests.unets import small_unet
 from tuning.__main__ import main
-from tuning.sources import open_unet
+from tuning.sources import find_source, open_unet
 
 
 @pytest.fixture
@@ -83,18 +83,10 @@ def test_random_weights_from_a_configuration(run: Command, folder: Path, tmp_pat
     assert json.loads((tmp_path / "out" / "assembly.json").read_text())["source"] == source
 
 
-def test_configurations_with_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[UNet2DConditionModel] = []
-    original: Any = UNet2DConditionModel.from_config
-
-    def on_meta(config: Any) -> UNet2DConditionModel:
-        with torch.device("meta"):  # their weights would be gigabytes
-            made.append(original(config))
-        return made[-1]
-
-    monkeypatch.setattr(UNet2DConditionModel, "from_config", on_meta)
+def test_configurations_with_a_name() -> None:
     millions = {"sd15": 860, "sd21": 866, "bk-base": 579, "bk-small": 482, "bk-tiny": 323}
-    assert {name: round(parameters(open_unet(f"random:{name}").unet()) / 1e6) for name in millions} == millions
+    skeletons: dict[str, Any] = {name: find_source(f"random:{name}").skeleton("unet") for name in millions}
+    assert {name: round(parameters(unet) / 1e6) for name, unet in skeletons.items()} == millions
 
 
 MISTAKES: list[tuple[list[str], list[str]]] = [
@@ -102,7 +94,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["--recipe", "smallest"], ["there is no recipe 'smallest': name one of original, assembled"]),
     (["--recipe", "gone.json"], ["gone.json is no recipe"]),
     (["--recipe", "bk-tiny", "--source", "mini", "--precision", "int8"], ["unknown precision 'int8'; choose from: fp16, fp32"]),
-    (["--source", "nowhere"], ["unknown source 'nowhere': no such folder; give 'mini', a diffusers folder, or a hub id"]),
+    (["--source", "nowhere"], ["unknown source 'nowhere': no such folder; give 'mini', a diffusers folder, a .safetensors file"]),
     (["--source", "model.ckpt"], ["model.ckpt: no such file"]),
     (["--source", "random:sd16"], ["random:sd16: no such configuration; choose from: sd15, sd21, bk-base, bk-small, bk-tiny"]),
     (["--source", "random:gone.json"], ["random:gone.json: no such configuration"]),

@@ -1,0 +1,178 @@
+"""Weights of one part of a checkpoint, taken a few tensors at a time, so that a whole UNet need not be in memory.
+
+The names are those in the state of the part's module, as diffusers and transformers build it from its configuration.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Size, Tensor, nn
+
+from tuning.errors import TuningError
+
+__all__ = ["Filed", "Library", "Made", "Random", "Renamed", "Weights", "filled", "map_file", "shapes_of"]
+
+_MAPPED_AT_ONCE = 1 << 27
+"""Bytes of files that count as this process's memory before the files are closed and opened again."""
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+class Weights(ABC):
+    """The weights of one part. ``shapes`` are those that its module has; ``where`` is what errors call their place."""
+
+    def __init__(self, where: str, shapes: Mapping[str, Size]) -> None:
+        self.where = where
+        self.shapes = dict(shapes)
+
+    def take(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Copies of the tensors of these names, on the CPU, those of floating point in ``dtype``; no file stays open.
+
+        Raises:
+            TuningError: a name is none of the part's, a tensor is missing or of another shape, or a file is damaged.
+        """
+        wanted = list(dict.fromkeys(names))
+        for name in wanted:
+            if name not in self.shapes:
+                raise TuningError(f"{self.where}: there is no {name} in this part's module")
+        return self._take(wanted, dtype)
+
+    @abstractmethod
+    def _take(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]: ...
+
+    def _copy(self, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+        """A copy of one tensor, checked to be the one that the module needs."""
+        tensor, wanted = tensors.get(name), tuple(self.shapes[name])
+        if tensor is None:
+            raise TuningError(f"{self.where}: {name} is missing, which its configuration needs; get both again")
+        if tuple(tensor.shape) != wanted:
+            raise TuningError(
+                f"{self.where}: the weights are not those of its configuration ({name} is {tuple(tensor.shape)}, "
+                f"not {wanted}); get both again"
+            )
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(kind, copy=True, memory_format=torch.contiguous_format)
+
+
+class Filed(Weights):
+    """Tensors of safetensors files, which are mapped into memory only while they are copied.
+
+    Args:
+        open_files: maps the files and gives their tensors, unread, under the module's names.
+    """
+
+    def __init__(self, where: str, shapes: Mapping[str, Size], open_files: Callable[[], Mapping[str, Tensor]]) -> None:
+        super().__init__(where, shapes)
+        self._open = open_files
+
+    def _take(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        taken: dict[str, Tensor] = {}
+        while len(taken) < len(names):
+            tensors, size = self._open(), 0
+            for name in names[len(taken) :]:
+                taken[name] = self._copy(tensors, name, dtype)
+                size += tensors[name].nbytes
+                if size > _MAPPED_AT_ONCE:
+                    break
+        return taken
+
+
+class Library(Weights):
+    """Those of a model that its own library loads, because that knows the older names of its tensors.
+
+    Args:
+        load: dtype -> the whole model; it is dropped when what was asked for has been copied.
+    """
+
+    def __init__(self, where: str, shapes: Mapping[str, Size], load: Callable[[torch.dtype], nn.Module]) -> None:
+        super().__init__(where, shapes)
+        self._load = load
+
+    def _take(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        state = self._load(dtype).state_dict()
+        # Copies, as a library may hand out what it mapped from a file.
+        return {name: self._copy(state, name, dtype) for name in names}
+
+
+class Random(Weights):
+    """Random weights of sane size; each tensor depends on seed, part and name only, whichever are taken and in which order.
+
+    Nothing is constant, so that no compiler can leave a norm's weight or a bias out, and one that is forgotten shows.
+    """
+
+    def __init__(self, part: str, shapes: Mapping[str, Size], seed: int = 0) -> None:
+        super().__init__(f"random {part}", shapes)
+        self._part, self._seed = part, seed
+
+    def _take(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: self._draw(name).to(dtype) for name in names}
+
+    def _draw(self, name: str) -> Tensor:
+        digest = hashlib.sha256(f"{self._seed} {self._part} {name}".encode()).digest()
+        shape = self.shapes[name]
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8])))
+        if len(shape) > 1:
+            return drawn.mul_((shape.numel() / shape[0]) ** -0.5)
+        return drawn.mul_(0.1).add_(1) if name.endswith("weight") else drawn.mul_(0.1)
+
+
+class Renamed(Weights):
+    """Another part's weights under other names: those of a UNet that was cut out of it.
+
+    Args:
+        names: this part's names -> the other's.
+    """
+
+    def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:
+        super().__init__(weights.where, {name: weights.shapes[origin] for name, origin in names.items()})
+        self._weights, self._names = weights, dict(names)
+
+    def _take(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        taken = self._weights.take((self._names[name] for name in names), dtype)
+        return {name: taken[self._names[name]] for name in names}
+
+
+class Made(Weights):
+    """Those of a model that has to be made as a whole; unlike the others it stays in memory, once something was taken."""
+
+    def __init__(self, where: str, shapes: Mapping[str, Size], make: Callable[[], nn.Module]) -> None:
+        super().__init__(where, shapes)
+        self._make = make
+
+    @cached_property
+    def _state(self) -> dict[str, Tensor]:
+        return self._make().state_dict()
+
+    def _take(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: self._copy(self._state, name, dtype) for name in names}
+
+
+def map_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped into memory: they are read when they are used, and unmapped with the last one.
+
+    Raises:
+        TuningError: the file is missing, cut off or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping, it only has keys()
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise TuningError(f"{path}: its weights cannot be read ({reason}); get the file again") from error
+
+
+def shapes_of(module: nn.Module) -> dict[str, Size]:
+    """Name -> shape of what a module has in its state; one on the meta device will do."""
+    return {name: value.shape for name, value in module.state_dict().items()}
+
+
+def filled(skeleton: Part, weights: Weights, dtype: torch.dtype = torch.float32) -> Part:
+    """The module itself, with all of its weights instead of those on the meta device. Raises TuningError as ``take`` does."""
+    skeleton.load_state_dict(weights.take(skeleton.state_dict(), dtype), assign=True)
+    return skeleton
