@@ -191,7 +191,7 @@ def _source_errors(name: str) -> Iterator[None]:
         yield
     except tuning.TuningError as error:
         reason = str(error)
-        raise SourceError(reason if reason.startswith("source ") else f"source {name}: {reason}") from error
+        raise SourceError(reason if reason.startswith(("source ", "unknown source ")) else f"source {name}: {reason}") from error
 
 
 def open_source(source: str, variant: str, unet: Path | None = None, config: Path | None = None) -> Checkpoint:

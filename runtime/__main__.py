@@ -26,6 +26,9 @@ from runtime.start import timesteps_from
 
 __all__ = ["main"]
 
+_RANDOM = "random:"
+"""What the name of a source starts with that is no model, but is there for measurements."""
+
 
 def _parser() -> Parser:
     parser = Parser(
@@ -70,7 +73,10 @@ def main(arguments: Sequence[str]) -> None:
         _explain(load(folder, options.engine), options, console)
         return
     warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
-    generation = _generate(load(folder, options.engine), options, console)
+    pipeline = load(folder, options.engine)
+    if pipeline.manifest.source.startswith(_RANDOM):
+        print(f"warning: {folder} has random weights ({pipeline.manifest.source}), so its pictures are noise", file=sys.stderr)
+    generation = _generate(pipeline, options, console)
     console.print(_steps(generation))
     for path, image in zip(_paths(options.out, len(generation.images)), generation.images, strict=True):
         _save(image, path)

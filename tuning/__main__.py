@@ -9,7 +9,7 @@ from engines.command import Parser, run_command
 from tuning.distill_options import add_arguments as add_distill_arguments
 from tuning.latents_command import add_arguments as add_latents_arguments
 
-_SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, or random:CONFIG"
+_SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, a .safetensors file, or random:CONFIG"
 
 
 def _parser() -> Parser:

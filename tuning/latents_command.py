@@ -11,7 +11,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `latents`."""
     add, whole = parser.add_argument, number(int, 1)
-    add("--source", required=True, help="the model whose autoencoder and tokenizer are used: mini, a diffusers folder, a hub id")
+    add("--source", required=True, help="whose autoencoder and tokenizer are used: mini, a diffusers folder, a hub id, a file")
     add("--data", required=True, help="a folder of pictures and metadata.jsonl, or .tar shards")
     add("--out", type=Path, required=True, help="folder for the latents")
     add("--size", type=whole, help="pixels of the pictures' sides (default: the model's)")

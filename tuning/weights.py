@@ -18,7 +18,7 @@ from tuning.errors import TuningError
 
 __all__ = ["Filed", "Library", "Made", "Random", "Renamed", "Weights", "filled", "map_file", "shapes_of"]
 
-_MAPPED_AT_ONCE = 1 << 27
+_MAPPED_AT_ONCE = 1 << 26
 """Bytes of files that count as this process's memory before the files are closed and opened again."""
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -114,12 +114,11 @@ class Random(Weights):
         return {name: self._draw(name).to(dtype) for name in names}
 
     def _draw(self, name: str) -> Tensor:
-        digest = hashlib.sha256(f"{self._seed} {self._part} {name}".encode()).digest()
-        shape = self.shapes[name]
-        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8])))
+        seed, shape = hashlib.sha256(f"{self._seed} {self._part} {name}".encode()).digest(), self.shapes[name]
+        generator, drawn = torch.Generator().manual_seed(int.from_bytes(seed[:8])), torch.empty(shape)
         if len(shape) > 1:
-            return drawn.mul_((shape.numel() / shape[0]) ** -0.5)
-        return drawn.mul_(0.1).add_(1) if name.endswith("weight") else drawn.mul_(0.1)
+            return drawn.normal_(std=(shape.numel() / shape[0]) ** -0.5, generator=generator)
+        return drawn.normal_(1.0 if name.endswith("weight") else 0.0, 0.1, generator=generator)
 
 
 class Renamed(Weights):
