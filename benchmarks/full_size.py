@@ -4,8 +4,8 @@ A UNet's segments are traced as every build traces them and loaded by the engine
 timed is what users run. The text encoder and the VAE are left out.
 """
 
-import shutil
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from diffusers import UNet2DConditionModel
 from rich.progress import track
 from torch import Tensor, nn
 
-from engines import DTYPES, Bundle, Manifest, Segment, Unit
+from engines import DTYPES, Bundle, Manifest, Segment, Unit, make_engine
+from engines.attention import fuse_attention
 from engines.bundle import MANIFEST_NAME, describe_file
-from engines.manifest import Feature
+from engines.manifest import Compiled, Feature
 from engines.shapes import resolve
 from exporter.measure import measure
 from exporter.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
@@ -53,28 +54,37 @@ def measured_units(unet: UNet2DConditionModel, side: int) -> tuple[list[Unit], d
 def export(
     folder: Path, unet: UNet2DConditionModel, parts: Sequence[Traceable], units: Sequence[Unit], features: Mapping[str, Feature]
 ) -> Bundle:
-    """Trace segments into a bundle that has nothing else; the folder is there whole or not at all.
+    """Trace segments into a bundle for ONNX Runtime that has nothing else; segments that ``folder`` has already are kept.
 
-    The manifest is as true as it needs to be for loading and running segments.
+    The manifest comes last; it is as true as it needs to be for loading and running segments.
     """
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "segments").mkdir(parents=True)
-    depth, written = depth_factor(unet), []
+    (folder / "segments").mkdir(parents=True, exist_ok=True)
+    engine, depth, written = make_engine("onnxruntime"), depth_factor(unet), []
     for segment, module in track(parts, f"tracing {folder.name}"):
-        path = temporary / "segments" / f"{segment.name}.onnx"
-        trace(segment, module, features, depth, path)
+        path = folder / "segments" / f"{segment.name}.onnx"
+        if not path.exists():
+            _trace_into(path, segment, module, features, depth)
+        copy = path.with_suffix(".ort.onnx")
+        copies = [copy] if fuse_attention(path, copy) else []
         files = [file for file in (path, path.with_name(f"{path.name}.data")) if file.exists()]
-        written.append(segment.model_copy(update={"onnx": tuple(describe_file(temporary, file) for file in files)}))
+        compiled = Compiled(files=tuple(describe_file(folder, file) for file in copies), version=engine.version())
+        update = {"onnx": tuple(describe_file(folder, file) for file in files), "engines": {engine.name: compiled}}
+        written.append(segment.model_copy(update=update))
     manifest = Manifest(
         key="0" * 64, variant="original", source="random", source_sha256="0" * 64, precision="fp32", sizes=((512, 512),),
         max_images=1, latent_channels=unet.config.in_channels, vae_scale=8, size_multiple=8 * depth, text_length=TOKENS,
         vocabulary=1, features=dict(features), units=tuple(units), segments=tuple(written), files=(), made_with={},
     )  # fmt: skip
-    (temporary / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
     return Bundle.open(folder)
+
+
+def _trace_into(path: Path, segment: Segment, module: nn.Module, features: Mapping[str, Feature], depth: int) -> None:
+    """Trace a segment; ``path`` is there only if its weights are, and both are whole."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        trace(segment, module, features, depth, Path(temporary) / path.name)
+        for file in sorted(Path(temporary).iterdir(), reverse=True):  # the weights' name is the longer one
+            file.rename(path.with_name(file.name))
 
 
 def random_inputs(names: Sequence[str], features: Mapping[str, Feature], sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 A UNet of full size with random weights, in four files or bundles: diffusers' own model whole; the bundle that is cut for
 ``deepcache``, which runs `full` steps and inherit steps; and DeepCache's shallow network, merged by hand from the stem, the last
-layer and the head. They take turns, and the ratios are of the same round. All four predict the same noise from the same inputs,
-which is checked before anything is timed. Writes a JSON file and prints a table.
+layer and the head. All are traced alike, with attention fused. They take turns, and the ratios are of the same round. All four
+predict the same noise from the same inputs, which is checked before anything is timed. Writes a JSON file and prints a table.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class Shallow(nn.Module):
 
 
 def make_bundles(source: str, side: int, folder: Path) -> tuple[Bundle, Bundle]:
-    """The bundle that is cut for deepcache, and one of the two files in one piece; traced unless ``folder`` has them."""
+    """The bundle that is cut for deepcache, and one of the two files in one piece; only what ``folder`` lacks is traced."""
     places = folder / "fitted", folder / "pieces"
     if not all((place / "manifest.json").is_file() for place in places):
         unet = random_unet(source)
@@ -151,8 +151,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rows", type=int, default=2, help="of a UNet call: 2 is a picture with guidance (default: 2)")
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/partition"), help="where the files are kept: 7 GB for random:sd15"
-    )
+        "--work", type=Path, default=Path("runs/partition"),
+        help="where traced files are kept, 7 GB for random:sd15; to be removed when the exporter has changed",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/partition.json"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     folder = options.work / Path(options.source.removeprefix("random:")).stem

@@ -242,7 +242,8 @@ def test_onnxruntime_threads_follow_torch_unless_told(monkeypatch):
     options = OnnxRuntime(threads=3)._options()
     assert options.intra_op_num_threads == 3
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
-    assert not options.enable_cpu_mem_arena
+    assert options.get_session_config_entry("session.use_env_allocators") == "1"
+    assert not options.enable_mem_pattern
     with pytest.raises(EngineError, match=r"got 0 threads, expected 1 or more"):
         OnnxRuntime(threads=0)
 
