@@ -27,8 +27,8 @@ from engines.onnx_runtime import OnnxRuntime
 from engines.shapes import resolve
 from engines.torch_program import Torch
 from exporter import BuildOptions, build
-from exporter.build import DTYPE
 from exporter.verify import TOLERANCE, verify
+from exporter.workers import DTYPE
 from runtime import Executor, Pipeline, find_plan
 from runtime.cost import peak_bytes
 from runtime.schedule import TEXT

@@ -29,11 +29,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int
 
 @dataclass(frozen=True)
 class Traced:
-    """A traced segment: its ONNX file, and the exported program it came from."""
+    """A traced segment: its ONNX file, and the exported program it came from, for engines that want it."""
 
     segment: Segment
     onnx: Path
-    program: "ExportedProgram"
+    program: "ExportedProgram | None" = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ class Engine(ABC):
     name: ClassVar[str]
     compiles: ClassVar[bool]
     """Whether a build makes files for this engine beside the ONNX segments."""
+    wants_program: ClassVar[bool] = False
+    """Whether ``compile`` reads the exported program and not the ONNX file."""
     has_profile: ClassVar[bool] = False
     """Whether compiled segments only take the sizes and batches they were built for."""
 

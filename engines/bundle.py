@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from pydantic import ValidationError
 from engines.errors import BundleError
 from engines.manifest import MANIFEST_VERSION, File, Manifest
 
-__all__ = ["MANIFEST_NAME", "Bundle", "describe_file", "sha256"]
+__all__ = ["MANIFEST_NAME", "Bundle", "describe_file", "is_whole", "sha256"]
 
 MANIFEST_NAME = "manifest.json"
+
+Digest = Callable[[Path], str]
+"""SHA-256 of a file, in hexadecimal."""
 
 
 def sha256(path: Path) -> str:
@@ -24,6 +28,12 @@ def sha256(path: Path) -> str:
 def describe_file(folder: Path, path: Path) -> File:
     """The manifest's record of a file inside ``folder``."""
     return File(path=path.relative_to(folder).as_posix(), sha256=sha256(path), bytes=path.stat().st_size)
+
+
+def is_whole(folder: Path, file: File, digest: Digest = sha256) -> bool:
+    """Whether a file is there and is the one that the record describes."""
+    path = folder / file.path
+    return path.is_file() and path.stat().st_size == file.bytes and digest(path) == file.sha256
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,8 @@ class Bundle:
             reason = f"{MANIFEST_NAME}, {place}: {first['msg']}"
             raise BundleError(f"bundle {folder} is damaged: {reason}; {_rebuild(folder)}") from error
 
-    def path(self, file: File) -> Path:
-        """The absolute path of a file, after checking that it is whole.
+    def path(self, file: File, digest: Digest = sha256) -> Path:
+        """The absolute path of a file, after checking that it is whole; ``digest`` tells its SHA-256.
 
         Raises:
             BundleError: the file is missing or its hash differs from the manifest's.
@@ -72,23 +82,16 @@ class Bundle:
         path = self.folder / file.path
         if not path.is_file():
             raise BundleError(f"bundle {self.folder} is damaged: {file.path} is missing; {_rebuild(self.folder)}")
-        if path.stat().st_size != file.bytes or sha256(path) != file.sha256:
+        if not is_whole(self.folder, file, digest):
             raise BundleError(
                 f"bundle {self.folder} is damaged: {file.path} is not the file that was built; {_rebuild(self.folder)}"
             )
         return path
 
-    def check(self) -> None:
+    def check(self, digest: Digest = sha256) -> None:
         """Check every file of the bundle; raises BundleError as ``path`` does."""
-        manifest = self.manifest
-        for segment in manifest.segments:
-            for compiled in segment.engines.values():
-                for file in compiled.files:
-                    self.path(file)
-            for file in segment.onnx:
-                self.path(file)
-        for file in manifest.files:
-            self.path(file)
+        for file in self.manifest.all_files:
+            self.path(file, digest)
 
 
 def _rebuild(folder: Path) -> str:

@@ -6,6 +6,7 @@ runtime needs neither the UNet's classes nor its weights in another form.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -75,11 +76,15 @@ class Unit(_Record):
 
 
 class Compiled(_Record):
-    """What one engine made of one segment: its files, its version, and the GPUs it was made for (empty: any)."""
+    """What one engine made of one segment: its files, its version, and the GPUs it was made for (empty: any).
+
+    ``key`` is a hash of what it was made from.
+    """
 
     files: tuple[File, ...]
     version: str
     targets: tuple[str, ...] = ()
+    key: str = ""
 
 
 class Segment(_Record):
@@ -90,9 +95,11 @@ class Segment(_Record):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     onnx: tuple[File, ...] = ()
+    key: str = ""
+    """Hash of what the ONNX file was made from."""
     engines: dict[str, Compiled] = Field(default_factory=dict)
     seconds: float = 0.0
-    """How long it took to trace and compile."""
+    """How long it took to trace and compile; 0 where all of it was there already."""
 
 
 class Manifest(_Record):
@@ -105,8 +112,12 @@ class Manifest(_Record):
     source: str
     unet: str | None = None
     """Folder of the UNet, where it is not one of the source's; not written where it is."""
+    config: str | None = None
+    """Folder of configurations, where the source has none and was not of a usual shape; likewise."""
     source_sha256: str
     """Hash of the weights and configurations that the bundle was made from."""
+    distilled: bool = True
+    """Whether the UNet's weights were trained for it, not only cut out of the original's."""
     precision: Precision
     sizes: tuple[tuple[int, int], ...]
     """Picture sizes (height, width) in pixels that engines with a profile were built for; the first is the default."""
@@ -134,7 +145,7 @@ class Manifest(_Record):
     @model_serializer(mode="wrap")
     def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
-        return {key: value for key, value in written.items() if key != "unet" or value is not None}
+        return {key: value for key, value in written.items() if key not in {"unet", "config"} or value is not None}
 
     @property
     def unet_units(self) -> tuple[str, ...]:
@@ -142,10 +153,19 @@ class Manifest(_Record):
         return tuple(unit.name for unit in self.units if unit.kind not in {"text_encoder", "vae_decoder", "vae_encoder"})
 
     @property
+    def all_files(self) -> Iterator[File]:
+        """Every file of the bundle but the manifest."""
+        for segment in self.segments:
+            yield from segment.onnx
+            for compiled in segment.engines.values():
+                yield from compiled.files
+        yield from self.files
+
+    @property
     def build_command(self) -> str:
         """The command that builds from the same UNet, to be completed by what should differ."""
-        unet = f" --unet {self.unet}" if self.unet else ""
-        return f"python -m exporter build --variant {self.variant} --source {self.source}{unet}"
+        options = "".join(f" --{name} {value}" for name in ("unet", "config") if (value := getattr(self, name)))
+        return f"python -m exporter build --variant {self.variant} --source {self.source}{options}"
 
     def segment(self, name: str) -> Segment:
         """The segment of that name; KeyError if there is none."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["replacing", "take_place"]
 
 
 @contextmanager
@@ -17,21 +17,23 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
-        if folder.exists():
-            _swap(temporary, folder)
-        else:
-            temporary.rename(folder)
+        take_place(temporary, folder, temporary.with_name(f"{temporary.name}.old"))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _swap(temporary: Path, folder: Path) -> None:
-    """Put a new folder in an old one's place; the old one stays if the new one cannot go there."""
-    old = temporary.with_name(f"{temporary.name}.old")
-    folder.rename(old)  # out of the way: a rename cannot replace a full folder
+def take_place(new: Path, folder: Path, aside: Path) -> None:
+    """Put a new folder in the place of another, if there is one; that one stays if the new one cannot go there.
+
+    A rename cannot replace a full folder: for a moment the old one is ``aside``.
+    """
+    if not folder.exists():
+        new.rename(folder)
+        return
+    folder.rename(aside)
     try:
-        temporary.rename(folder)
+        new.rename(folder)
     except BaseException:
-        old.rename(folder)
+        aside.rename(folder)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(aside)

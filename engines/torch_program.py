@@ -58,6 +58,7 @@ class Torch(Engine):
 
     name = "torch"
     compiles = True
+    wants_program = True
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -73,6 +74,7 @@ class Torch(Engine):
             EngineError: targets were given; a program runs wherever PyTorch does.
         """
         self.check_targets(targets)
+        assert traced.program is not None
         path = Path(f"{stem}.pt2")  # not with_suffix: a stem such as down.0 has a dot of its own
         path.parent.mkdir(parents=True, exist_ok=True)
         # Through memory: where PyTorch writes a file itself, a full disk ends the process.

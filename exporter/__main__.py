@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from engines import ENGINES, Bundle, UserError
 from engines.command import Parser, parse_size, run_command
 
+_SOURCES = "mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG (default: %(default)s)"
 _BUILD = """A UNet in, a bundle out: ONNX segments and compiled engines that `python -m runtime` runs."""
 
 
@@ -19,7 +19,8 @@ def _parser() -> Parser:
     build = commands.add_parser("build", help="make a bundle", description=_BUILD)
     build.add_argument("--variant", default="original", help="original, assembled, bk-tiny, ... (default: %(default)s)")
     build.add_argument("--unet", type=Path, help="folder of the variant's UNet (default: the source's own, or made of it)")
-    build.add_argument("--source", default="mini", help="mini, a diffusers folder, or a hub id (default: %(default)s)")
+    build.add_argument("--source", default="mini", help=_SOURCES)
+    build.add_argument("--config", type=Path, help="folder of configurations, for a .safetensors file of no usual shape")
     build.add_argument("--engine", default="onnxruntime", help=f"one or more of {','.join(ENGINES)} (default: %(default)s)")
     build.add_argument("--granularity", help="largest segment: block, layer or unit (default: block, without --plan)")
     build.add_argument("--plan", action="append", default=[], help="segments as large as this plan allows; may be repeated")
@@ -29,10 +30,13 @@ def _parser() -> Parser:
     build.add_argument("--targets", default="", help="compute capabilities for engines built ahead of time, such as sm86,sm89")
     build.add_argument("--out", type=Path, help="the bundle's folder (default: bundles/SOURCE-VARIANT)")
     build.add_argument("--force", action="store_true", help="replace a bundle that is there and differs")
+    build.add_argument("--jobs", type=int, default=1, help="segments worked on at once, each in a process (default: %(default)s)")
+    build.add_argument("--json", action="store_true", help="print progress and result as lines of JSON")
     verify = commands.add_parser("verify", help="compare every segment and the chain with the torch model")
     verify.add_argument("bundle", type=Path)
     verify.add_argument("--engine", default="onnxruntime", help="the engine to verify (default: %(default)s)")
     verify.add_argument("--sizes", default="", help="HEIGHTxWIDTH,... to compare at (default: the bundle's own and one other)")
+    verify.add_argument("--steps", type=int, help="denoising steps to compare latents after (default: 20 for fp16, else none)")
     inspect = commands.add_parser("inspect", help="show what is in a bundle")
     inspect.add_argument("bundle", type=Path)
     return parser
@@ -62,17 +66,17 @@ def _max_images(text: str) -> int:
 def main(arguments: Sequence[str]) -> None:
     """Run one command; raises UserError for a user's mistake."""
     options = _parser().parse_args(arguments)
-    _quiet_libraries()
     console = Console()
     if options.command == "inspect":
         from exporter.show import show_bundle
 
         show_bundle(Bundle.open(options.bundle), console)
     elif options.command == "verify":
-        from exporter.verify import verify_command
+        from exporter.verify_command import verify_command
 
+        _quiet_libraries()
         sizes = tuple(parse_size(size) for size in _names(options.sizes))
-        if not verify_command(options.bundle, options.engine, sizes, console):
+        if not verify_command(options.bundle, options.engine, sizes, options.steps, console):
             sys.exit(1)
     else:
         _build(options, console)
@@ -80,14 +84,15 @@ def main(arguments: Sequence[str]) -> None:
 
 def _build(given: object, console: Console) -> None:
     from exporter.build import BuildOptions, build
-    from exporter.show import show_segments
-    from exporter.sources import open_source
+    from exporter.display import show_progress
+    from exporter.show import show_built
 
     values = vars(given)
     options = BuildOptions(
         variant=values["variant"],
         source=values["source"],
         unet=values["unet"],
+        config=values["config"],
         engines=_names(values["engine"]),
         granularity=values["granularity"] or (None if values["plan"] else "block"),
         plans=tuple(values["plan"]),
@@ -97,24 +102,11 @@ def _build(given: object, console: Console) -> None:
         targets=_names(values["targets"]),
         out=values["out"],
         force=values["force"],
+        jobs=values["jobs"],
     )
-    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading the source", total=None)
-
-        def progress(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-            if not console.is_terminal:
-                console.print(f"[{done}/{total}] {what}", highlight=False, markup=False)
-
+    with show_progress(console, as_json=values["json"]) as progress:
         bundle, built = build(options, progress)
-    show_segments(bundle, console)
-    if not open_source(options.source, options.variant, options.unet).is_distilled(options.variant):
-        print(
-            f"warning: the {options.variant} UNet was cut out of {options.source}'s and not distilled since, so pictures suffer",
-            file=sys.stderr,
-        )
-    console.print(f"{'built' if built else 'up to date:'} {bundle.folder}", highlight=False, soft_wrap=True)
+    show_built(bundle, built, console, as_json=values["json"])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Shapes, parameters and MACs of units, found by running them on fake tensors: no arithmetic and no memory."""
+"""Shapes, parameters and MACs of units, found by running them on the meta device: no arithmetic and no memory."""
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +24,7 @@ def measure(
 
     Args:
         units: in an order in which they can run.
-        modules: the module of each unit.
+        modules: the module of each unit, with weights or on the meta device.
         inputs: the features that no unit makes.
         sizes: value of each symbolic dimension to count MACs at; rows (``batch``, ``images``) are counted as one.
 
@@ -35,18 +35,25 @@ def measure(
     features = dict(inputs)
     measured = []
     # The attention kernels of a CPU are unknown to the counter; the plain form is two matrix products, which it knows.
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
         tensors = {
             name: torch.empty(resolve(feature.shape, sizes), dtype=DTYPES[feature.dtype]) for name, feature in inputs.items()
         }
         for unit in units:
-            module = modules[unit.name]
+            module = _on_meta(modules[unit.name])
             with FlopCounterMode(display=False) as counter:
                 tensors[unit.name] = module(*(tensors[name] for name in unit.inputs))
             parameters = sum(weight.numel() for weight in module.parameters())
             measured.append(unit.model_copy(update={"parameters": parameters, "macs": counter.get_total_flops() // 2}))
             features[unit.name] = _describe(tensors[unit.name], features[unit.inputs[0]].shape[0], sizes)
     return measured, features
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    """A copy on the meta device; its weights are not copied on the way."""
+    bare: dict[int, object] = {id(weight): nn.Parameter(weight.to("meta"), requires_grad=False) for weight in module.parameters()}
+    bare |= {id(buffer): buffer.to("meta") for buffer in module.buffers()}
+    return copy.deepcopy(module, bare)
 
 
 def _describe(tensor: Tensor, rows: int | str, sizes: Mapping[str, int]) -> Feature:

@@ -1,5 +1,7 @@
 """Tables for people: the segments of a bundle, its features, and what its plans cost."""
 
+import json
+import sys
 from collections.abc import Sequence
 
 from rich.box import SIMPLE
@@ -13,12 +15,31 @@ from runtime.plan import Plan
 from runtime.presets import PRESETS, find_plan
 from runtime.schedule import Schedule, check_runs
 
-__all__ = ["show_bundle", "show_segments"]
+__all__ = ["show_built", "show_bundle", "show_segments"]
 
 _MIB = 2**20
 _MOST_NAMED = 3
 _TIMESTEPS = tuple(range(970, 0, -33))
 """Of 30 steps, to show costs for."""
+
+
+def show_built(bundle: Bundle, built: bool, console: Console, *, as_json: bool = False) -> None:
+    """Print what a build made, with a warning on the error stream where its pictures will suffer."""
+    manifest = bundle.manifest
+    if as_json:
+        sizes = {segment.name: sum(file.bytes for file in segment.onnx) for segment in manifest.segments}
+        told = {"bundle": str(bundle.folder), "built": built, "distilled": manifest.distilled, "onnx_bytes": sizes}
+        console.out(json.dumps(told), highlight=False)
+    else:
+        show_segments(bundle, console)
+    if not manifest.distilled:
+        print(
+            f"warning: the {manifest.variant} UNet was cut out of {manifest.source}'s and not distilled since, "
+            "so pictures suffer",
+            file=sys.stderr,
+        )
+    if not as_json:
+        console.print(f"{'built' if built else 'up to date:'} {bundle.folder}", highlight=False, soft_wrap=True)
 
 
 def show_segments(bundle: Bundle, console: Console) -> None:

@@ -5,7 +5,7 @@ mid block or missing stage. Skip connections are a stack, as in the model: the s
 push, every layer on the way up pops.
 """
 
-from diffusers import UNet2DConditionModel
+from typing import TYPE_CHECKING
 
 from engines.manifest import Unit
 from exporter.errors import SourceError
@@ -13,6 +13,9 @@ from exporter.units import kind_of
 from runtime.plan import BRANCH
 from runtime.schedule import TEXT
 from tuning.units import unit_modules
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 __all__ = ["SAMPLE", "TEXT", "TIMESTEP", "block_of", "check_family", "depth_factor", "topology"]
 
@@ -29,7 +32,7 @@ _UNSUPPORTED = ("class_embed_type", "addition_embed_type", "encoder_hid_dim", "t
                 "num_class_embeds", "dual_cross_attention", "time_embedding_act_fn", "resnet_skip_time_act")  # fmt: skip
 
 
-def check_family(unet: UNet2DConditionModel) -> None:
+def check_family(unet: "UNet2DConditionModel") -> None:
     """Raise SourceError unless the UNet is of the SD 1.x/2.x family; the message names what is not."""
     for field in _UNSUPPORTED:
         if unet.config.get(field):
@@ -49,7 +52,7 @@ def check_family(unet: UNet2DConditionModel) -> None:
             raise SourceError(f"UNet has a {type(block).__name__}; supported blocks: {', '.join(sorted(_BLOCKS))}")
 
 
-def topology(unet: UNet2DConditionModel) -> tuple[Unit, ...]:
+def topology(unet: "UNet2DConditionModel") -> tuple[Unit, ...]:
     """The units of a UNet in an order in which they can run.
 
     Raises:
@@ -89,7 +92,7 @@ def block_of(unit: str) -> str:
     return ".".join(parts[:2]) if parts[0] in {"down", "up"} else parts[0]
 
 
-def depth_factor(unet: UNet2DConditionModel) -> int:
+def depth_factor(unet: "UNet2DConditionModel") -> int:
     """The multiple that latent height and width must be of: 2 to the number of downsamplers."""
     samplers = sum(name.startswith("down.") and name.endswith(".sampler") for name in unit_modules(unet))
     return 1 << samplers

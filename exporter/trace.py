@@ -1,4 +1,7 @@
-"""Trace a segment to ONNX, with dynamic batch, height and width."""
+"""Trace a segment to a program and write it as ONNX, with dynamic batch, height and width.
+
+Why opset 18, and attention as two matrix products and a softmax: docs/onnx.md.
+"""
 
 import logging
 import warnings
@@ -6,15 +9,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from engines import DTYPES, Segment, Traced
 from engines.manifest import Feature
 from engines.shapes import resolve
+from exporter.precision import widen
 
-__all__ = ["OPSET", "trace"]
+__all__ = ["OPSET", "trace", "trace_program", "write_onnx"]
 
 OPSET = 18
 """Opset 18 builds in TensorRT-RTX at both precisions; opset 23's Attention operator does not at fp32."""
@@ -27,21 +32,36 @@ _MAX_ROWS = 63
 
 
 def trace(segment: Segment, module: nn.Module, features: Mapping[str, Feature], depth: int, path: Path) -> Traced:
-    """Export one segment.
+    """Trace one segment and write it as ONNX; see ``trace_program`` and ``write_onnx``."""
+    program = trace_program(segment, module, features, depth)
+    write_onnx(program, segment, path)
+    return Traced(segment, path, program)
+
+
+def trace_program(segment: Segment, module: nn.Module, features: Mapping[str, Feature], depth: int) -> ExportedProgram:
+    """Trace one segment.
 
     Args:
         segment: names the inputs and outputs, in the order in which ``module`` takes and returns them.
         module: in evaluation mode, on the CPU.
         features: dtype and symbolic shape of every feature.
         depth: latent height and width are multiples of this number.
-        path: the ONNX file to write; weights go into a file beside it, with ``.data`` added to the name.
     """
     sizes = {name: size * depth if name in {"height", "width"} else size for name, size in _EXAMPLE.items()}
     base = {name: Dim(f"{name}_{depth}") if name in {"height", "width"} else Dim(name, max=_MAX_ROWS) for name in _EXAMPLE}
     arguments = tuple(_example(features[name], sizes) for name in segment.inputs)
     dynamic = tuple(_dynamic(features[name], base, depth) for name in segment.inputs)
     with torch.no_grad(), _quiet():
-        program = torch.export.export(module.eval(), arguments, dynamic_shapes=(dynamic,), strict=False)
+        return torch.export.export(module.eval(), arguments, dynamic_shapes=(dynamic,), strict=False)
+
+
+def write_onnx(program: ExportedProgram, segment: Segment, path: Path) -> list[Path]:
+    """Write a segment's program as ONNX: ``path``, and beside it, where there are weights, ``path`` with ``.data`` added.
+
+    Returns:
+        The files.
+    """
+    with torch.no_grad(), _quiet():
         onnx = torch.onnx.export(
             program,
             input_names=list(segment.inputs),
@@ -49,10 +69,23 @@ def trace(segment: Segment, module: nn.Module, features: Mapping[str, Feature], 
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
+            optimize=False,
         )
         assert onnx is not None
-        onnx.save(path, external_data=True)
-    return Traced(segment, path, program)
+        weights = list(onnx.model.graph.initializers.values())
+        onnx.optimize()
+    _forget_where_from(onnx.model)
+    widen(onnx.model)
+    onnx.save(path, external_data=True)
+    for value in (*weights, *onnx.model.graph.initializers.values()):
+        value.const_value = None  # until the next export PyTorch's exporter holds on to the graph, and that to the weights
+    return [file for file in (path, path.with_name(f"{path.name}.data")) if file.exists()]
+
+
+def _forget_where_from(model: ir.Model) -> None:
+    """Drop the lines of code that the exporter notes for every node: they name folders of the machine that builds."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
 
 
 def _example(feature: Feature, sizes: Mapping[str, int]) -> Tensor:

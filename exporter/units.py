@@ -4,34 +4,39 @@ ResNets and transformers are two units each: the residual branch, and the sum of
 unit while its input flows on is then nothing but inheriting its branch.
 
 Latents, timestep and prediction are float32 whatever the UNet's dtype: the schedulers' arithmetic stays exact, and an fp16
-graph is cast once on each side.
+graph is cast once on each side. The time embedding is computed in its own weights' dtype, float32 in every bundle: it is small,
+and everything reads it.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from engines.manifest import Unit
 from exporter.condconv import FORM, Form, exported
+from runtime.plan import BRANCH
 from tuning.condconv import CondConvResnet
 from tuning.units import unit_modules
 
-__all__ = ["CondConvBranch", "SegmentModule", "kind_of", "unit_module"]
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+__all__ = ["CondConvBranch", "SegmentModule", "kind_of", "paths_of", "unit_module"]
 
 
 class Time(nn.Module):
     """Timestep (1,) -> time embedding (1, channels)."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: "UNet2DConditionModel") -> None:
         super().__init__()
         self.projection, self.embedding = unet.time_proj, unet.time_embedding
+        self.dtype = unet.conv_in.weight.dtype
 
     def forward(self, timestep: Tensor) -> Tensor:
         result: Tensor = self.embedding(self.projection(timestep).to(self.embedding.linear_1.weight.dtype))
-        return result
+        return result.to(self.dtype)
 
 
 class Stem(nn.Module):
@@ -133,7 +138,7 @@ def _picture(x: Tensor, height: int, width: int) -> Tensor:
 class Head(nn.Module):
     """Last feature -> prediction (batch, channels, height, width), float32."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: "UNet2DConditionModel") -> None:
         super().__init__()
         self.norm, self.activation, self.convolution = unet.conv_norm_out, unet.conv_act, unet.conv_out
 
@@ -144,16 +149,24 @@ class Head(nn.Module):
         return result.float()
 
 
-def unit_module(unet: UNet2DConditionModel, name: str) -> nn.Module:
+def paths_of(unet: "UNet2DConditionModel", name: str) -> tuple[str, ...]:
+    """The UNet's submodules that the unit of that name is made of."""
+    if name == "time":
+        return ("time_embedding",)
+    if name == "head":
+        return "conv_norm_out", "conv_out"
+    return (unit_modules(unet)[name.removesuffix(BRANCH)],)
+
+
+def unit_module(unet: "UNet2DConditionModel", name: str) -> nn.Module:
     """The module that computes the unit of that name; it shares the UNet's weights."""
     if name == "time":
         return Time(unet)
     if name == "head":
         return Head(unet)
-    owner, _, part = name.rpartition(".")
-    is_branch = part == "branch"
-    module: nn.Module = unet.get_submodule(unit_modules(unet)[owner if is_branch else name])
-    kind = kind_of(owner if is_branch else name)
+    is_branch = name.endswith(BRANCH)
+    module: nn.Module = unet.get_submodule(*paths_of(unet, name))
+    kind = kind_of(name.removesuffix(BRANCH))
     if isinstance(module, nn.Conv2d):
         return Stem(module)
     if kind == "resnet":

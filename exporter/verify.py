@@ -2,55 +2,87 @@
 
 The reference is the diffusers UNet itself, run in one piece with hooks that keep what each module made; it shares neither the
 topology nor the partition with what is compared. Each segment is fed the reference's features, so that errors do not add up;
-the chain is fed its own.
+the chain is fed its own, and over denoising steps its own latents.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from engines import DTYPES, Bundle, Engine, make_engine
+from engines import DTYPES, Bundle, Engine
 from engines.manifest import Manifest, Precision
 from engines.shapes import resolve
+from exporter.ends import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER, TextEncoder
 from exporter.errors import BuildError
-from exporter.graph import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER, TextEncoder, check_size
-from exporter.sources import open_source
+from exporter.fidelity import cosine, psnr, relative_error
+from exporter.graph import check_size
 from exporter.topology import SAMPLE, TEXT, TIMESTEP
 from runtime.executor import Network
 from runtime.plan import NOISE
+from runtime.schedulers import make_scheduler
 from tuning.units import unit_modules
 
-__all__ = ["TOLERANCE", "Comparison", "verify", "verify_command"]
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+__all__ = ["CHAIN", "LEAST_COSINE", "LEAST_PSNR", "TOLERANCE", "Comparison", "Reference", "compare_latents", "verify"]
 
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3}
 """Largest allowed error relative to the reference's maximum. The reference is float32 in both cases."""
-_CHAIN = "the chain"
+LEAST_COSINE = 0.9999
+"""Of a segment's outputs with the reference's, taken as vectors."""
+LEAST_PSNR = 35.0
+"""Of final latents, in decibels."""
+CHAIN = "the chain"
+"""What all segments of the UNet together are called, fed with nothing but the UNet's inputs."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One segment (or the chain) at one size: the largest error of its outputs, relative to the reference's maximum."""
+    """One segment (or the chain) at one size.
+
+    ``error`` is the largest of its outputs, relative to the reference's maximum, ``cosine`` the least with the reference's.
+    """
 
     segment: str
     images: int
     height: int
     width: int
     error: float
+    cosine: float
+
+    def within(self, precision: Precision) -> bool:
+        """Whether it is as exact as a bundle of that precision has to be."""
+        return self.error <= TOLERANCE[precision] and self.cosine >= LEAST_COSINE
 
 
 @dataclass(frozen=True)
-class _Reference:
+class Reference:
     """The torch model in float32, and what its modules make of given inputs."""
 
     unet: nn.Module
     text: nn.Module
-    vae: AutoencoderKL
+    vae: "AutoencoderKL"
+
+    @classmethod
+    def load(cls, bundle: Bundle) -> "Reference":
+        """The model that a bundle was made from; raises as ``verify`` does."""
+        from exporter.sources import open_source
+
+        manifest = bundle.manifest
+        unet, config = (None if folder is None else Path(folder) for folder in (manifest.unet, manifest.config))
+        checkpoint = open_source(manifest.source, manifest.variant, unet, config)
+        if checkpoint.fingerprint(manifest.variant) != manifest.source_sha256:
+            raise BuildError(
+                f"the weights of source {manifest.source} are not those that bundle {bundle.folder} was made from; "
+                "build it anew with --force, then verify it"
+            )
+        text = TextEncoder(checkpoint.text_encoder())
+        return cls(checkpoint.unet(manifest.variant).eval(), text.eval(), checkpoint.vae().eval())
 
     def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every feature by name, from tokens, sample, timestep, latents and image."""
@@ -86,13 +118,16 @@ def _keep(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object
     return hook
 
 
-def verify(bundle: Bundle, engine: Engine, sizes: Sequence[tuple[int, int]] = ()) -> Iterator[Comparison]:
+def verify(
+    bundle: Bundle, engine: Engine, sizes: Sequence[tuple[int, int]] = (), reference: Reference | None = None
+) -> Iterator[Comparison]:
     """Compare all segments and the chain with the torch model on random inputs, for each size and two numbers of images.
 
     Args:
         bundle: what to verify.
         engine: what runs its segments.
         sizes: picture sizes (height, width) in pixels; by default the bundle's first and one other.
+        reference: its source's model, by default loaded here.
 
     Raises:
         SourceError: the bundle's source cannot be found any more.
@@ -101,27 +136,52 @@ def verify(bundle: Bundle, engine: Engine, sizes: Sequence[tuple[int, int]] = ()
     manifest = bundle.manifest
     for size in sizes:
         check_size(size, manifest.size_multiple)
-    reference = _load_reference(bundle)
+    reference = reference or Reference.load(bundle)
     network = Network.load(bundle, engine)
     for height, width in sizes or _sizes(manifest, engine):
         for images in sorted({1, min(3, manifest.max_images) if engine.has_profile else 3}):
             inputs = _inputs(manifest, images, height, width)
             features = reference.features(inputs)
-            for segment, error in _errors(network, engine, inputs, features):
-                yield Comparison(segment, images, height, width, error)
+            for segment, error, angle in _errors(network, engine, inputs, features):
+                yield Comparison(segment, images, height, width, error, angle)
 
 
-def _load_reference(bundle: Bundle) -> _Reference:
-    manifest = bundle.manifest
-    checkpoint = open_source(manifest.source, manifest.variant, None if manifest.unet is None else Path(manifest.unet))
-    if checkpoint.fingerprint(manifest.variant) != manifest.source_sha256:
-        raise BuildError(
-            f"the weights of source {manifest.source} are not those that bundle {bundle.folder} was made from; "
-            "build it anew with --force, then verify it"
-        )
-    return _Reference(
-        checkpoint.unet(manifest.variant).eval(), TextEncoder(checkpoint.text_encoder()).eval(), checkpoint.vae().eval()
-    )
+def compare_latents(
+    bundle: Bundle, engine: Engine, size: tuple[int, int], steps: int, reference: Reference | None = None
+) -> float:
+    """PSNR in decibels of the latents that the chain comes to by DDIM steps from the same noise and text as the torch model.
+
+    Args:
+        bundle: what to verify.
+        engine: what runs its segments.
+        size: picture height and width in pixels.
+        steps: how many.
+        reference: its source's model, by default loaded here.
+    """
+    reference = reference or Reference.load(bundle)
+    network = Network.load(bundle, engine)
+    inputs = _inputs(bundle.manifest, 1, *size)
+    with torch.no_grad():
+        text = reference.text(inputs[TOKENS])
+
+    def chain(sample: Tensor, timestep: Tensor) -> Tensor:
+        given = {SAMPLE: sample, TIMESTEP: timestep, TOKENS: inputs[TOKENS]}
+        return network.compute(NOISE, {name: tensor.to(engine.device) for name, tensor in given.items()}).cpu()
+
+    def whole(sample: Tensor, timestep: Tensor) -> Tensor:
+        return reference.unet(sample, timestep, text).sample  # type: ignore[no-any-return]
+
+    made, wanted = (_denoised(bundle, predict, inputs[SAMPLE], steps) for predict in (chain, whole))
+    return psnr(made, wanted)
+
+
+@torch.no_grad()
+def _denoised(bundle: Bundle, predict: Callable[[Tensor, Tensor], Tensor], latents: Tensor, steps: int) -> Tensor:
+    scheduler = make_scheduler("ddim", bundle.folder / "scheduler", steps)
+    for timestep in scheduler.timesteps:
+        prediction = predict(latents, timestep.float()[None])
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+    return latents
 
 
 def _sizes(manifest: Manifest, engine: Engine) -> list[tuple[int, int]]:
@@ -143,41 +203,13 @@ def _inputs(manifest: Manifest, images: int, height: int, width: int) -> dict[st
 
 def _errors(
     network: Network, engine: Engine, inputs: Mapping[str, Tensor], features: Mapping[str, Tensor]
-) -> Iterator[tuple[str, float]]:
+) -> Iterator[tuple[str, float, float]]:
     manifest = network.manifest
     on_device = {name: tensor.to(engine.device, DTYPES[manifest.features[name].dtype]) for name, tensor in features.items()}
     for segment in manifest.segments:
         made = network.runners[segment.name].run(on_device)
-        yield segment.name, max(_relative(made[name], features[name]) for name in segment.outputs)
+        pairs = [(made[name], features[name]) for name in segment.outputs]
+        yield segment.name, max(relative_error(*pair) for pair in pairs), min(cosine(*pair) for pair in pairs)
     given = {name: on_device[name] for name in inputs}
-    yield _CHAIN, _relative(network.compute(NOISE, given), features[NOISE])
-
-
-def _relative(made: Tensor, reference: Tensor) -> float:
-    return float((made.float().cpu() - reference).abs().max() / reference.abs().max())
-
-
-def verify_command(folder: Path, engine: str, sizes: Sequence[tuple[int, int]], console: Console) -> bool:
-    """Verify a bundle, print the error of each segment, and say whether all are within the tolerance."""
-    bundle = Bundle.open(folder)
-    bundle.check()
-    tolerance = TOLERANCE[bundle.manifest.precision]
-    columns: dict[str, None] = {}
-    rows: dict[str, list[float]] = {}
-    for comparison in verify(bundle, make_engine(engine), sizes):
-        columns[f"{comparison.images} x {comparison.height}x{comparison.width}"] = None
-        rows.setdefault(comparison.segment, []).append(comparison.error)
-        if comparison.segment == _CHAIN:
-            console.print(f"compared {list(columns)[-1]}", highlight=False)
-    table = Table(title=f"{folder} on {engine}: error relative to torch float32 (allowed: {tolerance:g})")
-    for name in ("segment", *columns):
-        table.add_column(name, justify="left" if name == "segment" else "right")
-    for segment, errors in rows.items():
-        table.add_row(segment, *(f"{error:.1e}" if error <= tolerance else f"[red]{error:.1e}[/red]" for error in errors))
-    console.print(table)
-    worst, where = max((max(errors), segment) for segment, errors in rows.items())
-    good = worst <= tolerance
-    console.print(
-        f"{'all within' if good else 'NOT within'} {tolerance:g}; the largest error is {worst:.1e} ({where})", highlight=False
-    )
-    return good
+    noise = network.compute(NOISE, given), features[NOISE]
+    yield CHAIN, relative_error(*noise), cosine(*noise)

@@ -1,66 +1,115 @@
-"""Write a bundle's segments: the ONNX file of each, and what each engine compiles of it."""
+"""Write a bundle's segments: the ONNX file of each, and what each engine compiles of it. What is finished already is kept."""
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 from engines import Engine, Profile, Segment, Traced
-from engines.bundle import describe_file
 from engines.manifest import Compiled, Feature
 from engines.shapes import resolve
 from exporter.graph import Graph
-from exporter.trace import trace
+from exporter.pieces import Pieces, key_of
+from exporter.trace import OPSET, trace_program, write_onnx
 
-__all__ = ["Progress", "profile_of", "write_segments"]
+__all__ = ["Wanted", "Writer", "profile_of"]
 
-Progress = Callable[[int, int, str], None]
-"""Told what is being done: steps done, steps in all, and what comes next."""
+_LARGE = 5_000_000
+"""Parameters from which it is worth a look through all objects to be rid of a segment's weights before the next one's come."""
+
+Report = Callable[[str], None]
+"""Told what is being done, before it is."""
 
 
-def write_segments(
-    folder: Path, graph: Graph, segments: Sequence[Segment], engines: Sequence[Engine], targets: Mapping[str, Sequence[str]],
-    sizes: Sequence[tuple[int, int]], max_images: int, progress: Progress,
-) -> list[Segment]:  # fmt: skip
-    """Trace and compile every segment into ``folder``; returns the segments with their files.
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be made of every segment.
 
     Args:
-        folder: the bundle's folder, being filled.
-        graph: the checkpoint's graph with its modules.
-        segments: how the graph is cut.
-        engines: for each segment, those that compile.
-        targets: compute capabilities by engine name.
+        made_from: what all pieces depend on: weights, variant, precision, versions, code.
+        targets: compute capabilities by the name of the engine that compiles for them.
         sizes: picture sizes (height, width) in pixels, for engines with a profile.
         max_images: images per call, likewise.
-        progress: told before every step.
     """
-    compilers = [engine for engine in engines if engine.compiles]
-    (folder / "segments").mkdir()
-    total, done, written = len(segments) * (1 + len(compilers)), 0, []
-    for segment in segments:
+
+    made_from: Mapping[str, Any]
+    targets: Mapping[str, Sequence[str]]
+    sizes: Sequence[tuple[int, int]]
+    max_images: int
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes segments of a graph into a bundle, for some engines."""
+
+    graph: Graph
+    engines: Sequence[Engine]
+    wanted: Wanted
+    pieces: Pieces
+
+    def keys(self, segment: Segment) -> dict[str, str]:
+        """What the pieces of a segment are kept under: ``onnx``, and the name of each engine that compiles."""
+        cut = {"segment": segment.name, "units": segment.units, "inputs": segment.inputs, "outputs": segment.outputs}
+        keys = {"onnx": key_of({**self.wanted.made_from, **cut, "opset": OPSET})}
+        for engine in self.engines:
+            if engine.compiles:
+                profile = vars(self._profile(segment)) if engine.has_profile else None
+                made_by = {"engine": engine.name, "version": engine.version(), "targets": self.wanted.targets[engine.name]}
+                keys[engine.name] = key_of({"onnx": keys["onnx"], **made_by, "profile": profile})
+        return keys
+
+    def write(self, segment: Segment, report: Report = lambda what: None) -> Segment:
+        """Trace and compile a segment, as far as that is not done; returns it with its files.
+
+        Raises:
+            SourceError: its weights cannot be read.
+            EngineError: an engine refuses it.
+        """
         started = time.perf_counter()
-        progress(done, total, f"{segment.name}: tracing")
-        path = folder / "segments" / f"{segment.name}.onnx"
-        traced = trace(segment, graph.segment_module(segment), graph.features, graph.depth, path)
-        done += 1
-        compiled = {}
-        for engine in compilers:
-            progress(done, total, f"{segment.name}: compiling for {engine.name}")
-            profile = profile_of(segment, graph.features, sizes, max_images, graph.vae_scale)
-            compiled[engine.name] = _compile(engine, traced, folder, profile, targets[engine.name])
-            done += 1
-        data = path.with_name(f"{path.name}.data")
-        onnx = tuple(describe_file(folder, file) for file in (path, data) if file.exists())
-        seconds = round(time.perf_counter() - started, 1)
-        written.append(segment.model_copy(update={"onnx": onnx, "engines": compiled, "seconds": seconds}))
-    progress(total, total, "done")
-    return written
+        keys = self.keys(segment)
+        onnx = self.pieces.find(keys["onnx"])
+        todo = [engine for engine in self.engines if engine.compiles and self.pieces.find(keys[engine.name]) is None]
+        path = self.pieces.folder / "segments" / f"{segment.name}.onnx"
+        program, worked = None, onnx is None or bool(todo)
+        if not worked:
+            report("kept")
+        if onnx is None or any(engine.wants_program for engine in todo):
+            report("tracing")
+            program = trace_program(segment, self.graph.segment_module(segment), self.graph.features, self.graph.depth)
+        if onnx is None:
+            assert program is not None
+            path.parent.mkdir(exist_ok=True)
+            onnx = self.pieces.add(keys["onnx"], write_onnx(program, segment, path))
+        traced = Traced(segment, path, program if any(engine.wants_program for engine in todo) else None)
+        del program
+        if self.graph.parameters(segment) > _LARGE:
+            _let_go()
+        for engine in todo:
+            report(f"compiling for {engine.name}")
+            stem = self.pieces.folder / "engines" / engine.name / segment.name
+            paths = engine.compile(traced, stem, self._profile(segment), self.wanted.targets[engine.name])
+            self.pieces.add(keys[engine.name], paths)
+        compiled = {engine.name: self._compiled(engine, keys[engine.name]) for engine in self.engines if engine.compiles}
+        seconds = round(time.perf_counter() - started, 1) if worked else 0.0
+        return segment.model_copy(update={"onnx": onnx, "key": keys["onnx"], "engines": compiled, "seconds": seconds})
+
+    def _compiled(self, engine: Engine, key: str) -> Compiled:
+        files = self.pieces.find(key)
+        assert files is not None
+        return Compiled(files=files, version=engine.version(), targets=tuple(self.wanted.targets[engine.name]), key=key)
+
+    def _profile(self, segment: Segment) -> Profile:
+        return profile_of(segment, self.graph.features, self.wanted.sizes, self.wanted.max_images, self.graph.vae_scale)
 
 
-def _compile(engine: Engine, traced: Traced, folder: Path, profile: Profile, targets: Sequence[str]) -> Compiled:
-    stem = folder / "engines" / engine.name / traced.segment.name
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = engine.compile(traced, stem, profile, targets)
-    return Compiled(files=tuple(describe_file(folder, path) for path in paths), version=engine.version(), targets=tuple(targets))
+def _let_go() -> None:
+    """Give memory that is no longer used back to the system, as far as Python and the C library can be made to."""
+    gc.collect()  # a traced program is full of cycles that hold its weights
+    with suppress(AttributeError, OSError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def profile_of(

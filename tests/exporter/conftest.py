@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engines import Segment, Traced
+from engines import Segment
 from tests.commands import Command, command
 from tests.sources import save_source
 
@@ -34,15 +34,17 @@ def fake_trace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     def install(fail_at: str | None = None, error: BaseException | None = None) -> list[str]:
         traced: list[str] = []
 
-        def trace(segment: Segment, module: Any, features: Any, depth: int, path: Path) -> Traced:
+        def write(program: Any, segment: Segment, path: Path) -> list[Path]:
             path.write_bytes(segment.name.encode() * 10)
             if segment.name == fail_at:
                 assert error is not None
                 raise error
             traced.append(segment.name)
-            return Traced(segment, path, None)  # type: ignore[arg-type]
+            return [path]
 
-        monkeypatch.setattr("exporter.write.trace", trace)
+        monkeypatch.setattr("exporter.write.trace_program", lambda *given: object())
+        monkeypatch.setattr("exporter.write.write_onnx", write)
+        monkeypatch.setattr("engines.onnx_runtime.OnnxRuntime.compile", lambda *given: [])
         return traced
 
     return install

@@ -13,8 +13,10 @@ import torch
 
 from engines import Bundle, Manifest, Profile, Segment, Traced, make_engine
 from exporter import BuildError, BuildOptions, build
-from exporter.build import segments_of
+from exporter.build import DIGESTS
 from exporter.graph import load_graph
+from exporter.make import segments_of
+from exporter.progress import Step
 from exporter.sources import open_source
 from runtime import Plan, PlanError, Rule, Schedule
 from runtime.modes import Uniform
@@ -53,18 +55,19 @@ def folder_of(options: BuildOptions) -> Path:
 
 def test_a_build_names_every_file_it_wrote(options: BuildOptions, fake_trace: FakeTrace) -> None:
     traced = fake_trace()
-    steps: list[tuple[int, int, str]] = []
-    bundle, built = build(options, lambda done, total, what: steps.append((done, total, what)))
+    steps: list[Step] = []
+    bundle, built = build(options, steps.append)
     assert built
     assert traced == ["text_encoder", *UNET_SEGMENTS, "vae_decoder", "vae_encoder"]
     manifest = bundle.manifest
-    named = {file.path for file in manifest.files} | {file.path for segment in manifest.segments for file in segment.onnx}
-    assert {*named, "manifest.json"} == set(contents(bundle.folder))
+    assert {*(file.path for file in manifest.all_files), "manifest.json", DIGESTS} == set(contents(bundle.folder))
     bundle.check()
     assert names_in(bundle.folder.parent) == ["bundle"]
-    assert [done for done, _, _ in steps] == list(range(13))
-    assert {total for _, total, _ in steps} == {12}
-    assert steps[1] == (1, 12, "stem: tracing")
+    assert [str(step) for step in steps[:2]] == ["reading the source", "text_encoder: tracing"]
+    assert sorted({step.done for step in steps}) == list(range(13))
+    assert {step.total for step in steps[1:]} == {12}
+    assert Step(1, 12, "stem", "tracing") in steps
+    assert steps[-1] == Step(12, 12, "", "done")
 
 
 def test_the_manifest_describes_the_checkpoint(options: BuildOptions, fake_trace: FakeTrace) -> None:
@@ -231,15 +234,34 @@ def test_an_empty_folder_is_filled(options: BuildOptions, fake_trace: FakeTrace)
     assert build(options)[1]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broke"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-def test_a_build_that_fails_leaves_nothing(options: BuildOptions, fake_trace: FakeTrace, error: BaseException) -> None:
-    fake_trace(fail_at="mid", error=error)
+BREAKS = [RuntimeError("broke"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+
+
+@pytest.mark.parametrize("error", BREAKS)
+def test_a_build_that_fails_leaves_no_bundle_and_is_gone_on_with(
+    options: BuildOptions, fake_trace: FakeTrace, error: BaseException
+) -> None:
+    before = fake_trace(fail_at="mid", error=error)
     with pytest.raises(type(error)):
+        build(options)
+    assert before == ["text_encoder", *UNET_SEGMENTS[:4]]
+    assert names_in(folder_of(options).parent) == [".bundle.building"]
+    after = fake_trace()
+    bundle, built = build(options)
+    assert built
+    assert after == [*UNET_SEGMENTS[4:], "vae_decoder", "vae_encoder"]
+    bundle.check()
+    assert names_in(bundle.folder.parent) == ["bundle"]
+
+
+def test_a_build_that_fails_at_once_leaves_nothing(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    fake_trace(fail_at="text_encoder", error=RuntimeError("broke"))
+    with pytest.raises(RuntimeError):
         build(options)
     assert names_in(folder_of(options).parent) == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broke"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("error", BREAKS)
 def test_a_forced_build_that_fails_keeps_the_old_bundle(
     options: BuildOptions, fake_trace: FakeTrace, error: BaseException
 ) -> None:
@@ -250,7 +272,7 @@ def test_a_forced_build_that_fails_keeps_the_old_bundle(
     with pytest.raises(type(error)):
         build(changed(options, precision="fp16", force=True))
     assert contents(folder_of(options)) == before
-    assert names_in(folder_of(options).parent) == ["bundle"]
+    assert names_in(folder_of(options).parent) == [".bundle.building", "bundle"]
     Bundle.open(folder_of(options)).check()
 
 
@@ -264,7 +286,7 @@ def test_a_failure_at_the_very_end_keeps_the_old_bundle(
     rename = Path.rename
 
     def refuse(self: Path, target: Path) -> Path:
-        if Path(target) == folder_of(options) and not self.name.endswith(".old"):
+        if Path(target) == folder_of(options) and self.name != "old":
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
@@ -273,7 +295,7 @@ def test_a_failure_at_the_very_end_keeps_the_old_bundle(
         build(changed(options, precision="fp16", force=True))
     monkeypatch.undo()
     assert contents(folder_of(options)) == before
-    assert names_in(folder_of(options).parent) == ["bundle"]
+    assert names_in(folder_of(options).parent) == [".bundle.building", "bundle"]
 
 
 def test_the_default_folder_is_named_after_source_and_variant() -> None:

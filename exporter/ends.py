@@ -1,0 +1,73 @@
+"""Both ends of the graph around the UNet, as torch modules: the text encoder and the two halves of the VAE."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+__all__ = ["IMAGE", "LATENTS", "TOKENS", "VAE_DECODER", "VAE_ENCODER", "TextEncoder", "VaeDecoder", "VaeEncoder"]
+
+TOKENS = "tokens"
+"""Graph input: token numbers (batch, text length), int64."""
+LATENTS = "latents"
+"""Graph input of the VAE decoder: denoised latents (images, channels, height, width), float32."""
+VAE_DECODER = "vae_decoder"
+IMAGE = "image"
+"""Graph input of the VAE encoder: a picture in [-1, 1] (images, 3, pixels, pixels), float32."""
+VAE_ENCODER = "vae_encoder"
+
+_LOG_VARIANCE = (-30.0, 20.0)
+"""Bounds that diffusers' DiagonalGaussianDistribution sets."""
+
+
+class TextEncoder(nn.Module):
+    """Token numbers -> the text encoder's last hidden state, after its final norm."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # The model has a buffer of positions that belongs to no checkpoint: where weights are loaded by name, it is empty.
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        result: Tensor = self.model(input_ids=tokens, position_ids=positions).last_hidden_state
+        return result
+
+
+class VaeDecoder(nn.Module):
+    """Latents as the UNet has them -> picture in [-1, 1], float32; the VAE's scaling is done here."""
+
+    def __init__(self, vae: "AutoencoderKL") -> None:
+        super().__init__()
+        self.post_quant, self.decoder = vae.post_quant_conv, vae.decoder
+        self.scaling = float(vae.config.scaling_factor)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = (latents / self.scaling).to(self.decoder.conv_in.weight.dtype)
+        if self.post_quant is not None:
+            x = self.post_quant(x)
+        result: Tensor = self.decoder(x)
+        return result.float()
+
+
+class VaeEncoder(nn.Module):
+    """Picture in [-1, 1] -> the normal distribution of its latents as the UNet has them: means, then standard deviations.
+
+    The result has twice the latents' channels and is float32. Samples are drawn outside: an engine has no seeds.
+    """
+
+    def __init__(self, vae: "AutoencoderKL") -> None:
+        super().__init__()
+        self.quant, self.encoder = vae.quant_conv, vae.encoder
+        self.scaling = float(vae.config.scaling_factor)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.encoder(image.to(self.encoder.conv_in.weight.dtype))
+        if self.quant is not None:
+            x = self.quant(x)
+        mean, log_variance = x.float().chunk(2, dim=1)
+        deviation = torch.exp(log_variance.clamp(*_LOG_VARIANCE) / 2)
+        return self.scaling * torch.cat([mean, deviation], dim=1)

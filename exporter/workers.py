@@ -1,0 +1,98 @@
+"""Writes a bundle's segments, one after another or in several processes, each of which holds one segment's weights."""
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engines import Engine, Segment, make_engine
+from engines.manifest import Precision
+from exporter.build import BuildOptions, targets_of
+from exporter.graph import Graph, check_size, load_graph
+from exporter.pieces import Pieces
+from exporter.progress import Progress, Step
+from exporter.sources import open_source
+from exporter.write import Wanted, Writer
+
+__all__ = ["DTYPE", "prepare", "write_all"]
+
+DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_WORKER: list[Writer] = []
+"""In a worker process: its writer."""
+
+
+def prepare(options: BuildOptions, made_from: Mapping[str, Any]) -> tuple[Graph, list[Engine], Wanted]:
+    """What a writer works with; everything that can be found out before anything is written is found out here.
+
+    Raises:
+        SourceError: the source cannot be read, or its parts do not fit together.
+        BuildError: a size is none that the UNet takes.
+    """
+    checkpoint = open_source(options.source, options.variant, options.unet, options.config)
+    first = options.sizes[0] if options.sizes else None
+    graph = load_graph(checkpoint, options.variant, DTYPE[options.precision], first)
+    sizes = options.sizes or (graph.size,)
+    for size in sizes:
+        check_size(size, graph.size_multiple)
+    engines = [make_engine(name) for name in dict.fromkeys(options.engines)]
+    return graph, engines, Wanted(made_from, targets_of(options, engines), sizes, options.max_images)
+
+
+def write_all(writer: Writer, segments: Sequence[Segment], options: BuildOptions, progress: Progress) -> list[Segment]:
+    """Write every segment; returns them with their files, in the order given."""
+    if options.jobs == 1:
+        written = []
+        for number, segment in enumerate(segments):
+            told = partial(_tell, progress, number, len(segments), segment.name)
+            written.append(writer.write(segment, told))
+    else:
+        written = _side_by_side(writer, segments, options, progress)
+    progress(Step(len(segments), len(segments), "", "done"))
+    return written
+
+
+def _tell(progress: Progress, done: int, total: int, segment: str, phase: str) -> None:
+    progress(Step(done, total, segment, phase))
+
+
+def _side_by_side(writer: Writer, segments: Sequence[Segment], options: BuildOptions, progress: Progress) -> list[Segment]:
+    total, written = len(segments), {}
+    progress(Step(0, total, "", f"starting {options.jobs} processes"))
+    given = options, writer.pieces.place, writer.wanted.made_from
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), _start, given) as pool:
+        try:
+            # The largest first: what is done last should be short.
+            order = sorted(segments, key=lambda segment: -writer.graph.parameters(segment))
+            started = {pool.submit(_write, segment): segment.name for segment in order}
+            for done, future in enumerate(as_completed(started), 1):
+                written[started[future]] = future.result()
+                progress(Step(done, total, started[future], "written"))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return [written[segment.name] for segment in segments]
+
+
+def _start(options: BuildOptions, place: Path, made_from: Mapping[str, Any]) -> None:
+    """In a new process: open what it needs, and see to it that it does not outlive the build."""
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    torch.set_num_threads(max(1, torch.get_num_threads() // options.jobs))
+    _WORKER.append(Writer(*prepare(options, made_from), Pieces(place)))
+
+
+def _write(segment: Segment) -> Segment:
+    (writer,) = _WORKER
+    return writer.write(segment)
