@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from tuning.errors import TuningError
 from tuning.weights import Filed, Weights, map_file, shapes_of
 
-__all__ = ["check_single_file", "single_file_weights", "text_width"]
+__all__ = ["GIVE_CONFIG", "check_single_file", "single_file_weights", "text_width"]
+
+GIVE_CONFIG = "give --config DIR (python -m exporter build), a diffusers folder with the configurations of this model"
+"""What to do with weights that are of no known family."""
 
 _PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 _OPEN_CLIP = f"{_PREFIX['text_encoder']}model."
@@ -81,10 +84,8 @@ def single_file_weights(path: Path, part: str, module: nn.Module, configured_by:
 
 
 def _misfit(path: Path, part: str, configured_by: Path, reason: str) -> TuningError:
-    return TuningError(
-        f"source {path}: its {_NAMES[part]} is not the one that {configured_by / part} describes ({reason}); give --config DIR, "
-        "a diffusers folder with the configurations of this model"
-    )
+    described = configured_by / part
+    return TuningError(f"source {path}: its {_NAMES[part]} is not what {described} describes ({reason}); {GIVE_CONFIG}")
 
 
 def _unet(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from tuning.checkpoint import PARTS, PICKLES, FileSource, FolderSource, RandomSo
 from tuning.errors import TuningError
 from tuning.folder import load_unet, meta_unet
 from tuning.recipes import RECIPES
-from tuning.single_file import check_single_file, text_width
+from tuning.single_file import GIVE_CONFIG, check_single_file, text_width
 
 __all__ = ["MINI", "RANDOM", "RANDOM_CONFIGS", "UNetSource", "find_source", "open_unet", "random_unet"]
 
@@ -121,24 +121,23 @@ def _path(source: str) -> Path:
 
 def _file_source(source: str, path: Path, config: Path | None) -> FileSource:
     check_single_file(path)
-    width = text_width(path)
-    if config is None and width not in _FAMILIES:
-        raise TuningError(
-            f"source {source}: its UNet reads text of width {width}, which is neither Stable Diffusion 1.x (768) nor 2.x (1024); "
-            "give --config DIR, a diffusers folder with the configurations of this model"
-        )
-    return FileSource(source, config or _MODELS / _FAMILIES[width or 0], path)
+    return FileSource(source, config or _family_of(source, text_width(path)), path)
 
 
 def _random_source(source: str, config: Path | None) -> RandomSource:
     path, recipe = _random_config(source)
-    width = meta_unet(path).config.cross_attention_dim
-    if config is None and width not in _FAMILIES:
-        raise TuningError(
-            f"source {source}: its UNet reads text of width {width}, which no text encoder of Stable Diffusion 1.x (768) or 2.x "
-            "(1024) makes; give --config DIR, a diffusers folder with the configurations of the other parts"
-        )
-    return RandomSource(source, config or _MODELS / _FAMILIES[width], path, recipe)
+    return RandomSource(source, config or _family_of(source, meta_unet(path).config.cross_attention_dim), path, recipe)
+
+
+def _family_of(source: str, width: object) -> Path:
+    """The configurations of the family whose UNet reads text of this width."""
+    for known, family in _FAMILIES.items():
+        if width == known:
+            return _MODELS / family
+    raise TuningError(
+        f"source {source}: its UNet reads text of width {width}, neither Stable Diffusion 1.x's (768) nor 2.x's (1024); "
+        f"{GIVE_CONFIG}"
+    )
 
 
 def _random_config(source: str) -> tuple[Path, str | None]:

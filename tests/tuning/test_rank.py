@@ -16,7 +16,7 @@ from tuning import Recipe, TuningError
 from tuning.__main__ import main
 from tuning.candidates import Candidate, candidates, gone_units, recipe_of, skeleton
 from tuning.rank import NOTHING, Errors, check_names, choose, rank
-from tuning.sources import UNetSource
+from tuning.sources import open_unet
 from tuning.timing import UnitTimes, random_inputs, time_together, time_units
 from tuning.trajectories import Points, trajectories
 
@@ -151,7 +151,7 @@ def test_a_speed_up_out_of_reach(two_stages: UNet2DConditionModel) -> None:
 
 def test_trajectories_end_where_pictures_do(two_stages: UNet2DConditionModel, tmp_path: Path) -> None:
     source = save_source(tmp_path / "source", two_stages)
-    given = trajectories(UNetSource("s", source / "unet", source), two_stages, prompts=2, steps=3, guidance=2.0, side=8)
+    given = trajectories(open_unet(str(source)), two_stages, prompts=2, steps=3, guidance=2.0, side=8)
     assert given.has_text
     assert given.latents.shape == (6, 4, 8, 8)
     assert given.timesteps.tolist() == sorted(given.timesteps.tolist(), reverse=True)
@@ -159,7 +159,7 @@ def test_trajectories_end_where_pictures_do(two_stages: UNet2DConditionModel, tm
     assert given.states.shape == (6, 32, 16)
     assert torch.equal(given.states[:2], given.states[2:4])
     assert not torch.equal(given.states[0], given.states[1])
-    again = trajectories(UNetSource("s", source / "unet", source), two_stages, prompts=2, steps=3, guidance=2.0, side=8)
+    again = trajectories(open_unet(str(source)), two_stages, prompts=2, steps=3, guidance=2.0, side=8)
     assert torch.allclose(again.latents, given.latents, atol=1e-5)
 
 

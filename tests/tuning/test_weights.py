@@ -324,11 +324,11 @@ def read_all(path: Path) -> None:
 
 def test_a_single_file_of_no_known_family(single_files: Path, tmp_path: Path) -> None:
     path = str(single_files / "fp32.safetensors")
-    with pytest.raises(TuningError, match=r"text of width 128, .*; give --config DIR, a diffusers folder with the config"):
+    with pytest.raises(TuningError, match=r"text of width 128, .*; give --config DIR .*, a diffusers folder with the config"):
         find_source(path)
     with pytest.raises(TuningError, match=r"config .* is no diffusers folder: .*config\.json is missing"):
         find_source(path, tmp_path)
-    with pytest.raises(TuningError, match=r"its UNet is not the one that .*sd15/unet describes .*give --config DIR"):
+    with pytest.raises(TuningError, match=r"its UNet is not what .*sd15/unet describes .*give --config DIR"):
         find_source(path, CONFIGS / "sd15").weights("unet")
     with pytest.raises(TuningError, match="source mini has configurations of its own: leave --config out"):
         find_source("mini", CONFIGS / "sd15")
