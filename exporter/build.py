@@ -36,7 +36,8 @@ _CODE = {
     "engines": ("attention", "manifest", "onnx_runtime", "shapes", "tensor_rt", "torch_program"),
     "runtime": ("demand", "modes", "plan", "presets"),
     "tuning": (
-        "assembly", "changes", "condconv", "experts", "folder", "kept", "recipes", "single_file", "sources", "units", "weights",
+        "assembly", "changes", "checkpoint", "condconv", "experts", "folder", "kept", "recipes", "single_file", "sources",
+        "units", "weights",
     ),
 }  # fmt: skip
 _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnxscript")

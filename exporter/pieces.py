@@ -100,6 +100,7 @@ def working_on(folder: Path) -> Iterator[Pieces]:
         BuildError: another build is at work there.
     """
     place = folder.parent / f".{folder.name}.building"
+    is_new = not folder.parent.exists()
     place.mkdir(parents=True, exist_ok=True)
     with _lock(place, folder):
         aside = place / "old"
@@ -114,6 +115,8 @@ def working_on(folder: Path) -> Iterator[Pieces]:
         finally:
             if done or not len(pieces):
                 shutil.rmtree(place)
+            if is_new and not any(folder.parent.iterdir()):
+                folder.parent.rmdir()
 
 
 @contextmanager

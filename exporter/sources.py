@@ -1,13 +1,14 @@
 """What a build reads: a Stable Diffusion checkpoint, with the UNet of a variant. Where sources lie is in `tuning.sources`."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 import tuning
@@ -19,7 +20,10 @@ from tuning.changes import changes_of
 from tuning.checkpoint import PARTS, FolderSource, RandomSource, Source, check_part
 from tuning.folder import meta_unet, only_assembled, unet_weights
 from tuning.sources import MINI, find_source
-from tuning.weights import Made, Renamed, Weights, filled, shapes_of
+from tuning.weights import Made, Renamed, Weights, filled, map_file, shapes_of
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
 __all__ = ["MINI", "VARIANTS", "Checkpoint", "open_source"]
 
@@ -173,6 +177,13 @@ class Checkpoint:
             if part != "unet" or folder is None or not isinstance(self.source, FolderSource):
                 for path in self.source.files(part):
                     yield f"{part}/{path.name}", path
+
+    def check_weights(self, variant: str) -> None:
+        """Raise SourceError if a file of weights is cut off or none, before the first of them is needed."""
+        with _source_errors(self.name):
+            for _, path in self.files(variant):
+                if path.suffix == ".safetensors":
+                    map_file(path)
 
     def fingerprint(self, variant: str, digest: Callable[[Path], str] = sha256) -> str:
         """A hash of all those files, whose own are given by ``digest``; of a random source's name and seed as well."""

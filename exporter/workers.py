@@ -31,10 +31,11 @@ def prepare(options: BuildOptions, made_from: Mapping[str, Any]) -> tuple[Graph,
     """What a writer works with; everything that can be found out before anything is written is found out here.
 
     Raises:
-        SourceError: the source cannot be read, or its parts do not fit together.
+        SourceError: the source cannot be read, is damaged, or its parts do not fit together.
         BuildError: a size is none that the UNet takes.
     """
     checkpoint = open_source(options.source, options.variant, options.unet, options.config)
+    checkpoint.check_weights(options.variant)
     first = options.sizes[0] if options.sizes else None
     graph = load_graph(checkpoint, options.variant, DTYPE[options.precision], first)
     sizes = options.sizes or (graph.size,)

@@ -5,10 +5,11 @@ result is an ordinary diffusers UNet2DConditionModel, its configuration edited, 
 that went alone are noted beside the configuration (see `tuning.changes`).
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from tuning.changes import KEY, Changes, apply_changes, changes_of
@@ -17,6 +18,9 @@ from tuning.experts import add_experts
 from tuning.kept import Kept, keep, removed_units
 from tuning.recipes import Recipe
 from tuning.units import unit_modules
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 __all__ = ["assemble", "origins", "removed_units"]
 
@@ -68,6 +72,8 @@ def origins(unet: UNet2DConditionModel, recipe: Recipe) -> dict[str, str]:
 
 def _without_weights(unet: UNet2DConditionModel, kept: Kept, name: str) -> UNet2DConditionModel:
     """The student on the meta device: its weights come from the given UNet, random ones would only cost time and memory."""
+    from diffusers import UNet2DConditionModel
+
     config, changes = _configuration(unet, kept, name)
     with torch.device("meta"):
         student: UNet2DConditionModel = UNet2DConditionModel.from_config(config)

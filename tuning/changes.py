@@ -4,14 +4,18 @@ diffusers ignores the key, so such a UNet is loaded with `tuning.load_unet`; all
 `UNet2DConditionModel.from_pretrained` as well.
 """
 
-from typing import Any, Literal
+from __future__ import annotations
 
-from diffusers import UNet2DConditionModel
+from typing import TYPE_CHECKING, Any, Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from tuning.condconv import CondConvResnet, Router
 from tuning.units import Removed, unit_modules
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 __all__ = ["KEY", "Changes", "PlacedExperts", "apply_changes", "changes_of"]
 

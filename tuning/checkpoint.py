@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from tuning.assembly import assemble
@@ -64,7 +63,7 @@ class FolderSource(Source):
         """From the part's safetensors; those of VAE and text encoder are read by their libraries, which know older names."""
         check_part(self.name, self.folder, part)
         folder, skeleton = self.folder / part, self.skeleton(part)
-        if isinstance(skeleton, UNet2DConditionModel):
+        if part == "unet":
             return unet_weights(folder, skeleton)
 
         def load(dtype: torch.dtype) -> nn.Module:

@@ -1,9 +1,11 @@
 """Where an assembled UNet gets conditional convolutions, and which kernels their experts start from."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from tuning.changes import Changes, PlacedExperts, apply_changes, changes_of
@@ -11,6 +13,9 @@ from tuning.errors import TuningError
 from tuning.kept import removed_units
 from tuning.recipes import Recipe
 from tuning.units import unit_modules
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 __all__ = ["add_experts"]
 

@@ -1,14 +1,15 @@
 """A UNet's folder: config.json and safetensors in the diffusers layout, read and written with what assembly changed."""
 
+from __future__ import annotations
+
 import copy
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -16,6 +17,9 @@ from engines.bundle import sha256
 from tuning.changes import KEY, Changes, apply_changes
 from tuning.errors import TuningError
 from tuning.weights import Filed, Weights, filled, map_file, shapes_of
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 __all__ = [
     "ASSEMBLY_NOTE",
@@ -96,6 +100,8 @@ def meta_unet(path: Path) -> UNet2DConditionModel:
 
 def unet_from(path: Path) -> UNet2DConditionModel:
     """A UNet with random weights from its config.json. Raises TuningError when the file is none of a UNet."""
+    from diffusers import UNet2DConditionModel
+
     try:
         config = json.loads(path.read_text())
         kind = config.get("_class_name", "UNet2DConditionModel")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers.loaders import single_file_utils as converters
 from torch import Tensor, nn
 
 from tuning.errors import TuningError
@@ -89,21 +88,27 @@ def _misfit(path: Path, part: str, configured_by: Path, reason: str) -> TuningEr
 
 
 def _unet(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
-    converted: dict[str, Tensor] = converters.convert_ldm_unet_checkpoint(tensors, module.config)
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    converted: dict[str, Tensor] = convert_ldm_unet_checkpoint(tensors, module.config)
     return converted
 
 
 def _vae(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
-    converted: dict[str, Tensor] = converters.convert_ldm_vae_checkpoint(tensors, module.config)
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(tensors, module.config)
     return converted
 
 
 def _text_encoder(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
     """OpenAI's CLIP or, in Stable Diffusion 2.x, OpenCLIP; its tensors are called as the installed transformers has them."""
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
+
     if any(name.startswith(_OPEN_CLIP) for name in tensors):
-        converted = converters.convert_open_clip_checkpoint(module, tensors, prefix=_OPEN_CLIP)
+        converted = convert_open_clip_checkpoint(module, tensors, prefix=_OPEN_CLIP)
     else:
-        converted = converters.convert_ldm_clip_checkpoint(tensors)
+        converted = convert_ldm_clip_checkpoint(tensors)
     if hasattr(module, "text_model"):
         return dict(converted)
     return {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}

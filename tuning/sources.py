@@ -1,15 +1,19 @@
 """Where weights come from: the embedded ``mini`` model, a diffusers folder, a hub id, a single file, or random numbers."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-
-from diffusers import UNet2DConditionModel
+from typing import TYPE_CHECKING
 
 from tuning.checkpoint import PARTS, PICKLES, FileSource, FolderSource, RandomSource, Source, check_part
 from tuning.errors import TuningError
 from tuning.folder import load_unet, meta_unet
 from tuning.recipes import RECIPES
 from tuning.single_file import GIVE_CONFIG, check_single_file, text_width
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 __all__ = ["MINI", "RANDOM", "RANDOM_CONFIGS", "UNetSource", "find_source", "open_unet", "random_unet"]
 

@@ -18,6 +18,7 @@ STEM = Segment(
     units=("time", "stem"),
     inputs=("timestep", "sample"),
     outputs=("time", "stem"),
+    key="ab" * 32,
     onnx=(
         File(path="segments/stem.onnx", sha256="aa" * 32, bytes=1234),
         File(path="segments/stem.onnx.data", sha256="bb" * 32, bytes=65536),
@@ -27,6 +28,7 @@ STEM = Segment(
             files=(File(path="engines/tensorrt-rtx/stem.engine", sha256="cc" * 32, bytes=4321),),
             version="1.3.0",
             targets=("sm86", "sm89"),
+            key="cd" * 32,
         )
     },
 )
