@@ -22,8 +22,6 @@ __all__ = ["OnnxRuntime"]
 
 _CUDA = "CUDAExecutionProvider"
 _TENSORRT = "TensorrtExecutionProvider"
-_AS_REQUESTED = 1
-"""How an arena grows: by what is asked for, where it would double otherwise."""
 
 
 class OnnxRuntime(Engine):
@@ -168,7 +166,7 @@ def _share_arena() -> None:
     import onnxruntime
 
     place = onnxruntime.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT)
-    onnxruntime.create_and_register_allocator(place, onnxruntime.OrtArenaCfg({"arena_extend_strategy": _AS_REQUESTED}))
+    onnxruntime.create_and_register_allocator(place, None)  # it grows by doubling: by what is asked for, it would grow to more
 
 
 class _ArrayRunner(Runner):

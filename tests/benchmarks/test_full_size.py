@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import partition, prompt_reuse
-from benchmarks.full_size import TOKENS, features_of, measured_units, random_inputs, spread, take_turns
+from benchmarks import full_size, onnx_runtime, partition, prompt_reuse
+from benchmarks.full_size import TOKENS, export, features_of, measured_units, random_inputs, spread, take_turns
+from engines import Segment, make_engine
+from engines.manifest import Feature
+from engines.onnx_runtime import OnnxRuntime
 from exporter.measure import measure
 from exporter.topology import TEXT
+from exporter.trace import trace
 from tests.unets import TEXT_WIDTH, small_unet
 
 SIZES = {"batch": 2, "height": 8, "width": 8}
@@ -77,19 +82,80 @@ def test_random_inputs_have_the_shapes_of_features() -> None:
     assert inputs["timestep"].item() == 500
 
 
+class Twice(torch.nn.Module):
+    def forward(self, *features: torch.Tensor) -> tuple[torch.Tensor]:
+        return (2 * features[0],)
+
+
+def test_segments_that_are_traced_are_not_traced_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, names = small_unet("uneven"), ("sample", "two", "four", "eight")
+    features = dict.fromkeys(names, Feature(dtype="float32", shape=("batch", 4, "height", "width")))
+    parts = [(Segment(name=b, units=(), inputs=(a,), outputs=(b,)), Twice()) for a, b in pairwise(names)]
+    traced: list[str] = []
+
+    def failing(segment: Segment, *rest: Any) -> object:
+        traced.append(segment.name)
+        if traced == ["two", "four"]:
+            rest[-1].write_text("half a fi")
+            raise KeyboardInterrupt
+        return trace(segment, *rest)
+
+    monkeypatch.setattr(full_size, "trace", failing)
+    with pytest.raises(KeyboardInterrupt):
+        export(tmp_path / "bundle", unet, parts, (), features)
+    assert {path.name for path in (tmp_path / "bundle" / "segments").iterdir()} == {"two.onnx", "two.onnx.data"}
+    bundle = export(tmp_path / "bundle", unet, parts, (), features)
+    assert traced == ["two", "four", "four", "eight"]
+    x = torch.randn(1, 4, 8, 8)
+    assert torch.equal(make_engine("onnxruntime").load(bundle, bundle.manifest.segment("eight")).run({"four": x})["eight"], 2 * x)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the traced files of both benchmarks, of a small UNet in the place of SD 1.5's."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partition, "random_unet", lambda source: small_unet("two stages"))
+        partition.make_bundles("random:sd15", 8, folder / "sd15")
+    return folder
+
+
 @pytest.mark.slow
 def test_the_cut_bundle_and_the_files_in_one_piece_predict_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(partition, "random_unet", lambda source: small_unet("two stages"))
-    arguments = ["--side", "8", "--rounds", "2", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.json")]
-    partition.main(arguments)
+    partition.main(["--side", "8", "--rounds", "2", "--work", str(work), "--out", str(tmp_path / "out.json")])
     written: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
     assert set(written["seconds"]) == {"whole", "full", "merged", "inherit"}
     assert set(written["ratios"]) == {"full / whole", "inherit / merged", "inherit / full"}
     assert 0 < written["settings"]["largest difference of predictions"] < 1e-3
     assert written["settings"]["segments"] == ["stem", "down.0-up.1", "up.1-head"]
     assert "full / whole" in capsys.readouterr().out
-    # What was traced is found again.
-    monkeypatch.setattr(partition, "random_unet", None)
-    partition.main(arguments)
+
+
+@pytest.mark.slow
+def test_settings_of_onnx_runtime(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = {name: onnx_runtime.SETTINGS[name] for name in ("as traced, no arena", "the same, one pool")}
+    monkeypatch.setattr(onnx_runtime, "SETTINGS", chosen)
+    arguments = ["--side", "8", "--rounds", "2", "--processes", "1", "--work", str(work), "--out", str(tmp_path / "out.json")]
+    onnx_runtime.main(arguments)
+    written: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
+    assert {latents: list(group) for latents, group in written["latents"].items()} == {
+        "8x8": list(chosen), "16x16": ["as traced, no arena"]
+    }  # fmt: skip
+    for name, figures in written["latents"]["8x8"].items():
+        assert figures["clock"] == ("process_time" if chosen[name].threads == 1 else "perf_counter")
+        assert figures["seconds"]["chain"]["median"] > 0
+        assert 0 < figures["chain / whole"]["low"] <= figures["chain / whole"]["median"]
+        assert 0.1 < figures["gigabytes"] < 4
+    assert "the same, one pool" in capsys.readouterr().out
+
+
+def test_the_engine_has_the_settings_that_are_said_to_be_its_own() -> None:
+    own, same = OnnxRuntime(1)._options(), onnx_runtime._Engine(onnx_runtime.SETTINGS["fused, shared arena"])._options()
+    assert own.use_per_session_threads == same.use_per_session_threads
+    assert own.enable_mem_pattern == same.enable_mem_pattern
+    for key in ("session.use_env_allocators", "session.intra_op.allow_spinning"):
+        assert own.get_session_config_entry(key) == same.get_session_config_entry(key)
