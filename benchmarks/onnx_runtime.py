@@ -127,7 +127,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx_runtime", description=__doc__)
     parser.add_argument("--source", default="random:sd15", help="a UNet's configuration (default: %(default)s)")
     parser.add_argument("--side", type=int, default=32, help="of the latents; twice that is measured too (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=4, help="of each process (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each process (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="of each setting (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/partition"), help="as for benchmarks.partition")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/onnxruntime.json"), help="default: %(default)s")
