@@ -44,6 +44,7 @@ def verify_command(folder: Path, engine: str, sizes: Sequence[tuple[int, int]], 
             f"latents after {steps} DDIM steps at {size[0]}x{size[1]}: PSNR {noise:.1f} dB to torch float32 "
             f"(at least {LEAST_PSNR:g} wanted)",
             highlight=False,
+            soft_wrap=True,
         )
         good = good and noise >= LEAST_PSNR
     return good
@@ -54,16 +55,16 @@ def _column(comparison: Comparison) -> str:
 
 
 def _table(found: Sequence[Comparison], precision: Precision, what: str) -> Table:
-    """A row for each segment: its error at each size, and its least cosine."""
+    """A row for each segment: its error at each size, and how far its least cosine is from 1."""
     table = Table(title=f"{what}: error relative to torch float32 (allowed: {TOLERANCE[precision]:g})")
     table.add_column("segment")
     for column in dict.fromkeys(_column(comparison) for comparison in found):
         table.add_column(column, justify="right")
-    table.add_column("least cosine", justify="right")
+    table.add_column("1 - cosine", justify="right")
     for segment in dict.fromkeys(comparison.segment for comparison in found):
         row = [comparison for comparison in found if comparison.segment == segment]
         least = min(comparison.cosine for comparison in row)
-        cells = [(f"{c.error:.1e}", c.error <= TOLERANCE[precision]) for c in row] + [(f"{least:.6f}", least >= LEAST_COSINE)]
+        cells = [(f"{c.error:.1e}", c.error <= TOLERANCE[precision]) for c in row] + [(f"{1 - least:.1e}", least >= LEAST_COSINE)]
         table.add_row(segment, *(text if good else f"[red]{text}[/red]" for text, good in cells))
     return table
 
@@ -72,8 +73,8 @@ def _say_errors(found: Sequence[Comparison], precision: Precision, console: Cons
     good = all(comparison.within(precision) for comparison in found)
     worst, least = max(found, key=lambda c: c.error), min(found, key=lambda c: c.cosine)
     console.print(
-        f"{'all within' if good else 'NOT within'} {TOLERANCE[precision]:g} and a cosine of {LEAST_COSINE:g}; the largest error "
-        f"is {worst.error:.1e} ({worst.segment}), the least cosine {least.cosine:.6f} ({least.segment})",
+        f"{'all within' if good else 'NOT within'} {TOLERANCE[precision]:g} and {1 - LEAST_COSINE:.0e} of a cosine of 1; the "
+        f"largest error is {worst.error:.1e} ({worst.segment}), the least cosine 1 - {1 - least.cosine:.1e} ({least.segment})",
         highlight=False,
         soft_wrap=True,
     )

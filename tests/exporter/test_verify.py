@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from engines import Bundle, make_engine
 from engines.bundle import describe_file
 from exporter import BuildError, BuildOptions, build, verify
-from exporter.verify import TOLERANCE, Comparison
+from exporter.fidelity import cosine, psnr
+from exporter.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE, Comparison, compare_latents
 from tests.commands import Command, assert_refused
 from tests.sources import save_source
 from tests.unets import small_unet
@@ -22,6 +24,12 @@ FP32 = 1e-4
 """What `verify` allows at float32: sums in another order give 1e-6 to 5e-6, a wrong feature or weight far above 1e-3."""
 FP16 = 5e-3
 """Likewise for half precision against float32: ten bits of mantissa are 1e-3, and a deep segment adds some."""
+
+
+COSINE = 0.9999
+"""Of every segment's outputs with the reference's."""
+PSNR = 35.0
+"""Of final latents, in decibels."""
 
 
 def assert_complete(found: list[Comparison], bundle: Bundle, sizes: int, batches: int) -> None:
@@ -34,6 +42,7 @@ def assert_complete(found: list[Comparison], bundle: Bundle, sizes: int, batches
 
 def test_the_allowed_errors_are_those_stated_here() -> None:
     assert TOLERANCE == {"fp32": FP32, "fp16": FP16}
+    assert (LEAST_COSINE, LEAST_PSNR) == (COSINE, PSNR)
 
 
 def test_the_embedded_model_at_two_sizes_and_two_batches(mini_bundle: Bundle) -> None:
@@ -70,6 +79,28 @@ def test_half_precision(tmp_path: Path) -> None:
     found = list(verify(bundle, make_engine("onnxruntime")))
     assert max(comparison.error for comparison in found) < FP16
     assert max(comparison.error for comparison in found) > 1e-5, "half precision cannot be as exact as single"
+    assert min(comparison.cosine for comparison in found) > COSINE
+
+
+def test_half_precision_over_twenty_steps_of_the_embedded_model(tmp_path: Path, exporter: Command) -> None:
+    bundle, _ = build(BuildOptions(precision="fp16", out=tmp_path / "bundle"))
+    noise = compare_latents(bundle, make_engine("onnxruntime"), (64, 64), steps=20)
+    assert PSNR < noise < 100, "above that half precision would be as exact as single"
+    outcome = exporter("verify", bundle.folder, "--sizes", "64x64", "--steps", "2")
+    assert outcome.code == 0
+    assert "latents after 2 DDIM steps at 64x64: PSNR" in outcome.out[-1]
+    with_cosines = next(line for line in outcome.out if "1 - cosine" in line)
+    assert with_cosines
+
+
+def test_cosine_and_psnr_by_hand() -> None:
+    one = torch.tensor([3.0, 4.0])
+    assert cosine(one, one) == pytest.approx(1)
+    assert cosine(torch.tensor([4.0, -3.0]), one) == pytest.approx(0)
+    assert cosine(torch.tensor([4.0, 3.0]), one) == pytest.approx(24 / 25)
+    # The range is 1, the error 0.1 everywhere.
+    assert psnr(one + 0.1, one) == pytest.approx(20, abs=1e-4)
+    assert psnr(one, one) == float("inf")
 
 
 def damaged(bundle: Bundle, folder: Path) -> Path:
