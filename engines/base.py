@@ -179,7 +179,8 @@ class Engine(ABC):
         manifest = bundle.manifest
         names = sorted({self.name, *(name for segment in manifest.segments for name in segment.engines)})
         sizes = ",".join(f"{height}x{width}" for height, width in manifest.sizes)
+        batch = f"{manifest.max_images} --static" if manifest.static else f"1..{manifest.max_images}"
         return (
             f"{manifest.build_command} --precision {manifest.precision} --engine {','.join(names)} --sizes {sizes} "
-            f"--batch 1..{manifest.max_images} --force --out {bundle.folder}"
+            f"--batch {batch} --force --out {bundle.folder}"
         )

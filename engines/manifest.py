@@ -123,6 +123,8 @@ class Manifest(_Record):
     """Picture sizes (height, width) in pixels that engines with a profile were built for; the first is the default."""
     max_images: int
     """Images per call that engines with a profile were built for; guidance doubles the rows of a UNet call."""
+    static: bool = False
+    """Whether engines with a profile take nothing but the first size and ``max_images`` images with guidance; written if so."""
     latent_channels: int
     vae_scale: int
     """Pixels per latent, in each direction."""
@@ -143,9 +145,9 @@ class Manifest(_Record):
     """Versions of the programs that made the bundle."""
 
     @model_serializer(mode="wrap")
-    def _without_none(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
-        return {key: value for key, value in written.items() if key not in {"unet", "config"} or value is not None}
+        return {key: value for key, value in written.items() if key not in {"unet", "config", "static"} or value}
 
     @property
     def unet_units(self) -> tuple[str, ...]:

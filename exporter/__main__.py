@@ -26,7 +26,8 @@ def _parser() -> Parser:
     build.add_argument("--plan", action="append", default=[], help="segments as large as this plan allows; may be repeated")
     build.add_argument("--precision", default="fp32", help="fp32 or fp16 (default: %(default)s)")
     build.add_argument("--sizes", default="", help="HEIGHTxWIDTH,... for engines with a profile (default: the model's own)")
-    build.add_argument("--batch", default="1..4", help="images per call, for engines with a profile (default: %(default)s)")
+    build.add_argument("--batch", help="images per call, for engines with a profile (default: 1..4, with --static 1)")
+    build.add_argument("--static", action="store_true", help="build these engines for one size and --batch images with guidance")
     build.add_argument("--targets", default="", help="compute capabilities for engines built ahead of time, such as sm86,sm89")
     build.add_argument("--out", type=Path, help="the bundle's folder (default: bundles/SOURCE-VARIANT)")
     build.add_argument("--force", action="store_true", help="replace a bundle that is there and differs")
@@ -56,7 +57,9 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _max_images(text: str) -> int:
+def _max_images(text: str, static: bool) -> int:
+    if static and not text.isdecimal():
+        raise UserError(f"batch {text!r} is no number; with --static write the number of images of every call, such as 1")
     low, _, high = text.partition("..")
     if not low.isdecimal() or (high and not high.isdecimal()) or (high and int(low) != 1):
         raise UserError(f"batch {text!r} is no range; write 1..N, where N is the most images per call, such as 1..4")
@@ -98,7 +101,8 @@ def _build(given: object, console: Console) -> None:
         plans=tuple(values["plan"]),
         precision=values["precision"],
         sizes=tuple(parse_size(size) for size in _names(values["sizes"])),
-        max_images=_max_images(values["batch"]),
+        max_images=_max_images(values["batch"] or ("1" if values["static"] else "1..4"), values["static"]),
+        static=values["static"],
         targets=_names(values["targets"]),
         out=values["out"],
         force=values["force"],

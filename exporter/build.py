@@ -49,8 +49,8 @@ class BuildOptions:
 
     Without a ``granularity``, segments are as large as ``plans`` allow. ``unet`` is the folder of the
     variant's UNet, where the source does not hold it; ``config`` the folder of configurations, where a source has none and is of
-    no usual shape. ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call. ``jobs``
-    processes work side by side.
+    no usual shape. ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call; ``static``
+    engines take nothing less either. ``jobs`` processes work side by side.
     """
 
     variant: Variant = "original"
@@ -63,6 +63,7 @@ class BuildOptions:
     precision: Precision = "fp32"
     sizes: tuple[tuple[int, int], ...] = ()
     max_images: int = 4
+    static: bool = False
     targets: tuple[str, ...] = ()
     out: Path | None = None
     force: bool = False
@@ -102,6 +103,7 @@ def build(options: BuildOptions, progress: Progress = lambda step: None) -> tupl
     _check_choices(options)
     checkpoint = open_source(options.source, options.variant, options.unet, options.config)
     engines = [make_engine(name) for name in dict.fromkeys(options.engines)]
+    _check_static(options, engines)
     asked = {"engines": {engine.name: engine.version() for engine in engines}, "targets": targets_of(options, engines)}
     progress(Step(0, None, "", "reading the source"))
     digests = Digests.load(options.folder / DIGESTS)
@@ -141,6 +143,19 @@ def _check_choices(options: BuildOptions) -> None:
         raise BuildError(f"jobs {options.jobs}: at least 1 process must do the work")
     if options.max_images < 1:
         raise BuildError(f"batch {options.max_images}: a bundle must take at least 1 image")
+
+
+def _check_static(options: BuildOptions, engines: Sequence[Engine]) -> None:
+    if not options.static:
+        return
+    if len(options.sizes) > 1:
+        sizes = ", ".join(f"{height}x{width}" for height, width in options.sizes)
+        raise BuildError(f"sizes {sizes}: static engines are built for one size; name one, or leave --static out")
+    if not any(engine.has_profile for engine in engines):
+        raise BuildError(
+            f"static: engine {', '.join(options.engines)} is built for no sizes; add tensorrt or tensorrt-rtx with --engine, "
+            "or leave --static out"
+        )
 
 
 def targets_of(options: BuildOptions, engines: Sequence[Engine]) -> dict[str, tuple[str, ...]]:

@@ -100,6 +100,7 @@ def _manifest(options: BuildOptions, key: str, writer: Writer, segments: Sequenc
         precision=options.precision,
         sizes=tuple(writer.wanted.sizes),
         max_images=options.max_images,
+        static=options.static,
         latent_channels=graph.latent_channels,
         vae_scale=graph.vae_scale,
         size_multiple=graph.size_multiple,

@@ -103,9 +103,8 @@ def show_bundle(bundle: Bundle, console: Console) -> None:
     console.print(table)
     console.print(_plans(manifest))
     sizes = ", ".join(f"{height}x{width}" for height, width in manifest.sizes)
-    console.print(
-        f"sizes {sizes} (multiples of {manifest.size_multiple}), up to {manifest.max_images} images per call", highlight=False
-    )
+    images = f"exactly {manifest.max_images} (static)" if manifest.static else f"up to {manifest.max_images}"
+    console.print(f"sizes {sizes} (multiples of {manifest.size_multiple}), {images} images per call", highlight=False)
     console.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.made_with.items()), highlight=False)
 
 

@@ -42,7 +42,7 @@ def prepare(options: BuildOptions, made_from: Mapping[str, Any]) -> tuple[Graph,
     for size in sizes:
         check_size(size, graph.size_multiple)
     engines = [make_engine(name) for name in dict.fromkeys(options.engines)]
-    return graph, engines, Wanted(made_from, targets_of(options, engines), sizes, options.max_images)
+    return graph, engines, Wanted(made_from, targets_of(options, engines), sizes, options.max_images, options.static)
 
 
 def write_all(writer: Writer, segments: Sequence[Segment], options: BuildOptions, progress: Progress) -> list[Segment]:

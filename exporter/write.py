@@ -11,6 +11,7 @@ from typing import Any
 from engines import Engine, Profile, Segment, Traced
 from engines.manifest import Compiled, Feature
 from engines.shapes import resolve
+from exporter.ends import IMAGE, TOKENS
 from exporter.graph import Graph
 from exporter.pieces import Pieces, key_of
 from exporter.trace import OPSET, trace_program, write_onnx
@@ -33,12 +34,14 @@ class Wanted:
         targets: compute capabilities by the name of the engine that compiles for them.
         sizes: picture sizes (height, width) in pixels, for engines with a profile.
         max_images: images per call, likewise.
+        static: whether such engines are for nothing but the first size and that many images, with guidance.
     """
 
     made_from: Mapping[str, Any]
     targets: Mapping[str, Sequence[str]]
     sizes: Sequence[tuple[int, int]]
     max_images: int
+    static: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class Writer:
         return Compiled(files=files, version=engine.version(), targets=tuple(self.wanted.targets[engine.name]), key=key)
 
     def _profile(self, segment: Segment) -> Profile:
-        return profile_of(segment, self.graph.features, self.wanted.sizes, self.wanted.max_images, self.graph.vae_scale)
+        wanted, graph = self.wanted, self.graph
+        return profile_of(segment, graph.features, wanted.sizes, wanted.max_images, graph.vae_scale, wanted.static)
 
 
 def _let_go() -> None:
@@ -113,11 +117,17 @@ def _let_go() -> None:
 
 
 def profile_of(
-    segment: Segment, features: Mapping[str, Feature], sizes: Sequence[tuple[int, int]], max_images: int, vae_scale: int
+    segment: Segment,
+    features: Mapping[str, Feature],
+    sizes: Sequence[tuple[int, int]],
+    max_images: int,
+    vae_scale: int,
+    static: bool = False,
 ) -> Profile:
     """The input shapes an engine must take: one row at the smallest size up to guidance for all images at the largest.
 
-    It is optimised for one image with guidance (two rows of the UNet) at the first size.
+    It is optimised for one image with guidance (two rows of the UNet) at the first size. A static one takes guidance for all
+    images at the first size and nothing else; but prompts come with as many rows as they are, and pictures one by one.
     """
 
     def shapes(images: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -125,5 +135,8 @@ def profile_of(
         dims = {"batch": rows, "images": max(images, 1), "height": height // vae_scale, "width": width // vae_scale}
         return {name: resolve(features[name].shape, dims) for name in segment.inputs}
 
+    if static and not {TOKENS, IMAGE}.intersection(segment.inputs):
+        only = shapes(max_images, *sizes[0])
+        return Profile(only, only, only)
     heights, widths = [size[0] for size in sizes], [size[1] for size in sizes]
     return Profile(shapes(0, min(heights), min(widths)), shapes(1, *sizes[0]), shapes(max_images, max(heights), max(widths)))

@@ -115,8 +115,8 @@ class Pipeline:
         """Pictures from latents (images, channels, height, width)."""
         return to_pictures(self.network.compute("vae_decoder", {"latents": latents}))
 
-    def check_request(self, prompts: Sequence[str], images: int, height: int, width: int) -> None:
-        """Raise RequestError unless prompts and sizes are such as this bundle and engine take."""
+    def check_request(self, prompts: Sequence[str], images: int, height: int, width: int, guidance_scale: float) -> None:
+        """Raise RequestError unless prompts, sizes and guidance are such as this bundle and engine take."""
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise RequestError("the prompt is empty; say what the picture shows, such as 'a red star on a blue background'")
         multiple = self.manifest.size_multiple
@@ -124,7 +124,11 @@ class Pipeline:
             raise RequestError(f"size {height}x{width}: height and width must be multiples of {multiple} pixels for this UNet")
         if images < 1:
             raise RequestError(f"num_images = {images}; ask for at least 1")
-        if self.engine.has_profile:
+        if not math.isfinite(guidance_scale):
+            raise RequestError(f"guidance_scale = {guidance_scale}; choose a finite number: 1 or less turns guidance off")
+        if self.engine.has_profile and self.manifest.static:
+            self._check_static(images, height, width, guidance_scale)
+        elif self.engine.has_profile:
             self._check_profile(images, height, width)
 
     def _check_profile(self, images: int, height: int, width: int) -> None:
@@ -136,6 +140,15 @@ class Pipeline:
             raise RequestError(
                 f"{images} image(s) of {height}x{width}: the {self.engine.name} engines of this bundle were built for up to "
                 f"{self.manifest.max_images} image(s) of {built}; build others with --sizes and --batch"
+            )
+
+    def _check_static(self, images: int, height: int, width: int, guidance_scale: float) -> None:
+        built = self.manifest.max_images, *self.manifest.sizes[0]
+        if (images, height, width) != built or guidance_scale <= 1:
+            raise RequestError(
+                f"{images} image(s) of {height}x{width} with guidance {guidance_scale:g}: the {self.engine.name} engines of this "
+                f"bundle are static, for exactly {built[0]} image(s) of {built[1]}x{built[2]} with guidance above 1; "
+                "ask for that, or build others with --sizes and --batch, for several without --static"
             )
 
     def generate(
@@ -164,12 +177,10 @@ class Pipeline:
             height, width = original.size
         height = self.manifest.sizes[0][0] if height is None else height
         width = self.manifest.sizes[0][1] if width is None else width
-        self.check_request(prompts, images, height, width)
+        guidance_scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
+        self.check_request(prompts, images, height, width, guidance_scale)
         if not -_SEEDS <= seed <= _SEEDS - images:
             raise RequestError(f"seed = {seed}; choose one from {-_SEEDS} to {_SEEDS - images}")
-        guidance_scale = self.manifest.guidance_scale if guidance_scale is None else guidance_scale
-        if not math.isfinite(guidance_scale):
-            raise RequestError(f"guidance_scale = {guidance_scale}; choose a finite number: 1 or less turns guidance off")
         noise = make_scheduler(scheduler, self.bundle.folder / "scheduler", steps)
         timesteps = timesteps_from(noise, steps, strength) if original else noise.timesteps
         found = find_plan(plan)
