@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RuntimeCache", "cache_places"]
+__all__ = ["RuntimeCache", "cache_places", "user_folder", "write_whole"]
+
+
+def user_folder() -> Path:
+    """Where caches lie that belong to a user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet-heirloom"
 
 
 def cache_places(bundle: Path, key: str, name: str) -> tuple[Path, ...]:
@@ -20,8 +25,7 @@ def cache_places(bundle: Path, key: str, name: str) -> tuple[Path, ...]:
         key: the bundle's own, from its manifest.
         name: of the file; it names the card and the version that the kernels are for.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return bundle / "cache" / name, Path(home) / "unet-heirloom" / key[:16] / name
+    return bundle / "cache" / name, user_folder() / key[:16] / name
 
 
 class RuntimeCache:
@@ -55,7 +59,7 @@ class RuntimeCache:
             self._stored = len(data)
             for place in self._places:
                 with contextlib.suppress(OSError):
-                    _write(place, data)
+                    write_whole(place, data)
                     return
 
     def _read(self) -> None:
@@ -70,8 +74,8 @@ class RuntimeCache:
             warnings.warn(f"{place} is damaged or of another driver; kernels are compiled again", stacklevel=2)
 
 
-def _write(place: Path, data: bytes) -> None:
-    """Whole or not at all: another process may read it at this moment."""
+def write_whole(place: Path, data: bytes) -> None:
+    """Write a file whole or not at all: another process may read it at this moment."""
     place.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=".")
     try:

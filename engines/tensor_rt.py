@@ -19,6 +19,7 @@ from engines.manifest import Segment
 from engines.recording import CudaRecorder, Recorder
 from engines.runtime_cache import RuntimeCache, cache_places
 from engines.tensor_rt_runner import Device, EngineRunner, ErrorLog
+from engines.timing_cache import TimingCache
 
 __all__ = ["TensorRT", "TensorRTRTX"]
 
@@ -71,7 +72,7 @@ class _Family(Engine):
             network, parser = self._parse(builder, traced)
             config = self._configure(builder, network, traced.segment, profile)
             self._set_targets(config, chosen)
-            plan = builder.build_serialized_network(network, config)
+            plan = self._build(builder, network, config)
             del parser  # not earlier: the network's weights are the parser's memory until the engine is built
         if plan is None:
             reason = errors[0] if errors else "it gives no reason"
@@ -108,6 +109,10 @@ class _Family(Engine):
 
     def _set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
         """Nothing to set where an engine is for the GPU it is built on."""
+
+    def _build(self, builder: Any, network: Any, config: Any) -> Any:
+        """The engine's bytes; None where it cannot be built."""
+        return builder.build_serialized_network(network, config)
 
     # Loading
 
@@ -163,6 +168,10 @@ class _Family(Engine):
         members = self.trt.EngineInvalidityDiagnostics.__members__
         return [name.replace("_", " ").lower() for name, member in members.items() if int(member) & bits]
 
+    def _file_name(self) -> str:
+        """Of a cache: what it is for."""
+        return f"{self.name}-{self.version()}-{_card_name(self.device)}.bin"
+
     def _create_context(self, engine: Any) -> Any:
         """A context that is given the memory it works in: all of them share one block."""
         return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -188,6 +197,13 @@ class TensorRT(_Family):
             )
         self._require_gpu("to build")
         return ()
+
+    def _build(self, builder: Any, network: Any, config: Any) -> Any:
+        timings = TimingCache(self._file_name())
+        cache = timings.attach(config)
+        plan = super()._build(builder, network, config)
+        timings.store(config, cache)
+        return plan
 
 
 class TensorRTRTX(_Family):
@@ -260,8 +276,8 @@ class TensorRTRTX(_Family):
 
     def _cache(self, bundle: Bundle) -> RuntimeCache:
         if bundle.folder not in self._caches:
-            name = f"{self.name}-{self.version()}-{_card_name(self.device)}.bin"
-            self._caches[bundle.folder] = RuntimeCache(cache_places(bundle.folder, bundle.manifest.key, name))
+            places = cache_places(bundle.folder, bundle.manifest.key, self._file_name())
+            self._caches[bundle.folder] = RuntimeCache(places)
         return self._caches[bundle.folder]
 
 

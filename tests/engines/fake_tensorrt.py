@@ -1,4 +1,4 @@
-"""A fake of the ``tensorrt`` module's runtime interface.
+"""A fake of the ``tensorrt`` module's runtime interface, and of as much of its builder as a timing cache takes.
 
 An "engine file" names a program: a torch function with typed, bounded inputs. Its context reads the inputs from memory by
 address and writes the outputs to memory by address, as a GPU would, so that a wrong address, shape or dtype shows as a wrong
@@ -7,6 +7,7 @@ threads at once fails, and so does one that has no memory to work in, that is re
 that is changed after it was recorded.
 """
 
+import contextlib
 import ctypes
 import json
 import threading
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from functools import cache
 from math import prod
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,6 +75,8 @@ class FakeTensorRT:
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
     CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+    NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
+    BuilderFlag = SimpleNamespace(TF32="tf32", REQUIRE_USER_ALLOCATION="user allocation")
 
     def __init__(self, files: dict[bytes, Program], card: str = "sm89") -> None:
         self.files = files
@@ -80,9 +84,92 @@ class FakeTensorRT:
         self.engines: list[FakeEngine] = []
         self.compiled: list[str] = []
         """The kernels that had to be compiled: those that were in no runtime cache."""
+        self.measured: list[str] = []
+        """The networks whose kernels had to be measured while they were built: those that were in no timing cache."""
+        self.builds = True
+        """Whether the builder can build."""
 
     def Runtime(self, logger: Any) -> "FakeRuntime":
         return FakeRuntime(self, logger)
+
+    def Builder(self, logger: Any) -> "FakeBuilder":
+        return FakeBuilder(self)
+
+    def OnnxParser(self, network: "FakeNetwork", logger: Any) -> "FakeParser":
+        return FakeParser(network)
+
+
+class FakeNetwork:
+    """What a builder knows of a network: the file that it was parsed from."""
+
+    num_inputs = 0
+    name = ""
+
+
+class FakeParser:
+    def __init__(self, network: FakeNetwork) -> None:
+        self.network = network
+
+    def parse_from_file(self, path: str) -> bool:
+        self.network.name = Path(path).stem
+        return True
+
+
+class FakeBuilder:
+    def __init__(self, trt: FakeTensorRT) -> None:
+        self.trt = trt
+
+    def create_network(self, flags: int) -> FakeNetwork:
+        assert flags == 2, "strongly typed"
+        return FakeNetwork()
+
+    def create_builder_config(self) -> "FakeBuilderConfig":
+        return FakeBuilderConfig(self.trt.card)
+
+    def create_optimization_profile(self) -> object:
+        return object()
+
+    def build_serialized_network(self, network: FakeNetwork, config: "FakeBuilderConfig") -> bytes | None:
+        if not self.trt.builds:
+            return None
+        known = config.cache.kernels if config.cache else []
+        if network.name not in known:
+            self.trt.measured.append(network.name)
+            known.append(network.name)
+        return network.name.encode()
+
+
+class FakeBuilderConfig:
+    num_compute_capabilities = 1
+
+    def __init__(self, card: str) -> None:
+        self.card = card
+        self.cache: FakeTimingCache | None = None
+
+    def clear_flag(self, flag: str) -> None: ...
+
+    def set_flag(self, flag: str) -> None: ...
+
+    def add_optimization_profile(self, profile: object) -> int:
+        return 0
+
+    def set_compute_capability(self, capability: int, index: int) -> bool:
+        return True
+
+    def create_timing_cache(self, data: bytes) -> "FakeTimingCache":
+        """As the real one does, it takes what it cannot read for an empty cache."""
+        cache = FakeTimingCache(self.card)
+        if data:
+            with contextlib.suppress(ValueError):
+                cache.card, *cache.kernels = json.loads(data)
+        return cache
+
+    def set_timing_cache(self, cache: "FakeTimingCache", ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if cache.card != self.card:
+            return False
+        self.cache = cache
+        return True
 
 
 class FakeRuntime:
@@ -197,6 +284,16 @@ class FakeCache:
         if card == self.card:
             self.kernels = kernels
         return bool(card == self.card)
+
+
+class FakeTimingCache(FakeCache):
+    """Names of networks whose kernels were measured, on one card."""
+
+    def combine(self, other: "FakeTimingCache", ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if other.card == self.card:
+            self.kernels += [name for name in other.kernels if name not in self.kernels]
+        return other.card == self.card
 
 
 class FakeContext:

@@ -66,6 +66,12 @@ def test_every_target_is_set_and_fp32_is_not_tf32(spied, tiny, tmp_path):
     assert not config.get_flag(trt.BuilderFlag.TF32)
 
 
+def test_a_static_profile_builds(tiny, tmp_path):
+    shapes = tiny.profiles["front"].optimum
+    (path,) = TensorRTRTX().compile(tiny.traced["front"], tmp_path / "front", Profile(shapes, shapes, shapes), ["sm89"])
+    assert path.stat().st_size > 10_000
+
+
 def test_targets_are_checked_before_work_starts():
     engine = TensorRTRTX()
     assert engine.check_targets(["sm89", "sm86", "sm89"]) == ("sm89", "sm86")
