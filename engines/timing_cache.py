@@ -1,4 +1,4 @@
-"""What TensorRT measured of kernels while it built, kept for later builds on the same card: like layers are not measured again."""
+"""What TensorRT measured of kernels while it built, kept for later builds on a card: like layers are not measured again."""
 
 import contextlib
 from typing import Any
