@@ -55,7 +55,7 @@ def trace_program(segment: Segment, module: nn.Module, features: Mapping[str, Fe
         return torch.export.export(module.eval(), arguments, dynamic_shapes=(dynamic,), strict=False)
 
 
-def write_onnx(program: ExportedProgram, segment: Segment, path: Path) -> list[Path]:
+def write_onnx(program: ExportedProgram, segment: Segment, path: Path, opset: int = OPSET) -> list[Path]:
     """Write a segment's program as ONNX: ``path``, and beside it, where there are weights, ``path`` with ``.data`` added.
 
     Returns:
@@ -66,7 +66,7 @@ def write_onnx(program: ExportedProgram, segment: Segment, path: Path) -> list[P
             program,
             input_names=list(segment.inputs),
             output_names=list(segment.outputs),
-            opset_version=OPSET,
+            opset_version=opset,
             dynamo=True,
             verbose=False,
             optimize=False,

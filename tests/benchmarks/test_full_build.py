@@ -1,0 +1,43 @@
+"""The benchmarks of builds and of opsets, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import full_build, opsets
+
+pytest.importorskip("tensorrt_rtx")
+
+
+def test_a_build_is_measured_killed_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "found.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(full_build, "VERIFIED", "64x64")
+        full_build.main(["--source", "mini", "--work", str(tmp_path / "work"), "--out", str(out)])
+    rows = {row["what"]: row for row in json.loads(out.read_text())["sources"]["mini"]}
+    assert {what: row["exit"] for what, row in rows.items()} == {
+        "build": 0, "again, nothing changed": 0, "verify": 0, "killed in the middle": -9, "gone on with": 0
+    }  # fmt: skip
+    assert rows["again, nothing changed"]["seconds"] < rows["build"]["seconds"]
+    assert rows["build"]["engines_mb"] > rows["build"]["onnx_mb"] > 0
+    assert all(100 < row["peak_mb"] < 4000 for row in rows.values())
+    assert "killed in the middle" in capsys.readouterr().out
+
+
+def test_opsets_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "found.json"
+    small = ["--source", "mini", "--block", "down.0", "--side", "8", "--rounds", "1", "--out", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opsets, "SIZE", (64, 64))
+        opsets.main(small)
+    rows = json.loads(out.read_text())["rows"]
+    layers = {(row["precision"], row["opset"]): row["rtx"].get("layers") for row in rows}
+    assert layers["fp16", 18] > layers["fp16", 21] > 0
+    assert layers["fp32", 18] > 0
+    # Attention as an operator of its own is built where there is a kernel for it: for single precision there is none.
+    assert layers["fp32", 23] is None
+    assert {str(row["opset"]) for row in rows if "onnxruntime" in row} == {"18", "20", "21", "23", "18, one operator"}
+    assert "does not build" in capsys.readouterr().out
