@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from engines import Bundle
@@ -35,9 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where shared bundles are built: a temporary folder, or TEST_BUNDLES, where the next run finds them up to date."""
+    """Where shared bundles are built: a temporary folder, or TEST_BUNDLES, where the next run finds them up to date.
+
+    Where tests run in several processes, all of them share it.
+    """
     folder = os.environ.get("TEST_BUNDLES")
-    return Path(folder) if folder else tmp_path_factory.mktemp("bundles")
+    if folder:
+        return Path(folder)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return tmp_path_factory.getbasetemp().parent / "bundles"
+    return tmp_path_factory.mktemp("bundles")
 
 
 def build_shared(bundles: Path, name: str, **options: object) -> Bundle:
@@ -45,10 +53,12 @@ def build_shared(bundles: Path, name: str, **options: object) -> Bundle:
     from exporter import BuildError, BuildOptions, build
 
     wanted = dataclasses.replace(BuildOptions(), out=bundles / name, **options)  # type: ignore[arg-type]
-    try:
-        return build(wanted)[0]
-    except BuildError:  # TEST_BUNDLES holds one made by older code
-        return build(dataclasses.replace(wanted, force=True))[0]
+    bundles.mkdir(parents=True, exist_ok=True)
+    with FileLock(bundles / f".{name}.lock"):  # another process may be building it: wait for that
+        try:
+            return build(wanted)[0]
+        except BuildError:  # TEST_BUNDLES holds one made by older code
+            return build(dataclasses.replace(wanted, force=True))[0]
 
 
 @pytest.fixture(scope="session")
