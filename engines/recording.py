@@ -70,6 +70,9 @@ class Recorder(ABC):
             _CURRENT.reset(token)
         return recording
 
+    def forget(self) -> None:  # noqa: B027 - most have nothing to forget
+        """All recordings have been let go; called before there is another."""
+
 
 class CudaRecorder(Recorder):
     """Records CUDA graphs that share one pool of memory, on a stream of their own."""
@@ -81,6 +84,10 @@ class CudaRecorder(Recorder):
     def beside(self) -> AbstractContextManager[None]:
         """Inside it, work goes to the recorder's own stream, in its turn (see ``beside``)."""
         return beside(self._stream)
+
+    def forget(self) -> None:
+        """The next recordings get another pool: PyTorch takes none back into use whose graphs are gone but not all memory."""
+        self._pool = torch.cuda.graph_pool_handle()
 
     def _capture(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         graph = torch.cuda.CUDAGraph()

@@ -115,31 +115,36 @@ def _generate(pipeline: Pipeline, options: Namespace, console: Console) -> Gener
 
 def _explain(pipeline: Pipeline, options: Namespace, console: Console) -> None:
     scheduler = make_scheduler(options.scheduler, pipeline.bundle.folder / "scheduler", options.steps)
-    original = pipeline.original(options.image, options.mask, *(options.size or (None, None)))
+    size = parse_size(options.size) if options.size else None
+    original = pipeline.original(options.image, options.mask, *(size or (None, None)))
     timesteps = timesteps_from(scheduler, options.steps, options.strength) if original else scheduler.timesteps
     schedule = pipeline.schedule(find_plan(options.plan), timesteps.tolist())
     if options.plot:
         plot(schedule, options.plot)
         console.print(f"wrote {options.plot}", soft_wrap=True)
     if options.explain:
-        height, width = original.size if original else options.size or pipeline.manifest.sizes[0]
+        height, width = original.size if original else size or pipeline.manifest.sizes[0]
         scale = pipeline.manifest.vae_scale
-        rows = options.images * (1 if options.guidance is not None and options.guidance <= 1 else 2)
+        guidance = pipeline.manifest.guidance_scale if options.guidance is None else options.guidance
+        pipeline.check_request([options.prompt], options.images, height, width, guidance)
+        rows = options.images * (2 if guidance > 1 else 1)
         sizes = {"batch": rows, "height": height // scale, "width": width // scale}
-        table, summary = explain(schedule, pipeline.networks, sizes)
+        table, summary = explain(schedule, pipeline.networks, sizes, pipeline.residence)
         console.print(table)
-        console.print(summary)
+        console.print(summary, soft_wrap=True)
 
 
 def _steps(generation: Generation) -> Table:
     """What ran at which step."""
     table = Table(title=f"{len(generation.steps)} steps, {generation.seconds:.2f} s in all", box=SIMPLE)
-    for name in ("step", "timestep", "ms", "kind", "segments run", "inherited"):
-        table.add_column(name, justify="right" if name in {"step", "timestep", "ms"} else "left")
+    swapped = any(record.swap_seconds for record in generation.steps)
+    for name in ("step", "timestep", *(["swap ms"] if swapped else []), "ms", "kind", "segments run", "inherited"):
+        table.add_column(name, justify="left" if name in {"kind", "segments run", "inherited"} else "right")
     most = max(len(record.ran) for record in generation.steps)
     for record in generation.steps:
-        numbers = str(record.index), f"{record.timestep:.0f}", f"{1000 * record.seconds:.1f}"
-        table.add_row(*numbers, record.kind, listed(record.ran, most), listed(record.inherited))
+        swap = f"{1000 * record.swap_seconds:.1f}" if record.swap_seconds else ""
+        numbers = str(record.index), f"{record.timestep:.0f}", *([swap] if swapped else [])
+        table.add_row(*numbers, f"{1000 * record.seconds:.1f}", record.kind, listed(record.ran, most), listed(record.inherited))
     return table
 
 

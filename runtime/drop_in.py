@@ -155,7 +155,7 @@ class UNet:
             if call is not None:
                 call.executor.close()
             schedule = self._pipeline.schedule(self.plan, timesteps[place:].tolist())
-            executor = Executor(self._pipeline.networks, schedule, self._pipeline.graphs)
+            executor = self._pipeline.executor(schedule)
             call = self._call = _Call(timesteps, place, shape, executor, next=place)
         elif place != call.next:
             raise RequestError(

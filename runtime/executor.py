@@ -6,7 +6,8 @@ copy; what nobody will read any more is let go at once.
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from runtime.graphs import GraphedNetwork, Graphs
 from runtime.modes import Threshold
 from runtime.network import Network
 from runtime.plan import NOISE
+from runtime.residence import Residence
 from runtime.schedule import Schedule, Step
 from runtime.timer import Timer
 from runtime.work import TEXT, run_either_way
@@ -27,7 +29,8 @@ class StepRecord:
     """What one model evaluation did.
 
     ``ran`` names the segments that ran, in order; ``inherited`` the features that they took from earlier steps. On a GPU the host
-    goes ahead of the device: reading ``seconds`` waits until the step has been done there.
+    goes ahead of the device: reading ``seconds`` waits until the step has been done there. Where the device cannot hold all UNets
+    at once, ``swap_seconds`` is what it took to put this one in the place of another before the step.
     """
 
     index: int
@@ -37,6 +40,7 @@ class StepRecord:
     ran: tuple[str, ...]
     inherited: tuple[str, ...]
     timer: Timer = field(repr=False, compare=False)
+    swap_seconds: float = field(default=0.0, compare=False)
 
     @property
     def seconds(self) -> float:
@@ -62,10 +66,17 @@ class Executor:
         schedule: a plan laid out for this call, whose cuts were checked with ``check_runs``.
         graphs: recordings of the UNets' steps, which this call has until its last step or ``close``. Where another call has them,
             steps run piece by piece.
+        residence: sees to it that a step's UNet is on the device; without one, all are.
     """
 
-    def __init__(self, networks: Mapping[str, Network], schedule: Schedule, graphs: Graphs | None = None) -> None:
-        self._networks, self._schedule = networks, schedule
+    def __init__(
+        self,
+        networks: Mapping[str, Network],
+        schedule: Schedule,
+        graphs: Graphs | None = None,
+        residence: Residence | None = None,
+    ) -> None:
+        self._networks, self._schedule, self._residence = networks, schedule, residence
         self._cache: dict[str, Tensor] = {}
         self._graphs = graphs if graphs is not None and graphs.take() else None
         self._release = weakref.finalize(self, self._graphs.release) if self._graphs else lambda: None
@@ -86,7 +97,16 @@ class Executor:
 
         Returns:
             The prediction, shaped as ``sample``, and what was done for it.
+
+        Raises:
+            BundleError, EngineError: the UNet has to be loaded again and cannot be.
         """
+        unet = self._schedule.unet(index)
+        with self._residence.use(unet) if self._residence else nullcontext(0.0) as swap_seconds:
+            prediction, record = self._step(index, sample, timestep, text)
+        return prediction, replace(record, swap_seconds=swap_seconds)
+
+    def _step(self, index: int, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, StepRecord]:
         timer = Timer(sample.device)
         given = {"sample": sample, "timestep": timestep, TEXT: text}
         threshold = self._schedule.asked(index)

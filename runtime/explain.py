@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from runtime.demand import demand
 from runtime.errors import RequestError
 from runtime.executor import Network
 from runtime.plan import BRANCH, NOISE
+from runtime.residence import Residence
 from runtime.schedule import Schedule, Step
 from runtime.work import TEXT, lay_out
 
@@ -40,8 +42,10 @@ def segment_seconds(network: Network, sizes: Mapping[str, int]) -> dict[str, flo
     return seconds
 
 
-def explain(schedule: Schedule, networks: Mapping[str, Network], sizes: Mapping[str, int]) -> tuple[Table, str]:
-    """The table of steps, and a line that sums it up against running the last UNet whole at every step.
+def explain(
+    schedule: Schedule, networks: Mapping[str, Network], sizes: Mapping[str, int], residence: Residence | None = None
+) -> tuple[Table, str]:
+    """The table of steps, and lines that sum it up against running the last UNet whole at every step.
 
     Adaptive rules are shown as computing afresh wherever they may: what they save is decided while running.
 
@@ -49,12 +53,16 @@ def explain(schedule: Schedule, networks: Mapping[str, Network], sizes: Mapping[
         schedule: a plan laid out.
         networks: loaded segments of its UNets, which are timed.
         sizes: ``batch`` (rows of a UNet call), and ``height`` and ``width`` of the latents.
+        residence: sees to it that a UNet is on the device; without one, all are.
     """
     table = Table(title=f"plan {schedule.plan.name}", box=SIMPLE)
     for name in ("step", "UNet", "kind", "segments run", "inherited", "MACs", "ms"):
         table.add_column(name, justify="right" if name in {"step", "MACs", "ms"} else "left")
     steps = schedule.all_steps()
-    seconds = {name: segment_seconds(networks[name], sizes) for name in schedule.unets}
+    seconds = {}
+    for name in schedule.unets:
+        with residence.use(name) if residence else nullcontext():
+            seconds[name] = segment_seconds(networks[name], sizes)
     last = schedule.unets[steps[-1].unet]
     whole = lay_out(last, frozenset({NOISE}))
     full_macs, full_seconds = macs_of(last, whole.ran), sum(seconds[steps[-1].unet][name] for name in whole.ran)
@@ -70,7 +78,14 @@ def explain(schedule: Schedule, networks: Mapping[str, Network], sizes: Mapping[
     return table, (
         f"UNet MACs {macs_sum / len(steps):.3f} and predicted time {seconds_sum / len(steps) / full_seconds:.3f} of full; "
         f"features take at most {peak:.2f} MiB at once, cached ones included"
+        f"{_swaps(steps, residence) if residence and residence.swaps else ''}"
     )
+
+
+def _swaps(steps: tuple[Step, ...], residence: Residence) -> str:
+    """What moves at each switch where the device cannot hold all UNets; the first of a call may be there from the last one."""
+    moves = [f"{name} ({residence.bytes_of(name) / 2**20:.0f} MiB) before step {index}" for index, name in _starts(steps)]
+    return f"\nthe UNets do not fit into the device's memory together and are swapped: {', '.join(moves)}"
 
 
 def listed(names: Sequence[str], of: int | None = None) -> str:
@@ -129,5 +144,10 @@ def _state(schedule: Schedule, step: Step, unit: str) -> int:
 
 def _ranges(steps: tuple[Step, ...]) -> list[str]:
     """Which UNet runs from which step on."""
-    starts = [step for before, step in zip((None, *steps), steps, strict=False) if before is None or before.unet != step.unet]
-    return [f"{step.unet} from {step.index}" for step in starts]
+    return [f"{name} from {index}" for index, name in _starts(steps)]
+
+
+def _starts(steps: tuple[Step, ...]) -> list[tuple[int, str]]:
+    """The steps at which another UNet begins than ran before, and its name."""
+    pairs = zip((None, *steps), steps, strict=False)
+    return [(step.index, step.unet) for before, step in pairs if before is None or before.unet != step.unet]

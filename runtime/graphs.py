@@ -59,6 +59,11 @@ class Graphs:
         """Let the next call have them."""
         self._taken.release()
 
+    def clear(self) -> None:
+        """Let go all recordings, because the engines that they refer to are about to go; nobody may be in a step."""
+        self._graphs.clear()
+        self._recorder.forget()
+
     def of(self, unet: str, network: Network) -> "GraphedNetwork":
         """What runs a network for the call that has the graphs."""
         return GraphedNetwork(unet, network, self)

@@ -9,7 +9,13 @@ from engines import Bundle, Engine, Manifest, Runner
 from engines.manifest import Segment
 from runtime.work import Work, lay_out
 
-__all__ = ["Network"]
+__all__ = ["Network", "unet_segments"]
+
+
+def unet_segments(manifest: Manifest) -> tuple[Segment, ...]:
+    """The segments of the UNet: all but the text encoder's and the VAE's."""
+    units = set(manifest.unet_units)
+    return tuple(segment for segment in manifest.segments if units.issuperset(segment.units))
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from runtime.errors import RequestError
 from runtime.executor import Executor, StepRecord
 from runtime.graphs import Graphs
 from runtime.images import Original, Picture, read_original, to_pictures
-from runtime.network import Network
 from runtime.plan import Plan
 from runtime.presets import find_plan
+from runtime.residence import Residence, free_bytes
 from runtime.schedule import TEXT, Schedule, check_runs
 from runtime.schedulers import make_scheduler
 from runtime.start import Start, from_noise, from_picture, timesteps_from
@@ -57,18 +57,28 @@ class Generation:
 
 
 class Pipeline:
-    """A loaded bundle. Calls share it and keep their own state, so they may run in parallel."""
+    """A loaded bundle. Calls share it and keep their own state, so they may run in parallel.
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    Args:
+        bundle: what to load.
+        engine: what runs it.
+        free: tells how much memory of a device is free; UNets that do not fit into it together are swapped.
+
+    Raises:
+        BundleError, EngineError: as ``Engine.load``.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, free: Callable[[torch.device], int | None] = free_bytes) -> None:
         from transformers import CLIPTokenizer
 
         self.bundle, self.engine = bundle, engine
         for file in bundle.manifest.files:
             bundle.path(file)
-        self.network = Network.load(bundle, engine)
-        self.networks: dict[str, Network] = {bundle.manifest.variant: self.network}
         recorder = engine.recorder()
         self.graphs = Graphs(recorder) if recorder else None
+        self.residence = Residence(bundle, engine, self.graphs, free)
+        self.networks = self.residence.networks
+        self.network = self.networks[bundle.manifest.variant]
         self._lock = threading.Lock()
         scheduler = json.loads((bundle.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
         self._train_steps: int = scheduler.get("num_train_timesteps", 1000)
@@ -86,17 +96,17 @@ class Pipeline:
             PlanError: a UNet of the plan is not there, or the segments cannot run the plan.
         """
         names = dict.fromkeys(part.unet for part in plan.unets) or [self.manifest.variant]
-        unets = {name: self._network(name).manifest for name in names}
+        for name in names:
+            if name not in self.networks:
+                self.residence.add(companion(self.bundle, name))
+        unets = {name: self.networks[name].manifest for name in names}
         schedule = Schedule(plan, unets, timesteps, self._train_steps)
         check_runs(schedule)
         return schedule
 
-    def _network(self, name: str) -> Network:
-        """The UNet of that name: this bundle's, or that of a bundle beside it which was made from the same source."""
-        with self._lock:
-            if name not in self.networks:
-                self.networks[name] = Network.load(companion(self.bundle, name), self.engine)
-            return self.networks[name]
+    def executor(self, schedule: Schedule) -> Executor:
+        """What runs a schedule's steps, for one call."""
+        return Executor(self.networks, schedule, self.graphs, self.residence)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The text encoder's output (prompts, tokens, width); a prompt that is too long is cut with a warning."""
@@ -232,7 +242,7 @@ class Pipeline:
         self, start: Start, text: Tensor, noise: Any, schedule: Schedule, scale: float, callback: Callback | None
     ) -> tuple[Tensor, list[StepRecord]]:
         """The denoising loop. The step index is counted here: schedulers may visit a timestep twice."""
-        with closing(Executor(self.networks, schedule, self.graphs)) as executor:
+        with self.residence.turn(), closing(self.executor(schedule)) as executor:
             return self._loop(executor, start, text, noise, scale, callback)
 
     def _loop(
