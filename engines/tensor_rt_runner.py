@@ -218,9 +218,10 @@ class EngineRunner(Runner):
         for name, tensor in taken.items():
             smallest, _, largest = self._limits[name]
             if not all(low <= got <= high for low, got, high in zip(smallest, tensor.shape, largest, strict=True)):
+                built = f"{_text(smallest)} to {_text(largest)}" if smallest != largest else f"{_text(smallest)} only"
                 self._refuse(
-                    f"input {name} is {_text(tensor.shape)}, its engine was built for {_text(smallest)} to "
-                    f"{_text(largest)}; choose a size and batch in between, or build it with other --sizes and --batch"
+                    f"input {name} is {_text(tensor.shape)}, its engine was built for {built}; "
+                    "choose a size and batch that it takes, or build it with other --sizes and --batch"
                 )
 
     def _expect(self, done: bool, what: str, errors: Sequence[str]) -> None:

@@ -82,6 +82,7 @@ class Residence:
         """
         name = bundle.manifest.variant
         with self._condition:
+            self._condition.wait_for(lambda: not self._running)  # a step would come and go with what is free
             if name in self.networks:
                 return
             runners: dict[str, Runner] = {}

@@ -104,6 +104,15 @@ def test_sizes_outside_the_profile_are_refused_with_the_profile(load, fake, size
     assert fake.engines[0].contexts == []
 
 
+def test_a_static_engine_names_its_one_shape(load, fake):
+    program, shapes = fake.files[b"front"], {"sample": (2, 4, 8, 8), "timestep": (2,)}
+    fake.files[b"front"] = replace(program, limits={name: (shape, shape) for name, shape in shapes.items()})
+    runner = load("front")
+    assert runner.run(random_inputs(2, 8, 8))
+    with pytest.raises(EngineError, match=r"input sample is 1x4x8x8, its engine was built for 2x4x8x8 only; choose a size"):
+        runner.run(random_inputs(1, 8, 8))
+
+
 def test_refusals_of_the_engine_carry_its_reason(load, fake, kind):
     runner = load("front")
     inputs = random_inputs(1, 8, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import threading
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from engines import Bundle, BundleError, make_engine
 from engines.bundle import describe_file
 from engines.manifest import Compiled, Manifest
+from engines.recording import CudaRecorder
 from engines.shapes import resolve
 from engines.tensor_rt import TensorRT
 from engines.tensor_rt_runner import EngineRunner
@@ -211,6 +213,20 @@ def test_a_file_that_went_is_an_error_and_what_is_there_goes_on(world: World) ->
     same(call(residence.networks, "one", 2, None, residence)[0], call(world.live, "one", 2)[0])
 
 
+@pytest.mark.gpu
+def test_cuda_graphs_after_all_were_let_go() -> None:
+    """What one of them wrote is still held, as an inherited feature is across a switch."""
+    graphs, start = Graphs(CudaRecorder(torch.device("cuda"))), torch.arange(4.0, device="cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = graphs.run("one", {"sample": start}, lambda given: {"made": given["sample"] + 1})["made"]
+        torch.cuda.synchronize()
+        graphs.clear()
+        inputs = {"sample": start, "inherited": first}
+        second = graphs.run("two", inputs, lambda given: {"made": given["sample"] * given["inherited"]})["made"]
+    assert second.tolist() == [0, 2, 6, 12]
+
+
 PROMPT = "a red star on a blue background"
 OPTIONS: dict[str, Any] = {"steps": 6, "scheduler": "ddim", "plan": "switch:0.4+block:2"}
 
@@ -235,6 +251,15 @@ def test_pictures_of_swapped_unets(short: Pipeline, mini_pipeline: Pipeline, ass
         for segment in assembled_bundle.manifest.segments
         if segment.name not in {"text_encoder", "vae_decoder", "vae_encoder"}
     }, "the text encoder and the VAE are the first bundle's"
+
+
+def test_calls_at_once_take_turns(short: Pipeline, mini_pipeline: Pipeline) -> None:
+    """Each has the device until its end: none swaps more often than alone."""
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(lambda seed: short.generate(PROMPT, seed=seed, **OPTIONS), range(4)))
+    assert sum(bool(record.swap_seconds) for each in made for record in each.steps) == 7
+    for seed, each in enumerate(made):
+        assert relative_error(each.latents, mini_pipeline.generate(PROMPT, seed=seed, **OPTIONS).latents) < 1e-5
 
 
 def test_the_command_states_the_cost(
