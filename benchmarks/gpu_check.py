@@ -116,7 +116,7 @@ def _memory(pipeline: Pipeline, plan: str, steps: int) -> tuple[int, int | None]
     sizes = {"batch": 2, "height": height, "width": width}
     given = {name: torch.zeros(resolve(manifest.features[name].shape, sizes), device=device) for name in ("sample", TEXT)}
     text = given[TEXT].to(DTYPES[manifest.features[TEXT].dtype])
-    executor = Executor(pipeline.networks, schedule)
+    executor = Executor(pipeline.networks, schedule, residence=pipeline.residence)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -139,8 +139,8 @@ def verify(
     reference = reference or Reference.load(bundle)
     network = Network.load(bundle, engine)
     for height, width in sizes or _sizes(manifest, engine):
-        for images in sorted({1, min(3, manifest.max_images) if engine.has_profile else 3}):
-            inputs = _inputs(manifest, images, height, width)
+        for images in _counts(manifest, engine):
+            inputs = _inputs(manifest, engine, images, height, width)
             features = reference.features(inputs)
             for segment, error, angle in _errors(network, engine, inputs, features):
                 yield Comparison(segment, images, height, width, error, angle)
@@ -160,7 +160,7 @@ def compare_latents(
     """
     reference = reference or Reference.load(bundle)
     network = Network.load(bundle, engine)
-    inputs = _inputs(bundle.manifest, 1, *size)
+    inputs = _inputs(bundle.manifest, engine, _counts(bundle.manifest, engine)[0], *size)
     with torch.no_grad():
         text = reference.text(inputs[TOKENS])
 
@@ -191,9 +191,21 @@ def _sizes(manifest: Manifest, engine: Engine) -> list[tuple[int, int]]:
     return [first, (manifest.size_multiple, 2 * manifest.size_multiple)]
 
 
-def _inputs(manifest: Manifest, images: int, height: int, width: int) -> dict[str, Tensor]:
-    """Random inputs. One row of the UNet per image: guidance is no other thing than more rows."""
-    dims = {"batch": images, "images": images, "height": height // manifest.vae_scale, "width": width // manifest.vae_scale}
+def _is_static(manifest: Manifest, engine: Engine) -> bool:
+    return engine.has_profile and manifest.static
+
+
+def _counts(manifest: Manifest, engine: Engine) -> list[int]:
+    """Numbers of images to compare with: one and, where they can be had, three."""
+    if _is_static(manifest, engine):
+        return [manifest.max_images]
+    return sorted({1, min(3, manifest.max_images) if engine.has_profile else 3})
+
+
+def _inputs(manifest: Manifest, engine: Engine, images: int, height: int, width: int) -> dict[str, Tensor]:
+    """Random inputs. One row of the UNet per image: guidance is no other thing than more rows, and static engines take no fewer."""
+    rows = 2 * images if _is_static(manifest, engine) else images
+    dims = {"batch": rows, "images": images, "height": height // manifest.vae_scale, "width": width // manifest.vae_scale}
     generator = torch.Generator().manual_seed(images * 1000003 + height * 1009 + width)
     shapes = {name: resolve(manifest.features[name].shape, dims) for name in (SAMPLE, LATENTS, IMAGE, TOKENS)}
     inputs = {name: torch.randn(shapes[name], generator=generator) for name in (SAMPLE, LATENTS, IMAGE)}

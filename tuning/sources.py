@@ -130,6 +130,8 @@ def _file_source(source: str, path: Path, config: Path | None) -> FileSource:
 
 def _random_source(source: str, config: Path | None) -> RandomSource:
     path, recipe = _random_config(source)
+    if path.is_relative_to(_MODELS):
+        return RandomSource(source, config or path.parents[1], path, recipe)
     return RandomSource(source, config or _family_of(source, meta_unet(path).config.cross_attention_dim), path, recipe)
 
 
