@@ -203,7 +203,7 @@ def _counts(manifest: Manifest, engine: Engine) -> list[int]:
 
 
 def _inputs(manifest: Manifest, engine: Engine, images: int, height: int, width: int) -> dict[str, Tensor]:
-    """Random inputs. One row of the UNet per image: guidance is no other thing than more rows, and static engines take no fewer."""
+    """Random inputs. One row of the UNet per image, as guidance only means more rows; but static engines take no fewer."""
     rows = 2 * images if _is_static(manifest, engine) else images
     dims = {"batch": rows, "images": images, "height": height // manifest.vae_scale, "width": width // manifest.vae_scale}
     generator = torch.Generator().manual_seed(images * 1000003 + height * 1009 + width)
