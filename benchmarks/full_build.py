@@ -1,8 +1,8 @@
 """`python -m benchmarks.full_build`: bundles of Stable Diffusion's full size, built on this machine with no GPU.
 
 Each line is a command as a user would give it, in a process of its own, with its seconds and its peak of resident memory: a build
-with TensorRT-RTX engines ahead of time, the same again with nothing changed, one that is killed in the middle (SIGKILL) and gone
-on with, and `verify` at one small size. The weights are random: nothing here depends on what they are.
+with TensorRT-RTX engines ahead of time (and what its phases need), the same again with nothing changed, one that is killed in the
+middle (SIGKILL) and gone on with, and `verify` at one small size. The weights are random: nothing here depends on what they are.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -31,10 +31,14 @@ VERIFIED = "256x256"
 
 
 def run(arguments: Sequence[str], stop: Callable[[float], bool] = lambda seconds: False) -> dict[str, Any]:
-    """Run ``python -m`` with these arguments; its seconds, peak memory in MB and exit code. SIGKILL when ``stop`` says so."""
+    """Run ``python -m`` with these arguments; its seconds, peak memory in MB and exit code. SIGKILL when ``stop`` says so.
+
+    A build also gets ``phases``: the peak of memory in each phase of each segment, the largest first.
+    """
     started = time.perf_counter()
-    with TemporaryFile("w+") as output:
-        process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=output, text=True)
+    peak, phases = 0, dict[str, int]()
+    with TemporaryFile() as output:
+        process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=output)
         killed = False
         while True:
             done, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -44,24 +48,53 @@ def run(arguments: Sequence[str], stop: Callable[[float], bool] = lambda seconds
             if not killed and stop(seconds):
                 process.send_signal(signal.SIGKILL)
                 killed = True
+            phase, memory = _phase(_printed(output)), _memory(process.pid)
+            peak = max(peak, memory.get("VmHWM", 0))
+            phases[phase] = max(phases.get(phase, 0), memory.get("VmRSS", 0))
             time.sleep(0.05)
-        output.seek(0)
-        print(*output.read().splitlines()[-3:], sep="\n")
-    code = os.waitstatus_to_exitcode(status)
-    return {
+        print(*_printed(output)[-3:], sep="\n")
+    found = {
         "command": " ".join(["python -m", *arguments]),
         "seconds": round(seconds, 1),
         "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_mb": round(usage.ru_maxrss / 1024),
-        "exit": code,
+        "peak_mb": peak,
+        "exit": os.waitstatus_to_exitcode(status),
     }
+    if "--json" in arguments:
+        found["phases"] = dict(sorted(phases.items(), key=lambda item: -item[1]))
+    return found
+
+
+def _printed(output: IO[bytes]) -> list[str]:
+    """The lines printed so far; the place where the process goes on writing stays."""
+    return os.pread(output.fileno(), 1 << 20, 0).decode().splitlines()
+
+
+def _phase(lines: Sequence[str]) -> str:
+    """What a build with ``--json`` last said that it does."""
+    for line in reversed(lines):
+        try:
+            step = json.loads(line)
+            return f"{step['phase']} {step['segment']}".strip()
+        except (ValueError, TypeError, KeyError):  # half a line, or none of a build's steps
+            continue
+    return "starting"
+
+
+def _memory(process: int) -> dict[str, int]:
+    """Resident memory in MB: now (``VmRSS``) and at its peak (``VmHWM``). Its own: ``rusage`` has its parent's too."""
+    try:
+        lines = [line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines()]
+    except OSError:  # it has just ended
+        return {}
+    return {line[0].rstrip(":"): round(int(line[1]) / 1024) for line in lines if line and line[0] in ("VmRSS:", "VmHWM:")}
 
 
 def measure(source: str, engine: str, folder: Path) -> list[dict[str, Any]]:
     """Build, build again, build with a kill in the middle, and verify."""
     out = folder / "bundle"
     build = ["exporter", "build", "--source", source, "--variant", "original", "--precision", "fp16", "--engine", engine]
-    build += ["--out", str(out)]
+    build += ["--out", str(out), "--json"]
     rows = [{"what": "build", **run(build)}]
     bundle = Bundle.open(out)
     sizes = {"onnx_mb": 0, "engines_mb": 0}
@@ -104,7 +137,9 @@ def show(source: str, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         names = ("what", "seconds", "processor_seconds", "peak_mb", "exit", "onnx_mb", "engines_mb")
         table.add_row(*(str(row.get(name, "")) for name in names))
-    Console(width=130).print(table)
+    console = Console(width=130)
+    console.print(table)
+    console.print("largest phases of the build, MB:", ", ".join(f"{p} {mb}" for p, mb in [*rows[0]["phases"].items()][:3]))
 
 
 if __name__ == "__main__":
