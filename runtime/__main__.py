@@ -73,7 +73,8 @@ def main(arguments: Sequence[str]) -> None:
         _explain(load(folder, options.engine), options, console)
         return
     warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
-    pipeline = load(folder, options.engine)
+    with console.status(f"loading {folder}"):
+        pipeline = load(folder, options.engine)
     if pipeline.manifest.source.startswith(_RANDOM):
         print(f"warning: {folder} has random weights ({pipeline.manifest.source}), so its pictures are noise", file=sys.stderr)
     generation = _generate(pipeline, options, console)
