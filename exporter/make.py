@@ -1,7 +1,7 @@
 """What a build does once it is known that there is something to build."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +60,20 @@ def make(options: BuildOptions, key: str, made_from: Mapping[str, Any], progress
     bare = segments_of(graph, options.granularity, options.plans)
     with working_on(options.folder) as pieces:
         writer = Writer(graph, engines, wanted, pieces)
-        _adopt_replaced(pieces, options.folder)
-        pieces.forget_all_but(key for segment in bare for key in writer.keys(segment).values())
+        keys = {key for segment in bare for key in writer.keys(segment).values()}
+        _adopt_replaced(pieces, options.folder, keys)
+        pieces.forget_all_but(keys)
         segments = write_all(writer, bare, options, progress)
         files = tuple(_copy_files(graph.parts.checkpoint, pieces.folder))
         manifest = _manifest(options, key, writer, segments, files)
         (pieces.folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
 
 
-def _adopt_replaced(pieces: Pieces, folder: Path) -> None:
+def _adopt_replaced(pieces: Pieces, folder: Path, wanted: Container[str]) -> None:
     """What still holds of the bundle that is to be replaced need not be made again."""
     if folder.exists():
         try:
-            pieces.adopt(Bundle.open(folder))
+            pieces.adopt(Bundle.open(folder), wanted)
         except BundleError:  # it is none, or a damaged one
             return
 

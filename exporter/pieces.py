@@ -7,7 +7,7 @@ that was stopped has left can therefore be trusted, and what it has left half-wr
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -60,12 +60,12 @@ class Pieces:
         """Record a piece whose files have been written."""
         return self._note(key, tuple(describe_file(self.folder, path) for path in paths))
 
-    def adopt(self, bundle: Bundle) -> None:
-        """Take over the pieces of a bundle, which stays as it is: its files get a second name, or copies where they can't."""
+    def adopt(self, bundle: Bundle, wanted: Container[str]) -> None:
+        """Take over a bundle's wanted pieces. It stays as it is: its files get a second name, or copies where they can't."""
         for segment in bundle.manifest.segments:
             made = [(segment.key, segment.onnx), *((compiled.key, compiled.files) for compiled in segment.engines.values())]
             for key, files in made:
-                if self.find(key) is None and all(is_whole(bundle.folder, file) for file in files):
+                if key in wanted and self.find(key) is None and all(is_whole(bundle.folder, file) for file in files):
                     for file in files:
                         _link(bundle.folder / file.path, self.folder / file.path)
                     self._note(key, files)

@@ -31,11 +31,11 @@ def exporter(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def fake_trace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Replaces tracing by writing a few bytes; with ``fail_at`` and ``error`` it fails there. Returns the segments traced."""
 
-    def install(fail_at: str | None = None, error: BaseException | None = None) -> list[str]:
+    def install(fail_at: str | None = None, error: BaseException | None = None, content: str = "") -> list[str]:
         traced: list[str] = []
 
         def write(program: Any, segment: Segment, path: Path) -> list[Path]:
-            path.write_bytes(segment.name.encode() * 10)
+            path.write_bytes(f"{segment.name}{content}".encode() * 10)
             if segment.name == fail_at:
                 assert error is not None
                 raise error

@@ -122,6 +122,21 @@ def test_another_engine_leaves_the_segments_as_they_are(options: BuildOptions, f
     assert names_in(bundle.folder.parent) == ["bundle"]
 
 
+def test_a_replacement_that_was_stopped_is_gone_on_with(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    """The old bundle, whose pieces have the same names and hold no more, is there all the while."""
+    fake_trace()
+    build(options)
+    forced = replace(options, precision="fp16", force=True)
+    fake_trace(fail_at="mid", error=KeyboardInterrupt(), content="half precision")
+    with pytest.raises(KeyboardInterrupt):
+        build(forced)
+    traced = fake_trace()
+    bundle, _ = build(forced)
+    assert traced[0] == "mid"
+    assert bundle.manifest.precision == "fp16"
+    bundle.check()
+
+
 def test_another_cut_traces_only_what_is_cut_otherwise(options: BuildOptions, fake_trace: FakeTrace) -> None:
     fake_trace()
     before = {segment.name: segment.units for segment in build(options)[0].manifest.segments}
