@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from tuning.distill import check_pair
 from tuning.distill_options import fill_defaults, loop_settings, remember
 from tuning.distill_task import Distillation, Examples
 from tuning.errors import TuningError
+from tuning.extras import need
 from tuning.folder import load_unet, save_part
 from tuning.loop import run_loop
 from tuning.mini.render import IMAGE_SIZE
@@ -62,6 +62,7 @@ def _examples(options: argparse.Namespace, teacher: Teacher, workers: Workers) -
 
         limits = {"size": options.size, "batch": options.batch, "validation": options.validation, "seed": options.seed}
         return open_examples(options.data, teacher, workers, **limits)
+    need("scipy", "--data mini")
     from tuning.mini.latents import LatentPools
 
     sizes = {"size": options.pool, "epochs": 4, "batch_size": options.batch, "validation": options.validation}
@@ -130,8 +131,7 @@ class _Run:
         self.options, self.workers = options, workers
         self.folder: Path = options.work or options.out / "training"
         _check_out(options)
-        if importlib.util.find_spec("matplotlib") is None:
-            raise TuningError("drawing curves needs matplotlib; install it with: pip install unet-heirloom[train]")
+        need("matplotlib", "drawing curves")
         remember(options, self.folder, workers.count, write=False)
         torch.manual_seed(options.seed)
         self.teacher = Teacher.load(options.teacher)

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tuning.errors import TuningError
+from tuning.extras import need
 
 __all__ = ["Pictures"]
 
@@ -108,10 +109,9 @@ def _damaged(shards: list[str]) -> str | None:
 
 def _load(kind: str, path: Path, **where: Any) -> Any:
     """The rows as `datasets` finds them, pictures undecoded."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise TuningError("reading pictures needs the package datasets; install the train extra of this project") from error
+    need("datasets", "reading pictures")
+    import datasets
+
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:

@@ -17,8 +17,9 @@ from rich.table import Table
 from tuning.assembly import assemble
 from tuning.candidates import candidates, recipe_of
 from tuning.errors import TuningError
+from tuning.extras import need
 from tuning.rank import Chosen, Errors, Ranked, check_names, choose, rank
-from tuning.rank_plot import check_matplotlib, plot_ranking
+from tuning.rank_plot import plot_ranking
 from tuning.recipes import Recipe
 from tuning.sources import RANDOM, open_unet
 from tuning.timing import UnitTimes, clock, random_inputs, time_together, time_units
@@ -65,7 +66,7 @@ def rank_command(options: RankOptions, console: Console) -> None:
         TuningError: an option out of range, a source that cannot be read, UNets of unlike units, or a speed-up out of reach.
     """
     _check(options)
-    check_matplotlib()
+    need("matplotlib", "the plot")  # before anything is measured
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}"), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         result = _measure(options, bar)

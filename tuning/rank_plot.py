@@ -1,19 +1,17 @@
 """The plot of a ranking: time saved across, error up, a point for each removal, the chosen ones named."""
 
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuning.errors import TuningError
 from tuning.rank import NOTHING, Chosen, Ranked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_matplotlib", "plot_ranking"]
+__all__ = ["plot_ranking"]
 
 _KINDS = {"skip pair": "tab:blue", "attention": "tab:orange", "mid block": "tab:green", "innermost stage": "tab:red"}
 
@@ -44,12 +42,6 @@ def _label(axes: "Axes", ranked: Sequence[Ranked], steps: dict[str, int]) -> Non
             number + each.candidate.name, (x, y), (x + 0.2, 10**height), fontsize=6, fontweight="bold" if number else "normal",
             va="center", arrowprops={"arrowstyle": "-", "lw": 0.3, "color": "grey"},
         )  # fmt: skip
-
-
-def check_matplotlib() -> None:
-    """Raise TuningError where matplotlib is missing; call it before anything is measured."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise TuningError("the plot needs matplotlib; install it with: pip install unet-heirloom[train]")
 
 
 def plot_ranking(ranked: Sequence[Ranked], chosen: Sequence[Chosen], path: Path, title: str) -> None:
