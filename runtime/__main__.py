@@ -35,7 +35,7 @@ def _parser() -> Parser:
         prog="python -m runtime",
         description="Generate pictures from a prompt; `plans` as the prompt lists the plans and their costs.",
     )
-    parser.add_argument("prompt", help="what the picture shows, or the word `plans`")
+    parser.add_argument("prompt", nargs="?", help="what the picture shows, or the word `plans`")
     parser.add_argument("--negative", default="", help="what it should not show")
     parser.add_argument("--bundle", type=Path, help="a bundle's folder (default: the one in ./bundles that was built last)")
     parser.add_argument("--engine", default="onnxruntime", help="what runs the segments (default: %(default)s)")
@@ -63,15 +63,20 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command; raises UserError for a user's mistake."""
     options = _parser().parse_args(arguments)
     console = Console(highlight=False)
+    if options.explain or options.plot:
+        if options.plot:
+            _check_png(options.plot)
+        _explain(load(options.bundle, options.engine), options, console)
+        return
     if options.prompt == "plans":
         _plans(options, console)
         return
-    if options.out.suffix.lower() != ".png" or not options.out.parent.is_dir():
-        raise UserError(f"cannot write {options.out}: give the name of a .png file in a folder that exists")
+    if options.prompt is None:
+        raise UserError(
+            "no prompt; say what the picture shows, such as 'a red star on a blue background', or `plans` for a list of them"
+        )
+    _check_png(options.out)
     folder = options.bundle or default_bundle()
-    if options.explain or options.plot:
-        _explain(load(folder, options.engine), options, console)
-        return
     warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
     with console.status(f"loading {folder}"):
         pipeline = load(folder, options.engine)
@@ -84,6 +89,12 @@ def main(arguments: Sequence[str]) -> None:
         console.print(
             f"wrote {path} ({image.width}x{image.height}, bundle {folder}, plan {generation.plan.name})", soft_wrap=True
         )
+
+
+def _check_png(path: Path) -> None:
+    """Raise UserError unless a picture can be written there, before anything is loaded for it."""
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: give the name of a .png file in a folder that exists")
 
 
 def _generate(pipeline: Pipeline, options: Namespace, console: Console) -> Generation:
@@ -127,7 +138,7 @@ def _explain(pipeline: Pipeline, options: Namespace, console: Console) -> None:
         height, width = original.size if original else size or pipeline.manifest.sizes[0]
         scale = pipeline.manifest.vae_scale
         guidance = pipeline.manifest.guidance_scale if options.guidance is None else options.guidance
-        pipeline.check_request([options.prompt], options.images, height, width, guidance)
+        pipeline.check_shape(options.images, height, width, guidance)
         rows = options.images * (2 if guidance > 1 else 1)
         sizes = {"batch": rows, "height": height // scale, "width": width // scale}
         table, summary = explain(schedule, pipeline.networks, sizes, pipeline.residence)

@@ -129,6 +129,10 @@ class Pipeline:
         """Raise RequestError unless prompts, sizes and guidance are such as this bundle and engine take."""
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise RequestError("the prompt is empty; say what the picture shows, such as 'a red star on a blue background'")
+        self.check_shape(images, height, width, guidance_scale)
+
+    def check_shape(self, images: int, height: int, width: int, guidance_scale: float) -> None:
+        """Raise RequestError unless number, size and guidance are such as this bundle and engine take."""
         multiple = self.manifest.size_multiple
         if any(side < multiple or side % multiple for side in (height, width)):
             raise RequestError(f"size {height}x{width}: height and width must be multiples of {multiple} pixels for this UNet")

@@ -144,7 +144,29 @@ def test_an_empty_prompt(runtime: Command, mini_bundle: Bundle, here: Path, prom
 
 
 def test_no_prompt_at_all(runtime: Command) -> None:
-    assert_refused(runtime(), "prompt", "--help")
+    assert_refused(runtime(), "no prompt; say what the picture shows, such as", "`plans`")
+
+
+@pytest.mark.parametrize("prompt", [[], ["plans"], [PROMPT]], ids=str)
+def test_a_plan_is_explained_with_or_without_a_prompt(
+    runtime: Command, mini_bundle: Bundle, here: Path, prompt: list[str]
+) -> None:
+    given = ["--bundle", mini_bundle.folder, "--steps", 4, "--plan", "block:2", "--explain", "--plot", "plan.png"]
+    outcome = runtime(*prompt, *given)
+    assert outcome.code == 0
+    text = "\n".join(outcome.out)
+    assert "plan block:2" in text
+    assert text.count("inherit ") == 2
+    assert "predicted time" in outcome.out[-1]
+    assert [path.name for path in here.iterdir()] == ["plan.png"]
+
+
+@pytest.mark.parametrize("path", ["nowhere/plan.png", "plan.xyz", "plan"])
+def test_a_plot_that_cannot_be_written(runtime: Command, here: Path, path: str) -> None:
+    """Said before a bundle is looked for: there is none here."""
+    expected = f"cannot write {path}: give the name of a .png file in a folder that exists"
+    assert_refused(runtime("--plan", "block:2", "--plot", path), expected)
+    assert list(here.iterdir()) == []
 
 
 EVERY_2 = {"mode": "uniform", "every": 2}
