@@ -15,7 +15,7 @@ from tuning.errors import TuningError
 from tuning.folder import ASSEMBLY_NOTE, save_part, weights_sha256
 from tuning.kept import removed_units
 from tuning.recipes import Recipe, recipe
-from tuning.sources import open_unet
+from tuning.sources import check_apart, open_unet, place_of
 from tuning.units import unit_modules
 
 __all__ = ["PRECISIONS", "assemble_command", "check_place"]
@@ -27,11 +27,13 @@ def assemble_command(source: str, name: str, out: Path, precision: str, console:
     """Assemble a source's UNet by a recipe into ``out``, with a note of what it was made from, and say what changed.
 
     Raises:
-        TuningError: no such source, recipe or precision, a recipe that does not fit the UNet, or something else at ``out``.
+        TuningError: no such source, recipe or precision, a recipe that does not fit the UNet, something else at ``out``,
+            or the source at ``out``.
     """
     if precision not in PRECISIONS:
         raise TuningError(f"unknown precision {precision!r}; choose from: {', '.join(PRECISIONS)}")
     wanted = recipe(name)
+    check_apart(out, place_of(source), "source")
     check_place(out)
     teacher = open_unet(source).unet()
     table = _table(teacher, wanted)

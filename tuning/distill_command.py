@@ -22,6 +22,7 @@ from tuning.mini.render import IMAGE_SIZE
 from tuning.mini.scenes import held_back_prompts
 from tuning.progressive import next_removal, share_of, stages_of
 from tuning.recipes import Recipe, recipe
+from tuning.sources import check_apart, place_of
 from tuning.teacher import Teacher
 from tuning.workers import Workers
 
@@ -96,11 +97,9 @@ def _measure(options: argparse.Namespace, teacher: Teacher) -> Callable[[UNet2DC
 
 def _check_out(options: argparse.Namespace) -> None:
     """Nothing that is read may be written over."""
-    for name in ("teacher", "student", "data"):
-        read = Path(getattr(options, name)).expanduser()
-        taken = {read.resolve(), (read / "unet").resolve()} if read.is_dir() else set()
-        if options.out.resolve() in taken:
-            raise TuningError(f"--out {options.out} is where the {name} is read from; choose another folder")
+    check_apart(options.out, place_of(options.teacher), "teacher")
+    for name in ("student", "data"):
+        check_apart(options.out, Path(getattr(options, name)).expanduser(), name)
 
 
 def run(options: argparse.Namespace) -> None:

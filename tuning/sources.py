@@ -15,7 +15,7 @@ from tuning.single_file import GIVE_CONFIG, check_single_file, text_width
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-__all__ = ["MINI", "RANDOM", "RANDOM_CONFIGS", "UNetSource", "find_source", "open_unet", "random_unet"]
+__all__ = ["MINI", "RANDOM", "RANDOM_CONFIGS", "UNetSource", "check_apart", "find_source", "open_unet", "place_of", "random_unet"]
 
 _MODELS = Path(__file__).resolve().parents[1] / "models"
 MINI = _MODELS / "mini"
@@ -108,9 +108,20 @@ def find_source(source: str, config: Path | None = None) -> Source:
     return FolderSource(source, folder)
 
 
+def place_of(source: str) -> Path:
+    """The folder or the file that a source's name means, whether it is there or not."""
+    return MINI if source == "mini" else Path(source).expanduser()
+
+
+def check_apart(out: Path, read: Path, what: str) -> None:
+    """Raise TuningError where ``out`` is the folder ``read``, or that of a part of it: what is read may not be written over."""
+    if read.is_dir() and out.expanduser().resolve() in {place.resolve() for place in (read, *(read / part for part in PARTS))}:
+        raise TuningError(f"--out {out} is where the {what} is read from; choose another folder")
+
+
 def _path(source: str) -> Path:
     """The folder or the file that a source is or would be. Raises TuningError for a pickle and for a file that is missing."""
-    path = MINI if source == "mini" else Path(source).expanduser()
+    path = place_of(source)
     if path.suffix in {*PICKLES, ".safetensors"} and not path.exists():
         raise TuningError(f"source {path}: no such file; {_CHOICES}")
     if path.is_file() and path.suffix in PICKLES:

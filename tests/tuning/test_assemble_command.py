@@ -121,6 +121,14 @@ def test_a_recipe_that_does_not_fit_and_sources_that_hold_no_unet(run: Command, 
     assert not (tmp_path / "out").exists()
 
 
+def test_the_source_is_not_written_over(run: Command, folder: Path) -> None:
+    before = contents(folder)
+    assert_refused(
+        run("assemble", "--source", folder, "--recipe", "bk-base", "--out", folder), "is where the source is read from"
+    )
+    assert contents(folder) == before
+
+
 def test_what_is_no_unets_folder_is_kept(run: Command, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

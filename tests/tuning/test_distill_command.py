@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import tuning
 from engines.errors import UserError
+from tests.commands import contents
 from tuning.__main__ import main
 from tuning.folder import save_part
 from tuning.mini.models import new_unet
@@ -256,6 +257,17 @@ def test_mistakes_are_one_line(given: list[str], small_model: Path, latents: Pat
             main([*given, "--out", str(out), *arguments.split()])
         assert "\n" not in str(caught.value)
         assert not out.exists(), arguments
+
+
+@pytest.mark.parametrize("part", ["", "unet", "vae"])
+def test_the_embedded_teacher_is_not_written_over(
+    given: list[str], part: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuning.sources.MINI", shutil.copytree(small_model, tmp_path / "mini"))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="is where the teacher is read from; choose another folder"):
+        distil(given, tmp_path / "mini" / part, "--teacher mini --steps 1")
+    assert contents(tmp_path) == before
 
 
 def test_a_pickle_in_the_checkpoints_place_is_never_run(given: list[str], tmp_path: Path) -> None:
