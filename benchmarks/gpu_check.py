@@ -1,16 +1,18 @@
 """`make gpu-check`: the whole of what runs on an NVIDIA GPU, on the one at hand: right, and how fast.
 
-For every engine that can be had and both precisions: the error of each segment against the diffusers model; for each plan, the
-error of the final latents against the torch engine in float32, run piece by piece; whether steps replayed as CUDA graphs give
-what they give piece by piece; the planned bytes of features beside those measured; and the time of a picture's UNet steps both
-ways. Writes benchmarks/results/gpu-CARD.json.
+For every engine that can be had and both precisions: error and cosine of each segment against the diffusers model, in half
+precision also the PSNR of the latents after twenty steps; for each plan, the error of the final latents against the torch engine
+in float32, run piece by piece; whether steps replayed as CUDA graphs give what they give piece by piece; the planned bytes of
+features beside those measured; and the time of a picture's UNet steps both ways. An engine that breaks off in the middle is a
+fault; the others go on. Writes benchmarks/results/gpu-CARD-SOURCE-VARIANT.json.
 """
 
 import argparse
 import json
+import re
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,7 +29,8 @@ from engines.onnx_runtime import OnnxRuntime
 from engines.shapes import resolve
 from engines.torch_program import Torch
 from exporter import BuildOptions, build
-from exporter.verify import TOLERANCE, verify
+from exporter.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE, compare_latents, verify
+from exporter.verify_command import FP16_STEPS
 from exporter.workers import DTYPE
 from runtime import Executor, Pipeline, find_plan
 from runtime.cost import peak_bytes
@@ -46,8 +49,8 @@ class Row:
     engine: str
     precision: str
     plan: str
-    error: float
-    """Of the final latents, run piece by piece, against the torch engine in float32."""
+    error: float | None
+    """Of the final latents, run piece by piece, against the torch engine in float32; None where that did not run before."""
     graphs_error: float | None
     """Of the final latents with steps replayed, against the same piece by piece."""
     milliseconds: float
@@ -57,6 +60,45 @@ class Row:
     """Of features at once."""
     measured_bytes: int | None
     """Of device memory at once, with what the engine needs inside a segment."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How near a segment comes to the diffusers model: the largest error, relative to the largest value, and the least cosine."""
+
+    error: float
+    cosine: float
+
+
+@dataclass
+class Found:
+    """What the check has found, by engine and precision."""
+
+    rows: list[Row] = field(default_factory=list)
+    segments: dict[str, dict[str, Fit]] = field(default_factory=dict)
+    psnr: dict[str, float] = field(default_factory=dict)
+    """Of half precision's latents, in decibels."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Why an engine could not be had."""
+    ended: dict[str, str] = field(default_factory=dict)
+    """How an engine broke off in the middle."""
+
+    def faults(self) -> list[str]:
+        """What is not as it must be. Errors of final latents depend on the plan and the model, and are only reported."""
+        faults = [f"{name}: broke off: {reason}" for name, reason in self.ended.items()]
+        for name, fits in self.segments.items():
+            allowed = TOLERANCE["fp16" if name.endswith("fp16") else "fp32"]
+            for segment, fit in fits.items():
+                if not (fit.error <= allowed and fit.cosine >= LEAST_COSINE):
+                    faults.append(f"{name}: segment {segment} is off by {fit.error:.1e}, its cosine by {1 - fit.cosine:.1e}")
+        for name, psnr in self.psnr.items():
+            if not psnr >= LEAST_PSNR:
+                faults.append(f"{name}: latents have a PSNR of {psnr:.1f} dB, not {LEAST_PSNR:g}")
+        # Replayed or not, the same kernels run; only what picks another kernel inside a graph can make a difference.
+        off = [row for row in self.rows if row.graphs_error is not None and not row.graphs_error <= 1e-3]
+        return faults + [
+            f"{row.engine} {row.precision} {row.plan}: replayed steps are off by {row.graphs_error:.1e}" for row in off
+        ]
 
 
 def _device(name: str) -> torch.device:
@@ -139,7 +181,7 @@ def _row(
         engine=pipeline.engine.name,
         precision=precision,
         plan=plan,
-        error=_relative(latents, references.get(plan, latents)),
+        error=_relative(latents, references[plan]) if plan in references else None,
         graphs_error=_relative(replayed[0], latents) if replayed else None,
         milliseconds=round(1000 * seconds, 3),
         graphs_milliseconds=round(1000 * replayed[1], 3) if replayed else None,
@@ -149,12 +191,13 @@ def _row(
     return row, latents
 
 
-def _segments(bundle: Bundle, engine: Engine) -> dict[str, float]:
-    """The largest error of each segment, and of the chain, against the diffusers model."""
-    errors: dict[str, float] = {}
-    for found in verify(bundle, engine, bundle.manifest.sizes[:1]):
-        errors[found.segment] = max(found.error, errors.get(found.segment, 0.0))
-    return errors
+def _segments(bundle: Bundle, engine: Engine) -> dict[str, Fit]:
+    """How near each segment, and the chain, comes to the diffusers model."""
+    fits: dict[str, Fit] = {}
+    for one in verify(bundle, engine, bundle.manifest.sizes[:1]):
+        fit = fits.get(one.segment, Fit(0.0, 1.0))
+        fits[one.segment] = Fit(max(one.error, fit.error), min(one.cosine, fit.cosine))
+    return fits
 
 
 def _show(console: Console, rows: Sequence[Row]) -> None:
@@ -171,19 +214,6 @@ def _show(console: Console, rows: Sequence[Row]) -> None:
                       text(row.milliseconds, ".2f"), text(row.graphs_milliseconds, ".2f"),
                       text(row.planned_bytes / 1e6, ".1f"), text(megabytes, ".1f"))  # fmt: skip
     console.print(table)
-
-
-def _faults(rows: Sequence[Row], segments: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What is not as it must be. Errors of final latents depend on the plan and the model, and are only reported."""
-    faults = [
-        f"{name}: segment {segment} is off by {error:.1e}"
-        for name, errors in segments.items()
-        for segment, error in errors.items()
-        if not error <= TOLERANCE["fp16" if name.endswith("fp16") else "fp32"]
-    ]
-    # Replayed or not, the same kernels run; only what picks another kernel inside a graph can make a difference.
-    off = [row for row in rows if row.graphs_error is not None and not row.graphs_error <= 1e-3]
-    return faults + [f"{row.engine} {row.precision} {row.plan}: replayed steps are off by {row.graphs_error:.1e}" for row in off]
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -209,57 +239,60 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _check(found: Found, pipeline: Pipeline, precision: str, references: dict[str, Tensor], options: argparse.Namespace) -> None:
+    """Everything about one engine at one precision."""
+    bundle, engine = pipeline.bundle, pipeline.engine
+    name = f"{engine.name} {precision}"
+    found.segments[name] = _segments(bundle, engine)
+    if precision == "fp16":
+        found.psnr[name] = round(compare_latents(bundle, engine, bundle.manifest.sizes[0], FP16_STEPS), 1)
+    for plan in options.plans:
+        row, latents = _row(pipeline, precision, plan, references, options)
+        found.rows.append(row)
+        if name == "torch fp32":
+            references[plan] = latents
+
+
 def main(arguments: Sequence[str]) -> None:
     """Check what runs on the GPU; raises UserError without one, exits with 1 where something is wrong."""
     options = _parse(arguments)
     device, console = _device(options.device), Console(width=130)
-    rows: list[Row] = []
-    segments: dict[str, dict[str, float]] = {}
-    skipped: dict[str, str] = {}
+    found = Found()
     references: dict[str, Tensor] = {}
     for name in options.engines:
         for precision in options.precision:
             console.print(f"{name}, {precision}", highlight=False)
             try:
                 engine = _engine(name, device)
-                bundle = _bundle(options, name, precision)
-                pipeline = Pipeline(bundle, engine)
+                pipeline = Pipeline(_bundle(options, name, precision), engine)
             except EngineError as error:
-                skipped[f"{name} {precision}"] = str(error)
+                found.skipped[f"{name} {precision}"] = str(error)
                 continue
-            segments[f"{name} {precision}"] = _segments(bundle, engine)
-            for plan in options.plans:
-                row, latents = _row(pipeline, precision, plan, references, options)
-                references.setdefault(plan, latents)
-                rows.append(row)
+            try:
+                _check(found, pipeline, precision, references, options)
+            except Exception as error:  # whatever it is, what the other engines do is worth knowing
+                console.print_exception()
+                found.ended[f"{name} {precision}"] = f"{type(error).__name__}: {error}"
             del pipeline
-    _report(console, device, rows, segments, skipped, options)
+    _report(console, device, found, options)
 
 
-def _report(
-    console: Console,
-    device: torch.device,
-    rows: Sequence[Row],
-    segments: Mapping[str, Mapping[str, float]],
-    skipped: Mapping[str, str],
-    options: argparse.Namespace,
-) -> None:
-    _show(console, rows)
-    for name, reason in skipped.items():
+def _report(console: Console, device: torch.device, found: Found, options: argparse.Namespace) -> None:
+    _show(console, found.rows)
+    for name, reason in found.skipped.items():
         console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True)
-    cuda = device.type == "cuda"
-    card = torch.cuda.get_device_name() if cuda else "cpu"
-    faults = _faults(rows, segments)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     settings = {name: getattr(options, name) for name in ("source", "variant", "steps", "rounds", "size")}
-    found: dict[str, object] = {"card": card, "cuda": torch.version.cuda, "settings": settings, "faults": faults}
-    found |= {"skipped": dict(skipped), "segments": dict(segments), "plans": [asdict(row) for row in rows]}
+    faults = found.faults()
+    report = {"card": card, "cuda": torch.version.cuda, "settings": settings, "faults": faults, **asdict(found)}
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"gpu-{card.lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps(machine() | found, indent=2) + "\n")
+    name = f"gpu-{card}-{Path(options.source).stem}-{options.variant}".lower()
+    path = options.out / f"{re.sub('[^a-z0-9-]', '-', name)}.json"
+    path.write_text(json.dumps(machine() | report, indent=2) + "\n")
     console.print(f"wrote {path}", highlight=False)
     for fault in faults:
         console.print(f"WRONG: {fault}", highlight=False)
-    if faults or not rows:
+    if faults or not found.rows:
         raise SystemExit(1)
 
 

@@ -36,7 +36,7 @@ for segment in manifest["segments"]:
 betas = np.linspace(scheduler["beta_start"] ** 0.5, scheduler["beta_end"] ** 0.5, timestep + 1) ** 2
 signal = np.prod(1 - betas)
 out, weight = features["head"], (signal**0.5, (1 - signal) ** 0.5)
-if scheduler["prediction_type"] == "v_prediction":
+if scheduler.get("prediction_type") == "v_prediction":  # what early configurations leave out is noise
     latents = weight[0] * sample - weight[1] * out
 else:
     latents = (sample - weight[1] * out) / weight[0]

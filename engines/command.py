@@ -13,6 +13,8 @@ __all__ = ["Parser", "parse_size", "run_command"]
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
+_KEPT = "nothing half-written was kept; the same command goes on from what was finished"
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
@@ -49,7 +51,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
         sys.exit(2)
     except OSError as error:
         if error.errno in _FULL:
-            message = f"the disk is full; nothing was kept of what was being written; free some space and run again ({error})"
+            message = f"the disk is full ({error}); {_KEPT}, once there is space"
         elif error.errno in _NO_PLACE:
             message = f"{error.filename} cannot be read or written ({error.strerror}); choose another place"
         else:
@@ -57,6 +59,6 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; nothing was kept of what was being written", file=sys.stderr)
+        print(f"interrupted; {_KEPT}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

@@ -40,7 +40,7 @@ _CODE = {
         "units", "weights",
     ),
 }  # fmt: skip
-_VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnxscript")
+_VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Writes a bundle's segments, one after another or in several processes, each of which holds one segment's weights."""
 
 import os
+import signal
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from engines import Engine, Segment, make_engine
 from engines.manifest import Precision
 from exporter.build import BuildOptions, targets_of
+from exporter.errors import BuildError
 from exporter.graph import Graph, check_size, load_graph
 from exporter.pieces import Pieces
 from exporter.progress import Progress, Step
@@ -46,7 +49,11 @@ def prepare(options: BuildOptions, made_from: Mapping[str, Any]) -> tuple[Graph,
 
 
 def write_all(writer: Writer, segments: Sequence[Segment], options: BuildOptions, progress: Progress) -> list[Segment]:
-    """Write every segment; returns them with their files, in the order given."""
+    """Write every segment; returns them with their files, in the order given.
+
+    Raises:
+        BuildError: one of several processes has ended.
+    """
     if options.jobs == 1:
         written = []
         for number, segment in enumerate(segments):
@@ -74,6 +81,11 @@ def _side_by_side(writer: Writer, segments: Sequence[Segment], options: BuildOpt
             for done, future in enumerate(as_completed(started), 1):
                 written[started[future]] = future.result()
                 progress(Step(done, total, started[future], "written"))
+        except BrokenProcessPool as error:
+            raise BuildError(
+                f"one of {options.jobs} processes ended, most likely for want of memory; give fewer --jobs; "
+                "the same command goes on from what was finished"
+            ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -82,6 +94,7 @@ def _side_by_side(writer: Writer, segments: Sequence[Segment], options: BuildOpt
 
 def _start(options: BuildOptions, place: Path, made_from: Mapping[str, Any]) -> None:
     """In a new process: open what it needs, and see to it that it does not outlive the build."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the build stops its processes itself
     parent = parent_process()
     assert parent is not None
 

@@ -222,12 +222,18 @@ def check_part(name: str, checkpoint: Path, part: str, *, weights: bool = True) 
 def _check_weights(name: str, folder: Path) -> None:
     if any(folder.glob("*.safetensors")):
         return
+    whole = folder.parent if Path(name).exists() else name  # no pickle is fetched from the hub
+    convert = (
+        f'python -c "from diffusers import StableDiffusionPipeline as P; '
+        f"P.from_pretrained('{whole}').save_pretrained('{whole}-safetensors')\""
+    )
     pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
     if pickles:
-        whole = folder.parent
         raise TuningError(
             f"source {name}: {folder / pickles[0]} is a pickle, which can run code when it is read; "
-            f'if you trust it, convert it once: python -c "from diffusers import StableDiffusionPipeline as P; '
-            f"P.from_pretrained('{whole}').save_pretrained('{whole}-safetensors')\""
+            f"if you trust it, convert it once: {convert}"
         )
-    raise TuningError(f"source {name}: no .safetensors file in {folder}")
+    raise TuningError(
+        f"source {name}: no .safetensors file in {folder}; if it is there as a pickle, which can run code when it is read, "
+        f"and you trust it, convert it once: {convert}"
+    )

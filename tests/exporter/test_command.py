@@ -221,7 +221,12 @@ def test_a_full_disk(exporter: Command, fake_trace: FakeTrace, tiny_source: Path
     folder = tmp_path / "full"
     folder.mkdir()
     outcome = exporter("build", "--source", tiny_source, "--out", folder / "bundle")
-    assert_refused(outcome, "the disk is full; nothing was kept of what was being written", "mid.onnx.data")
+    assert_refused(
+        outcome,
+        "the disk is full",
+        "mid.onnx.data",
+        "nothing half-written was kept; the same command goes on from what was finished",
+    )
     assert names_in(folder) == [".bundle.building"]
 
 

@@ -232,6 +232,22 @@ def test_two_processes_make_the_same_bundle_as_one(exporter: Command, tiny_sourc
     assert exporter("verify", two.folder, "--sizes", "16x16").code == 0
 
 
+def test_a_process_that_ends(tiny_source: Path, tmp_path: Path) -> None:
+    """As one does when memory runs out."""
+    options = BuildOptions(source=str(tiny_source), out=tmp_path / "bundle", jobs=2)
+
+    def progress(step: Step) -> None:
+        if step.phase == "written":
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    with pytest.raises(BuildError, match="one of 2 processes ended.*fewer --jobs; the same command goes on"):
+        build(options, progress)
+    steps: list[Step] = []
+    build(replace(options, jobs=1), steps.append)[0].check()
+    assert "kept" in {step.phase for step in steps}
+
+
 def test_progress_and_result_as_json(exporter: Command, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path) -> None:
     fake_trace()
     lines = [json.loads(line) for line in exporter("build", "--source", tiny_source, "--out", tmp_path / "b", "--json").out]

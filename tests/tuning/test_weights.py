@@ -358,6 +358,7 @@ def test_a_folders_damaged_and_foreign_weights(originals: dict[str, Any], tmp_pa
 
 
 def test_the_hubs_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    from httpx2 import ProxyError, ReadError
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     response = Mock()
@@ -365,6 +366,8 @@ def test_the_hubs_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         (GatedRepoError("no", response=response), r"source a/b is gated: agree to its terms at .*/a/b, then .* hf auth login"),
         (RepositoryNotFoundError("no", response=response), "the hub has no repository of that name for you"),
         (LocalEntryNotFoundError("no"), "it is not in the hub's cache, and the hub may not be asked: HF_HUB_OFFLINE is set"),
+        (ProxyError("502 Bad Gateway"), r"could not be fetched from the hub \(502 Bad Gateway\); try again"),
+        (ReadError(""), r"could not be fetched from the hub \(ReadError\)"),
         (OSError("No space left on device"), r"could not be fetched from the hub \(No space left on device\)"),
     ]
     for error, message in refusals:
@@ -375,3 +378,13 @@ def test_the_hubs_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
         with pytest.raises(TuningError, match=message):
             find_source("a/b")
+
+
+def test_a_repository_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pickles are not fetched, but its configurations are."""
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_more: str(tmp_path))
+    with pytest.raises(TuningError, match=r"no \.safetensors file.*P\.from_pretrained\('a/b'\)\.save_pretrained\('a/b-safe"):
+        find_source("a/b")
