@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuning.errors import TuningError
+from tuning.writing import write_text
 
 if TYPE_CHECKING:
     from tuning.loop import LoopSettings
@@ -105,13 +106,14 @@ def loop_settings(options: argparse.Namespace) -> "LoopSettings":
 def remember(options: argparse.Namespace, run: Path, processes: int, *, write: bool) -> None:
     """Writes the run's settings.json, after a look at the one that is there if the run goes on.
 
-    Raises TuningError when a run that goes on was started with another teacher, student, data or batch.
+    Raises TuningError when a run that goes on was started with another teacher, student, data or batch, or when what it left
+    of its settings cannot be read.
     """
     path = run / "settings.json"
     values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     values |= {"processes": processes}
     if path.exists() and next(run.rglob("checkpoint.pt"), None):
-        before = json.loads(path.read_text())
+        before = _before(path)
         for name in _SAME:
             if before.get(name) != values.get(name):
                 raise TuningError(
@@ -119,6 +121,18 @@ def remember(options: argparse.Namespace, run: Path, processes: int, *, write: b
                     f"on with it, another --work, or delete {run} to start anew"
                 )
     if write:
-        run.mkdir(parents=True, exist_ok=True)
         kept = {name: value for name, value in values.items() if name not in ("command", "pause_at")}
-        path.write_text(json.dumps(kept, indent=2, default=str) + "\n")
+        write_text(path, json.dumps(kept, indent=2, default=str) + "\n")
+
+
+def _before(path: Path) -> dict[str, Any]:
+    """The settings of the run that goes on."""
+    try:
+        before = json.loads(path.read_text())
+        if not isinstance(before, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise TuningError(
+            f"{path} is damaged ({error}): delete it and give the same arguments to go on, or delete {path.parent} to start anew"
+        ) from error
+    return before

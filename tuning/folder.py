@@ -39,7 +39,10 @@ _WEIGHTS = "diffusion_pytorch_model"
 
 
 def save_part(model: Any, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Writes a diffusers or transformers model to `folder` in `dtype`; each file is replaced in one move."""
+    """Writes a diffusers or transformers model to `folder` in `dtype`; each file is replaced in one move.
+
+    config.json comes last: a folder that has one has the weights too.
+    """
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     # The copy takes these weights instead of copying its own: no second one in full precision, nor any in the dtype it has.
@@ -50,7 +53,7 @@ def save_part(model: Any, folder: Path, dtype: torch.dtype = torch.float16) -> N
     config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
     (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
-    for file in temporary.iterdir():
+    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
     temporary.rmdir()
 

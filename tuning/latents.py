@@ -18,6 +18,7 @@ from tuning.errors import TuningError
 from tuning.pictures import Pictures
 from tuning.teacher import Teacher
 from tuning.workers import Workers
+from tuning.writing import write_text
 
 __all__ = ["MANIFEST", "LatentFolder", "write_latents"]
 
@@ -126,9 +127,7 @@ def _claim(folder: Path, made: dict[str, Any], workers: Workers) -> None:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n")
-    os.replace(partial, folder / MANIFEST)
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _write_shard(

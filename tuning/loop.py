@@ -20,6 +20,7 @@ from tuning.errors import TuningError
 from tuning.optim import MuonAdamW
 from tuning.state import State
 from tuning.workers import Workers
+from tuning.writing import write_text
 
 __all__ = ["LoopSettings", "Task", "run_loop"]
 
@@ -91,11 +92,19 @@ class _Report:
         self._count = 0
 
     def rewind(self, step: int) -> None:
-        """Drops the lines of steps after `step`: a run goes on from there and writes them again."""
+        """Drops the lines of steps after `step`: a run goes on from there and writes them again.
+
+        Raises TuningError for a log with anything else in it.
+        """
         if self._on and self._log is not None and self._log.exists():
             lines = self._log.read_text().splitlines()
             whole = [line for line in lines if line.endswith("}")]  # a killed process may leave a part of one
-            self._log.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] <= step))
+            try:
+                kept = [line for line in whole if json.loads(line)["step"] <= step]
+            except (ValueError, KeyError, TypeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise TuningError(f"{self._log} is damaged ({reason}): take the bad line out, or delete it, and go on") from error
+            write_text(self._log, "".join(f"{line}\n" for line in kept))
 
     def add(self, losses: dict[str, float]) -> None:
         for name, value in losses.items():

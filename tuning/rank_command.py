@@ -24,6 +24,7 @@ from tuning.recipes import Recipe
 from tuning.sources import RANDOM, open_unet
 from tuning.timing import UnitTimes, clock, random_inputs, time_together, time_units
 from tuning.trajectories import Points, trajectories
+from tuning.writing import write_text
 
 __all__ = ["RankOptions", "rank_command"]
 
@@ -73,9 +74,8 @@ def rank_command(options: RankOptions, console: Console) -> None:
     console.print(_table(result))
     for line in _lines(options, result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    _write(options.out / "rank.json", json.dumps(_record(options, result), indent=1))
-    _write(options.out / f"{RECIPE_NAME}.json", result.recipe.model_dump_json(indent=1, exclude_defaults=True))
+    write_text(options.out / "rank.json", json.dumps(_record(options, result), indent=1) + "\n")
+    write_text(options.out / f"{RECIPE_NAME}.json", result.recipe.model_dump_json(indent=1, exclude_defaults=True) + "\n")
     plot_ranking(result.ranked, result.chosen, options.out / "rank.png", _title(options, result))
     console.print(f"written: {options.out}/rank.json, rank.png, {RECIPE_NAME}.json", highlight=False, soft_wrap=True)
 
@@ -196,12 +196,3 @@ def _record(options: RankOptions, result: Result) -> dict[str, Any]:
         "measured_seconds": {n: {"whole": w, "assembled": a, "speedup": w / a} for n, (w, a) in result.measured.items()},
         "recipe": result.recipe.model_dump(mode="json"),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    try:
-        temporary.write_text(text + "\n", "utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

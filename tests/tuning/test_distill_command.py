@@ -297,6 +297,56 @@ def test_another_run_is_not_taken_for_this_one(given: list[str], tmp_path: Path)
     distil(given, tmp_path, "--steps 3 --lr 1e-4")
 
 
+@pytest.mark.parametrize("name", ["settings.json", "metrics.jsonl"])
+def test_files_of_a_run_that_goes_on_are_replaced_whole(
+    given: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distil(given, tmp_path, "--steps 9 --pause-at 2")
+    file, replace = tmp_path / "training" / name, os.replace
+    before = file.read_bytes()
+
+    def killed(source: Path, place: Path) -> None:
+        if Path(place).name == name:
+            raise KeyboardInterrupt
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distil(given, tmp_path, "--steps 9 --pause-at 3")
+    monkeypatch.undo()
+    assert file.read_bytes() == before
+    distil(given, tmp_path, "--steps 9 --pause-at 3")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("text", ['{"teacher": "m', "[]", "\xff"])
+def test_damaged_settings_are_one_line(given: list[str], text: str, tmp_path: Path) -> None:
+    distil(given, tmp_path, "--steps 9 --pause-at 1")
+    settings = tmp_path / "training" / "settings.json"
+    settings.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"settings\.json is damaged \(.*delete it and give the same arguments") as caught:
+        distil(given, tmp_path, "--steps 2")
+    assert "\n" not in str(caught.value)
+    settings.unlink()
+    distil(given, tmp_path, "--steps 2")
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_unets_folder_has_its_configuration_last(turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, replace, moved = Path.iterdir, os.replace, list[str]()
+
+    def move(source: Path, place: Path) -> None:
+        replace(source, place)
+        moved.append(Path(place).name)
+
+    monkeypatch.setattr(os, "replace", move)
+    # A disk lists its files in whatever order it likes.
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(sorted(listed(folder), reverse=turned)))
+    save_part(new_unet((8, 8, 16, 16), 16), tmp_path / "unet")
+    assert moved == [WEIGHTS, "config.json"]
+
+
 def test_the_command_exits_with_two(given: list[str], tmp_path: Path) -> None:
     command = [
         sys.executable,

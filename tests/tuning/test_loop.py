@@ -96,6 +96,25 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize("line", ["{no JSON}", "[1, {}", '{"stage": "line"}'])
+def test_a_damaged_log_is_named(line: str, tmp_path: Path) -> None:
+    checkpoint, log = tmp_path / "line.pt", tmp_path / "line.jsonl"
+
+    def go(stop: int) -> None:
+        run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint, log=log, stop_at=lambda step: step == stop)
+
+    go(40)
+    whole = log.read_text()
+    log.write_text(f"{line}\n{whole}")
+    with pytest.raises(TuningError, match=r"line\.jsonl is damaged \(.*take the bad line out") as caught:
+        go(70)
+    assert "\n" not in str(caught.value)
+    assert log.read_text() == f"{line}\n{whole}"
+    log.write_text(f'{whole}{{"stage": "li')  # what a kill leaves is no damage
+    go(70)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [30, 60]
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tmp_path / "line.pt"
     run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint, stop_at=lambda step: step == 10)
