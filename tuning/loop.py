@@ -158,10 +158,13 @@ class _Loop:
         state, settings = self.state, self.settings
         means = self._gradients()
         if not math.isfinite(means["loss"]):
-            raise TuningError(
-                f"the loss of {self.task.name} is not finite at step {state.step}; the last checkpoint is kept: "
-                "lower the learning rates and start again to go on from it"
+            kept = self.checkpoint is not None and self.checkpoint.exists()
+            advice = (
+                "the last checkpoint is kept: lower the learning rates and start again to go on from it"
+                if kept
+                else "no checkpoint was written yet: lower the learning rates and start again"
             )
+            raise TuningError(f"the loss of {self.task.name} is not finite at step {state.step}; {advice}")
         if time.monotonic() - self.saved > 60 * settings.save_minutes:
             self.save()
         factor = _factor(settings, state.step, state.progress)

@@ -26,7 +26,7 @@ _METADATA = "metadata.jsonl"
 class Pictures:
     """The pictures and captions of a folder or of one .tar file. Pictures are opened when they are asked for.
 
-    Raises TuningError when there are none, or when one has no caption.
+    Raises TuningError when there are none, or when one has no caption, or one that is no text.
     """
 
     captions: list[str]
@@ -40,11 +40,16 @@ class Pictures:
         if self._column not in names or text not in names:
             wanted = f"KEY.txt beside each KEY.{'|'.join(_KINDS)}" if shards else f"the columns file_name and text in {_METADATA}"
             raise TuningError(f"data {path}: no captions, only {', '.join(n for n in names if n[:2] != '__')}; write {wanted}")
-        self.captions = [caption or "" for caption in self._rows[text]]
-        silent = next((i for i, caption in enumerate(self.captions) if not caption.strip()), None)
-        if silent is not None:
-            raise TuningError(f"data {path}: {self._name(self._rows[silent])} has no caption; write one or take the picture out")
         self._path = path
+        self.captions = [self._caption(i, caption) for i, caption in enumerate(self._rows[text])]
+
+    def _caption(self, number: int, caption: Any) -> str:
+        """What a row says, which must be text."""
+        if isinstance(caption, str) and caption.strip():
+            return caption
+        blank = caption is None or isinstance(caption, str)
+        found = "no caption" if blank else f"a caption that is no text ({caption!r:.40})"
+        raise TuningError(f"data {self._path}: {self._name(self._rows[number])} has {found}; write one or take the picture out")
 
     def _name(self, row: dict[str, Any]) -> str:
         """What to call a row's picture."""

@@ -1,6 +1,7 @@
 """``python -m tuning rank``: what each removal saves and costs, as a table, JSON and a plot, and the recipe chosen by it."""
 
 import json
+import math
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -81,8 +82,10 @@ def rank_command(options: RankOptions, console: Console) -> None:
 
 
 def _check(options: RankOptions) -> None:
-    if options.speedup <= 1:
+    if not 1 < options.speedup < math.inf:
         raise TuningError(f"speed-up {options.speedup:g}: must be more than 1, such as 1.35")
+    if not math.isfinite(options.guidance):
+        raise TuningError(f"guidance {options.guidance:g}: must be a number, such as 3")
     for name, least in (("rows", 1), ("rounds", 1), ("prompts", 1), ("steps", 1), ("latents", 0)):
         if getattr(options, name) < least:
             raise TuningError(f"{name} {getattr(options, name)}: must be {least} or more")

@@ -65,7 +65,7 @@ class Recipe(BaseModel):
         """Reads a recipe from JSON. Raises TuningError when it can't be read as one."""
         try:
             return cls.model_validate_json(path.read_text())
-        except (OSError, ValidationError) as error:
+        except (OSError, UnicodeDecodeError, ValidationError) as error:
             said = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
             reason = ": ".join([*(str(part) for part in said["loc"]), str(said["msg"]).splitlines()[0]])
             raise TuningError(f"{path} is no recipe ({reason}): write name, version 1 and remove as JSON") from error

@@ -127,6 +127,10 @@ def test_recipes_are_frozen_versioned_and_serialise(tmp_path: Path) -> None:
     path.write_text('{"name": "x", "version": 2}')
     with pytest.raises(TuningError, match="no recipe"):
         tuning.recipe(str(path))
+    path.write_bytes(b'{"name": "\xe9"}')
+    with pytest.raises(TuningError, match=r"is no recipe \('utf-8' codec can't decode.*write name, version 1") as caught:
+        tuning.recipe(str(path))
+    assert "\n" not in str(caught.value)
     with pytest.raises(TuningError, match="assembled"):
         tuning.recipe("smallest")
 

@@ -85,6 +85,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path
     assert checkpoint.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["line.pt", None])
+def test_where_no_checkpoint_is_yet_none_is_promised(name: str | None, tmp_path: Path) -> None:
+    checkpoint = tmp_path / name if name else None
+    with pytest.raises(TuningError, match="not finite at step 2; no checkpoint was written yet: lower the learning rates"):
+        run_loop(Line(spoil_at=2), SETTINGS, workers=Workers(), checkpoint=checkpoint)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     checkpoint = tmp_path / "line.pt"
     for content in (b"no zip", b""):

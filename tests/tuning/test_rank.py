@@ -204,6 +204,9 @@ def test_a_source_that_is_only_a_unet_and_times_of_another(
 
 MISTAKES: list[tuple[list[str], str]] = [
     (["--speedup", "1"], "speed-up 1: must be more than 1"),
+    (["--speedup", "nan"], "speed-up nan: must be more than 1"),
+    (["--speedup", "inf"], "speed-up inf: must be more than 1"),
+    (["--guidance", "nan"], "guidance nan: must be a number"),
     (["--speedup", "fast"], "invalid float value: 'fast'"),
     (["--speedup", "50"], "ask for less"),
     (["--rounds", "0"], "rounds 0: must be 1 or more"),
