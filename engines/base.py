@@ -15,7 +15,7 @@ import torch
 
 from engines.bundle import Bundle
 from engines.errors import EngineError
-from engines.manifest import Feature, Segment
+from engines.manifest import Feature, Manifest, Segment
 from engines.recording import Recorder
 from engines.shapes import bind, resolve
 
@@ -176,11 +176,12 @@ class Engine(ABC):
 
     def rebuild_command(self, bundle: Bundle) -> str:
         """The command that builds the bundle again with this engine beside those it has."""
-        manifest = bundle.manifest
+        return f"{self.build_command(bundle.manifest)} --force --out {bundle.folder}"
+
+    def build_command(self, manifest: Manifest) -> str:
+        """The command that builds what a manifest describes with this engine beside those it has, in the default folder."""
         names = sorted({self.name, *(name for segment in manifest.segments for name in segment.engines)})
         sizes = ",".join(f"{height}x{width}" for height, width in manifest.sizes)
         batch = f"{manifest.max_images} --static" if manifest.static else f"1..{manifest.max_images}"
-        return (
-            f"{manifest.build_command} --precision {manifest.precision} --engine {','.join(names)} --sizes {sizes} "
-            f"--batch {batch} --force --out {bundle.folder}"
-        )
+        options = f"--precision {manifest.precision} --engine {','.join(names)} --sizes {sizes} --batch {batch}"
+        return f"{manifest.build_command} {options}"

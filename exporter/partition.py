@@ -7,12 +7,13 @@ the given plans become one segment, so that a compiler sees the largest graphs p
 
 from collections.abc import Callable, Sequence
 from graphlib import TopologicalSorter
-from itertools import takewhile
+from itertools import chain, combinations, takewhile
 from typing import Literal, get_args
 
 from engines.manifest import Segment, Unit
 from exporter.topology import block_of
 from runtime.demand import demand
+from runtime.errors import PlanError
 from runtime.modes import Threshold
 from runtime.plan import BRANCH, NOISE, Plan, inherited_features
 
@@ -22,6 +23,8 @@ Granularity = Literal["block", "layer", "unit"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 _LAYER_PARTS = 4
+_MOST_AT_ONCE = 12
+"""Rules with key steps of their own at one time: their subsets are gone through, each with a walk over the UNet."""
 _GROUP: dict[Granularity | None, Callable[[str], str]] = {
     None: lambda unit: "",
     "block": block_of,
@@ -96,15 +99,39 @@ def _sides(units: Sequence[Unit], plans: Sequence[Plan]) -> tuple[list[set[str]]
     names = [unit.name for unit in units]
     sides, probed = [], set()
     for plan in plans:
-        rules = [inherited_features(rule, names) for rule in plan.rules]
+        rules = inherited_features(plan, names)
         for rule in plan.rules:
             if isinstance(rule.when, Threshold):
                 probed.add(rule.when.feature)
                 sides.append({unit.name for unit in demand(units, [rule.when.feature])})
-        for chosen in range(1, 2 ** len(rules)):
-            inherited = frozenset[str]().union(*(features for number, features in enumerate(rules) if chosen >> number & 1))
+        for chosen in _inheriting_at_once(plan):
+            inherited = frozenset[str]().union(*(rules[number] for number in chosen))
             sides.append({unit.name for unit in demand(units, [NOISE], inherited)})
     return sides, probed
+
+
+def _inheriting_at_once(plan: Plan) -> list[tuple[int, ...]]:
+    """The sets of rules that can inherit at one step, however many steps run.
+
+    Rules with the same key steps go together, and those for other parts of the schedule never do.
+
+    Raises:
+        PlanError: there are too many.
+    """
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for number, rule in enumerate(plan.rules):
+        alike.setdefault((rule.when, rule.start, rule.stop), []).append(number)
+    found: dict[tuple[int, ...], None] = {}
+    for start in dict.fromkeys(rule.start for rule in plan.rules):
+        held = [rules for rules in alike.values() if plan.rules[rules[0]].start <= start < plan.rules[rules[0]].stop]
+        if len(held) > _MOST_AT_ONCE:
+            raise PlanError(
+                f"plan {plan.name}: rules has {len(held)} that hold at {start:g} of the schedule with key steps of their own, "
+                f"and a bundle can be cut for up to {_MOST_AT_ONCE}; give some of them the same when, start and stop, or join them"
+            )
+        for count in range(1, len(held) + 1):
+            found |= dict.fromkeys(tuple(chain(*chosen)) for chosen in combinations(held, count))
+    return list(found)
 
 
 def _segments(units: Sequence[Unit], groups: list[list[Unit]], probed: set[str]) -> tuple[Segment, ...]:

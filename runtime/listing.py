@@ -3,8 +3,8 @@
 from rich.box import SIMPLE
 from rich.table import Table
 
-from engines import Bundle, Manifest, Segment
-from runtime.companions import companion
+from engines import Bundle, Manifest
+from runtime.companions import companion, cut_everywhere
 from runtime.cost import relative_macs
 from runtime.errors import PlanError, RequestError
 from runtime.presets import PRESETS, find_plan
@@ -44,20 +44,14 @@ def _cost(bundle: Bundle, name: str, steps: int) -> str:
     plan, variant = find_plan(name), bundle.manifest.variant
     timesteps = [1000 * (1 - step / steps) for step in range(steps)]
     try:
-        cut = {part: companion(bundle, part).manifest for part in dict.fromkeys(part.unet for part in plan.unets) or [variant]}
-        schedule = Schedule(plan, {part: _unit_by_unit(manifest) for part, manifest in cut.items()}, timesteps)
+        parts = dict.fromkeys(part.unet for part in plan.unets) or [variant]
+        cut = {part: companion(bundle, part, plan, timesteps).manifest for part in parts}
+        schedule = Schedule(plan, {part: cut_everywhere(manifest) for part, manifest in cut.items()}, timesteps)
     except PlanError:  # this UNet is too small for it, or has no companion
         return "-"
     full = variant if variant in cut else None
     least, most = (f"{relative_macs(schedule, full, changed):.2f}" for changed in (False, True))
     return (least if least == most else f"{least} to {most}") + ("" if _fits(schedule, cut) else " *")
-
-
-def _unit_by_unit(manifest: Manifest) -> Manifest:
-    """The same UNet, cut everywhere."""
-    units = [unit for unit in manifest.units if unit.name in manifest.unet_units]
-    segments = [Segment(name=unit.name, units=(unit.name,), inputs=unit.inputs, outputs=unit.outputs) for unit in units]
-    return manifest.model_copy(update={"segments": tuple(segments)})
 
 
 def _fits(schedule: Schedule, cut: dict[str, Manifest]) -> bool:

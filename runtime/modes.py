@@ -12,7 +12,7 @@ from pydantic import Field
 
 from runtime.record import Record
 
-__all__ = ["Back", "Explicit", "Front", "Mode", "Quadratic", "Random", "Threshold", "Uniform"]
+__all__ = ["MODES", "Back", "Explicit", "Front", "Mode", "Quadratic", "Random", "Threshold", "Uniform"]
 
 Every = Annotated[int, Field(ge=1)]
 
@@ -118,6 +118,10 @@ class Threshold(Record):
 
 
 Mode = Annotated[Uniform | Quadratic | Front | Back | Explicit | Random | Threshold, Field(discriminator="mode")]
+MODES: dict[object, type[Record]] = {
+    mode.model_fields["mode"].default: mode for mode in (Uniform, Quadratic, Front, Back, Explicit, Random, Threshold)
+}
+"""The modes by name."""
 
 
 def _signed_power(x: float, power: float) -> float:

@@ -98,10 +98,10 @@ class Pipeline:
         names = dict.fromkeys(part.unet for part in plan.unets) or [self.manifest.variant]
         for name in names:
             if name not in self.networks:
-                self.residence.add(companion(self.bundle, name))
+                self.residence.add(companion(self.bundle, name, plan, timesteps, self.engine))
         unets = {name: self.networks[name].manifest for name in names}
         schedule = Schedule(plan, unets, timesteps, self._train_steps)
-        check_runs(schedule)
+        check_runs(schedule, self.residence.rebuild_command)
         return schedule
 
     def executor(self, schedule: Schedule) -> Executor:
@@ -223,7 +223,7 @@ class Pipeline:
         if _ENCODER not in [segment.name for segment in self.manifest.segments]:
             raise RequestError(
                 f"bundle {self.bundle.folder} has no segment {_ENCODER}, which image needs: an older version built it; "
-                f"build it anew: {self.manifest.build_command} --force --out {self.bundle.folder}"
+                f"build it anew: {self.engine.rebuild_command(self.bundle)}"
             )
         return original.fitted(height, width, self.manifest.size_multiple)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from runtime.errors import PlanError
-from runtime.modes import Mode, Threshold
+from runtime.modes import MODES, Mode, Threshold
 from runtime.record import Record
 
 __all__ = ["BRANCH", "NOISE", "Plan", "Rule", "UNetRange", "inherited_features", "matching"]
@@ -25,6 +26,8 @@ NOISE = "head"
 """The feature that a step is asked for: the noise prediction (or velocity), made by the UNet's head."""
 BRANCH = ".branch"
 """Ending of the feature that a ResNet or transformer adds to its input."""
+_MOST_SHOWN = 60
+"""Characters of a wrong value that a message shows."""
 
 
 class Rule(Record):
@@ -78,9 +81,12 @@ class Plan(Record):
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise PlanError(f"plan file {path} is no JSON: {error}") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise PlanError(f"plan file {path}, {field}: {first['msg']}") from error
+            raise PlanError(f"plan file {path}, {_explained(error.errors()[0])}") from error
+
+    @property
+    def option(self) -> str:
+        """What to write after ``--plan``: the presets that it is made of, or a placeholder for its file."""
+        return self.name if ":" in self.name else "FILE.json"
 
     def checked(self) -> "Plan":
         """The plan itself, if its parts fit together.
@@ -126,30 +132,67 @@ def _ancestors(unit: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
-def inherited_features(rule: Rule, units: Sequence[str]) -> frozenset[str]:
-    """The features of a UNet that a rule inherits: the units' own, or by residual their branches.
+def inherited_features(plan: Plan, units: Sequence[str], unet: str = "") -> list[frozenset[str]]:
+    """The features of a UNet that each rule inherits: its units' own, or by residual their branches.
+
+    A feature belongs to the first rule that names it.
+
+    Args:
+        plan: whose rules.
+        units: names of the UNet's units.
+        unet: what the UNet is called, for messages.
 
     Raises:
-        PlanError: a pattern names no unit, or a unit has no residual branch.
+        PlanError: a pattern names no unit, a unit has no residual branch, or a rule has nothing left.
     """
+    plan_and_unet = f"plan {plan.name}, UNet {unet}" if unet else f"plan {plan.name}"
+    taken: frozenset[str] = frozenset()
+    found = []
+    for number, rule in enumerate(plan.rules):
+        features = _named(rule, units, f"{plan_and_unet}: rules.{number}") - taken
+        if not features:
+            raise PlanError(f"{plan_and_unet}: rules.{number} names no unit that a rule before it does not inherit already")
+        found.append(features)
+        taken |= features
+    return found
+
+
+def _named(rule: Rule, units: Sequence[str], place: str) -> frozenset[str]:
     found: set[str] = set()
     for pattern in rule.units:
         named = matching(pattern, units)
         if not named:
             shown = ", ".join(unit for unit in units if not unit.endswith(BRANCH))
-            raise PlanError(f"rules.units names {pattern!r}, which this UNet does not have; its units: {shown}")
-        found.update(named if rule.kind == "output" else _branches(pattern, named, units))
+            raise PlanError(f"{place}.units names {pattern!r}, which this UNet does not have; its units: {shown}")
+        found.update(named if rule.kind == "output" else _branches(pattern, named, units, place))
     return frozenset(found)
 
 
-def _branches(pattern: str, named: Sequence[str], units: Collection[str]) -> set[str]:
+def _branches(pattern: str, named: Sequence[str], units: Collection[str], place: str) -> set[str]:
     branches = set()
     for unit in named:
         branch = unit if unit.endswith(BRANCH) else f"{unit}{BRANCH}"
         if branch not in units:
             raise PlanError(
-                f"rules.units names {pattern!r} by residual, but {unit} has no residual branch: its input and output differ "
+                f"{place}.units names {pattern!r} by residual, but {unit} has no residual branch: its input and output differ "
                 "and there is no shortcut; choose ResNets and attentions, or kind output"
             )
         branches.add(branch)
     return branches
+
+
+_OWNERS: dict[object, type[Record]] = {"rules": Rule, "unets": UNetRange, **MODES}
+
+
+def _explained(wrong: ErrorDetails) -> str:
+    """One line about a field that pydantic refused: its name, why, what was got, and the fields that there are."""
+    place, kind = wrong["loc"], wrong["type"]
+    field = ".".join(str(part) for part in place) or "the file"
+    owner = next((_OWNERS[part] for part in reversed(place[:-1]) if part in _OWNERS), Plan)
+    fields = f"the fields here are {', '.join(owner.model_fields)}"
+    if kind == "extra_forbidden":
+        return f"{field}: there is no such field; {fields}"
+    if kind == "missing":
+        return f"{field}: it is missing; {fields}"
+    got = json.dumps(wrong["input"], default=str)
+    return f"{field}: {wrong['msg']}; got {got if len(got) <= _MOST_SHOWN else f'{got[:_MOST_SHOWN]}...'}"

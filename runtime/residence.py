@@ -101,6 +101,10 @@ class Residence:
             total += max(sum(file.bytes for file in files) for files in (segment.onnx, compiled.files if compiled else ()))
         return total
 
+    def rebuild_command(self, unet: str) -> str:
+        """The command that builds a UNet's bundle again in its place, with all it has, to be completed by what should differ."""
+        return self._engine.rebuild_command(self._bundles[unet])
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Where UNets are swapped, one call at a time; others wait for its end, and do not swap them back at every step."""

@@ -1,6 +1,6 @@
 """A plan for a number of steps of given UNets: which step inherits what, and what a key step must keep for later ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,8 +51,9 @@ class Schedule:
         self.steps = len(self.timesteps)
         self._unet = [self._at(1 - timestep / train_steps) for timestep in timesteps]
         self._switches = {i for i in range(1, self.steps) if self._unet[i] != self._unet[i - 1]}
-        self._features = {name: self._inherited(name) for name in dict.fromkeys(self._unet)}
-        self._keys = [self._key_steps(rule) for rule in plan.rules]
+        used = dict.fromkeys(self._unet)
+        self._features = {name: inherited_features(plan, unets[name].unet_units, name) for name in used}
+        self._keys = [self._key_steps(number, rule) for number, rule in enumerate(plan.rules)]
         self._check_adaptive()
         self._works: dict[tuple[str, frozenset[str], frozenset[str], frozenset[str]], Work] = {}
         later: list[set[str]] = [set() for _ in range(self.steps)]
@@ -121,24 +122,7 @@ class Schedule:
             raise PlanError(f"plan {self.plan.name} runs the UNet {name!r}; there is: {', '.join(self.unets)}")
         return name
 
-    def _inherited(self, unet: str) -> list[frozenset[str]]:
-        """The features that each rule inherits. A feature belongs to the first rule that names it."""
-        taken: frozenset[str] = frozenset()
-        found = []
-        for number, rule in enumerate(self.plan.rules):
-            try:
-                features = inherited_features(rule, self.unets[unet].unet_units) - taken
-            except PlanError as error:
-                raise PlanError(f"plan {self.plan.name}, UNet {unet}: {error}") from error
-            if not features:
-                raise PlanError(
-                    f"plan {self.plan.name}: rules.{number} names no unit that a rule before it does not inherit already"
-                )
-            found.append(features)
-            taken |= features
-        return found
-
-    def _key_steps(self, rule: Rule) -> set[int] | None:
+    def _key_steps(self, number: int, rule: Rule) -> set[int] | None:
         """Steps at which a rule computes afresh, None where that is decided while running."""
         span = rule.span(self.steps)
         outside = set(range(self.steps)).difference(span)
@@ -149,11 +133,11 @@ class Schedule:
         try:
             keys = {span.start + key for key in rule.when.keys(len(span))}
         except ValueError as error:
-            raise PlanError(f"plan {self.plan.name}: rules.when.{error}") from error
+            raise PlanError(f"plan {self.plan.name}: rules.{number}.when.{error}") from error
         if span.start not in keys:
             raise PlanError(
-                f"plan {self.plan.name}: rules.when leaves out step 0, so the first step would inherit features that nobody "
-                "computed; the first step of a rule is always a key step: add 0"
+                f"plan {self.plan.name}: rules.{number}.when leaves out step 0, so the first step would inherit features "
+                "that nobody computed; the first step of a rule is always a key step: add 0"
             )
         return keys | outside | (set() if self.plan.carry else self._switches)
 
@@ -214,7 +198,7 @@ class Schedule:
                 continue
             for unet, features in self._features.items():
                 outputs = [name for segment in self.unets[unet].segments for name in segment.outputs]
-                what = f"plan {self.plan.name}: rules.when.feature is {rule.when.feature!r}, "
+                what = f"plan {self.plan.name}: rules.{number}.when.feature is {rule.when.feature!r}, "
                 if rule.when.feature not in outputs:
                     raise PlanError(f"{what}which no segment of UNet {unet} gives out; choose from: {', '.join(outputs)}")
                 makers = demand(self.unets[unet].units, [rule.when.feature], {TEXT})
@@ -243,11 +227,16 @@ class Schedule:
         return None if feature is None else feature.shape
 
 
-def check_runs(schedule: Schedule) -> None:
+def check_runs(schedule: Schedule, rebuild: Callable[[str], str] | None = None) -> None:
     """Check that the segments can run a schedule exactly.
 
     An inherited or kept feature must leave its segment, and what reads an inherited feature must be in another segment than what
     makes it: inside a segment it would be computed afresh.
+
+    Args:
+        schedule: a plan laid out over the UNets of bundles.
+        rebuild: gives, by a UNet's name, the command that builds its bundle again in its place; without it, what its manifest
+            knows is named.
 
     Raises:
         PlanError: names the feature, and the command that builds a bundle which can run the plan.
@@ -255,19 +244,20 @@ def check_runs(schedule: Schedule) -> None:
     steps = {(s.unet, s.inherited, s.wanted) for changed in (False, True) for s in schedule.all_steps(changed)}
     for unet, inherited, wanted in steps:
         manifest = schedule.unets[unet]
+        command = rebuild(unet) if rebuild else f"{manifest.build_command} --precision {manifest.precision}"
+        build = f"{command} --plan {schedule.plan.option}"
         home = {name: segment.name for segment in manifest.segments for name in segment.units}
         given_out = {name for segment in manifest.segments for name in segment.outputs}
         for name in wanted - given_out:
-            raise PlanError(_cannot_run(schedule.plan, name, "a later step", home.get(name, "none"), manifest))
+            raise PlanError(_cannot_run(schedule.plan, name, "a later step", home.get(name, "none"), build))
         for unit in demand(manifest.units, wanted, inherited | {TEXT}):
             for feature in inherited.intersection(unit.inputs):
                 if home[feature] == home[unit.name] or feature not in given_out:
-                    raise PlanError(_cannot_run(schedule.plan, feature, unit.name, home[feature], manifest))
+                    raise PlanError(_cannot_run(schedule.plan, feature, unit.name, home[feature], build))
 
 
-def _cannot_run(plan: Plan, feature: str, reader: str, segment: str, manifest: Manifest) -> str:
-    spec = plan.name if ":" in plan.name else "FILE.json"  # presets, or a plan of one's own
+def _cannot_run(plan: Plan, feature: str, reader: str, segment: str, build: str) -> str:
     return (
         f"plan {plan.name} inherits {feature}, but this bundle computes it and its reader {reader} in one segment ({segment}); "
-        f"build a bundle that is cut there: {manifest.build_command} --precision {manifest.precision} --plan {spec}"
+        f"build a bundle that is cut there: {build}"
     )

@@ -128,7 +128,7 @@ def test_a_plan_that_names_a_unit_the_unet_does_not_have(
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"name": "mine", "rules": [{"units": ["up.7"], "when": {"mode": "uniform", "every": 2}}]}))
     outcome = exporter("build", "--source", tiny_source, "--plan", plan)
-    assert_refused(outcome, "rules.units names 'up.7', which this UNet does not have; its units: time, stem")
+    assert_refused(outcome, "plan mine: rules.0.units names 'up.7', which this UNet does not have; its units: time, stem")
     assert not traced
     assert list(elsewhere.rglob("*")) == []
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from engines import Segment, Unit
 from exporter import partition, topology
 from exporter.partition import GRANULARITIES, Granularity
-from runtime import Plan, Rule, Schedule, find_plan
+from runtime import Plan, PlanError, Rule, Schedule, find_plan
 from runtime.demand import demand
 from runtime.modes import Uniform
 from runtime.schedule import check_runs
@@ -90,6 +90,48 @@ def test_cuts_for_the_presets() -> None:
         "up.2.layer.2",
         "head",
     }
+
+
+def many_rules(**spans: Callable[[int], float]) -> Plan:
+    """A rule for each of twenty units, with key steps of its own."""
+    names = [unit.name for unit in units_of("uneven") if not unit.name.endswith(".branch")][1:21]
+    rules = [
+        Rule(units=(name,), when=Uniform(every=number + 2), **{end: place(number) for end, place in spans.items()})
+        for number, name in enumerate(names)
+    ]
+    return Plan(name="many", rules=tuple(rules))
+
+
+def test_rules_for_other_parts_of_the_schedule_are_as_many_as_one_likes() -> None:
+    """They never inherit at once, so that their subsets need not be gone through."""
+    plan = many_rules(start=lambda number: number / 20, stop=lambda number: (number + 1) / 20)
+    units = units_of("uneven")
+    manifest = make_manifest(units=units, segments=partition(units, None, [plan]))
+    check_runs(Schedule(plan, {"original": manifest}, [900.0 - index for index in range(100)]))
+
+
+def test_rules_with_the_same_key_steps_count_as_one() -> None:
+    units, plan = units_of("uneven"), many_rules()
+    alike = plan.model_copy(update={"rules": tuple(rule.model_copy(update={"when": Uniform(every=2)}) for rule in plan.rules)})
+    assert len({unit for rule in alike.rules for unit in rule.units}) == 20
+    joined = Rule(units=tuple(rule.units[0] for rule in alike.rules), when=Uniform(every=2))
+    assert partition(units, None, [alike]) == partition(units, None, [Plan(name="one", rules=(joined,))])
+
+
+def test_too_many_rules_that_may_inherit_at_once_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"plan many: rules has 20 that hold at 0 of .* can be cut for up to 12; give"):
+        partition(units_of("uneven"), None, [many_rules()])
+
+
+def test_a_feature_that_two_rules_name_is_cut_for_as_it_is_run() -> None:
+    """It belongs to the first, so the second inherits the rest alone."""
+    plan = Plan(
+        name="overlapping",
+        rules=(Rule(units=("up.1",), when=Uniform(every=2)), Rule(units=("up.0", "up.1"), when=Uniform(every=3))),
+    )
+    units = units_of("uneven")
+    manifest = make_manifest(units=units, segments=partition(units, None, [plan]))
+    check_runs(Schedule(plan, {"original": manifest}, [900.0 - index for index in range(12)]))
 
 
 def test_a_cut_that_no_plan_asks_for_is_not_made() -> None:

@@ -167,7 +167,7 @@ def test_other_rules_hold_for_the_feature_that_decides() -> None:
 def test_a_feature_that_is_made_from_what_the_rule_inherits_is_refused(feature: str) -> None:
     manifest = manifest_of(small_unet("uneven"), "unit")
     plan = Plan(name="late", rules=(Rule(units=("up.1",), when=Threshold(above=0.1, feature=feature)),))
-    with pytest.raises(PlanError, match=rf"plan late: rules.when.feature is '{feature}', which is made from up.1.sampler, and"):
+    with pytest.raises(PlanError, match=rf"plan late: rules.0.when.feature is '{feature}', which is made from up.1.sampler, and"):
         Schedule(plan, {"one": manifest}, [900.0, 600.0])
 
 

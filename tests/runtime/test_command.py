@@ -173,9 +173,9 @@ EVERY_2 = {"mode": "uniform", "every": 2}
 WRONG_PLANS: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"name": "late", "rules": [{"units": ["up.2"], "when": {"mode": "explicit", "steps": [1, 2]}}]},
-        ["plan late: rules.when leaves out step 0", "the first step of a rule is always a key step"],
+        ["plan late: rules.0.when leaves out step 0", "the first step of a rule is always a key step"],
     ),
-    ({"name": "far", "rules": [{"units": ["up.9"], "when": EVERY_2}]}, ["plan far, UNet original: rules.units names 'up.9'"]),
+    ({"name": "far", "rules": [{"units": ["up.9"], "when": EVERY_2}]}, ["plan far, UNet original: rules.0.units names 'up.9'"]),
     (
         {"name": "deep", "rules": [{"units": ["down.1.layer.0.resnet"], "when": EVERY_2}]},
         ["plan deep inherits down.1.layer.0.resnet", "in one segment (down.1)", "python -m exporter build", "--plan"],
@@ -198,7 +198,11 @@ WRONG_PLANS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {"name": "sampler", "rules": [{"units": ["down.0.sampler"], "kind": "residual", "when": EVERY_2}]},
-        ["rules.units names 'down.0.sampler' by residual, but", "no residual branch: its input and output differ", "kind output"],
+        [
+            "rules.0.units names 'down.0.sampler' by residual, but",
+            "no residual branch: its input and output differ",
+            "kind output",
+        ],
     ),
     (
         {"name": "below", "rules": [{"units": ["up.2"], "when": {"mode": "threshold", "above": -0.1}}]},
@@ -206,7 +210,7 @@ WRONG_PLANS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (
         {"name": "many", "rules": [{"units": ["up.2"], "when": {"mode": "explicit", "steps": [0, 30]}}]},
-        ["plan many: rules.when.steps names step 30, but only 20 steps run: choose from 0 to 19"],
+        ["plan many: rules.0.when.steps names step 30, but only 20 steps run: choose from 0 to 19"],
     ),
     (
         {"name": "backwards", "rules": [{"units": ["up.2"], "when": EVERY_2, "start": 0.9, "stop": 0.1}]},
@@ -264,7 +268,10 @@ def test_a_plan_file_that_a_bundle_cannot_run_is_named_as_a_file_to_build_with(
     path.write_text(json.dumps({"name": "deep", "rules": [{"units": ["down.1.layer.0.resnet"], "when": EVERY_2}]}))
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path)
     assert_refused(outcome, "plan deep inherits")
-    assert outcome.err[0].endswith("--plan FILE.json")
+    assert outcome.err[0].endswith(
+        "build a bundle that is cut there: python -m exporter build --variant original --source mini --precision fp32 "
+        f"--engine onnxruntime --sizes 64x64 --batch 1..4 --force --out {mini_bundle.folder} --plan FILE.json"
+    )
 
 
 def test_a_bundle_that_is_missing(runtime: Command, here: Path) -> None:

@@ -62,7 +62,7 @@ def test_presets_expand_to_plans_that_can_be_kept(name: str, tmp_path: Path) -> 
 
 def features(plan: str, model: str) -> frozenset[str]:
     names = [unit.name for unit in topology(small_unet(model))]
-    return frozenset().union(*(inherited_features(rule, names) for rule in find_plan(plan).rules))
+    return frozenset().union(*inherited_features(find_plan(plan), names))
 
 
 def test_what_presets_inherit(units: tuple[str, ...]) -> None:
@@ -105,7 +105,7 @@ def test_a_pattern_that_names_no_unit(pattern: str, units: tuple[str, ...]) -> N
         return
     with pytest.raises(
         PlanError,
-        match=r"plan mine, UNet original: rules\.units names '.*', which this UNet does not have; its units: time, stem",
+        match=r"plan mine, UNet original: rules\.0\.units names '.*', which this UNet does not have; its units: time, stem",
     ):
         laid_out(one_rule(pattern))
 
@@ -162,6 +162,53 @@ def test_a_malformed_file_names_the_field(changes: dict[str, Any], message: str,
         Plan.read(path)
 
 
+EVERY_2 = {"mode": "uniform", "every": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"inherit": ["up.1"]},
+            "inherit: there is no such field; the fields here are version, name, unets, rules, carry",
+        ),
+        (
+            {"rules": [{"unit": ["up.1"], "units": ["up.1"], "when": EVERY_2}]},
+            "rules.0.unit: there is no such field; the fields here are units, kind, when, start, stop",
+        ),
+        (
+            {"rules": [{"units": ["up.1"], "when": EVERY_2 | {"center": 0.3}}]},
+            "rules.0.when.uniform.center: there is no such field; the fields here are mode, every",
+        ),
+        ({"rules": [{"units": ["up.1"]}]}, "rules.0.when: it is missing; the fields here are units, kind, when, start, stop"),
+        ({"rules": [{"units": "up.1", "when": EVERY_2}]}, 'rules.0.units: Input should be a valid tuple; got "up.1"'),
+        (
+            {"rules": [{"units": ["up.1"], "kind": "both", "when": EVERY_2}]},
+            "rules.0.kind: Input should be 'output' or 'residual'; got \"both\"",
+        ),
+        ({"carry": list(range(99))}, f"carry: Input should be a valid boolean; got {str(list(range(99)))[:60]}..."),
+    ],
+)
+def test_a_malformed_file_says_what_was_got_and_what_is_allowed(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(json.loads(GOLDEN.read_text()) | changes))
+    with pytest.raises(PlanError) as refusal:
+        Plan.read(path)
+    assert str(refusal.value) == f"plan file {path}, {message}"
+
+
+def test_messages_number_the_rule() -> None:
+    fine = Rule(units=("up.0",), when=Uniform(every=2))
+    for second, message in (
+        (Rule(units=("up.7",), when=Uniform(every=2)), "rules.1.units names 'up.7'"),
+        (Rule(units=("up.1",), when=Explicit(steps=(1,))), "rules.1.when leaves out step 0"),
+        (Rule(units=("up.1",), when=Explicit(steps=(0, 9))), "rules.1.when.steps names step 9"),
+        (Rule(units=("up.0",), when=Uniform(every=3)), "rules.1 names no unit that a rule before it does not inherit already"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            laid_out(Plan(name="two", rules=(fine, second)))
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(b"{", "is no JSON"), (b"\xff\xfe", "is no JSON"), (b"[]", "the file: "), (b"", "is no JSON")]
 )
@@ -174,7 +221,7 @@ def test_a_file_that_is_no_plan(content: bytes, message: str, tmp_path: Path) ->
 
 def test_the_first_step_never_inherits() -> None:
     plan = Plan(name="late", rules=(Rule(units=("up.1",), when=Explicit(steps=(1, 2))),))
-    with pytest.raises(PlanError, match=r"plan late: rules\.when leaves out step 0.*add 0"):
+    with pytest.raises(PlanError, match=r"plan late: rules\.0\.when leaves out step 0.*add 0"):
         laid_out(plan)
 
 

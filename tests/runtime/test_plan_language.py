@@ -221,7 +221,7 @@ def test_carry_of_features_that_do_not_match_is_refused() -> None:
     unets, manifests = pair()
     only = Plan(name="c", rules=(Rule(units=("up.0",), when=Uniform(every=2)),))
     manifests |= {name: manifest_of(unet, "block", [only]) for name, unet in unets.items()}
-    with pytest.raises(PlanError, match="UNet small: rules.units names 'mid', which this UNet does not have"):
+    with pytest.raises(PlanError, match="UNet small: rules.0.units names 'mid', which this UNet does not have"):
         Schedule(plan, manifests, [900.0, 700.0, 400.0, 100.0])
     wider = small_unet("uneven", block_out_channels=(16, 24, 40))
     manifests["large"] = manifest_of(wider, "block", [only])
@@ -237,12 +237,12 @@ BAD_PLANS: dict[str, tuple[Plan, str]] = {
     ),
     "overlap": (Plan(name="p", unets=(SWITCH[0], UNetRange(unet="large", start=0.4, stop=1))), "unets.1 covers 0.4 to 1"),
     "end": (Plan(name="p", unets=(SWITCH[0],)), "unets end at 0.5; the last range must end at 1"),
-    "first step": (Plan(name="p", rules=(Rule(units=("up.1",), when=Explicit(steps=(1, 2))),)), "rules.when leaves out step 0"),
+    "first step": (Plan(name="p", rules=(Rule(units=("up.1",), when=Explicit(steps=(1, 2))),)), "rules.0.when leaves out step 0"),
     "too many steps": (
         Plan(name="p", rules=(Rule(units=("up.1",), when=Explicit(steps=(0, 9))),)),
-        "rules.when.steps names step 9",
+        "rules.0.when.steps names step 9",
     ),
-    "no such unit": (Plan(name="p", rules=(Rule(units=("up.7",), when=Uniform(every=2)),)), "rules.units names 'up.7'"),
+    "no such unit": (Plan(name="p", rules=(Rule(units=("up.7",), when=Uniform(every=2)),)), "rules.0.units names 'up.7'"),
     "no branch": (
         Plan(name="p", rules=(Rule(units=("up.1",), kind="residual", when=Uniform(every=2)),)),
         "up.1.sampler has no residual branch: its input and output differ and there is no shortcut",
@@ -254,7 +254,7 @@ BAD_PLANS: dict[str, tuple[Plan, str]] = {
     "no such UNet": (Plan(name="p", unets=(UNetRange(unet="x", start=0, stop=1),)), "runs the UNet 'x'; there is: one"),
     "no such feature": (
         Plan(name="p", rules=(Rule(units=("up.1",), when=Threshold(above=0.1, feature="x")),)),
-        "rules.when.feature is 'x'",
+        "rules.0.when.feature is 'x'",
     ),
 }
 
