@@ -5,7 +5,6 @@ with TensorRT-RTX engines ahead of time (and what its phases need), the same aga
 middle (SIGKILL) and gone on with, and `verify` at one small size. The weights are random: nothing here depends on what they are.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -23,7 +22,8 @@ from rich.table import Table
 
 from benchmarks.machine import machine
 from engines import Bundle
-from engines.command import run_command
+from engines.command import Parser, run_command
+from engines.errors import UserError
 
 SOURCES = ("random:sd15", "random:sd21", "random:bk-tiny")
 VERIFIED = "256x256"
@@ -96,6 +96,8 @@ def measure(source: str, engine: str, folder: Path) -> list[dict[str, Any]]:
     build = ["exporter", "build", "--source", source, "--variant", "original", "--precision", "fp16", "--engine", engine]
     build += ["--out", str(out), "--json"]
     rows = [{"what": "build", **run(build)}]
+    if rows[0]["exit"]:
+        raise UserError(f"the build of {source} ended with exit code {rows[0]['exit']}; it says why above")
     bundle = Bundle.open(out)
     sizes = {"onnx_mb": 0, "engines_mb": 0}
     for segment in bundle.manifest.segments:
@@ -115,7 +117,7 @@ def measure(source: str, engine: str, folder: Path) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, print and write what was found."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.full_build", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.full_build", description=__doc__)
     parser.add_argument("--source", action="append", help=f"may be repeated (default: {', '.join(SOURCES)})")
     parser.add_argument("--engine", default="tensorrt-rtx", help="compiled for (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/full-build"), help="where bundles go (default: %(default)s)")

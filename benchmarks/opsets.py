@@ -5,7 +5,6 @@ is, or why it does not build; and in ONNX Runtime on the CPU the time of a run o
 ONNX Runtime (each attention one operator) beside. What docs/onnx.md chooses from.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -22,7 +21,7 @@ from benchmarks.full_size import random_inputs
 from benchmarks.machine import machine
 from engines import EngineError, Segment, Traced, make_engine
 from engines.attention import fuse_attention
-from engines.command import run_command
+from engines.command import Parser, run_command
 from exporter.graph import Graph, load_graph
 from exporter.make import segments_of
 from exporter.sources import open_source
@@ -109,7 +108,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, print and write what was found."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.opsets", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.opsets", description=__doc__)
     parser.add_argument("--source", default="random:sd15", help="whose UNet (default: %(default)s)")
     parser.add_argument("--block", default="down.0", help="a segment of its cut by block (default: %(default)s)")
     parser.add_argument("--side", type=int, default=32, help="latents' height and width in ONNX Runtime (default: %(default)s)")

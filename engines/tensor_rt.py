@@ -32,13 +32,15 @@ class _Family(Engine):
         device: where tensors live; anything but CUDA is for tests.
 
     Raises:
-        EngineError: the package is not installed.
+        EngineError: the package is not installed, or too old.
     """
 
     compiles = True
     has_profile = True
     module: ClassVar[str]
     install: ClassVar[str]
+    oldest: ClassVar[tuple[int, int]]
+    """Version."""
 
     def __init__(self, trt: Any = None, device: torch.device | None = None) -> None:
         self.trt = trt or self._import()
@@ -50,9 +52,14 @@ class _Family(Engine):
     @classmethod
     def _import(cls) -> Any:
         try:
-            return import_module(cls.module)
+            module = import_module(cls.module)
         except (ImportError, OSError, RuntimeError) as error:  # the bindings are found but their libraries are not
             raise EngineError(f"engine {cls.name} cannot be used: {error}; install it with: {cls.install}") from error
+        found = str(module.__version__)
+        if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < cls.oldest:
+            oldest = ".".join(map(str, cls.oldest))
+            raise EngineError(f"engine {cls.name} takes version {oldest} or later, found {found}; install it with: {cls.install}")
+        return module
 
     def version(self) -> str:
         """The version of the TensorRT package."""
@@ -182,7 +189,8 @@ class TensorRT(_Family):
 
     name = "tensorrt"
     module = "tensorrt"
-    install = "pip install tensorrt"
+    install = "pip install --upgrade tensorrt"
+    oldest = (10, 8)
 
     def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
         """No targets: the engine is for the GPU at hand.
@@ -211,12 +219,12 @@ class TensorRTRTX(_Family):
 
     name = "tensorrt-rtx"
     module = "tensorrt_rtx"
-    install = "pip install tensorrt-rtx"
+    install = "pip install --upgrade tensorrt-rtx"
+    oldest = (1, 0)
     targets_allowed = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
     DEFAULT_TARGETS: ClassVar[tuple[str, ...]] = ("sm80", "sm86", "sm89", "sm120", "sm121")
-    """Ampere and later. Naming all of them costs nothing: with 1.7.1 on 2 cores, 22 M parameters of convolutions and
-    attention built in 0.62 s to 88.6 MB for one, three or five targets. Turing (sm75) must be asked for: it has no fp32
-    matrix product, and NVIDIA advises against engines that serve it and later cards at once."""
+    """Ampere and later; one engine serves them all. Turing (sm75) must be asked for: it has no fp32 matrix product, and NVIDIA
+    advises against engines that serve it and later cards at once."""
 
     def __init__(self, trt: Any = None, device: torch.device | None = None) -> None:
         super().__init__(trt, device)

@@ -118,7 +118,10 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
 def _check_fit(checkpoint: "Checkpoint", unet: Any, vae: Any, text: Any) -> None:
     name, wanted = checkpoint.name, unet.cross_attention_dim
     if wanted != text.hidden_size:
-        raise SourceError(f"source {name}: the UNet reads text of width {wanted}, the text encoder makes {text.hidden_size}")
+        raise SourceError(
+            f"source {name}: the UNet reads text of width {wanted}, the text encoder makes {text.hidden_size}; "
+            "give a source whose parts were trained together, or another --unet"
+        )
     channels, latent = unet.in_channels, vae.latent_channels
     if channels != latent:
         raise SourceError(

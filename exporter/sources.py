@@ -154,10 +154,12 @@ class Checkpoint:
         if list(unet.config.block_out_channels) != list(wanted.config.block_out_channels):
             raise SourceError(
                 f"{self.own_unet} is no UNet of {self.name}: its widths are {list(unet.config.block_out_channels)}, "
-                f"not {list(wanted.config.block_out_channels)}"
+                f"not {list(wanted.config.block_out_channels)}; give the --source that it was made from"
             )
         if (changes_of(unet).experts is None) != (recipe.experts is None):
-            raise SourceError(f"{self.own_unet} is no {variant} UNet: only condconv has conditional convolutions")
+            raise SourceError(
+                f"{self.own_unet} is no {variant} UNet: only condconv has conditional convolutions; name its --variant"
+            )
 
     def is_distilled(self, variant: str) -> bool:
         """Whether the variant's weights were trained for it, not only cut out of the original's."""

@@ -1,6 +1,8 @@
 """The example in docs/ that drives a bundle without us makes what diffusers makes."""
 
+import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,21 @@ def test_one_step_follows_the_manifest(mini_bundle: Bundle, monkeypatch: pytest.
     scheduler.set_timesteps(1000)
     expected = scheduler.step(predicted, made["timestep"], sample).pred_original_sample
     assert made["latents"] == pytest.approx(expected.numpy(), abs=1e-4 * float(expected.abs().max()))
+
+
+def test_a_scheduler_of_an_early_checkpoint(mini_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its configuration does not name what the UNet predicts, which is the noise."""
+    folder = shutil.copytree(mini_bundle.folder, tmp_path / "bundle")
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["prediction_type"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), "a small red star"])
+    made = []
+    for kind in ({"prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}, {}):
+        path.write_text(json.dumps({**config, **kind}))
+        made.append(runpy.run_path(str(SCRIPT))["latents"])
+    assert (made[2] == made[0]).all()
+    assert (made[2] != made[1]).any()
 
 
 def test_the_example_imports_nothing_of_ours() -> None:

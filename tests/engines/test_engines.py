@@ -210,8 +210,16 @@ def test_the_rebuild_command_keeps_the_other_engines(tiny):
 def test_a_missing_package_is_an_error_that_says_what_to_install(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     engine = name.replace("_", "-")
-    with pytest.raises(EngineError, match=rf"engine {engine} cannot be used: .*install it with: pip install {engine}"):
+    with pytest.raises(
+        EngineError, match=rf"engine {engine} cannot be used: .*install it with: pip install (--upgrade )?{engine}"
+    ):
         make_engine(engine)
+
+
+def test_a_tensorrt_that_is_too_old(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.7.0.post1"))
+    with pytest.raises(EngineError, match=r"engine tensorrt takes version 10\.8 or later, found 10\.7\.0\.post1; install"):
+        make_engine("tensorrt")
 
 
 class Recorder:

@@ -15,6 +15,7 @@ import tuning
 from engines.bundle import sha256
 from exporter.errors import SourceError
 from exporter.sources import Checkpoint, open_source
+from tests.commands import Command
 from tests.reference import MINI
 from tests.single_files import single_file_state
 from tuning.folder import save_part
@@ -98,6 +99,21 @@ def test_text_encoder_and_vae(single_file: Path) -> None:
     for made, other in zip(*((c.vae(), c.text_encoder()) for c in checkpoints), strict=True):
         assert not made.training
         assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in made.state_dict().items())
+
+
+def test_a_single_file_is_built_and_verified(exporter: Command, tiny_source: Path, tmp_path: Path) -> None:
+    parts = {
+        "unet": UNet2DConditionModel.from_pretrained(tiny_source, subfolder="unet"),
+        "vae": AutoencoderKL.from_pretrained(tiny_source, subfolder="vae"),
+        "text_encoder": CLIPTextModel.from_pretrained(tiny_source / "text_encoder"),
+    }
+    path = tmp_path / "tiny.safetensors"
+    save_file({name: weight.contiguous() for name, weight in single_file_state(parts).items()}, path)
+    bundle = tmp_path / "bundle"
+    assert exporter("build", "--source", path, "--config", tiny_source, "--out", bundle).code == 0
+    verified = exporter("verify", bundle, "--sizes", "16x16")
+    assert verified.code == 0
+    assert any("all within 0.0001" in line for line in verified.out)
 
 
 def test_fingerprints(plain: Path, single_file: Path, tmp_path: Path) -> None:
