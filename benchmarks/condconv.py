@@ -39,8 +39,7 @@ from tuning.changes import changes_of
 
 __all__ = ["main"]
 
-_SD15 = Path("models/sd15/unet/config.json")
-_TOKENS = 77
+_MINI, _SD15 = Path("models/mini"), Path("models/sd15")
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,13 @@ class _Student:
         trace(segment, module, self.features, depth_factor(self.unet), path)
 
 
-def students(unet: UNet2DConditionModel) -> dict[str, _Student]:
-    """The UNet assembled, and with experts for each router."""
+def text_length(model: Path) -> int:
+    """How many tokens a checkpoint's text has."""
+    return int(json.loads((model / "text_encoder" / "config.json").read_text())["max_position_embeddings"])
+
+
+def students(unet: UNet2DConditionModel, tokens: int) -> dict[str, _Student]:
+    """The UNet assembled, and with experts for each router; it reads a text of so many tokens."""
     recipe, side, made = tuning.recipe("condconv"), unet.config.sample_size, {}
     assert recipe.experts is not None
     recipes = {"assembled": tuning.recipe("assembled"), "timestep": recipe}
@@ -70,7 +74,7 @@ def students(unet: UNet2DConditionModel) -> dict[str, _Student]:
     inputs = {
         SAMPLE: Feature(dtype="float32", shape=("batch", unet.config.in_channels, "height", "width")),
         TIMESTEP: Feature(dtype="float32", shape=(1,)),
-        TEXT: Feature(dtype="float32", shape=("batch", _TOKENS, unet.config.cross_attention_dim)),
+        TEXT: Feature(dtype="float32", shape=("batch", tokens, unet.config.cross_attention_dim)),
     }
     for name, one in recipes.items():
         student = tuning.assemble(unet, one, share=True).eval()
@@ -108,16 +112,16 @@ def compare(
 
 def whole(rounds: int, threads: int, folder: Path) -> dict[str, Any]:
     """The embedded model's UNet in one segment, at its own size; a turn is twenty steps."""
-    unet = tuning.load_unet(Path("models/mini/unet"))
-    made, side = students(unet), unet.config.sample_size
+    unet = tuning.load_unet(_MINI / "unet")
+    made, side = students(unet, text_length(_MINI)), unet.config.sample_size
     return {"side": side, "macs": macs(made), "time": compare(made, "", side, rounds, threads, folder, steps=20)}
 
 
 def blocks(rounds: int, threads: int, folder: Path) -> dict[str, Any]:
     """Stable Diffusion 1.5's widths, one block after another: the whole would not fit into a small machine three times."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads(_SD15.read_text()))
-    made, side, rows = students(unet), unet.config.sample_size, {}
+        unet = UNet2DConditionModel.from_config(json.loads((_SD15 / "unet" / "config.json").read_text()))
+    made, side, rows = students(unet, text_length(_SD15)), unet.config.sample_size, {}
     experts = changes_of(made["timestep"].unet).experts
     assert experts is not None
     placed = {block_of(name) for name in experts.resnets}
@@ -193,8 +197,8 @@ def _print(found: Mapping[str, Any]) -> None:
     rows += [("SD 1.5's, all blocks", r["router"], r) for r in found.get("blocks", {}).get("sum", ())]
     table = Table("what", "router, form", "batch", "time over plain", "low", "high", "ms", "MACs", "RTX layers")
     for what, form, row in rows:
-        more = [str(row.get(key, "")) for key in ("batch", "ratio", "low", "high", "ms", "macs", "rtx_layers")]
-        table.add_row(what, form, *more)
+        more = [row.get(key) for key in ("batch", "ratio", "low", "high", "ms", "macs", "rtx_layers")]
+        table.add_row(what, form, *("" if value is None else str(value) for value in more))
     Console(width=130).print(table)
     for part in ("whole", "blocks"):
         if part in found:

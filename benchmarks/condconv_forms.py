@@ -104,9 +104,11 @@ def export(module: nn.Module, reads: Sequence[str], batch: int | str, path: Path
 
 
 def rtx_layers(path: Path) -> int | None:
-    """How many layers TensorRT-RTX builds an engine from; None if it does not."""
-    import tensorrt_rtx as trt
-
+    """How many layers TensorRT-RTX builds an engine from; None if it does not, or is not installed."""
+    try:
+        import tensorrt_rtx as trt
+    except ImportError:
+        return None
     log = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(log)
     network = builder.create_network(0)

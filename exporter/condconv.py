@@ -25,7 +25,7 @@ then their weighted sum; the batch folded into groups, whose number is fixed whe
 FORMS: tuple[Form, ...] = get_args(Form)
 FORM: Form = "scan"
 """What bundles have: of those for any batch the fastest on ONNX Runtime's CPU, and the one with the fewest layers in
-TensorRT-RTX (89, slices 509)."""
+TensorRT-RTX (29 for one convolution, slices 437): benchmarks/results/condconv.json."""
 
 
 class Mixing(nn.Module):

@@ -1,6 +1,16 @@
 """The figures of conditional convolutions: ratios of one round, and what the assembled twin's blocks add up to."""
 
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import tuning
 from benchmarks import condconv, condconv_forms
+
+RESULTS = json.loads(Path("benchmarks/results/condconv.json").read_text())
+PAGE = Path("docs/condconv.md").read_text()
 
 
 def test_ratios_are_taken_within_a_round(monkeypatch) -> None:
@@ -32,3 +42,25 @@ def test_blocks_without_experts_count_as_the_twins() -> None:
         {"router": "assembled", "batch": 2, "ratio": 1, "ms": 80},
         {"router": "timestep", "batch": 2, "ratio": 1.05, "ms": 84},
     ]
+
+
+def test_macs_of_the_embedded_unet_are_those_of_its_own_text() -> None:
+    """As in the table of variants, which bundles' manifests give."""
+    students = condconv.students(tuning.load_unet(Path("models/mini/unet")), condconv.text_length(Path("models/mini")))
+    counted = {name: sum(unit.macs for unit in student.units) for name, student in students.items()}
+    rows = json.loads(Path("benchmarks/results/variants.json").read_text())["rows"]
+    assert counted["assembled"] == rows["assembled"]["macs"]
+    assert counted["timestep"] == rows["condconv"]["macs"]
+
+
+def test_without_tensorrt_rtx_there_is_no_count_of_its_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    assert condconv_forms.rtx_layers(tmp_path / "any.onnx") is None
+
+
+@pytest.mark.parametrize("form", ["scan", "slices", "experts", "grouped"])
+def test_the_page_shows_the_committed_figures_of_a_form(form: str) -> None:
+    rows = [row for row in RESULTS["layers"] if row["form"] == f"features, {form}"]
+    times, layers = [row["ratio"] for row in rows], sorted({str(row["rtx_layers"]) for row in rows})
+    line = next(line for line in PAGE.splitlines() if line.startswith(f"| `{form}`:"))
+    assert f"| {min(times):.2f} to {max(times):.2f} | {' or '.join(layers)}" in line
