@@ -23,14 +23,15 @@ from benchmarks.attributes import measure
 from benchmarks.frechet import RENDERED, distance_to, rendered
 from benchmarks.grid import PROMPTS, draw
 from benchmarks.machine import machine
-from engines import Bundle, make_engine
+from benchmarks.variants_page import markdown, page
+from engines import Bundle, UserError, make_engine
 from engines.command import run_command
 from exporter import BuildOptions, build
 from tuning.folder import save_part
 from tuning.mini.data import to_tensor
 from tuning.mini.scenes import held_back_prompts
 
-__all__ = ["ROWS", "Row", "main", "markdown"]
+__all__ = ["ROWS", "Row", "main"]
 
 MODEL = Path("models/mini")
 
@@ -129,30 +130,6 @@ def measure_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def markdown(result: Mapping[str, Any]) -> str:
-    """The table of a result, as the README shows it."""
-    pixels = result["settings"]["pixels"]
-    columns = ("UNet", "parameters", "MACs", "time at 64 px", f"time at {pixels} px", "prompts shown", "Frechet distance")
-    lines = [columns, ("---",) * len(columns)]
-    for name, row in result["rows"].items():
-        variant, comma, rest = name.partition(",")
-        if "parameters" in row:
-            costs = (
-                f"{row['parameters'] / 1e6:.2f} M",
-                f"{row['macs'] / 1e6:.1f} M",
-                _range(row["time"]),
-                _range(row["time_large"]),
-            )
-            lines.append((f"`{variant}`{comma}{rest}", *costs, f"{100 * row['accuracy']:.1f} %", f"{row['frechet']:.2f}"))
-        else:
-            lines.append((name, *[""] * 5, f"{row['frechet']:.2f}"))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _range(ratios: Mapping[str, float]) -> str:
-    return f"{ratios['median']:.2f} ({ratios['low']:.2f} to {ratios['high']:.2f})"
-
-
 def _pictures(options: argparse.Namespace) -> list[tuple[str, list[Image.Image]]]:
     rows = []
     for row in ROWS:
@@ -174,7 +151,27 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/variants.json"))
     parser.add_argument("--table", type=Path, default=Path("docs/variants.md"))
     parser.add_argument("--pictures", type=Path, default=Path("docs/variants.png"))
+    parser.add_argument("--page", action="store_true", help="measure nothing: write --table from what --out holds")
     options = parser.parse_args(arguments)
+    result = _measured_before(options.out) if options.page else _measure(options)
+    options.table.parent.mkdir(parents=True, exist_ok=True)
+    options.table.write_text(page(result))
+    print(markdown(result), end="")
+    print(f"wrote {options.table}" if options.page else f"wrote {options.out}, {options.table} and {options.pictures}")
+
+
+def _measured_before(path: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} holds no figures ({error}); give --out with a file of them, or measure without --page"
+        ) from error
+    return result
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures every row, and writes figures and pictures."""
     names = ("count", "rendered", "steps", "guidance", "rounds", "pixels")
     settings = {name: getattr(options, name) for name in names} | {
         "scheduler": "dpm++",
@@ -182,27 +179,11 @@ def main(arguments: Sequence[str]) -> None:
         "dtype": "float32",
     }
     result = {"settings": settings, "rows": measure_rows(options)} | machine()
-    for path in (options.out, options.table, options.pictures):
+    for path in (options.out, options.pictures):
         path.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
-    options.table.write_text(_PAGE.format(table=markdown(result), **settings))
     draw(_pictures(options), PROMPTS, options.pictures)
-    print(markdown(result), end="")
-    print(f"wrote {options.out}, {options.table} and {options.pictures}")
-
-
-_PAGE = """# The embedded model's UNets
-
-{table}
-MACs are of one row of the batch at 64 px. Times are the UNet's, one picture with guidance, relative to `original`: medians of
-{rounds} interleaved rounds on ONNX Runtime's CPU provider, lowest and highest in brackets. Prompts shown: of {count} that
-training never saw, by the rule reader, {steps} steps of DPM++, guidance {guidance:g}. Frechet distance: to {rendered} rendered
-pictures in the network reader's features; the last row is that of {count} other rendered pictures, which is as low as it gets.
-
-![A row for each UNet, a column for each prompt](variants.png)
-
-Made by `make table` (`python -m benchmarks.variants`).
-"""
+    return result
 
 
 if __name__ == "__main__":

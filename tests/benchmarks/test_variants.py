@@ -11,7 +11,9 @@ from scipy import linalg
 
 from benchmarks.frechet import distance_to, rendered
 from benchmarks.reader.network import WEIGHTS, load
-from benchmarks.variants import ROWS, markdown
+from benchmarks.variants import ROWS, main
+from benchmarks.variants_page import markdown, page
+from engines import UserError
 
 RESULTS = Path("benchmarks/results/variants.json")
 SPREAD = {"median": 1.0, "low": 0.954, "high": 1.101}
@@ -38,9 +40,32 @@ def test_rows_compare_with_the_original() -> None:
     assert {row.variant for row in ROWS if not row.distilled} <= {row.variant for row in ROWS if row.distilled}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/variants.md"])
-def test_pages_show_the_committed_figures(page: str) -> None:
-    assert markdown(json.loads(RESULTS.read_text())) in Path(page).read_text()
+def test_pages_show_the_committed_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--page", "--table", str(tmp_path / "variants.md")])
+    assert (tmp_path / "variants.md").read_text() == Path("docs/variants.md").read_text()
+    table = markdown(json.loads(RESULTS.read_text()))
+    assert table in Path("README.md").read_text()
+    assert capsys.readouterr().out == f"{table}wrote {tmp_path / 'variants.md'}\n"
+    with pytest.raises(UserError, match=r"none\.json holds no figures .*measure without --page"):
+        main(["--page", "--out", str(tmp_path / "none.json")])
+
+
+@pytest.mark.parametrize(
+    ("shown", "time", "says"),
+    [
+        ((0.99, 0.99, 0.99), (1.0, 0.5, 0.52), ["2.00 times as fast, and it shows as many", "takes 1.04 times as long at 64"]),
+        ((0.9, 0.85, 0.88), (1.0, 0.5, 0.6), ["shows 5.0 points fewer", "1.20 times as long, 0.15 too much, at 64", "back 3.0"]),
+        ((0.9, 0.95, 0.9), (1.0, 0.9, 0.9), ["1.11 times as fast, and it shows 5.0 points more", "nothing to win back"]),
+    ],
+)
+def test_goals_stand_beside_the_figures(shown: tuple[float, ...], time: tuple[float, ...], says: list[str]) -> None:
+    rows = {
+        name: COSTS | {"time": SPREAD | {"median": each}, "time_large": SPREAD, "accuracy": right, "frechet": 1.0}
+        for name, each, right in zip(("original", "assembled", "condconv"), time, shown, strict=True)
+    }
+    settings = {"rounds": 1, "count": 1, "steps": 1, "guidance": 3.0, "rendered": 1, "pixels": 256}
+    made = " ".join(page({"settings": settings, "rows": rows}).split())
+    assert all(words in made for words in says)
 
 
 def _frechet(one: torch.Tensor, other: torch.Tensor) -> float:
