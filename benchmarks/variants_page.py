@@ -47,9 +47,11 @@ def _goals(rows: Mapping[str, Any], pixels: int) -> str:
     lost = 100 * (original["accuracy"] - assembled["accuracy"])
     small, large = (round(condconv[key]["median"] / assembled[key]["median"], 2) for key in ("time", "time_large"))
     sentences = [
-        f"`assembled` was to be at least {FASTER} times as fast as `original` and to show at most {LOST:g} points fewer of the prompts:",
+        f"`assembled` was to be at least {FASTER} times as fast as `original`",
+        f"and to show at most {LOST:g} points fewer of the prompts:",
         f"at 64 px it is {1 / assembled['time']['median']:.2f} times as fast, and it shows {_points(lost)}.",
-        f"`condconv` was to take at most {SLOWER} times as long as `assembled` and to win back {100 * WON:g} % of what that lost:",
+        f"`condconv` was to take at most {SLOWER} times as long as `assembled`",
+        f"and to win back {100 * WON:g} % of what that lost:",
         f"it takes {_longer(small)} at 64 px and {_longer(large)} at {pixels} px;",
         f"{_won(lost, 100 * (condconv['accuracy'] - assembled['accuracy']))}.",
         *([_REASON] if small > SLOWER else []),
