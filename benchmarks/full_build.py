@@ -6,21 +6,16 @@ middle (SIGKILL) and gone on with, and `verify` at one small size. The weights a
 """
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
+from benchmarks.process import run
 from engines import Bundle
 from engines.command import Parser, run_command
 from engines.errors import UserError
@@ -28,66 +23,6 @@ from engines.errors import UserError
 SOURCES = ("random:sd15", "random:sd21", "random:bk-tiny")
 VERIFIED = "256x256"
 """Pictures of 32 x 32 latents."""
-
-
-def run(arguments: Sequence[str], stop: Callable[[float], bool] = lambda seconds: False) -> dict[str, Any]:
-    """Run ``python -m`` with these arguments; its seconds, peak memory in MB and exit code. SIGKILL when ``stop`` says so.
-
-    A build also gets ``phases``: the peak of memory in each phase of each segment, the largest first.
-    """
-    started = time.perf_counter()
-    peak, phases = 0, dict[str, int]()
-    with TemporaryFile() as output:
-        process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=output)
-        killed = False
-        while True:
-            done, status, usage = os.wait4(process.pid, os.WNOHANG)
-            seconds = time.perf_counter() - started
-            if done:
-                break
-            if not killed and stop(seconds):
-                process.send_signal(signal.SIGKILL)
-                killed = True
-            phase, memory = _phase(_printed(output)), _memory(process.pid)
-            peak = max(peak, memory.get("VmHWM", 0))
-            phases[phase] = max(phases.get(phase, 0), memory.get("VmRSS", 0))
-            time.sleep(0.05)
-        print(*_printed(output)[-3:], sep="\n")
-    found = {
-        "command": " ".join(["python -m", *arguments]),
-        "seconds": round(seconds, 1),
-        "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_mb": peak,
-        "exit": os.waitstatus_to_exitcode(status),
-    }
-    if "--json" in arguments:
-        found["phases"] = dict(sorted(phases.items(), key=lambda item: -item[1]))
-    return found
-
-
-def _printed(output: IO[bytes]) -> list[str]:
-    """The lines printed so far; the place where the process goes on writing stays."""
-    return os.pread(output.fileno(), 1 << 20, 0).decode().splitlines()
-
-
-def _phase(lines: Sequence[str]) -> str:
-    """What a build with ``--json`` last said that it does."""
-    for line in reversed(lines):
-        try:
-            step = json.loads(line)
-            return f"{step['phase']} {step['segment']}".strip()
-        except (ValueError, TypeError, KeyError):  # half a line, or none of a build's steps
-            continue
-    return "starting"
-
-
-def _memory(process: int) -> dict[str, int]:
-    """Resident memory in MB: now (``VmRSS``) and at its peak (``VmHWM``). Its own: ``rusage`` has its parent's too."""
-    try:
-        lines = [line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines()]
-    except OSError:  # it has just ended
-        return {}
-    return {line[0].rstrip(":"): round(int(line[1]) / 1024) for line in lines if line and line[0] in ("VmRSS:", "VmHWM:")}
 
 
 def measure(source: str, engine: str, folder: Path) -> list[dict[str, Any]]:

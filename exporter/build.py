@@ -159,7 +159,12 @@ def _check_static(options: BuildOptions, engines: Sequence[Engine]) -> None:
 
 
 def targets_of(options: BuildOptions, engines: Sequence[Engine]) -> dict[str, tuple[str, ...]]:
-    """The compute capabilities that each engine is to build for."""
+    """The compute capabilities that each engine is to build for, by its name.
+
+    Raises:
+        BuildError: targets are named, but no engine takes any.
+        EngineError: a target is unknown to its engine.
+    """
     if options.targets and not any(engine.has_profile for engine in engines):
         raise BuildError(
             f"targets {', '.join(options.targets)}: engine {', '.join(options.engines)} takes none; leave --targets out"

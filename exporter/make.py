@@ -26,7 +26,11 @@ DEFAULT_PLANS = ("block:2", "deepcache:2")
 
 
 def segments_of(graph: Graph, granularity: Granularity | None, plans: Sequence[str] = ()) -> tuple[Segment, ...]:
-    """The text encoder, the UNet cut for the plans (with a granularity, for the default ones too), and both halves of the VAE."""
+    """The text encoder, the UNet cut for the plans (with a granularity, for the default ones too), and both halves of the VAE.
+
+    Raises:
+        PlanError: a plan is unknown, or names a unit that the UNet does not have.
+    """
     wanted = [find_plan(plan) for plan in plans]
     if granularity is not None:
         names = [unit.name for unit in graph.unet_units]

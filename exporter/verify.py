@@ -85,7 +85,12 @@ class Reference:
         return cls(checkpoint.unet(manifest.variant).eval(), text.eval(), checkpoint.vae().eval())
 
     def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every feature by name, from tokens, sample, timestep, latents and image."""
+        """Every feature by name.
+
+        Args:
+            inputs: ``tokens`` (rows, text length), ``sample`` (rows, channels, height, width), ``timestep`` (1,), ``latents`` and
+                ``image`` for the VAE: (images, channels, height, width) in latents and in pixels.
+        """
         features = dict(inputs)
         paths = {path: name for name, path in unit_modules(self.unet).items()} | {"time_embedding": "time"}
         hooks = [self.unet.get_submodule(path).register_forward_hook(_keep(features, name)) for path, name in paths.items()]
@@ -157,6 +162,9 @@ def compare_latents(
         size: picture height and width in pixels.
         steps: how many.
         reference: its source's model, by default loaded here.
+
+    Raises:
+        SourceError, BuildError: as ``verify``.
     """
     reference = reference or Reference.load(bundle)
     network = Network.load(bundle, engine)

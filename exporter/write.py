@@ -128,6 +128,14 @@ def profile_of(
 
     It is optimised for one image with guidance (two rows of the UNet) at the first size. A static one takes guidance for all
     images at the first size and nothing else; but prompts come with as many rows as they are, and pictures one by one.
+
+    Args:
+        segment: whose inputs.
+        features: of the graph, by name.
+        sizes: picture sizes (height, width) in pixels.
+        max_images: images per call.
+        vae_scale: pixels per latent, along a side.
+        static: whether there is to be one shape only.
     """
 
     def shapes(images: int, height: int, width: int) -> dict[str, tuple[int, ...]]:

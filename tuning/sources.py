@@ -175,13 +175,8 @@ def _fetch(source: str) -> Path:
     """Fetch a hub repository's configurations and safetensors, or find them in the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HTTPError as ClientError  # type: ignore[attr-defined]  # of the HTTP client that it has
 
     unknown = f"unknown source {source!r}: no such folder"
     if source.count("/") != 1 or source.startswith((".", "/")):
@@ -199,6 +194,6 @@ def _fetch(source: str) -> Path:
     except LocalEntryNotFoundError as error:
         why = "may not be asked: HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "cannot be reached"
         raise TuningError(f"{unknown}, it is not in the hub's cache, and the hub {why}; {_CHOICES}") from error
-    except (OSError, HTTPError) as error:  # a proxy's or a server's refusal, a connection that ended
+    except (OSError, ClientError) as error:  # a proxy's or a server's refusal, a connection that ended
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise TuningError(f"source {source} could not be fetched from the hub ({reason}); try again, or {_CHOICES}") from error
