@@ -8,12 +8,13 @@ unit's input flows on, directly or through its shortcut, and what the unit added
 """
 
 import json
+import math
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from pydantic_core import ErrorDetails
 
 from runtime.errors import PlanError
@@ -50,11 +51,23 @@ class Rule(Record):
 
 
 class UNetRange(Record):
-    """The UNet that runs from ``start`` up to ``stop``, as shares of the noise schedule (0: all noise, 1: none)."""
+    """The UNet that runs from ``start`` up to ``stop``, or to the end without it.
+
+    They are shares of the noise schedule (0: all noise, 1: none), or where the plan says so numbers of steps.
+    """
 
     unet: str
-    start: float = Field(ge=0, lt=1)
-    stop: float = Field(gt=0, le=1)
+    start: float = Field(ge=0)
+    stop: float | None = Field(default=None, gt=0)
+
+    @property
+    def end(self) -> float:
+        """``stop``, or infinity where the range goes on to the end."""
+        return math.inf if self.stop is None else self.stop
+
+    def __str__(self) -> str:
+        """As messages have it: ``0.4 to 1``."""
+        return f"{self.start:g} to {'the end' if self.stop is None else format(self.stop, 'g')}"
 
 
 class Plan(Record):
@@ -63,6 +76,8 @@ class Plan(Record):
     version: Literal[1] = 1
     name: str
     unets: tuple[UNetRange, ...] = ()
+    switch_by: Literal["noise", "steps"] = "noise"
+    """What the ranges of ``unets`` count: shares of the noise schedule, or steps, of those that run; written if so."""
     rules: tuple[Rule, ...] = ()
     carry: bool = False
     """Whether rules go on inheriting across a switch; otherwise its first step is a key step of every rule."""
@@ -100,19 +115,35 @@ class Plan(Record):
                     f"plan {self.name}: rules.{number} starts at {rule.start:g} and stops at {rule.stop:g}; "
                     "stop is a share of the steps above start"
                 )
-        at = 0.0
-        for number, part in enumerate(self.unets):
-            if part.start != at or part.stop <= part.start:
-                raise PlanError(
-                    f"plan {self.name}: unets.{number} covers {part.start:g} to {part.stop:g}, "
-                    f"expected a range that starts at {at:g}: ranges follow each other without overlap or gap"
-                )
-            at = part.stop
-        if self.unets and at != 1:
-            raise PlanError(f"plan {self.name}: unets end at {at:g}; the last range must end at 1")
+        self._check_unets()
         if sum(isinstance(rule.when, Threshold) for rule in self.rules) > 1:
             raise PlanError(f"plan {self.name}: rules has two of mode threshold; a plan can have one")
         return self
+
+    def _check_unets(self) -> None:
+        at = 0.0
+        for number, part in enumerate(self.unets):
+            place = f"plan {self.name}: unets.{number} covers {part}"
+            if self.switch_by == "steps" and not (part.start.is_integer() and (part.stop or 0.0).is_integer()):
+                raise PlanError(f"{place}; with switch_by 'steps' start and stop are whole numbers of steps")
+            if self.switch_by == "noise" and (part.start >= 1 or (part.stop or 0.0) > 1):
+                raise PlanError(
+                    f"{place}; start and stop are shares of the noise schedule, from 0 to 1; for steps set switch_by to 'steps'"
+                )
+            if part.start != at or part.end <= part.start:
+                raise PlanError(
+                    f"{place}, expected a range that starts at {at:g}: ranges follow each other without overlap or gap"
+                )
+            if part.stop is None and part is not self.unets[-1]:
+                raise PlanError(f"{place}, but is not the last; only the last range may leave stop out")
+            at = part.end
+        if self.switch_by == "noise" and self.unets and at < 1:
+            raise PlanError(f"plan {self.name}: unets end at {at:g}; the last range must end at 1")
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return {key: value for key, value in written.items() if key != "switch_by" or value != "noise"}
 
 
 def matching(pattern: str, units: Sequence[str]) -> list[str]:

@@ -49,7 +49,7 @@ class Schedule:
         self.plan, self.unets = plan, unets
         self.timesteps = tuple(map(float, timesteps))
         self.steps = len(self.timesteps)
-        self._unet = [self._at(1 - timestep / train_steps) for timestep in timesteps]
+        self._unet = self._unets_by_step(train_steps)
         self._switches = {i for i in range(1, self.steps) if self._unet[i] != self._unet[i - 1]}
         used = dict.fromkeys(self._unet)
         self._features = {name: inherited_features(plan, unets[name].unet_units, name) for name in used}
@@ -114,13 +114,36 @@ class Schedule:
             self._works[kind] = lay_out(self.unets[unet], wanted, inherited=inherited, made=made)
         return self._works[kind]
 
-    def _at(self, progress: float) -> str:
-        if not self.plan.unets:
-            return next(iter(self.unets))
-        name = next((part.unet for part in self.plan.unets if progress < part.stop), self.plan.unets[-1].unet)
-        if name not in self.unets:
-            raise PlanError(f"plan {self.plan.name} runs the UNet {name!r}; there is: {', '.join(self.unets)}")
-        return name
+    def _unets_by_step(self, train_steps: int) -> list[str]:
+        """The name of the UNet that runs at each step."""
+        ranges = self.plan.unets
+        if not ranges:
+            return [next(iter(self.unets))] * self.steps
+        if self.plan.switch_by == "steps":
+            self._check_step_ranges()
+            places = list(map(float, range(self.steps)))
+        else:
+            places = [1 - timestep / train_steps for timestep in self.timesteps]
+        names = [next((part.unet for part in ranges if place < part.end), ranges[-1].unet) for place in places]
+        for name in dict.fromkeys(names):
+            if name not in self.unets:
+                raise PlanError(f"plan {self.plan.name} runs the UNet {name!r}; there is: {', '.join(self.unets)}")
+        return names
+
+    def _check_step_ranges(self) -> None:
+        """Ranges counted in steps cover those that run, and no others."""
+        for number, part in enumerate(self.plan.unets):
+            if part.start >= self.steps or (part.stop or 0) > self.steps:
+                raise PlanError(
+                    f"plan {self.plan.name}: unets.{number} covers steps {part}, but only {self.steps} steps run; "
+                    f"choose a start below {self.steps} and a stop up to that, or leave the last stop out"
+                )
+        end = self.plan.unets[-1].end
+        if end < self.steps:
+            raise PlanError(
+                f"plan {self.plan.name}: unets end at step {end:g}, but {self.steps} steps run; "
+                "leave the last stop out, and the range goes on to the end"
+            )
 
     def _key_steps(self, number: int, rule: Rule) -> set[int] | None:
         """Steps at which a rule computes afresh, None where that is decided while running."""

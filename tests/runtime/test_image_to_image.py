@@ -12,11 +12,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from engines import Bundle, make_engine
-from runtime import Pipeline, RequestError
+from runtime import Pipeline, Plan, PlanError, RequestError, UNetRange
 from runtime.__main__ import main
 from runtime.images import read_original
 from tests.diffusers_pipelines import NEGATIVE, PROMPT, SEED, inputs, latents, mask, picture, pipeline
-from tests.reference import MINI, Inheritance
+from tests.reference import MINI, Inheritance, mini_unet
 from tests.unets import relative_error
 
 TOLERANCE = 1e-4
@@ -90,6 +90,29 @@ def test_plans_count_the_steps_that_run(mini_pipeline: Pipeline, kind: str, sche
     assert [record.index for record in made.steps] == list(range(count))
     assert [record.kind for record in made.steps] == [("key", "inherit", "inherit")[i % 3] for i in range(count)]
     assert relative_error(made.latents, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "heun"])
+def test_a_switch_by_steps_counts_the_steps_that_run(
+    mini_pipeline: Pipeline, assembled_bundle: Bundle, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = inputs("image", 0.67)
+    ranges = (UNetRange(unet="assembled", start=0, stop=3), UNetRange(unet="original", start=3))
+    plan = Plan(name="steps", unets=ranges, switch_by="steps")
+    made = generate(mini_pipeline, scheduler=scheduler, plan=plan, **settings)
+    reference = pipeline("image", scheduler)
+    turns = iter([mini_unet("assembled").forward] * 3 + [reference.unet.forward] * 9)
+
+    def forward(*given: Any, **named: Any) -> Any:
+        return next(turns)(*given, **named)
+
+    monkeypatch.setattr(reference.unet, "forward", forward)
+    assert relative_error(made.latents, latents(reference, **settings)) < TOLERANCE
+    count = {"ddim": 4, "heun": 7}[scheduler]
+    assert [record.unet for record in made.steps] == ["assembled"] * 3 + ["original"] * (count - 3)
+    far = Plan(name="far", unets=(ranges[0], UNetRange(unet="original", start=3, stop=count + 1)), switch_by="steps")
+    with pytest.raises(PlanError, match=rf"unets.1 covers steps 3 to {count + 1}, but only {count} steps run"):
+        generate(mini_pipeline, scheduler=scheduler, plan=far, **settings)
 
 
 def test_what_the_mask_leaves_out_is_kept(mini_pipeline: Pipeline) -> None:

@@ -170,7 +170,7 @@ EVERY_2 = {"mode": "uniform", "every": 2}
     [
         (
             {"inherit": ["up.1"]},
-            "inherit: there is no such field; the fields here are version, name, unets, rules, carry",
+            "inherit: there is no such field; the fields here are version, name, unets, switch_by, rules, carry",
         ),
         (
             {"rules": [{"unit": ["up.1"], "units": ["up.1"], "when": EVERY_2}]},
@@ -195,6 +195,16 @@ def test_a_malformed_file_says_what_was_got_and_what_is_allowed(changes: dict[st
     with pytest.raises(PlanError) as refusal:
         Plan.read(path)
     assert str(refusal.value) == f"plan file {path}, {message}"
+
+
+def test_a_plan_by_steps_says_so_in_its_file(tmp_path: Path) -> None:
+    ranges = (UNetRange(unet="assembled", start=0, stop=8), UNetRange(unet="original", start=8))
+    plan = Plan(name="steps", unets=ranges, switch_by="steps")
+    path = tmp_path / "plan.json"
+    path.write_text(plan.model_dump_json())
+    assert json.loads(path.read_text())["switch_by"] == "steps"
+    assert Plan.read(path) == plan
+    assert "switch_by" not in PLAN.model_dump()
 
 
 def test_messages_number_the_rule() -> None:

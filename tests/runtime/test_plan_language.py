@@ -216,6 +216,49 @@ def test_switching_unets(carry: bool) -> None:
     assert relative_error(made, expected(unets, script)) < TOLERANCE
 
 
+STEP_SWITCH = (UNetRange(unet="small", start=0, stop=3), UNetRange(unet="large", start=3))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "heun"])
+@pytest.mark.parametrize("carry", [False, True])
+def test_switching_unets_by_steps(carry: bool, scheduler: str) -> None:
+    """The steps that run are counted, also where heun visits a timestep twice: steps 3 and 4 of it have one timestep."""
+    rules = (Rule(units=("up.1",), when=Explicit(steps=(0, 4))),)
+    plan = Plan(name="steps", unets=STEP_SWITCH, switch_by="steps", rules=rules, carry=carry)
+    unets, manifests = pair()
+    manifests |= {name: manifest_of(unet, "block", [plan]) for name, unet in unets.items()}
+    made, records = denoise(unets, manifests, plan, 5, scheduler)
+    count = {"ddim": 5, "heun": 9}[scheduler]
+    names = ["small"] * 3 + ["large"] * (count - 3)
+    if scheduler == "heun":
+        assert records[3].timestep == records[4].timestep
+        assert records[2].timestep != records[3].timestep
+    assert [record.unet for record in records] == names
+    keys = {0, 4} | (set() if carry else {3})
+    script = [(name, {} if i in keys else {"up_blocks.1.upsamplers.0": "output"}) for i, name in enumerate(names)]
+    assert relative_error(made, expected(unets, script, scheduler, 5)) < TOLERANCE
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_switch_by_steps_may_part_two_evaluations_of_one_timestep(at: int) -> None:
+    plan = Plan(
+        name="apart",
+        unets=(UNetRange(unet="small", start=0, stop=at), UNetRange(unet="large", start=at, stop=9)),
+        switch_by="steps",
+    )
+    unets, manifests = pair()
+    manifests |= {name: manifest_of(unet) for name, unet in unets.items()}
+    made, records = denoise(unets, manifests, plan, 5, "heun")
+    names = ["small"] * at + ["large"] * (9 - at)
+    assert [record.unet for record in records] == names
+    assert relative_error(made, expected(unets, [(name, {}) for name in names], "heun", 5)) < TOLERANCE
+
+
+def by_steps(*ends: tuple[float, float | None]) -> Plan:
+    ranges = tuple(UNetRange(unet="one", start=start, stop=stop) for start, stop in ends)
+    return Plan(name="p", switch_by="steps", unets=ranges)
+
+
 def test_carry_of_features_that_do_not_match_is_refused() -> None:
     plan = Plan(name="c", unets=SWITCH, rules=(Rule(units=("mid", "up.0"), when=Explicit(steps=(0, 2))),), carry=True)
     unets, manifests = pair()
@@ -236,6 +279,24 @@ BAD_PLANS: dict[str, tuple[Plan, str]] = {
         "unets.1 covers 0.6 to 1, expected .* at 0.5",
     ),
     "overlap": (Plan(name="p", unets=(SWITCH[0], UNetRange(unet="large", start=0.4, stop=1))), "unets.1 covers 0.4 to 1"),
+    "no share": (
+        Plan(name="p", unets=(UNetRange(unet="one", start=0, stop=8), UNetRange(unet="one", start=8))),
+        "unets.0 covers 0 to 8; start and stop are shares of the noise schedule, from 0 to 1; for steps set switch_by",
+    ),
+    "starts at the end": (
+        Plan(name="p", unets=(UNetRange(unet="one", start=0, stop=1), UNetRange(unet="one", start=1))),
+        "unets.1 covers 1 to the end; start and stop are shares",
+    ),
+    "open in between": (
+        Plan(name="p", unets=(UNetRange(unet="one", start=0), UNetRange(unet="one", start=0.5))),
+        "unets.0 covers 0 to the end, but is not the last; only the last range may leave stop out",
+    ),
+    "half a step": (by_steps((0, 1.5), (1.5, None)), "unets.0 covers 0 to 1.5; with switch_by 'steps' .* whole numbers of steps"),
+    "gap of steps": (by_steps((0, 1), (2, None)), "unets.1 covers 2 to the end, expected a range that starts at 1"),
+    "overlap of steps": (by_steps((0, 2), (1, 3)), "unets.1 covers 1 to 3, expected a range that starts at 2: .* or gap"),
+    "stops beyond the steps": (by_steps((0, 2), (2, 4)), "unets.1 covers steps 2 to 4, but only 3 steps run; choose a start"),
+    "starts beyond the steps": (by_steps((0, 3), (3, None)), "unets.1 covers steps 3 to the end, but only 3 steps run"),
+    "leaves steps out": (by_steps((0, 2)), "unets end at step 2, but 3 steps run; leave the last stop out"),
     "end": (Plan(name="p", unets=(SWITCH[0],)), "unets end at 0.5; the last range must end at 1"),
     "first step": (Plan(name="p", rules=(Rule(units=("up.1",), when=Explicit(steps=(1, 2))),)), "rules.0.when leaves out step 0"),
     "too many steps": (
