@@ -4,6 +4,7 @@ A UNet of full size with random weights, in four files or bundles: diffusers' ow
 ``deepcache``, which runs `full` steps and inherit steps; and DeepCache's shallow network, merged by hand from the stem, the last
 layer and the head. All are traced alike, with attention fused. They take turns, and the ratios are of the same round. All four
 predict the same noise from the same inputs, which is checked before anything is timed. Writes a JSON file and prints a table.
+The committed file is that of `OMP_NUM_THREADS=1 python -m benchmarks.partition --rounds 31`.
 """
 
 import argparse

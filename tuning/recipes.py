@@ -74,7 +74,8 @@ class Recipe(BaseModel):
 _SECOND_LAYERS = ("down.*.layer.1", "up.*.layer.1")
 
 # The paper (A-SDM, arXiv 2406.00210) removes layers that are dear in time and doesn't say which. Those of `assembled` were
-# measured: python -m tuning rank --source mini --times random:sd15 --latents 64 --rounds 3 (see docs/tuning.md).
+# measured: OMP_NUM_THREADS=1 python -m tuning rank --source mini --times random:sd15 --latents 64 --rounds 3
+# (see docs/tuning.md).
 # The bk ones are those of BK-SDM (arXiv 2305.15798).
 RECIPES = {
     "original": Recipe(name="original"),
