@@ -54,6 +54,7 @@ MODES: dict[str, tuple[Mode, set[int]]] = {
     "explicit": (Explicit(steps=(0, 1, 4)), {0, 1, 4}),
     "random": (Random(every=2, seed=1), {0, 1, 2, 5}),
 }
+THRESHOLD = Threshold(above=0.4)
 
 
 def small_inputs() -> tuple[Tensor, Tensor]:
@@ -87,23 +88,47 @@ def expected(
     return reference_script(unets, noise, latents * noise.init_noise_sigma, text, 1.0, script)
 
 
+def check_against_reference(
+    unet: Any, granularity: Granularity | None, plan: Plan, keys: set[int] | None, paths: Sequence[str], steps: int = STEPS
+) -> None:
+    """Latents and key steps are the reference's; without ``keys``, the reference decides by the change of its stem."""
+    rule = plan.rules[0]
+    made, records = denoise({"one": unet}, {"one": manifest_of(unet, granularity, [plan])}, plan, steps)
+    found = {record.index for record in records if record.kind == "key"}
+    stems: list[Tensor] = []
+    handle = unet.conv_in.register_forward_hook(lambda module, args, output: stems.append(output))
+    reference = expected({"one": unet}, script_of(found, paths, rule.kind, steps), steps=steps)
+    handle.remove()
+    assert relative_error(made, reference) < TOLERANCE
+    if isinstance(rule.when, Threshold):
+        assert 1 < len(found) < steps
+        keys = decided(stems, rule.when.above)
+    assert found == keys
+    whole = max(len(record.ran) for record in records)
+    assert all(len(record.ran) < whole for record in records if record.kind == "inherit")
+
+
+def decided(stems: Sequence[Tensor], above: float) -> set[int]:
+    """The steps at which a stem has changed by more than ``above``, relative to that of the last such step."""
+    last, keys = stems[0], {0}
+    for index, stem in enumerate(stems[1:], start=1):
+        if float(torch.linalg.vector_norm(stem - last) / torch.linalg.vector_norm(last)) > above:
+            last, keys = stem, keys | {index}
+    return keys
+
+
 def script_of(keys: set[int], paths: Sequence[str], kind: str, steps: int = STEPS) -> list[tuple[str, dict[str, str]]]:
     return [("one", {} if index in keys else dict.fromkeys(paths, kind)) for index in range(steps)]
 
 
-@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("mode", [*MODES, "threshold"])
 @pytest.mark.parametrize("level", list(LEVELS["uneven"]))
 @pytest.mark.parametrize("model", list(LEVELS))
 def test_level_kind_and_mode(model: str, level: str, mode: str) -> None:
     units, kind, paths = LEVELS[model][level]
-    when, keys = MODES[mode]
+    when, keys = MODES.get(mode, (THRESHOLD, None))
     plan = Plan(name=f"{level}, {mode}", rules=(Rule(units=tuple(units), kind=kind, when=when),))
-    unet = small_unet(model)
-    made, records = denoise({"one": unet}, {"one": manifest_of(unet, None, [plan])}, plan)
-    assert relative_error(made, expected({"one": unet}, script_of(keys, paths, kind))) < TOLERANCE
-    assert {record.index for record in records if record.kind == "key"} == keys
-    whole = max(len(record.ran) for record in records)
-    assert all(len(record.ran) < whole for record in records if record.kind == "inherit")
+    check_against_reference(small_unet(model), None, plan, keys, paths)
 
 
 @pytest.mark.parametrize("granularity", ["block", "layer", "unit", None])
@@ -171,24 +196,9 @@ def test_a_feature_belongs_to_the_first_rule_that_names_it() -> None:
 
 @pytest.mark.parametrize("granularity", ["block", None])
 def test_threshold_decides_by_the_change_of_its_feature(granularity: Granularity | None) -> None:
-    above = 0.25
-    plan = Plan(name="adaptive", rules=(Rule(units=("up.-2",), when=Threshold(above=above)),))
-    unet = small_unet("uneven")
-    made, records = denoise({"one": unet}, {"one": manifest_of(unet, granularity, [plan])}, plan, 20)
-    keys = {record.index for record in records if record.kind == "key"}
-    assert 1 < len(keys) < 20
-    # The decisions, made again from the latents that the reference goes through.
-    script = script_of(keys, ["up_blocks.1.upsamplers.0"], "output", 20)
-    stems: list[Tensor] = []
-    handle = unet.conv_in.register_forward_hook(lambda module, args, output: stems.append(output))
-    reference = expected({"one": unet}, script, steps=20)
-    handle.remove()
-    assert relative_error(made, reference) < TOLERANCE
-    last, decided = stems[0], {0}
-    for index, stem in enumerate(stems[1:], start=1):
-        if float(torch.linalg.vector_norm(stem - last) / torch.linalg.vector_norm(last)) > above:
-            last, decided = stem, decided | {index}
-    assert decided == keys
+    """Over more steps than in the matrix above."""
+    plan = Plan(name="adaptive", rules=(Rule(units=("up.-2",), when=Threshold(above=0.25)),))
+    check_against_reference(small_unet("uneven"), granularity, plan, None, ["up_blocks.1.upsamplers.0"], 20)
 
 
 def pair() -> tuple[dict[str, Any], dict[str, Manifest]]:
