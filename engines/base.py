@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -176,7 +177,7 @@ class Engine(ABC):
 
     def rebuild_command(self, bundle: Bundle) -> str:
         """The command that builds the bundle again with this engine beside those it has."""
-        return f"{self.build_command(bundle.manifest)} --force --out {bundle.folder}"
+        return f"{self.build_command(bundle.manifest)} --force --out {quote(str(bundle.folder))}"
 
     def build_command(self, manifest: Manifest) -> str:
         """The command that builds what a manifest describes with this engine beside those it has, in the default folder."""

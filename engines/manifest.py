@@ -8,6 +8,7 @@ runtime needs neither the UNet's classes nor its weights in another form.
 import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
@@ -125,6 +126,10 @@ class Manifest(_Record):
     """Images per call that engines with a profile were built for; guidance doubles the rows of a UNet call."""
     static: bool = False
     """Whether engines with a profile take nothing but the first size and ``max_images`` images with guidance; written if so."""
+    granularity: str | None = "block"
+    """The largest segment that was allowed; None where ``plans`` alone decided. Written where it is not the default."""
+    plans: tuple[str, ...] = ()
+    """What the UNet was cut for beside the default plans: presets and .json files. Written where there are any."""
     latent_channels: int
     vae_scale: int
     """Pixels per latent, in each direction."""
@@ -147,7 +152,10 @@ class Manifest(_Record):
     @model_serializer(mode="wrap")
     def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
-        return {key: value for key, value in written.items() if key not in {"unet", "config", "static"} or value}
+        defaults: dict[str, tuple[Any, ...]] = {
+            "unet": (None,), "config": (None,), "static": (False,), "granularity": ("block",), "plans": ((), []),
+        }  # fmt: skip
+        return {key: value for key, value in written.items() if value not in defaults.get(key, ())}
 
     @property
     def unet_units(self) -> tuple[str, ...]:
@@ -166,8 +174,12 @@ class Manifest(_Record):
     @property
     def build_command(self) -> str:
         """The command that builds from the same UNet, to be completed by what should differ."""
-        options = "".join(f" --{name} {value}" for name in ("unet", "config") if (value := getattr(self, name)))
-        return f"python -m exporter build --variant {self.variant} --source {self.source}{options}"
+        options: dict[str, str | None] = {"unet": self.unet, "config": self.config}
+        if self.plans or self.granularity != "block":
+            options["granularity"] = self.granularity
+        given = [(name, value) for name, value in options.items() if value] + [("plan", plan) for plan in self.plans]
+        written = "".join(f" --{name} {quote(value)}" for name, value in given)
+        return f"python -m exporter build --variant {self.variant} --source {quote(self.source)}{written}"
 
     def segment(self, name: str) -> Segment:
         """The segment of that name; KeyError if there is none."""

@@ -106,6 +106,8 @@ def _manifest(options: BuildOptions, key: str, writer: Writer, segments: Sequenc
         sizes=tuple(writer.wanted.sizes),
         max_images=options.max_images,
         static=options.static,
+        granularity=options.granularity,
+        plans=options.plans,
         latent_channels=graph.latent_channels,
         vae_scale=graph.vae_scale,
         size_multiple=graph.size_multiple,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import chain, count
+from shlex import quote
 
 from engines import Bundle, BundleError, Engine, Manifest
 from engines.manifest import Segment
@@ -63,12 +64,12 @@ def _difference(one: Bundle, other: Bundle) -> str | None:
 
 def _command(bundle: Bundle, variant: str, plan: Plan, engine: Engine | None) -> str:
     """The command that builds a UNet as a bundle was built, in a folder beside it where nothing is yet."""
-    manifest = bundle.manifest.model_copy(update={"variant": variant, "unet": None})
+    manifest = bundle.manifest.model_copy(update={"variant": variant, "unet": None, "plans": ()})
     build = engine.build_command(manifest) if engine else f"{manifest.build_command} --precision {manifest.precision}"
     cut = f" --plan {plan.option}" if plan.rules else ""
     names = chain([variant], (f"{variant}-{number}" for number in count(2)))
     out = next(path for name in names if not (path := bundle.folder.parent / name).exists())
-    return f"{build}{cut} --out {out}"
+    return f"{build}{cut} --out {quote(str(out))}"
 
 
 def cut_everywhere(manifest: Manifest) -> Manifest:

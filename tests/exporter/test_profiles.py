@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,7 @@ def test_a_static_bundle_says_so(
     assert any("exactly 2 (static) images" in line for line in exporter("inspect", folder).out)
     command = Null().rebuild_command(bundle)
     assert "--sizes 16x32 --batch 2 --static --force" in command
+    assert "--plan" not in command
 
     compiled.clear()
     assert exporter(*given, "--batch", "1..2", "--force").code == 0
@@ -155,3 +157,18 @@ def test_what_it_refuses(static: Pipeline, request_made: tuple[int, int, int, fl
 def test_an_engine_without_a_profile_takes_anything(static: Pipeline) -> None:
     static.engine = Null()
     static.check_request(["a"], 3, 64, 64, 0.0)
+
+
+def test_a_rebuild_cuts_as_the_bundle_was_cut(exporter: Command, fake_trace: Any, tiny_source: Path, tmp_path: Path) -> None:
+    fake_trace()
+    folder = tmp_path / "a folder"
+    given = ["--source", tiny_source, "--out", folder, "--plan", "block:2", "--plan", "unit:3"]
+    assert exporter("build", *given).code == 0
+    bundle = Bundle.open(folder)
+    command = Null().rebuild_command(bundle)
+    assert f"--source {tiny_source} --plan block:2 --plan unit:3 --precision fp32" in command
+    assert command.endswith(f"--force --out '{folder}'")
+    assert exporter(*shlex.split(command)[3:]).code == 0
+    again = Bundle.open(folder).manifest
+    assert (again.granularity, again.plans) == (None, ("block:2", "unit:3"))
+    assert [segment.units for segment in again.segments] == [segment.units for segment in bundle.manifest.segments]
