@@ -210,19 +210,43 @@ def pair() -> tuple[dict[str, Any], dict[str, Manifest]]:
 SWITCH = (UNetRange(unet="small", start=0, stop=0.5), UNetRange(unet="large", start=0.5, stop=1))
 
 
+# Rules for units that both UNets have, their key steps of 7, and the modules that inherit.
+CARRIED: dict[str, tuple[Rule, set[int], list[str]]] = {
+    "by output, explicit": (
+        Rule(units=("up.1",), when=Explicit(steps=(0, 2))), {0, 2}, ["up_blocks.1.upsamplers.0"],
+    ),
+    "by output, uniform": (
+        Rule(units=("up.1",), when=Uniform(every=3)), {0, 3, 6}, ["up_blocks.1.upsamplers.0"],
+    ),
+    "by residual, explicit": (
+        Rule(units=("up.0.layer.0.resnet",), kind="residual", when=Explicit(steps=(0, 2))), {0, 2}, ["up_blocks.0.resnets.0"],
+    ),
+    "by residual, uniform": (
+        Rule(units=("down.*.layer.0",), kind="residual", when=Uniform(every=3)),
+        {0, 3, 6},
+        [
+            *(f"down_blocks.{i}.resnets.0" for i in range(3)),
+            *(f"down_blocks.{i}.attentions.0" for i in range(2)),
+        ],
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("carry", [False, True])
-def test_switching_unets(carry: bool) -> None:
+@pytest.mark.parametrize("name", list(CARRIED))
+def test_switching_unets(name: str, carry: bool) -> None:
     """Without carry the switch (step 4 of 7: the first at half the noise) is a key step; with it, inheritance goes on across."""
-    plan = Plan(name="switch", unets=SWITCH, rules=(Rule(units=("up.1",), when=Explicit(steps=(0, 2))),), carry=carry)
+    rule, keys, paths = CARRIED[name]
+    plan = Plan(name="switch", unets=SWITCH, rules=(rule,), carry=carry)
     unets, manifests = pair()
     manifests |= {name: manifest_of(unet, "block", [plan]) for name, unet in unets.items()}
     made, records = denoise(unets, manifests, plan)
     names = [record.unet for record in records]
     assert names == ["small"] * names.count("small") + ["large"] * names.count("large")
     at = names.count("small")
-    keys = {0, 2} | (set() if carry else {at})
+    keys = keys | (set() if carry else {at})
     assert {record.index for record in records if record.kind == "key"} == keys
-    script = [(name, {} if i in keys else {"up_blocks.1.upsamplers.0": "output"}) for i, name in enumerate(names)]
+    script = [(unet, {} if i in keys else dict.fromkeys(paths, rule.kind)) for i, unet in enumerate(names)]
     assert relative_error(made, expected(unets, script)) < TOLERANCE
 
 
