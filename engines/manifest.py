@@ -172,6 +172,11 @@ class Manifest(_Record):
         yield from self.files
 
     @property
+    def is_random(self) -> bool:
+        """Whether the weights are no model's, but random numbers, for measurements."""
+        return self.source.startswith("random:")
+
+    @property
     def build_command(self) -> str:
         """The command that builds from the same UNet, to be completed by what should differ."""
         options: dict[str, str | None] = {"unet": self.unet, "config": self.config}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,9 +26,6 @@ from runtime.schedulers import make_scheduler
 from runtime.start import timesteps_from
 
 __all__ = ["main"]
-
-_RANDOM = "random:"
-"""What the name of a source starts with that is no model, but is there for measurements."""
 
 
 def _parser() -> Parser:
@@ -63,6 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command; raises UserError for a user's mistake."""
     options = _parser().parse_args(arguments)
     console = Console(highlight=False)
+    warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
     if options.explain or options.plot:
         if options.plot:
             _check_png(options.plot)
@@ -77,15 +76,12 @@ def main(arguments: Sequence[str]) -> None:
         )
     _check_png(options.out)
     folder = options.bundle or default_bundle()
-    warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
     with console.status(f"loading {folder}"):
         pipeline = load(folder, options.engine)
-    if pipeline.manifest.source.startswith(_RANDOM):
-        print(f"warning: {folder} has random weights ({pipeline.manifest.source}), so its pictures are noise", file=sys.stderr)
     generation = _generate(pipeline, options, console)
     console.print(_steps(generation))
     for path, image in zip(_paths(options.out, len(generation.images)), generation.images, strict=True):
-        _save(image, path)
+        _save(image, path, pipeline.manifest.source)
         console.print(
             f"wrote {path} ({image.width}x{image.height}, bundle {folder}, plan {generation.plan.name})", soft_wrap=True
         )
@@ -180,11 +176,13 @@ def _plans(options: Namespace, console: Console) -> None:
     )
 
 
-def _save(image: Image.Image, path: Path) -> None:
-    """Write a picture whole or not at all; what was there before stays if it cannot be written."""
+def _save(image: Image.Image, path: Path, source: str) -> None:
+    """Write a picture whole or not at all; what was there before stays if it cannot be written. Its text names the source."""
     temporary = path.with_name(f".{path.name}.part")
+    text = PngInfo()
+    text.add_text("source", source)
     try:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=text)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

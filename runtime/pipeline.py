@@ -72,6 +72,10 @@ class Pipeline:
         from transformers import CLIPTokenizer
 
         self.bundle, self.engine = bundle, engine
+        if bundle.manifest.is_random:
+            warnings.warn(
+                f"{bundle.folder} has random weights ({bundle.manifest.source}), so its pictures are noise", stacklevel=2
+            )
         for file in bundle.manifest.files:
             bundle.path(file)
         recorder = engine.recorder()

@@ -52,12 +52,14 @@ def test_a_prompt_gives_a_picture_and_says_what_ran(runtime: Command, mini_bundl
     assert outcome.out[-1].startswith("wrote out.png")
 
 
-def test_a_bundle_of_a_random_source_says_that_its_pictures_are_noise(runtime: Command, bundle_copy: Path) -> None:
+def test_a_bundle_of_a_random_source_says_that_its_pictures_are_noise(runtime: Command, bundle_copy: Path, here: Path) -> None:
     manifest = bundle_copy / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"source": "random:sd15"}))
     outcome = runtime(PROMPT, "--bundle", bundle_copy, "--steps", 1)
     assert outcome.code == 0
     assert outcome.err == [f"warning: {bundle_copy} has random weights (random:sd15), so its pictures are noise"]
+    with Image.open(here / "out.png") as image:
+        assert image.info["source"] == "random:sd15"
 
 
 def test_the_picture_is_that_of_generate(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
