@@ -1,7 +1,8 @@
 """What a plan costs before anything is run: multiply-accumulates, and bytes of features."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 from engines import DTYPES
 from engines.manifest import Manifest
@@ -46,25 +47,41 @@ def feature_bytes(manifest: Manifest, name: str, sizes: Mapping[str, int]) -> in
 def peak_bytes(schedule: Schedule, sizes: Mapping[str, int]) -> int:
     """The most bytes of features, cached ones included, that are alive at once between the segments of any step.
 
-    What an engine needs inside a segment comes on top of it. Graph inputs (latents, text) are not counted.
+    Where a step is decided while it runs, it is the more of both. What an engine needs inside a segment comes on top of it. Graph
+    inputs (latents, text) are not counted.
     """
-    cached: set[str] = set()
+    cached: dict[str, int] = {}
     peak = 0
-    for step in schedule.all_steps():
-        manifest = schedule.unets[step.unet]
-        cached -= step.keep
-        peak = max(peak, _work_peak(manifest, schedule.work(step), cached, sizes))
-        cached = (cached | step.keep) & schedule.read_later(step.index)
+    for index in range(schedule.steps):
+        decisions = [schedule.decide(index, changed) for changed in (False, True)]
+        size = partial(feature_bytes, schedule.unets[decisions[0].unet], sizes=sizes)
+        made, found_out = _finding_out(schedule, index, size)
+        works = [(step, schedule.work(step, made)) for step in decisions]
+        # What a step refreshes is let go as soon as the step is decided.
+        held = [sum(cached[name] for name in cached.keys() - step.keep) + _work_peak(work, made, size) for step, work in works]
+        peak = max(peak, sum(cached.values()) + found_out, *held)
+        kept = {name: size(name) for step in decisions for name in step.keep}
+        cached = {name: held for name, held in (cached | kept).items() if name in schedule.read_later(index)}
     return peak
 
 
-def _work_peak(manifest: Manifest, work: Work, cached: set[str], sizes: Mapping[str, int]) -> int:
+def _finding_out(schedule: Schedule, index: int, size: Callable[[str], int]) -> tuple[frozenset[str], int]:
+    """What a step has made when it is decided, and its bytes: none of it is let go before."""
+    threshold = schedule.asked(index)
+    if threshold is None:
+        return frozenset(), 0
+    segments = schedule.probing(index, threshold).segments
+    probed = frozenset(name for segment in segments for name in segment.outputs)
+    made = probed.union(*(segment.outputs for segment in schedule.either_way(index, probed)))
+    return made, sum(map(size, made))
+
+
+def _work_peak(work: Work, made: frozenset[str], size: Callable[[str], int]) -> int:
     """Go through a step's segments as ``Network.run`` does: a feature lives from its segment to its last reader."""
-    held = sum(feature_bytes(manifest, name, sizes) for name in cached)
-    alive: set[str] = set()
-    peak = held
+    alive = set(made)
+    peak = sum(map(size, alive))
     for segment, spent in zip(work.segments, work.spent, strict=True):
         alive |= set(segment.outputs)
-        peak = max(peak, held + sum(feature_bytes(manifest, name, sizes) for name in alive))
+        peak = max(peak, sum(map(size, alive)))
         alive -= set(spent)
     return peak

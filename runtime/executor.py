@@ -19,7 +19,7 @@ from runtime.plan import NOISE
 from runtime.residence import Residence
 from runtime.schedule import Schedule, Step
 from runtime.timer import Timer
-from runtime.work import TEXT, run_either_way
+from runtime.work import TEXT
 
 __all__ = ["Executor", "Network", "StepRecord"]
 
@@ -145,8 +145,7 @@ class Executor:
         network.run_all(probing.segments, self._with_cached(given, probing.taken), made)
         change = Change(self._cache[name], made[name], threshold.above)
         less, more = schedule.decide(index, changed=False), schedule.decide(index, changed=True)
-        one, other = (schedule.work(step, frozenset(made)) for step in (less, more))
-        ahead = run_either_way(one, other, less.inherited - more.inherited)
+        ahead = schedule.either_way(index, frozenset(made))
         taken = more.inherited.intersection(name for segment in ahead for name in segment.inputs)
         network.run_all(ahead, self._with_cached(given, taken), made)
         ran = tuple(segment.name for segment in (*probing.segments, *ahead))

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from engines.manifest import Feature, Manifest
+from engines.manifest import Feature, Manifest, Segment
 from runtime.demand import demand
 from runtime.errors import PlanError
 from runtime.modes import Threshold
 from runtime.plan import NOISE, Plan, Rule, inherited_features
-from runtime.work import TEXT, Work, lay_out
+from runtime.work import TEXT, Work, lay_out, run_either_way
 
 __all__ = ["TEXT", "Schedule", "Step", "check_runs"]
 
@@ -56,10 +56,8 @@ class Schedule:
         self._keys = [self._key_steps(number, rule) for number, rule in enumerate(plan.rules)]
         self._check_adaptive()
         self._works: dict[tuple[str, frozenset[str], frozenset[str], frozenset[str]], Work] = {}
-        later: list[set[str]] = [set() for _ in range(self.steps)]
         assumptions = (False, True) if self.adaptive else (True,)
-        self._keep = [frozenset[str]().union(*step) for step in zip(*(self._kept(a, later) for a in assumptions), strict=True)]
-        self._read_later = tuple(map(frozenset, later))
+        self._keep, self._read_later = self._kept(assumptions)
         steps = {a: tuple(self._step(i, self._keep[i], a) for i in range(self.steps)) for a in assumptions}
         self._steps = {False: steps[assumptions[0]], True: steps[True]}
         if plan.carry:
@@ -105,6 +103,11 @@ class Schedule:
     def probing(self, index: int, threshold: Threshold) -> Work:
         """What has to be done to have the feature that an adaptive rule asks for; what other rules inherit is inherited."""
         return self._work(self._unet[index], frozenset({threshold.feature}), self._step(index, frozenset(), True).inherited)
+
+    def either_way(self, index: int, made: frozenset[str]) -> tuple[Segment, ...]:
+        """The segments that run at a step whatever is decided there, when it has ``made`` the feature that decides."""
+        less, more = self.decide(index, changed=False), self.decide(index, changed=True)
+        return run_either_way(self.work(less, made), self.work(more, made), less.inherited - more.inherited)
 
     def _work(
         self, unet: str, wanted: frozenset[str], inherited: frozenset[str] = frozenset(), made: frozenset[str] = frozenset()
@@ -172,21 +175,24 @@ class Schedule:
         first = index == span.start or (index in self._switches and not self.plan.carry)
         return index not in span or first or changed
 
-    def _kept(self, changed: bool, read_later: Sequence[set[str]]) -> list[set[str]]:
-        """For each step, the features that later steps read from it; from the last step backwards.
+    def _kept(self, assumptions: Sequence[bool]) -> tuple[list[frozenset[str]], list[frozenset[str]]]:
+        """For each step, the features that later steps read from it; and those that they read before they are computed afresh.
 
-        To ``read_later`` is added what the steps after each one read from the cache before it is computed afresh.
+        From the last step backwards. A step must serve the steps after it however they are decided, and so may read more than it
+        would if all were decided alike.
         """
         kept: list[set[str]] = [set() for _ in range(self.steps)]
+        read_later: list[set[str]] = [set() for _ in range(self.steps)]
         for index in reversed(range(self.steps)):
-            step = self._step(index, frozenset(kept[index]), changed)
-            taken = self.work(step).taken | self._probed(index)
-            if index:
-                read_later[index - 1] |= (read_later[index] - step.keep) | taken
-            for number, rule in enumerate(self.plan.rules):
-                for key in self._sources(number, rule, index):
-                    kept[key] |= taken & self._features[step.unet][number]
-        return kept
+            for changed in assumptions:
+                step = self._step(index, frozenset(kept[index]), changed)
+                taken = self.work(step).taken | self._probed(index)
+                if index:
+                    read_later[index - 1] |= (read_later[index] - step.keep) | taken
+                for number, rule in enumerate(self.plan.rules):
+                    for key in self._sources(number, rule, index):
+                        kept[key] |= taken & self._features[step.unet][number]
+        return list(map(frozenset, kept)), list(map(frozenset, read_later))
 
     def _step(self, index: int, keep: frozenset[str], changed: bool) -> Step:
         fresh = [self._is_key(number, rule, index, changed) for number, rule in enumerate(self.plan.rules)]
