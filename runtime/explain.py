@@ -47,7 +47,7 @@ def explain(
 ) -> tuple[Table, str]:
     """The table of steps, and lines that sum it up against running the last UNet whole at every step.
 
-    Adaptive rules are shown as computing afresh wherever they may: what they save is decided while running.
+    Steps that are decided while they run are shown as computing afresh, and summed up from the least to the most.
 
     Args:
         schedule: a plan laid out.
@@ -66,20 +66,30 @@ def explain(
     last = schedule.unets[steps[-1].unet]
     whole = lay_out(last, frozenset({NOISE}))
     full_macs, full_seconds = macs_of(last, whole.ran), sum(seconds[steps[-1].unet][name] for name in whole.ran)
-    macs_sum = seconds_sum = 0.0
+
+    def cost(step: Step) -> tuple[float, float]:
+        """A step's MACs and time, relative to those of the whole UNet."""
+        ran = schedule.work(step).ran
+        return macs_of(schedule.unets[step.unet], ran) / full_macs, sum(seconds[step.unet][name] for name in ran) / full_seconds
+
     for step in steps:
-        work = schedule.work(step)
-        macs = macs_of(schedule.unets[step.unet], work.ran) / full_macs
-        time = sum(seconds[step.unet][name] for name in work.ran)
-        macs_sum, seconds_sum = macs_sum + macs, seconds_sum + time
+        work, (macs, time) = schedule.work(step), cost(step)
+        kind = "as decided" if schedule.asked(step.index) else "key" if step.key else "inherit"
         names = listed(work.ran, len(seconds[step.unet])), listed(sorted(work.taken))
-        table.add_row(str(step.index), step.unet, "key" if step.key else "inherit", *names, f"{macs:.3f}", f"{1000 * time:.1f}")
-    peak = peak_bytes(schedule, sizes) / 2**20
+        table.add_row(str(step.index), step.unet, kind, *names, f"{macs:.3f}", f"{1000 * time * full_seconds:.1f}")
+    sums = [map(statistics.fmean, zip(*map(cost, schedule.all_steps(changed)), strict=True)) for changed in (False, True)]
+    all_macs, all_time = (_from_to(least, most) for least, most in zip(*sums, strict=True))
+    decided = "\nsteps of kind 'as decided' are shown as key steps, and may inherit" if schedule.adaptive else ""
     return table, (
-        f"UNet MACs {macs_sum / len(steps):.3f} and predicted time {seconds_sum / len(steps) / full_seconds:.3f} of full; "
-        f"features take at most {peak:.2f} MiB at once, cached ones included"
-        f"{_swaps(steps, residence) if residence and residence.swaps else ''}"
+        f"UNet MACs {all_macs} and predicted time {all_time} of full; features between segments take at most "
+        f"{peak_bytes(schedule, sizes) / 2**20:.2f} MiB at once, cached ones included; what an engine needs inside a segment "
+        f"comes on top{decided}{_swaps(steps, residence) if residence and residence.swaps else ''}"
     )
+
+
+def _from_to(least: float, most: float) -> str:
+    texts = f"{least:.3f}", f"{most:.3f}"
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
 
 
 def _swaps(steps: tuple[Step, ...], residence: Residence) -> str:
@@ -95,11 +105,18 @@ def listed(names: Sequence[str], of: int | None = None) -> str:
     return ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)}" + (f" of {of}" if of else "")
 
 
-_SKIPPED, _INHERITED, _COMPUTED, _ABSENT = 0, 1, 2, 3
+_SKIPPED, _INHERITED, _COMPUTED, _DECIDED, _ABSENT = range(5)
+_COLOURS = {
+    "not needed": "#e8e8e8",
+    "inherited": "#f2b134",
+    "computed": "#2f6690",
+    "as decided": "#7fb069",
+    "not in this UNet": "#ffffff",
+}
 
 
 def plot(schedule: Schedule, path: Path) -> None:
-    """Write a picture of the plan: steps across, units down; computed, inherited or not needed.
+    """Write a picture of the plan: steps across, units down; computed, inherited, not needed, or decided while running.
 
     Raises:
         RequestError: matplotlib is not installed.
@@ -116,22 +133,29 @@ def plot(schedule: Schedule, path: Path) -> None:
     names = list(dict.fromkeys(unit for manifest in schedule.unets.values() for unit in manifest.unet_units))
     names = [name for name in names if not name.endswith(BRANCH)]
     steps = schedule.all_steps()
-    rows = [[_state(schedule, step, name) for step in steps] for name in names]
-    colours = {"not needed": "#e8e8e8", "inherited": "#f2b134", "computed": "#2f6690", "not in this UNet": "#ffffff"}
+    rows = [[_state(schedule, step.index, name) for step in steps] for name in names]
     figure, axis = pyplot.subplots(figsize=(2.8 + 0.22 * len(steps), 1.2 + 0.15 * len(names)))
-    axis.pcolormesh(rows, cmap=ListedColormap(list(colours.values())), vmin=0, vmax=3, edgecolors="white", linewidth=0.5)
+    axis.pcolormesh(rows, cmap=ListedColormap(list(_COLOURS.values())), vmin=0, vmax=_ABSENT, edgecolors="white", linewidth=0.5)
     axis.set_yticks([row + 0.5 for row in range(len(names))], names, fontsize=6)
     axis.set_xticks([column + 0.5 for column in range(len(steps))], [str(step.index) for step in steps], fontsize=6)
     axis.invert_yaxis()
     axis.set_xlabel("step (" + ", ".join(_ranges(steps)) + ")", fontsize=7)
     axis.set_title(f"plan {schedule.plan.name}", fontsize=9)
-    handles = [Patch(facecolor=colour, edgecolor="#999999", label=label) for label, colour in colours.items()]
-    axis.legend(handles=handles[: 4 if len(schedule.unets) > 1 else 3], loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=6)
+    shown = {state for row in rows for state in row} | {_SKIPPED, _INHERITED, _COMPUTED}
+    labels = [item for state, item in enumerate(_COLOURS.items()) if state in shown]
+    handles = [Patch(facecolor=colour, edgecolor="#999999", label=label) for label, colour in labels]
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=6)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
 
 
-def _state(schedule: Schedule, step: Step, unit: str) -> int:
+def _state(schedule: Schedule, index: int, unit: str) -> int:
+    """What becomes of a unit at a step; ``_DECIDED`` where that depends on what is decided there."""
+    less, more = (_state_of(schedule, schedule.decide(index, changed), unit) for changed in (False, True))
+    return more if less == more else _DECIDED
+
+
+def _state_of(schedule: Schedule, step: Step, unit: str) -> int:
     manifest = schedule.unets[step.unet]
     if unit not in manifest.unet_units:
         return _ABSENT

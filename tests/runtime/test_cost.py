@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from engines import Manifest
@@ -127,7 +129,7 @@ def test_relative_macs_by_hand() -> None:
     assert relative_macs(full) == 1
 
 
-def test_a_plan_is_explained_step_by_step_and_drawn(tmp_path: Any) -> None:
+def test_a_plan_is_explained_step_by_step_and_drawn(tmp_path: Path) -> None:
     plan = Plan(name="mine", rules=(Rule(units=("up.1",), when=Uniform(every=2)),))
     unet, manifest = manifest_for(plan)
     schedule = Schedule(plan, {"one": manifest}, TIMESTEPS)
@@ -137,10 +139,29 @@ def test_a_plan_is_explained_step_by_step_and_drawn(tmp_path: Any) -> None:
     assert kinds == ["key", "inherit"] * 3
     assert list(table.columns[4].cells) == ["", "up.1.sampler"] * 3
     assert f"UNet MACs {relative_macs(schedule):.3f} and predicted time 0." in summary
-    plot(schedule, tmp_path / "plan.png")
-    from PIL import Image
+    assert "features between segments take at most" in summary
+    assert "what an engine needs inside a segment comes on top" in summary
+    assert drawn(schedule, tmp_path / "plan.png") >= {COMPUTED, INHERITED, SKIPPED}
 
-    with Image.open(tmp_path / "plan.png") as picture:
+
+def test_an_adaptive_plan_is_explained_from_the_least_to_the_most(tmp_path: Path) -> None:
+    plan = find_plan("adaptive:0.3")
+    unet, manifest = manifest_for(plan)
+    schedule = Schedule(plan, {"one": manifest}, TIMESTEPS)
+    table, summary = explain(schedule, {"one": live_network(unet, manifest)}, SIZES)
+    assert list(table.columns[2].cells) == ["key"] + ["as decided"] * 5
+    assert f"UNet MACs {relative_macs(schedule, changed=False):.3f} to 1.000 and predicted time 0." in summary
+    assert " to 1.000 of full; " in summary
+    assert summary.endswith("steps of kind 'as decided' are shown as key steps, and may inherit")
+    assert drawn(schedule, tmp_path / "plan.png") >= {COMPUTED, DECIDED}
+
+
+COMPUTED, INHERITED, SKIPPED, DECIDED = (0x2F, 0x66, 0x90), (0xF2, 0xB1, 0x34), (0xE8, 0xE8, 0xE8), (0x7F, 0xB0, 0x69)
+
+
+def drawn(schedule: Schedule, path: Path) -> set[Any]:
+    """The colours in a plan's picture."""
+    plot(schedule, path)
+    with Image.open(path) as picture:
         assert picture.format == "PNG"
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or []}
-    assert {(0x2F, 0x66, 0x90), (0xF2, 0xB1, 0x34), (0xE8, 0xE8, 0xE8)} <= colours
+        return {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or []}
