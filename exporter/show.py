@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from engines import Bundle, Manifest, Segment
+from runtime.companions import lay_out_part
 from runtime.cost import relative_macs
 from runtime.errors import PlanError
 from runtime.plan import Plan
 from runtime.presets import PRESETS, find_plan
-from runtime.schedule import Schedule, check_runs
+from runtime.schedule import check_runs
 
 __all__ = ["show_built", "show_bundle", "show_segments"]
 
@@ -113,22 +114,22 @@ def _plans(manifest: Manifest) -> Table:
     for name in ("plan", "what is inherited", "MACs"):
         table.add_column(name)
     for preset in PRESETS.values():
-        plan = find_plan(preset.example)
-        if plan.unets:
-            continue  # it takes another bundle too
-        table.add_row(preset.example, *_cost(manifest, plan))
+        table.add_row(preset.example, *_cost(manifest, find_plan(preset.example)))
     return table
 
 
 def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
-    """What a plan inherits, or why the bundle cannot run it; and its MACs."""
+    """What a plan inherits, or why the bundle cannot run it; and its MACs, where they are this UNet's alone."""
     try:
-        schedule = Schedule(plan, {manifest.variant: manifest}, _TIMESTEPS)
+        schedule = lay_out_part(plan, manifest, _TIMESTEPS)
     except PlanError as error:
         return f"not with this UNet: {error}", "-"
     try:
         check_runs(schedule)
     except PlanError:
         return f"not cut for it: build with --plan {plan.name}", "-"
+    others = ", ".join(name for name in dict.fromkeys(part.unet for part in plan.unets) if name != manifest.variant)
+    if others:
+        return f"this UNet's part can run; beside the bundle there must be one of {others}", "-"
     inherited = ", ".join(f"{' '.join(rule.units)} by {rule.kind}" for rule in plan.rules)
     return inherited or "nothing", f"{relative_macs(schedule):.3f}"

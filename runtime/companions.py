@@ -10,7 +10,7 @@ from runtime.errors import PlanError
 from runtime.plan import Plan
 from runtime.schedule import Schedule, check_runs
 
-__all__ = ["check_part", "companion", "cut_everywhere"]
+__all__ = ["companion", "cut_everywhere", "lay_out_part"]
 
 
 def companion(bundle: Bundle, variant: str, plan: Plan, timesteps: Sequence[float], engine: Engine | None = None) -> Bundle:
@@ -79,27 +79,24 @@ def cut_everywhere(manifest: Manifest) -> Manifest:
     return manifest.model_copy(update={"segments": tuple(segments)})
 
 
-def check_part(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> Schedule:
-    """Check that a bundle is cut for its own UNet's part of a plan, whatever the bundles of the other UNets are cut for.
+def lay_out_part(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> Schedule:
+    """A plan laid out for one UNet's part of it, to be checked whatever the bundles of the others are cut for.
 
-    Returns:
-        The plan laid out, with stand-ins in place of the other UNets: this one, cut everywhere.
+    In place of the other UNets it has this one, cut everywhere.
 
     Raises:
-        PlanError: the plan does not run this UNet, names what it does not have, or needs other cuts.
+        PlanError: the plan does not run this UNet, or names what it does not have.
     """
     names = dict.fromkeys(part.unet for part in plan.unets) or [manifest.variant]
     if manifest.variant not in names:
         raise PlanError(f"plan {plan.name} runs the UNets {', '.join(names)}, not {manifest.variant}")
     unets = dict.fromkeys(names, cut_everywhere(manifest)) | {manifest.variant: manifest}
-    schedule = Schedule(plan, unets, timesteps)
-    check_runs(schedule)
-    return schedule
+    return Schedule(plan, unets, timesteps)
 
 
 def _is_cut(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> bool:
     try:
-        check_part(plan, manifest, timesteps)
+        check_runs(lay_out_part(plan, manifest, timesteps))
     except PlanError:
         return False
     return True

@@ -18,7 +18,7 @@ from exporter.fidelity import cosine, psnr
 from exporter.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE, Comparison, compare_latents
 from tests.commands import Command, assert_refused
 from tests.sources import save_source
-from tests.unets import small_unet
+from tests.unets import manifest_of, small_unet
 
 FP32 = 1e-4
 """What `verify` allows at float32: sums in another order give 1e-6 to 5e-6, a wrong feature or weight far above 1e-3."""
@@ -150,6 +150,26 @@ def test_a_source_that_has_changed_since_is_refused(no_mid_bundle: Bundle, expor
 
 def test_sizes_that_do_not_fit(no_mid_bundle: Bundle, exporter: Command) -> None:
     assert_refused(exporter("verify", no_mid_bundle.folder, "--sizes", "17x16"), "17x16", "multiples of 8")
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ("original", "this UNet's part can run; beside the bundle there must be one of assembled"),
+        ("assembled", "this UNet's part can run; beside the bundle there must be one of original"),
+        ("condconv", "not with this UNet: plan switch:0.4 runs the UNets assembled, original, not condconv"),
+    ],
+)
+def test_inspect_says_whether_a_switch_can_run_as_far_as_the_bundle_goes(
+    exporter: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variant: str, said: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    manifest = manifest_of(small_unet("uneven")).model_copy(update={"variant": variant})
+    (tmp_path / "manifest.json").write_text(manifest.model_dump_json())
+    outcome = exporter("inspect", tmp_path)
+    assert outcome.code == 0
+    (line,) = (line for line in outcome.out if line.split()[:1] == ["switch:0.4"])
+    assert said in line
 
 
 def test_inspect_shows_segments_features_and_plans(
