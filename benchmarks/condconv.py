@@ -167,25 +167,34 @@ def _fill(part: nn.Module) -> None:
                 nn.init.normal_(parameter, std=0.02)
 
 
+PARTS = {"layers": layers, "whole": whole, "blocks": blocks}
+"""What can be measured."""
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measure layers, the embedded UNet and blocks of Stable Diffusion 1.5's widths; print and write what was found."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.condconv", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime (default: 1)")
-    parser.add_argument("--parts", default="layers,whole,blocks", help="what to measure (default: %(default)s)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure (default: %(default)s); others stay")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/condconv.json"))
     options = parser.parse_args(arguments)
     found: dict[str, Any] = {"settings": {"rounds": options.rounds, "threads": options.threads, "experts": EXPERTS, "form": FORM}}
     found["settings"] |= {"channels": CHANNELS, "dtype": "float32", "engine": "onnxruntime"}
+    found |= _kept(options.out, found["settings"])
     for part in options.parts.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            found[part] = {"layers": layers, "whole": whole, "blocks": blocks}[part](
-                options.rounds, options.threads, Path(folder)
-            )
+            found[part] = PARTS[part](options.rounds, options.threads, Path(folder))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found | machine(), indent=1) + "\n")
     _print(found)
     Console().print(f"wrote {options.out}", highlight=False)
+
+
+def _kept(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts that were measured before with the same settings."""
+    before: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return {part: before[part] for part in PARTS if part in before} if before.get("settings") == settings else {}
 
 
 def _print(found: Mapping[str, Any]) -> None:

@@ -64,3 +64,17 @@ def test_the_page_shows_the_committed_figures_of_a_form(form: str) -> None:
     times, layers = [row["ratio"] for row in rows], sorted({str(row["rtx_layers"]) for row in rows})
     line = next(line for line in PAGE.splitlines() if line.startswith(f"| `{form}`:"))
     assert f"| {min(times):.2f} to {max(times):.2f} | {' or '.join(layers)}" in line
+
+
+def test_parts_that_are_not_measured_again_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "found.json"
+    for part in condconv.PARTS:
+        monkeypatch.setitem(condconv.PARTS, part, lambda rounds, threads, folder: [])
+    condconv.main(["--parts", "layers", "--out", str(out)])
+    row = {"side": 32, "form": "plain"}
+    out.write_text(json.dumps(json.loads(out.read_text()) | {"layers": [row]}))
+    monkeypatch.setitem(condconv.PARTS, "whole", lambda rounds, threads, folder: {"macs": {}, "time": []})
+    condconv.main(["--parts", "whole", "--out", str(out)])
+    assert json.loads(out.read_text())["layers"] == [row]
+    condconv.main(["--parts", "whole", "--rounds", "1", "--out", str(out)])
+    assert "layers" not in json.loads(out.read_text())

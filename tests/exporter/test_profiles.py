@@ -154,6 +154,20 @@ def test_what_it_refuses(static: Pipeline, request_made: tuple[int, int, int, fl
     )
 
 
+@pytest.mark.parametrize("request_made", [(1, 192, 64), (1, 64, 192), (3, 64, 64)], ids=str)
+def test_a_request_outside_the_sizes_built_for(static: Pipeline, request_made: tuple[int, int, int]) -> None:
+    changes = {"static": False, "max_images": 2, "sizes": ((64, 128), (128, 64))}
+    static.bundle = replace(static.bundle, manifest=static.manifest.model_copy(update=changes))
+    static.check_request(["a", "b"], 2, 128, 128, 7.5)
+    images, height, width = request_made
+    with pytest.raises(RequestError) as refusal:
+        static.check_request(["a"], images, height, width, 7.5)
+    assert str(refusal.value) == (
+        f"{images} image(s) of {height}x{width}: the null engines of this bundle were built for up to 2 image(s) of 64x128, "
+        "128x64; build others with --sizes and --batch"
+    )
+
+
 def test_an_engine_without_a_profile_takes_anything(static: Pipeline) -> None:
     static.engine = Null()
     static.check_request(["a"], 3, 64, 64, 0.0)
