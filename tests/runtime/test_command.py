@@ -246,6 +246,19 @@ def test_a_switch_whose_features_do_not_match(
     assert list(here.iterdir()) == []
 
 
+def test_the_documented_carry_runs_on_the_embedded_bundles(
+    runtime: Command, mini_bundle: Bundle, assembled_bundle: Bundle, tmp_path: Path
+) -> None:
+    blocks = (ROOT / "docs" / "plans.md").read_text("utf-8").split("```json\n")[1:]
+    (example,) = (text for block in blocks if '"carry": true' in (text := block.partition("```")[0]))
+    path = tmp_path / "carried.json"
+    path.write_text(example)
+    outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path, "--steps", 12, "--scheduler", "ddim")
+    assert outcome.code == 0
+    kinds = [word for line in outcome.out for word in line.split()[3:4] if word in {"key", "inherit"}]
+    assert kinds == ["key", "inherit", "inherit"] * 4, "the switch, at step 4, is no key step"
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
