@@ -17,7 +17,7 @@ from runtime import executor as executor_module
 from runtime.change import Change
 from runtime.modes import Explicit, Threshold, Uniform
 from runtime.schedule import check_runs
-from tests.runtime.graphs import Case, arithmetic_network, cases, cut, inherited_at, inputs_of_step, value_of
+from tests.runtime.graphs import Case, arithmetic_network, cases, cut, features_by_rule, inherited_at, inputs_of_step, value_of
 from tests.unets import make_manifest, manifest_of, small_unet
 
 thorough = settings(max_examples=300, deadline=None)
@@ -33,7 +33,7 @@ def inputs_at(index: int) -> dict[str, Tensor]:
 def adaptive_cases(draw: st.DrawFn) -> tuple[Case, Rule]:
     """A case whose rules leave at least one unit to an adaptive rule, and a feature that no other rule inherits."""
     case = draw(cases())
-    taken = {name for rule in case.plan.rules for name in rule.units}
+    taken = set().union(*features_by_rule(case.plan.rules, case.manifest.unet_units))
     free = [unit.name for unit in case.manifest.units if unit.name not in taken]
     outputs = [name for segment in case.manifest.segments for name in segment.outputs if name not in taken]
     assume(free and outputs)
@@ -56,13 +56,13 @@ def expected(case: Case, rule: Rule) -> tuple[list[int], list[bool]]:
     assert isinstance(rule.when, Threshold)
     cache: dict[str, Tensor] = {}
     last, keys, predictions = torch.zeros(1), [], []
-    span = rule.span(case.steps)
+    span, own = rule.span(case.steps), features_by_rule(case.plan.rules, case.manifest.unet_units)[-1]
     for index in range(case.steps):
         others = inherited_at(case, index)
         now = unit_by_unit(case, others, cache, index)[rule.when.feature]
         key = index not in span or index == span.start or bool((now - last).norm() > rule.when.above * last.norm())
         last = now if key else last
-        cache = unit_by_unit(case, others if key else others | set(rule.units), cache, index)
+        cache = unit_by_unit(case, others if key else others | own, cache, index)
         keys.append(key)
         predictions.append(int(cache["head"]))
     return predictions, keys

@@ -9,8 +9,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from engines import Unit
-from runtime import Executor, Plan, PlanError, Rule
+from engines import Manifest, Unit
+from runtime import Executor, Plan, PlanError, Rule, Schedule
 from runtime.cost import relative_macs
 from runtime.demand import demand
 from runtime.modes import Uniform
@@ -23,6 +23,7 @@ from tests.runtime.graphs import (
     inherited_at,
     inputs_of_step,
     predictions_unit_by_unit,
+    switching_cases,
     units_of_a_graph,
 )
 from tests.unets import make_manifest
@@ -79,6 +80,25 @@ def test_segments_compute_what_unit_by_unit_inheritance_computes(case: Case) -> 
         assert tuple(log[before:]) == record.ran
         assert_nothing_runs_for_nobody(case, record.ran, record.inherited, schedule.decide(index).wanted)
     assert predictions == predictions_unit_by_unit(case)
+
+
+@thorough
+@given(switching_cases())
+def test_a_switch_computes_what_it_does_unit_by_unit(drawn: tuple[Case, Manifest]) -> None:
+    """With and without carry. A feature that was not computed yet, or not by the UNet before, would be a KeyError."""
+    case, other = drawn
+    unets = {"original": case.manifest, "other": other}
+    try:
+        schedule = Schedule(case.plan.checked(), unets, [900.0 - index for index in range(case.steps)])
+        check_runs(schedule)
+    except PlanError:
+        assume(False)
+    executor = Executor({name: arithmetic_network(manifest, []) for name, manifest in unets.items()}, schedule)
+    steps = [inputs_of_step(index) for index in range(case.steps)]
+    made = [executor.step(index, step["sample"], step["timestep"], step["text_encoder"]) for index, step in enumerate(steps)]
+    assert [int(prediction) for prediction, _ in made] == predictions_unit_by_unit(case, other)
+    at = int(case.plan.unets[1].start)
+    assert [record.unet for _, record in made] == ["original"] * at + ["other"] * (case.steps - at)
 
 
 def assert_nothing_runs_for_nobody(case: Case, ran: tuple[str, ...], inherited: tuple[str, ...], wanted: frozenset[str]) -> None:
