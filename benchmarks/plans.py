@@ -38,8 +38,8 @@ __all__ = ["GRID", "PLANS", "Kept", "costs", "likeness", "main"]
 PLANS = (
     "full", "block:2", "block:3", "block:4", "block:6", "layer:2", "layer:3", "layer:5", "deepcache:2", "deepcache:3",
     "deepcache:4", "deepcache:6", "unit:2", "unit:3", "unit:5", "encoder:faster", "encoder:3", "quadratic:2", "quadratic:3",
-    "adaptive:0.1", "adaptive:0.2", "switch:0.4", "switch:0.7", "switch:0.4+block:3", "switch:0.7+block:3", "switch:0.4+layer:3",
-    "switch:0.7+deepcache:3", "block:3+unit:2",
+    "front:3", "back:3", "random:3", "adaptive:0.1", "adaptive:0.2", "switch:0.4", "switch:0.7", "switch:0.4+block:3",
+    "switch:0.7+block:3", "switch:0.4+layer:3", "switch:0.7+deepcache:3", "block:3+unit:2",
 )  # fmt: skip
 GRID = ("full", "block:3", "layer:3", "deepcache:3", "unit:3", "encoder:faster", "switch:0.4", "switch:0.4+block:3")
 COLUMNS = ("plan", "macs", "time", "time_low", "time_high", "accuracy", "psnr", "ssim")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import PlanError
-from runtime.modes import Explicit, Quadratic, Threshold, Uniform
+from runtime.modes import Back, Explicit, Front, Mode, Quadratic, Random, Threshold, Uniform
 from runtime.plan import Plan, Rule, UNetRange
 
 __all__ = ["PRESETS", "Preset", "find_plan"]
@@ -61,8 +61,13 @@ def _encoder(text: str) -> Plan:
     return Plan(name="", rules=(Rule(units=("[sdm]*",), when=when),))
 
 
-def _quadratic(text: str) -> Plan:
-    return Plan(name="", rules=(Rule(units=("up.-1.layer.-2",), when=Quadratic(every=_every(text).every)),))
+def _spaced(mode: Callable[..., Mode]) -> Callable[[str], Plan]:
+    """A preset that inherits what deepcache does, with key steps of another mode, one in N."""
+
+    def make(text: str) -> Plan:
+        return Plan(name="", rules=(Rule(units=("up.-1.layer.-2",), when=mode(every=_every(text).every)),))
+
+    return make
 
 
 def _switch(text: str) -> Plan:
@@ -84,7 +89,10 @@ PRESETS = {
     ),
     "encoder": Preset("encoder:faster", "run the way up only (also encoder:N)", "encoder:faster", _encoder),
     "deepcache": Preset("deepcache:N", "run the stem, the last layer and the head", "deepcache:3", _uniform("up.-1.layer.-2")),
-    "quadratic": Preset("quadratic:N", "as deepcache; key steps dense around 0.3", "quadratic:3", _quadratic),
+    "quadratic": Preset("quadratic:N", "as deepcache; key steps dense around 0.3", "quadratic:3", _spaced(Quadratic)),
+    "front": Preset("front:N", "as deepcache; key steps dense early", "front:3", _spaced(Front)),
+    "back": Preset("back:N", "as deepcache; key steps dense late", "back:3", _spaced(Back)),
+    "random": Preset("random:N", "as deepcache; key steps at random, a control", "random:3", _spaced(Random)),
     "adaptive": Preset("adaptive:X", "as block; key steps as the stem changes by X", "adaptive:0.3", _adaptive),
     "switch": Preset("switch:X", "the assembled UNet for the first X of noise", "switch:0.4", _switch),
 }  # fmt: skip

@@ -70,6 +70,8 @@ def test_what_presets_inherit(units: tuple[str, ...]) -> None:
     assert find_plan("block:4") == one_rule("up.-2", every=4, name="block:4")
     assert features("block:4", "uneven") == {name for name in units if name.startswith("up.1.")}
     assert features("deepcache:4", "uneven") == {name for name in units if name.startswith("up.2.layer.1.")}
+    for preset in ("quadratic:4", "front:4", "back:4", "random:4"):
+        assert features(preset, "uneven") == features("deepcache:4", "uneven")
     assert features("deepcache:2", "no mid") == {name for name in units if name.startswith("up.2.layer.0.")}
     assert features("unit:2", "uneven") == {name for name in units if name.endswith(".attention.branch")}
     assert features("encoder:faster", "uneven") == {name for name in units if name.split(".")[0] in {"stem", "down", "mid"}}
@@ -125,6 +127,7 @@ def test_a_pattern_that_names_no_unit(pattern: str, units: tuple[str, ...]) -> N
         ("block:0", "takes a number of steps"),
         ("block:-1", "takes a number of steps"),
         ("deepcache:1.5", "takes a number of steps"),
+        ("front:0", "front takes a number of steps"),
         ("encoder:slower", "takes a number of steps"),
         ("switch:1.5", "takes a number between 0 and 1, such as 0.4"),
         ("adaptive:-1", "takes a number between 0 and 1"),
