@@ -1,7 +1,7 @@
 """What a plan will do, before it does it: a table of steps, what it costs, and a picture of steps against units."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from runtime.residence import Residence
 from runtime.schedule import Schedule, Step
 from runtime.work import TEXT, lay_out
 
-__all__ = ["explain", "listed", "plot", "segment_seconds"]
+__all__ = ["explain", "in_order", "listed", "plot", "segment_seconds"]
 
 _REPEATS = 5
 _MOST_NAMED = 5
@@ -130,8 +130,7 @@ def plot(schedule: Schedule, path: Path) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    names = list(dict.fromkeys(unit for manifest in schedule.unets.values() for unit in manifest.unet_units))
-    names = [name for name in names if not name.endswith(BRANCH)]
+    names = [name for name in in_order([unet.unet_units for unet in schedule.unets.values()]) if not name.endswith(BRANCH)]
     steps = schedule.all_steps()
     rows = [[_state(schedule, step.index, name) for step in steps] for name in names]
     figure, axis = pyplot.subplots(figsize=(2.8 + 0.22 * len(steps), 1.2 + 0.15 * len(names)))
@@ -147,6 +146,18 @@ def plot(schedule: Schedule, path: Path) -> None:
     axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=6)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def in_order(unets: Iterable[Sequence[str]]) -> list[str]:
+    """The units of all UNets, each once: those of the largest in its order, and each other one behind what it follows."""
+    names: list[str] = []
+    for units in sorted(unets, key=len, reverse=True):
+        place = 0
+        for unit in units:
+            if unit not in names:
+                names.insert(place, unit)
+            place = names.index(unit) + 1
+    return names
 
 
 def _state(schedule: Schedule, index: int, unit: str) -> int:

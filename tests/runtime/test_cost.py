@@ -16,7 +16,7 @@ from exporter.partition import Granularity
 from runtime import Executor, Plan, Rule, Schedule
 from runtime.cost import peak_bytes, relative_macs
 from runtime.executor import Network
-from runtime.explain import explain, plot
+from runtime.explain import explain, in_order, plot
 from runtime.modes import Uniform
 from runtime.presets import find_plan
 from tests.unets import TEXT_WIDTH, TOKENS, live_network, manifest_of, small_unet
@@ -165,3 +165,10 @@ def drawn(schedule: Schedule, path: Path) -> set[Any]:
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         return {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or []}
+
+
+def test_units_of_two_unets_stand_in_their_order() -> None:
+    small, large = ["stem", "down.0", "up.0.attention", "up.1", "head"], ["stem", "down.0", "down.1", "up.0", "up.1", "head"]
+    expected = ["stem", "down.0", "up.0.attention", "down.1", "up.0", "up.1", "head"]
+    assert in_order([small, large]) == in_order([large, small]) == expected
+    assert in_order([small]) == small
