@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 PIP_ARGS ?=
-# Test processes: each has one thread, and its own copies of the bundles that its files share.
+# Test processes: each has one thread; they take files in turn, as they are listed: those of a few long tests come first.
 WORKERS ?= 2
 PROMPT ?= a red star on a blue background
 export PROMPT
@@ -25,7 +25,7 @@ demo: $(VENV)/.installed-core ## build the assembled UNet's engines and generate
 	$(BIN)/python -m runtime "$$PROMPT" --bundle bundles/mini-assembled
 
 test: lint ## everything that must hold: lint, types, tests with coverage
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-report=term --durations=10
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term --durations=10
 
 lint: $(VENV)/.installed-test ## ruff and mypy
 	$(BIN)/ruff check
