@@ -143,8 +143,12 @@ class Engine(ABC):
             raise EngineError(f"engine {self.name} takes no targets, got {', '.join(targets)}; leave --targets out")
         return ()
 
-    def compile(self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str]) -> list[Path]:
+    def compile(
+        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], beside: Path | None = None
+    ) -> list[Path]:
         """Write the compiled files of a segment, named ``stem`` with a suffix; returns them.
+
+        In the folder ``beside`` an engine may keep what makes other builds shorter.
 
         Raises:
             EngineError: the engine refuses the segment, or a target it does not know.

@@ -75,7 +75,9 @@ class OnnxRuntime(Engine):
         """ONNX Runtime's version."""
         return str(self._ort.__version__)
 
-    def compile(self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str]) -> list[Path]:
+    def compile(
+        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], beside: Path | None = None
+    ) -> list[Path]:
         """Write ``<segment>.ort.onnx`` beside the traced file, whose weights it shares; nothing if there is no attention to fuse.
 
         The ``stem`` is not used: ONNX Runtime reads weights only from the folder of the file that refers to them.

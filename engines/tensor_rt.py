@@ -67,7 +67,9 @@ class _Family(Engine):
 
     # Compiling
 
-    def compile(self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str]) -> list[Path]:
+    def compile(
+        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], beside: Path | None = None
+    ) -> list[Path]:
         """Write ``<stem>.engine``, for inputs between the profile's smallest and largest shapes.
 
         Raises:
@@ -79,7 +81,7 @@ class _Family(Engine):
             network, parser = self._parse(builder, traced)
             config = self._configure(builder, network, traced.segment, profile)
             self._set_targets(config, chosen)
-            plan = self._build(builder, network, config)
+            plan = self._build(builder, network, config, beside)
             del parser  # not earlier: the network's weights are the parser's memory until the engine is built
         if plan is None:
             reason = errors[0] if errors else "it gives no reason"
@@ -117,7 +119,7 @@ class _Family(Engine):
     def _set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
         """Nothing to set where an engine is for the GPU it is built on."""
 
-    def _build(self, builder: Any, network: Any, config: Any) -> Any:
+    def _build(self, builder: Any, network: Any, config: Any, beside: Path | None) -> Any:
         """The engine's bytes; None where it cannot be built."""
         return builder.build_serialized_network(network, config)
 
@@ -175,9 +177,9 @@ class _Family(Engine):
         members = self.trt.EngineInvalidityDiagnostics.__members__
         return [name.replace("_", " ").lower() for name, member in members.items() if int(member) & bits]
 
-    def _file_name(self) -> str:
-        """Of a cache: what it is for."""
-        return f"{self.name}-{self.version()}-{_card_name(self.device)}.bin"
+    def _cache_stem(self) -> str:
+        """Of a cache's file: what it is for."""
+        return f"{self.name}-{self.version()}-{_card_name(self.device)}"
 
     def _create_context(self, engine: Any) -> Any:
         """A context that is given the memory it works in: all of them share one block."""
@@ -206,10 +208,12 @@ class TensorRT(_Family):
         self._require_gpu("to build")
         return ()
 
-    def _build(self, builder: Any, network: Any, config: Any) -> Any:
-        timings = TimingCache(self._file_name())
+    def _build(self, builder: Any, network: Any, config: Any, beside: Path | None) -> Any:
+        if beside is None:
+            return super()._build(builder, network, config, beside)
+        timings = TimingCache(beside / f"{self._cache_stem()}.timings")
         cache = timings.attach(config)
-        plan = super()._build(builder, network, config)
+        plan = super()._build(builder, network, config, beside)
         timings.store(config, cache)
         return plan
 
@@ -284,7 +288,7 @@ class TensorRTRTX(_Family):
 
     def _cache(self, bundle: Bundle) -> RuntimeCache:
         if bundle.folder not in self._caches:
-            places = cache_places(bundle.folder, bundle.manifest.key, self._file_name())
+            places = cache_places(bundle.folder, bundle.manifest.key, f"{self._cache_stem()}.bin")
             self._caches[bundle.folder] = RuntimeCache(places)
         return self._caches[bundle.folder]
 

@@ -1,24 +1,25 @@
 """What TensorRT measured of kernels while it built, kept for later builds on a card: like layers are not measured again."""
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
-from engines.runtime_cache import user_folder, write_whole
+from engines.runtime_cache import write_whole
 
 __all__ = ["TimingCache"]
 
 
 class TimingCache:
-    """A file among the user's caches, not in a bundle: bundles share it, for their layers are often alike.
+    """A file beside bundles, not in one: those of a folder share it, for their layers are often alike.
 
     The library checks what it is given: what is damaged, or of another card or version, counts as empty.
 
     Args:
-        name: of the file; it names the version of TensorRT and the card.
+        place: of the file; its name has the version of TensorRT and the card.
     """
 
-    def __init__(self, name: str) -> None:
-        self._place = user_folder() / "timing" / name
+    def __init__(self, place: Path) -> None:
+        self._place = place
 
     def attach(self, config: Any) -> Any:
         """Let a builder's configuration use the cache as it is on disk; returns it, to be kept until the engine is built."""

@@ -67,7 +67,9 @@ class Torch(Engine):
         """PyTorch's version."""
         return str(torch.__version__)
 
-    def compile(self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str]) -> list[Path]:
+    def compile(
+        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], beside: Path | None = None
+    ) -> list[Path]:
         """Write ``<stem>.pt2``. The profile does not bind: the program takes every size that it was traced for.
 
         Raises:

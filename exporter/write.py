@@ -93,7 +93,8 @@ class Writer:
         for engine in todo:
             report(f"compiling for {engine.name}")
             stem = self.pieces.folder / "engines" / engine.name / segment.name
-            paths = engine.compile(traced, stem, self._profile(segment), self.wanted.targets[engine.name])
+            targets, beside = self.wanted.targets[engine.name], self.pieces.place.parent
+            paths = engine.compile(traced, stem, self._profile(segment), targets, beside)
             self.pieces.add(keys[engine.name], paths)
         compiled = {engine.name: self._compiled(engine, keys[engine.name]) for engine in self.engines if engine.compiles}
         seconds = round(time.perf_counter() - started, 1) if worked else 0.0

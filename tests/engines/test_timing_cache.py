@@ -10,10 +10,9 @@ from .fake_tensorrt import FakeBuilder, FakeBuilderConfig, FakeTensorRT
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """Where the cache of the fake's card lies: one that belongs to the user."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    return tmp_path / "home" / "unet-heirloom" / "timing" / "tensorrt-11.0.0-cpu.bin"
+def place(tmp_path):
+    """Where the cache of the fake's card lies: beside the bundles."""
+    return tmp_path / "bundles" / "tensorrt-11.0.0-cpu.timings"
 
 
 @pytest.fixture
@@ -21,11 +20,11 @@ def build(tiny, tmp_path):
     """Builds a segment; returns the names of those that had to be measured."""
 
     def build(*names, kind=TensorRT, trt=None, folder="bundle"):
-        trt = trt or FakeTensorRT({})
+        trt, bundles = trt or FakeTensorRT({}), tmp_path / "bundles"
         engine = kind(trt, torch.device("cpu"))
         for name in names:
             traced = Traced(tiny.segment(name), tmp_path / f"{name}.onnx")
-            engine.compile(traced, tmp_path / folder / name, Profile({}, {}, {}), ())
+            engine.compile(traced, bundles / folder / name, Profile({}, {}, {}), (), beside=bundles)
         return trt.measured
 
     return build
@@ -39,7 +38,7 @@ def test_what_was_measured_is_not_measured_again(build, place):
 
 def test_it_is_no_part_of_a_bundle(build, place, tmp_path):
     build("front")
-    assert [path.name for path in (tmp_path / "bundle").iterdir()] == ["front.engine"]
+    assert [path.name for path in (tmp_path / "bundles" / "bundle").iterdir()] == ["front.engine"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0garbage", b'["sm89", "fro'])
@@ -60,7 +59,10 @@ def test_other_versions_have_their_own(build, place):
     newer = FakeTensorRT({})
     newer.__version__ = "11.1.0"
     assert build("front", trt=newer) == ["front"]
-    assert sorted(path.name for path in place.parent.iterdir()) == ["tensorrt-11.0.0-cpu.bin", "tensorrt-11.1.0-cpu.bin"]
+    assert sorted(path.name for path in place.parent.glob("*.timings")) == [
+        "tensorrt-11.0.0-cpu.timings",
+        "tensorrt-11.1.0-cpu.timings",
+    ]
 
 
 def test_what_another_process_measured_meanwhile_is_kept(build, place, monkeypatch):
@@ -77,8 +79,7 @@ def test_what_another_process_measured_meanwhile_is_kept(build, place, monkeypat
 
 
 def test_a_place_that_cannot_be_written_is_no_error(build, place):
-    place.parent.parent.mkdir(parents=True)
-    place.parent.write_text("a file in the way")
+    (place / "a folder in the way").mkdir(parents=True)
     assert build("front") == build("front") == ["front"]
 
 
@@ -94,4 +95,13 @@ def test_a_build_that_fails_leaves_what_was_known(build, place):
 def test_tensorrt_rtx_gets_none(build, place, monkeypatch):
     monkeypatch.setattr(FakeBuilderConfig, "create_timing_cache", lambda *given: pytest.fail("a timing cache was attached"))
     assert build("front", kind=TensorRTRTX) == ["front"]
-    assert not place.parent.exists()
+    assert [path.name for path in place.parent.iterdir()] == ["bundle"]
+
+
+def test_who_names_no_folder_gets_none(tiny, tmp_path):
+    trt = FakeTensorRT({})
+    for _ in range(2):
+        traced = Traced(tiny.segment("front"), tmp_path / "front.onnx")
+        TensorRT(trt, torch.device("cpu")).compile(traced, tmp_path / "bundle" / "front", Profile({}, {}, {}), ())
+    assert trt.measured == ["front", "front"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from engines import Bundle, Manifest, Profile, Segment, Traced, make_engine
+from engines.onnx_runtime import OnnxRuntime
 from exporter import BuildError, BuildOptions, build
 from exporter.build import DIGESTS
 from exporter.graph import load_graph
@@ -253,6 +254,23 @@ def test_a_build_that_fails_leaves_no_bundle_and_is_gone_on_with(
     assert after == [*UNET_SEGMENTS[4:], "vae_decoder", "vae_encoder"]
     bundle.check()
     assert names_in(bundle.folder.parent) == ["bundle"]
+
+
+def test_what_an_engine_keeps_for_other_builds_lies_beside_the_bundle(
+    options: BuildOptions, fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_and_keep(
+        engine: object, traced: Traced, stem: Path, profile: Profile, targets: object, beside: Path
+    ) -> list[Path]:
+        with (beside / "kept").open("a") as kept:
+            kept.write(f"{traced.segment.name} ")
+        return []
+
+    fake_trace()
+    monkeypatch.setattr(OnnxRuntime, "compile", compile_and_keep)
+    bundle, _ = build(options)
+    assert names_in(bundle.folder.parent) == ["bundle", "kept"]
+    assert (bundle.folder.parent / "kept").read_text().split() == ["text_encoder", *UNET_SEGMENTS, "vae_decoder", "vae_encoder"]
 
 
 def test_a_build_that_fails_at_once_leaves_nothing(options: BuildOptions, fake_trace: FakeTrace) -> None:

@@ -61,7 +61,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, Profile]:
     """A TensorRT-RTX that builds nothing; the profiles that it was given, by segment."""
     given: dict[str, Profile] = {}
 
-    def compile_segment(engine: Any, traced: Any, stem: Path, profile: Profile, targets: Any) -> list[Path]:
+    def compile_segment(engine: Any, traced: Any, stem: Path, profile: Profile, *rest: Any) -> list[Path]:
         given[traced.segment.name] = profile
         path = Path(f"{stem}.engine")
         path.parent.mkdir(parents=True, exist_ok=True)
