@@ -121,6 +121,8 @@ class Plan(Record):
         return self
 
     def _check_unets(self) -> None:
+        if self.switch_by == "steps" and not self.unets:
+            raise PlanError(f"plan {self.name}: switch_by 'steps' but no unets; list the UNets by range, or leave it out")
         at = 0.0
         for number, part in enumerate(self.unets):
             place = f"plan {self.name}: unets.{number} covers {part}"

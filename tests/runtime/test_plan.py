@@ -210,6 +210,11 @@ def test_a_plan_by_steps_says_so_in_its_file(tmp_path: Path) -> None:
     assert "switch_by" not in PLAN.model_dump()
 
 
+def test_counting_steps_of_no_unets_is_refused() -> None:
+    with pytest.raises(PlanError, match="plan bare: switch_by 'steps' but no unets; list the UNets by range, or leave it out"):
+        Plan(name="bare", switch_by="steps").checked()
+
+
 def test_messages_number_the_rule() -> None:
     fine = Rule(units=("up.0",), when=Uniform(every=2))
     for second, message in (
