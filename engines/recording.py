@@ -42,28 +42,38 @@ def current_recording() -> Recording[Any] | None:
 
 
 class Recorder(ABC):
-    """Makes recordings that take turns: what one keeps to itself while it is replayed is another's to use afterwards."""
+    """Makes recordings that take turns.
+
+    Those with ``passing`` outputs share memory: a replay of one may write over what others have made. What all others made stays.
+    """
 
     @abstractmethod
     def beside(self) -> AbstractContextManager[None]:
         """Inside it, work goes to the recorder's own stream, in its turn (see ``beside``)."""
 
     @abstractmethod
-    def _capture(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+    def _capture(self, work: Callable[[], Outputs], passing: bool) -> tuple[Callable[[], None], Outputs]:
         """Record the work without doing it: what replays it, and its outputs."""
 
-    def record(self, work: Callable[[], Outputs]) -> Recording[Outputs]:
+    def record(self, work: Callable[[], Outputs], passing: bool = False) -> Recording[Outputs]:
         """Do the work once, so that all that is made at first use is there, and record it. Call it inside ``beside``.
+
+        Args:
+            work: what to record.
+            passing: whether its outputs are done with before another recording is replayed.
 
         Raises:
             CannotRecord: the work can be done, but not recorded.
+            torch.OutOfMemoryError: there is no memory for it now.
         """
         recording: Recording[Outputs] = Recording()
         token = _CURRENT.set(recording)
         try:
             work()
             try:
-                recording.replay, recording.outputs = self._capture(work)
+                recording.replay, recording.outputs = self._capture(work, passing)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, EngineError) as error:
                 raise CannotRecord(" ".join(str(error).split())) from error
         finally:
@@ -75,7 +85,12 @@ class Recorder(ABC):
 
 
 class CudaRecorder(Recorder):
-    """Records CUDA graphs that share one pool of memory, on a stream of their own."""
+    """Records CUDA graphs, on a stream of their own.
+
+    Graphs that share a pool of memory may only be replayed in the order of their capture if what one made is to survive another:
+    the memory that the first let go within itself is the next one's to write its outputs to. The order of steps is the plan's, so
+    a graph whose outputs last has a pool to itself, and the others share one.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -86,13 +101,13 @@ class CudaRecorder(Recorder):
         return beside(self._stream)
 
     def forget(self) -> None:
-        """The next recordings get another pool: PyTorch takes none back into use whose graphs are gone but not all memory."""
+        """The next recordings share another pool: PyTorch takes none back into use whose graphs are gone but not all memory."""
         self._pool = torch.cuda.graph_pool_handle()
 
-    def _capture(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        graph = torch.cuda.CUDAGraph()
+    def _capture(self, work: Callable[[], Outputs], passing: bool) -> tuple[Callable[[], None], Outputs]:
+        graph, pool = torch.cuda.CUDAGraph(), self._pool if passing else None
         # Other threads may allocate and wait meanwhile: only what this one does has to be fit for a graph.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = work()
         return graph.replay, outputs
 

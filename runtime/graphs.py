@@ -50,6 +50,7 @@ class Graphs:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._taken = threading.Lock()
         self._given_up = False
+        self._pausing = False
 
     def take(self) -> bool:
         """Have the graphs for one call, until ``release``; False where another call has them or nothing can be recorded."""
@@ -57,10 +58,11 @@ class Graphs:
 
     def release(self) -> None:
         """Let the next call have them."""
+        self._pausing = False
         self._taken.release()
 
     def clear(self) -> None:
-        """Let go all recordings, because the engines that they refer to are about to go; nobody may be in a step."""
+        """Let go all recordings, as when the engines that they refer to are about to go; nobody may be in a step."""
         self._graphs.clear()
         self._recorder.forget()
 
@@ -68,45 +70,57 @@ class Graphs:
         """What runs a network for the call that has the graphs."""
         return GraphedNetwork(unet, network, self)
 
-    def run(self, kind: Hashable, inputs: Mapping[str, Tensor], work: Callable[[Mapping[str, Tensor]], Features]) -> Features:
+    def run(
+        self,
+        kind: Hashable,
+        inputs: Mapping[str, Tensor],
+        work: Callable[[Mapping[str, Tensor]], Features],
+        passing: bool = False,
+    ) -> Features:
         """``work`` on the inputs, replayed from the second time on.
 
         Args:
             kind: tells apart all that is done here to inputs of the same names, shapes and places.
             inputs: by name; those that are not a step's own must be outputs of earlier recordings.
             work: makes the outputs from the inputs; all that it reads must be among them.
+            passing: whether the caller is done with the outputs before anything else is replayed.
 
         Returns:
-            The outputs, in memory that the same kind of work overwrites when it is done again.
+            The outputs, in memory that the same kind of work overwrites when it is done again; with ``passing``, any other may.
         """
-        if self._given_up:
+        if self._given_up or self._pausing:
             return work(inputs)
         try:
             with self._recorder.beside():
-                graph = self._find(kind, inputs, work)
+                graph = self._find(kind, inputs, work, passing)
                 _fill(graph.inputs, inputs)
                 graph.recording.replay()
                 return graph.recording.outputs
-        except (CannotRecord, torch.OutOfMemoryError) as error:
-            self._give_up(error)
+        except torch.OutOfMemoryError as error:
+            self._pausing = True  # as long as this call has them: another may need less
+            self._let_go(error)
+        except CannotRecord as error:
+            self._given_up = True
+            self._let_go(error)
         return work(inputs)
 
-    def _find(self, kind: Hashable, inputs: Mapping[str, Tensor], work: Callable[[Mapping[str, Tensor]], Features]) -> _Graph:
+    def _find(
+        self, kind: Hashable, inputs: Mapping[str, Tensor], work: Callable[[Mapping[str, Tensor]], Features], passing: bool
+    ) -> _Graph:
         key = kind, tuple((name, None if name in _OWN else x.data_ptr(), x.shape, x.dtype) for name, x in inputs.items())
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
         fixed = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) if name in _OWN else x for name, x in inputs.items()}
         _fill(fixed, inputs)
-        graph = _Graph(self._recorder.record(lambda: _apart(work(fixed), fixed)), fixed)
+        graph = _Graph(self._recorder.record(lambda: _apart(work(fixed), fixed), passing), fixed)
         self._graphs[key] = graph
         if len(self._graphs) > self._limit:  # never before there is another: the pool of memory is theirs together
             self._graphs.popitem(last=False)
         return graph
 
-    def _give_up(self, error: Exception) -> None:
-        self._given_up = True
-        self._graphs.clear()
+    def _let_go(self, error: Exception) -> None:
+        self.clear()
         reason = " ".join(str(error).split())
         warnings.warn(f"steps run piece by piece, not as CUDA graphs, which costs time: {reason}", stacklevel=2)
 
@@ -124,7 +138,8 @@ class GraphedNetwork:
         made = {} if made is None else made
         inputs = {name: given[name] if name in given else made[name] for name in work.read}
         kind = self.unet, work.ran, work.wanted
-        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(work, fixed, dict(made)))
+        passing = work.wanted == {NOISE}
+        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(work, fixed, dict(made)), passing)
         # A scheduler may hold on to predictions.
         return result | {NOISE: result[NOISE].clone()} if NOISE in result else result
 

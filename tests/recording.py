@@ -2,6 +2,8 @@
 
 While work is recorded nothing is computed: what was written is spoilt afterwards. A replay does the same operations on the same
 memory. Memory that nobody but the recording refers to may be another recording's at any time: it is spoilt before each replay.
+So is all that was made by later recordings with passing outputs, before one of those is replayed: it may lie where the replayed
+recording let memory go.
 """
 
 from __future__ import annotations
@@ -90,6 +92,7 @@ class FakeRecorder(Recorder):
 
     def __init__(self) -> None:
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
+        self._shared: list[weakref.ref[Tape]] = []
         self.inside = False
         self.broken: Exception | None = None
         self.recorded = 0
@@ -109,8 +112,13 @@ class FakeRecorder(Recorder):
         finally:
             self.inside = False
 
+    def _later(self, tape: Tape) -> list[Tape]:
+        """The recordings after this one in the memory that it shares."""
+        shared = [other for other in (reference() for reference in self._shared) if other is not None]
+        return shared[shared.index(tape) + 1 :] if tape in shared else []
+
     @torch.no_grad()
-    def _capture(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+    def _capture(self, work: Callable[[], Outputs], passing: bool) -> tuple[Callable[[], None], Outputs]:
         assert self.inside
         if self.broken:
             raise self.broken
@@ -123,6 +131,8 @@ class FakeRecorder(Recorder):
             _TAPE.reset(token)
         tape.spoil(everything=True)
         self._tapes.add(tape)
+        if passing:
+            self._shared.append(weakref.ref(tape))
         self.recorded += 1
 
         @torch.no_grad()
@@ -130,6 +140,8 @@ class FakeRecorder(Recorder):
             assert self.inside
             for other in self._tapes:
                 other.spoil()
+            for later in self._later(tape):
+                later.spoil(everything=True)
             for launch in tape.launches:
                 launch()
             self.replayed += 1

@@ -27,7 +27,7 @@ from tests.reference import reference_denoise, reference_scheduler
 from tests.runtime.graphs import Case, arithmetic_network, cases, cut, inputs_of_step, predictions_unit_by_unit
 from tests.unets import TEXT_WIDTH, TOKENS, live_network, make_manifest, manifest_of, relative_error, small_unet
 
-STEPS = 7
+STEPS = 9
 PLANS = {
     "full": find_plan("full"),
     "deepcache:3": find_plan("deepcache:3"),
@@ -35,6 +35,8 @@ PLANS = {
     "unit:3": find_plan("unit:3"),
     "kept at some key steps": Plan(name="k", rules=(Rule(units=("up.1",), when=Explicit(steps=(0, 1, 4))),)),
     "two rules": find_plan("block:2+unit:3"),
+    "a rule inside another": find_plan("deepcache:4+block:3"),
+    "a rule around another": find_plan("block:3+deepcache:4"),
     "adaptive": Plan(name="a", rules=(Rule(units=("up.1",), when=Threshold(above=0.2)),)),
     "adaptive, to the middle": Plan(
         name="m", rules=(Rule(units=("up.1",), when=Threshold(above=0.05, feature="down.1.layer.0.attention")),)
@@ -279,12 +281,15 @@ def test_what_cannot_be_recorded_runs_all_the_same(
     with pytest.warns(UserWarning, match="not as CUDA graphs, which costs time: (operation not permitted|no memory left)"):
         loop.finish()
     same(loop.latents, Loop({"one": live}, plan, inputs(0)).finish())
+    gc.collect()
+    assert recorder.alive == 0
+    recorder.broken = None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same(Loop({"one": network}, plan, inputs(1), graphs).finish(), Loop({"one": live}, plan, inputs(1)).finish())
-    gc.collect()
-    assert recorder.alive == 0
-    assert not graphs.take()
+    is_for_good = not isinstance(error, torch.OutOfMemoryError)
+    assert (recorder.alive == 0) == is_for_good, "the next call may have more memory"
+    assert graphs.take() != is_for_good
 
 
 @settings(max_examples=100, deadline=None)
@@ -321,7 +326,7 @@ def test_an_inherited_feature_that_is_made_again_all_the_same() -> None:
 
 def test_uniform_steps_are_recorded_once_each(unet: Any, manifest: Manifest, recorder: FakeRecorder) -> None:
     """Key, inherit, and the last key step, from which nobody inherits."""
-    plan = Plan(name="u", rules=(Rule(units=("up.1",), when=Uniform(every=7)),))
+    plan = Plan(name="u", rules=(Rule(units=("up.1",), when=Uniform(every=STEPS)),))
     graphs = Graphs(recorder)
     Loop({"one": live_network(unet, manifest)}, plan, inputs(0), graphs).finish()
     assert recorder.recorded == 3
