@@ -5,7 +5,7 @@ the last layer but one cuts the last block before its last layer. Without a limi
 the given plans become one segment, so that a compiler sees the largest graphs possible.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from graphlib import TopologicalSorter
 from itertools import chain, combinations, takewhile
 from typing import Literal, get_args
@@ -95,23 +95,33 @@ class _Groups:
 
 
 def _sides(units: Sequence[Unit], plans: Sequence[Plan]) -> tuple[list[set[str]], set[str]]:
-    """For each set of rules that can inherit at once, the units that run then; and the features that adaptive rules compare."""
-    names = [unit.name for unit in units]
-    sides, probed = [], set()
+    """The units that run in each kind of step that a plan can have; and the features that adaptive rules compare."""
+    names, probed = [unit.name for unit in units], set()
+    sides: dict[frozenset[str], None] = {}
+
+    def running(wanted: Collection[str], inherited: Collection[str]) -> frozenset[str]:
+        return frozenset(unit.name for unit in demand(units, wanted, inherited))
+
     for plan in plans:
         rules = inherited_features(plan, names)
-        for rule in plan.rules:
-            if isinstance(rule.when, Threshold):
-                probed.add(rule.when.feature)
-                sides.append({unit.name for unit in demand(units, [rule.when.feature])})
-        for chosen in _inheriting_at_once(plan):
-            inherited = frozenset[str]().union(*(rules[number] for number in chosen))
-            sides.append({unit.name for unit in demand(units, [NOISE], inherited)})
-    return sides, probed
+        kinds = [(held, chosen, frozenset().union(*(rules[n] for n in chosen))) for held, chosen in _inheriting_at_once(plan)]
+        compared = {rule.when.feature for rule in plan.rules if isinstance(rule.when, Threshold)}
+        probed |= compared
+        sides |= dict.fromkeys(running([feature], ()) for feature in compared)
+        steps = {chosen: running([NOISE], inherited) for _, chosen, inherited in kinds}
+        # What is inherited at some step is read there, and so kept at another, where its rule is not one of those that inherit.
+        read = {name for unit in units for name in unit.inputs}
+        for held, chosen, inherited in kinds:
+            sides[steps[chosen]] = None
+            fresh = frozenset[str]().union(*(rules[number] for number in held if number not in chosen)) & read
+            for feature in sorted(fresh - inherited - steps[chosen]):
+                sides[running([NOISE, feature], inherited)] = None
+            sides |= dict.fromkeys(running([feature], inherited) for feature in compared)
+    return list(map(set, sides)), probed
 
 
-def _inheriting_at_once(plan: Plan) -> list[tuple[int, ...]]:
-    """The sets of rules that can inherit at one step, however many steps run.
+def _inheriting_at_once(plan: Plan) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The sets of rules that can inherit at one step, however many steps run: each after all the rules that hold there.
 
     Rules with the same key steps go together, and those for other parts of the schedule never do.
 
@@ -121,7 +131,7 @@ def _inheriting_at_once(plan: Plan) -> list[tuple[int, ...]]:
     alike: dict[tuple[object, ...], list[int]] = {}
     for number, rule in enumerate(plan.rules):
         alike.setdefault((rule.when, rule.start, rule.stop), []).append(number)
-    found: dict[tuple[int, ...], None] = {}
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], None] = {}
     for start in dict.fromkeys(rule.start for rule in plan.rules):
         held = [rules for rules in alike.values() if plan.rules[rules[0]].start <= start < plan.rules[rules[0]].stop]
         if len(held) > _MOST_AT_ONCE:
@@ -130,7 +140,7 @@ def _inheriting_at_once(plan: Plan) -> list[tuple[int, ...]]:
                 f"and a bundle can be cut for up to {_MOST_AT_ONCE}; give some the same when, start and stop, or join them"
             )
         for count in range(1, len(held) + 1):
-            found |= dict.fromkeys(tuple(chain(*chosen)) for chosen in combinations(held, count))
+            found |= dict.fromkeys((tuple(chain(*held)), tuple(chain(*chosen))) for chosen in combinations(held, count))
     return list(found)
 
 

@@ -8,6 +8,7 @@ from engines.manifest import Feature, Manifest, Segment
 from runtime.demand import demand
 from runtime.errors import PlanError
 from runtime.modes import Threshold
+from runtime.network import unet_segments
 from runtime.plan import NOISE, Plan, Rule, inherited_features
 from runtime.work import TEXT, Work, lay_out, run_either_way
 
@@ -103,6 +104,14 @@ class Schedule:
     def probing(self, index: int, threshold: Threshold) -> Work:
         """What has to be done to have the feature that an adaptive rule asks for; what other rules inherit is inherited."""
         return self._work(self._unet[index], frozenset({threshold.feature}), self._step(index, frozenset(), True).inherited)
+
+    def probes(self) -> set[tuple[str, frozenset[str], frozenset[str]]]:
+        """UNet, inherited and wanted features of all that is done to decide steps."""
+        asked = ((index, threshold) for index in range(self.steps) if (threshold := self.asked(index)))
+        return {
+            (self._unet[index], self._step(index, frozenset(), True).inherited, frozenset({threshold.feature}))
+            for index, threshold in asked
+        }
 
     def either_way(self, index: int, made: frozenset[str]) -> tuple[Segment, ...]:
         """The segments that run at a step whatever is decided there, when it has ``made`` the feature that decides."""
@@ -223,33 +232,55 @@ class Schedule:
 
     def _check_adaptive(self) -> None:
         for number, rule in enumerate(self.plan.rules):
-            if not isinstance(rule.when, Threshold):
-                continue
-            for unet, features in self._features.items():
-                outputs = [name for segment in self.unets[unet].segments for name in segment.outputs]
-                what = f"plan {self.plan.name}: rules.{number}.when.feature is {rule.when.feature!r}, "
-                if rule.when.feature not in outputs:
-                    raise PlanError(f"{what}which no segment of UNet {unet} gives out; choose from: {', '.join(outputs)}")
-                makers = demand(self.unets[unet].units, [rule.when.feature], {TEXT})
-                behind = [name for unit in makers for name in unit.inputs if name in features[number]]
-                if behind and rule.when.feature not in features[number]:
-                    raise PlanError(
-                        f"{what}which is made from {behind[-1]}, and the rule inherits that; "
-                        "choose a feature that is made before, such as 'stem'"
-                    )
+            if isinstance(rule.when, Threshold):
+                where = f"plan {self.plan.name}: rules.{number}.when.feature is {rule.when.feature!r}"
+                self._check_not_inherited(number, rule, rule.when.feature, where)
+                for unet, features in self._features.items():
+                    self._check_made_before(unet, rule.when.feature, features[number], where)
+
+    def _check_not_inherited(self, number: int, rule: Rule, feature: str, where: str) -> None:
+        """What an adaptive rule compares with is kept for it alone."""
+        for other, another in enumerate(self.plan.rules):
+            shared = set(rule.span(self.steps)) & set(another.span(self.steps))
+            if other != number and shared and any(feature in features[other] for features in self._features.values()):
+                raise PlanError(
+                    f"{where}, which rules.{other} inherits at steps {min(shared)} to {max(shared)}, where it would not change; "
+                    "choose a feature that no other rule inherits, or other parts of the schedule with start and stop"
+                )
+
+    def _check_made_before(self, unet: str, feature: str, inherited: frozenset[str], where: str) -> None:
+        manifest = self.unets[unet]
+        outputs = [name for segment in unet_segments(manifest) for name in segment.outputs]
+        if feature not in outputs:
+            cut = f"; {feature} would, in a bundle built with --plan {self.plan.option}" if feature in manifest.unet_units else ""
+            raise PlanError(f"{where}, which no segment of UNet {unet} gives out; choose from: {', '.join(outputs)}{cut}")
+        makers = demand(manifest.units, [feature], {TEXT})
+        behind = [name for unit in makers for name in unit.inputs if name in inherited]
+        if behind:
+            raise PlanError(
+                f"{where}, which is made from {behind[-1]}, and the rule inherits that; "
+                "choose a feature that is made before, such as 'stem'"
+            )
 
     def _check_carry(self) -> None:
         """What is read after a switch must be made, in the same shape, by the UNet before it."""
-        for index, keep in enumerate(self._keep):
-            for later in range(index + 1, self.steps):
-                for name in keep & self.decide(later, False).inherited:
-                    here, there = self._shape(index, name), self._shape(later, name)
-                    if here != there:
-                        raise PlanError(
-                            f"plan {self.plan.name}: carry cannot take {name} "
-                            f"from UNet {self._unet[index]} to {self._unet[later]}: "
-                            f"it is {here or 'not there'} in one and {there or 'not there'} in the other; set carry to false"
-                        )
+        for later in range(self.steps):
+            for number, rule in enumerate(self.plan.rules):
+                if self._is_key(number, rule, later, False):
+                    continue
+                inherited = self._features[self._unet[later]][number]
+                compared = {rule.when.feature} if isinstance(rule.when, Threshold) else set[str]()
+                for index in self._sources(number, rule, later):
+                    for name in sorted((self._keep[index] & inherited) | compared):
+                        self._check_alike(index, later, name)
+
+    def _check_alike(self, index: int, later: int, name: str) -> None:
+        here, there = self._shape(index, name), self._shape(later, name)
+        if here != there:
+            raise PlanError(
+                f"plan {self.plan.name}: carry cannot take {name} from UNet {self._unet[index]} to {self._unet[later]}: "
+                f"it is {here or 'not there'} in one and {there or 'not there'} in the other; set carry to false"
+            )
 
     def _shape(self, index: int, name: str) -> tuple[object, ...] | None:
         feature: Feature | None = self.unets[self._unet[index]].features.get(name)
@@ -271,6 +302,7 @@ def check_runs(schedule: Schedule, rebuild: Callable[[str], str] | None = None) 
         PlanError: names the feature, and the command that builds a bundle which can run the plan.
     """
     steps = {(s.unet, s.inherited, s.wanted) for changed in (False, True) for s in schedule.all_steps(changed)}
+    steps |= schedule.probes()
     for unet, inherited, wanted in steps:
         manifest = schedule.unets[unet]
         command = rebuild(unet) if rebuild else f"{manifest.build_command} --precision {manifest.precision}"

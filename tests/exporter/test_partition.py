@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import permutations
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from engines import Segment, Unit
 from exporter import partition, topology
 from exporter.partition import GRANULARITIES, Granularity
 from runtime import Plan, PlanError, Rule, Schedule, find_plan
 from runtime.demand import demand
-from runtime.modes import Uniform
+from runtime.modes import Threshold, Uniform
 from runtime.schedule import check_runs
+from tests.runtime.graphs import rules_for, units_of_a_graph
 from tests.unets import TOPOLOGIES, make_manifest, small_unet
 
 PRESETS = ("block:2", "deepcache:2")
@@ -156,3 +160,33 @@ def test_segments_cut_for_a_plan_run_it_and_nothing_else(model: str, pattern: st
     inherited = schedule.decide(1).inherited
     running = demand(segments, ["head"], inherited)
     assert [name for segment in running for name in segment.units] == [unit.name for unit in demand(units, ["head"], inherited)]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_segments_cut_for_any_plan_run_it(data: st.DataObject) -> None:
+    """However its rules meet: at a step where some inherit, others keep what is read at a later one."""
+    units, steps = data.draw(units_of_a_graph()), data.draw(st.integers(1, 8))
+    rules = data.draw(rules_for([unit.name for unit in units], steps))
+    if data.draw(st.booleans()):
+        when = Threshold(above=0.1, feature=data.draw(st.sampled_from([unit.name for unit in units])))
+        rules = (*rules, Rule(units=(data.draw(st.sampled_from([unit.name for unit in units])),), when=when))
+    plan = Plan(name="any", rules=rules)
+    try:
+        manifest = make_manifest(units=units, segments=partition(units, None, [plan]))
+        schedule = Schedule(plan, {"original": manifest}, [900.0 - index for index in range(steps)])
+    except PlanError:
+        assume(False)
+    check_runs(schedule)
+
+
+JOINED = ("block:3", "layer:2", "unit:2", "deepcache:3", "encoder:3")
+
+
+@pytest.mark.parametrize("granularity", [None, "block"])
+def test_segments_cut_for_presets_in_any_order_run_them(granularity: Granularity | None) -> None:
+    units = units_of("uneven")
+    for names in permutations(JOINED, 3):
+        plan = find_plan("+".join(names))
+        manifest = make_manifest(units=units, segments=partition(units, granularity, [plan]))
+        check_runs(Schedule(plan, {"original": manifest}, [900.0 - index for index in range(20)]))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engines import Unit
-from runtime import Executor, Network, Plan, PlanError, Rule, Schedule
+from runtime import Executor, Network, Plan, PlanError, Rule, Schedule, find_plan
 from runtime import executor as executor_module
 from runtime.change import Change
 from runtime.modes import Explicit, Threshold, Uniform
@@ -31,11 +31,11 @@ def inputs_at(index: int) -> dict[str, Tensor]:
 
 @st.composite
 def adaptive_cases(draw: st.DrawFn) -> tuple[Case, Rule]:
-    """A case whose rules leave at least one unit to an adaptive rule, and a feature that no other rule inherits."""
+    """A case whose rules leave at least one unit to an adaptive rule."""
     case = draw(cases())
     taken = set().union(*features_by_rule(case.plan.rules, case.manifest.unet_units))
     free = [unit.name for unit in case.manifest.units if unit.name not in taken]
-    outputs = [name for segment in case.manifest.segments for name in segment.outputs if name not in taken]
+    outputs = [name for segment in case.manifest.segments for name in segment.outputs]
     assume(free and outputs)
     units = draw(st.lists(st.sampled_from(free), min_size=1, unique=True))
     when = Threshold(above=draw(st.sampled_from([0.0, 0.2, 1.0])), feature=draw(st.sampled_from(outputs)))
@@ -169,6 +169,45 @@ def test_a_feature_that_is_made_from_what_the_rule_inherits_is_refused(feature: 
     plan = Plan(name="late", rules=(Rule(units=("up.1",), when=Threshold(above=0.1, feature=feature)),))
     with pytest.raises(PlanError, match=rf"plan late: rules.0.when.feature is '{feature}', which is made from up.1.sampler, and"):
         Schedule(plan, {"one": manifest}, [900.0, 600.0])
+
+
+def test_a_feature_that_is_made_from_what_the_rule_inherits_is_refused_though_it_inherits_the_feature_too() -> None:
+    manifest = manifest_of(small_unet("uneven"), "unit")
+    when = Threshold(above=0.1, feature="down.1.layer.0.attention")
+    plan = Plan(name="late", rules=(Rule(units=("down.1", "down.0.layer.0"), when=when),))
+    with pytest.raises(PlanError, match=r"rules.0.when.feature is 'down.1.layer.0.attention', which is made from "):
+        Schedule(plan, {"one": manifest}, [900.0, 600.0])
+
+
+@pytest.mark.parametrize("name", ["encoder:3+adaptive:0.2", "adaptive:0.2+encoder:3"])
+def test_a_feature_that_another_rule_inherits_is_refused(name: str) -> None:
+    manifest, plan = manifest_of(small_unet("uneven"), "unit"), find_plan(name)
+    with pytest.raises(PlanError, match=r"rules.\d.when.feature is 'stem', which rules.\d inherits at steps 0 to 3, where it"):
+        Schedule(plan, {"one": manifest}, [900.0, 600.0, 300.0, 0.0])
+    first, second = plan.rules
+    apart = Plan(name="p", rules=(first.model_copy(update={"stop": 0.5}), second.model_copy(update={"start": 0.5})))
+    schedule = Schedule(apart, {"one": manifest}, [900.0, 600.0, 300.0, 0.0])
+    assert schedule.asked(1 if "adaptive" in name.partition("+")[0] else 3) is not None
+
+
+@pytest.mark.parametrize("feature", ["text_encoder", "vae_decoder", "vae_encoder", "up.1.nothing"])
+def test_only_what_the_unet_makes_can_be_compared(feature: str) -> None:
+    manifest = manifest_of(small_unet("uneven"))
+    plan = Plan(name="odd", rules=(Rule(units=("up.1",), when=Threshold(above=0.1, feature=feature)),))
+    with pytest.raises(
+        PlanError, match=f"'{feature}', which no segment of UNet one gives out; choose from: time, stem, "
+    ) as refusal:
+        Schedule(plan, {"one": manifest}, [900.0, 600.0])
+    assert "vae" not in str(refusal.value).partition("choose from")[2]
+
+
+def test_a_feature_inside_a_segment_is_answered_with_what_builds_a_bundle() -> None:
+    manifest = manifest_of(small_unet("uneven"))
+    when = Threshold(above=0.1, feature="down.1.layer.0.resnet")
+    plan = Plan(name="inside", rules=(Rule(units=("up.1",), when=when),))
+    with pytest.raises(PlanError, match=r"no segment .*; down.1.layer.0.resnet would, in a bundle built with --plan FILE.json$"):
+        Schedule(plan, {"one": manifest}, [900.0, 600.0])
+    Schedule(plan, {"one": manifest_of(small_unet("uneven"), "block", [plan])}, [900.0, 600.0])
 
 
 def test_plans_without_adaptive_rules_ask_nothing() -> None:

@@ -307,6 +307,29 @@ def test_carry_of_features_that_do_not_match_is_refused() -> None:
         Schedule(plan, manifests, [900.0, 700.0, 400.0, 100.0])
 
 
+def test_carry_of_a_compared_feature_that_does_not_match_is_refused() -> None:
+    when = Threshold(above=0.1, feature="up.0.sampler")
+    plan = Plan(name="c", unets=SWITCH, rules=(Rule(units=("head",), when=when),), carry=True)
+    wider = small_unet("uneven", block_out_channels=(16, 24, 40))
+    manifests = {"small": manifest_of(small_unet("uneven")), "large": manifest_of(wider)}
+    with pytest.raises(PlanError, match=r"carry cannot take up.0.sampler from UNet small to large: .*set carry to false"):
+        Schedule(plan, manifests, [900.0, 700.0, 400.0, 100.0])
+    Schedule(plan.model_copy(update={"carry": False}), manifests, [900.0, 700.0, 400.0, 100.0])
+
+
+def test_what_is_computed_afresh_after_a_switch_need_not_match() -> None:
+    wider = small_unet("uneven", block_out_channels=(16, 24, 40))
+    manifests = {"small": manifest_of(small_unet("uneven")), "large": manifest_of(wider)}
+    timesteps = [900.0, 700.0, 400.0, 100.0]  # the third is the switch
+    for keys, fits in (((0, 2), True), ((0, 1), False)):
+        plan = Plan(name="c", unets=SWITCH, rules=(Rule(units=("up.0",), when=Explicit(steps=keys)),), carry=True)
+        if fits:
+            Schedule(plan, manifests, timesteps)
+        else:
+            with pytest.raises(PlanError, match="set carry to false"):
+                Schedule(plan, manifests, timesteps)
+
+
 BAD_PLANS: dict[str, tuple[Plan, str]] = {
     "gap": (
         Plan(name="p", unets=(SWITCH[0], UNetRange(unet="large", start=0.6, stop=1))),
