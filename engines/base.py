@@ -185,8 +185,4 @@ class Engine(ABC):
 
     def build_command(self, manifest: Manifest) -> str:
         """The command that builds what a manifest describes with this engine beside those it has, in the default folder."""
-        names = sorted({self.name, *(name for segment in manifest.segments for name in segment.engines)})
-        sizes = ",".join(f"{height}x{width}" for height, width in manifest.sizes)
-        batch = f"{manifest.max_images} --static" if manifest.static else f"1..{manifest.max_images}"
-        options = f"--precision {manifest.precision} --engine {','.join(names)} --sizes {sizes} --batch {batch}"
-        return f"{manifest.build_command} {options}"
+        return manifest.whole_build_command(self.name)

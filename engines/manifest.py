@@ -186,6 +186,14 @@ class Manifest(_Record):
         written = "".join(f" --{name} {quote(value)}" for name, value in given)
         return f"python -m exporter build --variant {self.variant} --source {quote(self.source)}{written}"
 
+    def whole_build_command(self, engine: str = "onnxruntime") -> str:
+        """The command that builds the same in the default folder, for an engine beside those that it was built for."""
+        names = sorted({engine, *(name for segment in self.segments for name in segment.engines)})
+        sizes = ",".join(f"{height}x{width}" for height, width in self.sizes)
+        batch = f"{self.max_images} --static" if self.static else f"1..{self.max_images}"
+        options = f"--precision {self.precision} --engine {','.join(names)} --sizes {sizes} --batch {batch}"
+        return f"{self.build_command} {options}"
+
     def segment(self, name: str) -> Segment:
         """The segment of that name; KeyError if there is none."""
         for segment in self.segments:

@@ -69,7 +69,7 @@ def _max_images(text: str, static: bool) -> int:
 def main(arguments: Sequence[str]) -> None:
     """Run one command; raises UserError for a user's mistake."""
     options = _parser().parse_args(arguments)
-    console = Console()
+    console = Console(markup=False)
     if options.command == "inspect":
         from exporter.show import show_bundle
 

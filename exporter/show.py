@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from shlex import quote
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -103,6 +104,7 @@ def show_bundle(bundle: Bundle, console: Console) -> None:
             table.add_row(name, feature.dtype, shape, read_by or "the caller")
     console.print(table)
     console.print(_plans(manifest))
+    console.print(f"for a plan that it is not cut for: {_rebuild(bundle)} --plan PLAN", highlight=False, soft_wrap=True)
     sizes = ", ".join(f"{height}x{width}" for height, width in manifest.sizes)
     images = f"exactly {manifest.max_images} (static)" if manifest.static else f"up to {manifest.max_images}"
     console.print(f"sizes {sizes} (multiples of {manifest.size_multiple}), {images} images per call", highlight=False)
@@ -113,9 +115,23 @@ def _plans(manifest: Manifest) -> Table:
     table = Table(title="plans of this UNet (MACs of an average step, relative to full)", box=SIMPLE)
     for name in ("plan", "what is inherited", "MACs"):
         table.add_column(name)
-    for preset in PRESETS.values():
-        table.add_row(preset.example, *_cost(manifest, find_plan(preset.example)))
+    built_for = [plan for plan in manifest.plans if plan not in {preset.example for preset in PRESETS.values()}]
+    for name in (*built_for, *(preset.example for preset in PRESETS.values())):
+        table.add_row(name, *_row(manifest, name))
     return table
+
+
+def _row(manifest: Manifest, name: str) -> tuple[str, str]:
+    try:
+        plan = find_plan(name)
+    except PlanError as error:  # the bundle was built for a file that is gone or was changed
+        return str(error), "-"
+    return _cost(manifest, plan)
+
+
+def _rebuild(bundle: Bundle) -> str:
+    """The command that builds a bundle again in its place."""
+    return f"{bundle.manifest.whole_build_command()} --force --out {quote(str(bundle.folder))}"
 
 
 def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
@@ -127,9 +143,10 @@ def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
     try:
         check_runs(schedule)
     except PlanError:
-        return f"not cut for it: build with --plan {plan.name}", "-"
+        return "not cut for it", "-"
     others = ", ".join(name for name in dict.fromkeys(part.unet for part in plan.unets) if name != manifest.variant)
     if others:
         return f"this UNet's part can run; beside the bundle there must be one of {others}", "-"
     inherited = ", ".join(f"{' '.join(rule.units)} by {rule.kind}" for rule in plan.rules)
-    return inherited or "nothing", f"{relative_macs(schedule):.3f}"
+    least, most = (f"{relative_macs(schedule, changed=changed):.3f}" for changed in (False, True))
+    return inherited or "nothing", least if least == most else f"{least} to {most}"

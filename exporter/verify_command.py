@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from engines import Bundle, make_engine
 from engines.manifest import Precision
@@ -65,7 +66,7 @@ def _table(found: Sequence[Comparison], precision: Precision, what: str) -> Tabl
         row = [comparison for comparison in found if comparison.segment == segment]
         least = min(comparison.cosine for comparison in row)
         cells = [(f"{c.error:.1e}", c.error <= TOLERANCE[precision]) for c in row] + [(f"{1 - least:.1e}", least >= LEAST_COSINE)]
-        table.add_row(segment, *(text if good else f"[red]{text}[/red]" for text, good in cells))
+        table.add_row(segment, *(Text(text, "" if good else "red") for text, good in cells))
     return table
 
 

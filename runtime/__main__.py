@@ -3,7 +3,7 @@
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -20,6 +20,7 @@ from runtime.entry import default_bundle, load
 from runtime.executor import StepRecord
 from runtime.explain import explain, listed, plot
 from runtime.listing import list_plans
+from runtime.network import unet_segments
 from runtime.pipeline import Generation, Pipeline
 from runtime.presets import PRESETS, find_plan
 from runtime.schedulers import make_scheduler
@@ -60,7 +61,7 @@ def _parser() -> Parser:
 def main(arguments: Sequence[str]) -> None:
     """Run the command; raises UserError for a user's mistake."""
     options = _parser().parse_args(arguments)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
     if options.explain or options.plot:
         if options.plot:
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     with console.status(f"loading {folder}"):
         pipeline = load(folder, options.engine)
     generation = _generate(pipeline, options, console)
-    console.print(_steps(generation))
+    console.print(_steps(generation, {name: len(unet_segments(network.manifest)) for name, network in pipeline.networks.items()}))
     for path, image in zip(_paths(options.out, len(generation.images)), generation.images, strict=True):
         _save(image, path, pipeline.manifest.source)
         console.print(
@@ -142,22 +143,28 @@ def _explain(pipeline: Pipeline, options: Namespace, console: Console) -> None:
         console.print(summary, soft_wrap=True)
 
 
-def _steps(generation: Generation) -> Table:
-    """What ran at which step."""
+def _steps(generation: Generation, segments: Mapping[str, int]) -> Table:
+    """What ran at which step, given how many segments each UNet has."""
     table = Table(title=f"{len(generation.steps)} steps, {generation.seconds:.2f} s in all", box=SIMPLE)
     swapped = any(record.swap_seconds for record in generation.steps)
-    for name in ("step", "timestep", *(["swap ms"] if swapped else []), "ms", "kind", "segments run", "inherited"):
-        table.add_column(name, justify="left" if name in {"kind", "segments run", "inherited"} else "right")
-    most = max(len(record.ran) for record in generation.steps)
+    switches = len({record.unet for record in generation.steps}) > 1
+    words = *(["UNet"] if switches else []), "kind", "segments run", "inherited"
+    for name in ("step", "timestep", *(["swap ms"] if swapped else []), "ms", *words):
+        table.add_column(name, justify="left" if name in words else "right")
     for record in generation.steps:
         swap = f"{1000 * record.swap_seconds:.1f}" if record.swap_seconds else ""
-        numbers = str(record.index), f"{record.timestep:.0f}", *([swap] if swapped else [])
-        table.add_row(*numbers, f"{1000 * record.seconds:.1f}", record.kind, listed(record.ran, most), listed(record.inherited))
+        numbers = str(record.index), f"{record.timestep:.0f}", *([swap] if swapped else []), f"{1000 * record.seconds:.1f}"
+        ran = listed(record.ran, segments[record.unet])
+        table.add_row(*numbers, *([record.unet] if switches else []), record.kind, ran, listed(record.inherited))
     return table
 
 
 def _plans(options: Namespace, console: Console) -> None:
     """List the plans; what they cost is a bundle's to say."""
+    if options.plan != "full":
+        raise UserError(
+            f"`plans` lists all of them, and takes no --plan {options.plan}; for that one: --plan {options.plan} --explain"
+        )
     try:
         bundle = Bundle.open(options.bundle or default_bundle())
     except BundleError as error:

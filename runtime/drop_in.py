@@ -167,8 +167,8 @@ class UNet:
 
 
 def _again(call: _Call, place: int) -> bool:
-    """Whether a loop runs over the same timesteps once more: it went back, or had come to the end."""
-    return place < call.next - 1 or (place == call.first and call.next == len(call.timesteps))
+    """Whether a loop runs over the same timesteps once more: it is where it began, or went back further than one step."""
+    return place == call.first != call.next or place < call.next - 1
 
 
 def _all_timesteps(timestep: Tensor) -> tuple[Tensor, int]:

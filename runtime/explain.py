@@ -45,7 +45,7 @@ def segment_seconds(network: Network, sizes: Mapping[str, int]) -> dict[str, flo
 def explain(
     schedule: Schedule, networks: Mapping[str, Network], sizes: Mapping[str, int], residence: Residence | None = None
 ) -> tuple[Table, str]:
-    """The table of steps, and lines that sum it up against running the last UNet whole at every step.
+    """The table of steps, with MACs and time relative to running the last UNet whole, and lines that sum it up likewise.
 
     Steps that are decided while they run are shown as computing afresh, and summed up from the least to the most.
 
@@ -56,8 +56,8 @@ def explain(
         residence: sees to it that a UNet is on the device; without one, all are.
     """
     table = Table(title=f"plan {schedule.plan.name}", box=SIMPLE)
-    for name in ("step", "UNet", "kind", "segments run", "inherited", "MACs", "ms"):
-        table.add_column(name, justify="right" if name in {"step", "MACs", "ms"} else "left")
+    for name in ("step", "UNet", "kind", "segments run", "inherited", "MACs", "time", "ms"):
+        table.add_column(name, justify="right" if name in {"step", "MACs", "time", "ms"} else "left")
     steps = schedule.all_steps()
     seconds = {}
     for name in schedule.unets:
@@ -76,7 +76,7 @@ def explain(
         work, (macs, time) = schedule.work(step), cost(step)
         kind = "as decided" if schedule.asked(step.index) else "key" if step.key else "inherit"
         names = listed(work.ran, len(seconds[step.unet])), listed(sorted(work.taken))
-        table.add_row(str(step.index), step.unet, kind, *names, f"{macs:.3f}", f"{1000 * time * full_seconds:.1f}")
+        table.add_row(str(step.index), step.unet, kind, *names, f"{macs:.3f}", f"{time:.3f}", f"{1000 * time * full_seconds:.1f}")
     sums = [map(statistics.fmean, zip(*map(cost, schedule.all_steps(changed)), strict=True)) for changed in (False, True)]
     all_macs, all_time = (_from_to(least, most) for least, most in zip(*sums, strict=True))
     decided = "\nsteps of kind 'as decided' are shown as key steps, and may inherit" if schedule.adaptive else ""

@@ -12,11 +12,13 @@ import math
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from pydantic_core import ErrorDetails
 
+from engines.manifest import Variant
 from runtime.errors import PlanError
 from runtime.modes import MODES, Mode, Threshold
 from runtime.record import Record
@@ -56,7 +58,7 @@ class UNetRange(Record):
     They are shares of the noise schedule (0: all noise, 1: none), or where the plan says so numbers of steps.
     """
 
-    unet: str
+    unet: Variant
     start: float = Field(ge=0)
     stop: float | None = Field(default=None, gt=0)
 
@@ -70,15 +72,16 @@ class UNetRange(Record):
         return f"{self.start:g} to {'the end' if self.stop is None else format(self.stop, 'g')}"
 
 
-class Plan(Record):
+class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
     """UNets by range (none: the bundle's own all through), rules, and whether features are carried across a switch."""
 
     version: Literal[1] = 1
-    name: str
+    name: str = Field(pattern=r"^[^\x00-\x1f\x7f]*$")
     unets: tuple[UNetRange, ...] = ()
     switch_by: Literal["noise", "steps"] = "noise"
     """What the ranges of ``unets`` count: shares of the noise schedule, or steps, of those that run; written if so."""
     rules: tuple[Rule, ...] = ()
+    _path: Path | None = PrivateAttr(default=None)
     carry: bool = False
     """Whether rules go on inheriting across a switch; otherwise its first step is a key step of every rule."""
 
@@ -90,17 +93,25 @@ class Plan(Record):
             PlanError: the file is missing, is no JSON, or a field is wrong; the message names the field.
         """
         try:
-            return cls.model_validate(json.loads(path.read_text("utf-8"))).checked()
+            plan = cls.model_validate(json.loads(path.read_text("utf-8"))).checked()
         except OSError as error:
             raise PlanError(f"plan file {path} cannot be read: {error.strerror}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PlanError(f"plan file {path} is no JSON: {error}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise PlanError(f"plan file {path} is no JSON that can be read: {error}") from error
         except ValidationError as error:
             raise PlanError(f"plan file {path}, {_explained(error.errors()[0])}") from error
+        plan._path = path
+        return plan
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal; where plans were read from does not matter."""
+        return isinstance(other, Plan) and self.model_dump() == other.model_dump()
 
     @property
     def option(self) -> str:
-        """What to write after ``--plan``: the presets that it is made of, or a placeholder for its file."""
+        """What to write after ``--plan``: its file, the presets that it is made of, or a placeholder where it has neither."""
+        if self._path is not None:
+            return quote(str(self._path))
         return self.name if ":" in self.name else "FILE.json"
 
     def checked(self) -> "Plan":

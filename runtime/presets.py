@@ -1,5 +1,6 @@
 """Named plans, and joined ones: ``full``, ``block:3``, ``deepcache:3``, ``switch:0.4+block:3``."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +31,23 @@ def _every(text: str) -> Uniform:
     return Uniform(every=int(text))
 
 
-def _share(text: str) -> float:
+def _number(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
+        return math.nan
+
+
+def _share(text: str) -> float:
+    if not 0 < _number(text) < 1:
         raise ValueError("a number between 0 and 1, such as 0.4")
-    return value
+    return _number(text)
+
+
+def _change(text: str) -> float:
+    if not 0 <= _number(text) < math.inf:
+        raise ValueError("a relative change of 0 or more, such as 0.3")
+    return _number(text)
 
 
 def _full(text: str) -> Plan:
@@ -76,7 +86,7 @@ def _switch(text: str) -> Plan:
 
 
 def _adaptive(text: str) -> Plan:
-    return Plan(name="", rules=(Rule(units=("up.-2",), when=Threshold(above=_share(text))),))
+    return Plan(name="", rules=(Rule(units=("up.-2",), when=Threshold(above=_change(text))),))
 
 
 # Which units each level inherits is this project's choice where A-SDM is silent; DeepCache's and Faster Diffusion's are theirs.
@@ -109,6 +119,8 @@ def find_plan(plan: str | Path | Plan) -> Plan:
     """
     if isinstance(plan, Plan):
         return plan.checked()
+    if not isinstance(plan, str | Path):
+        raise PlanError(f"plan is a {type(plan).__name__}; give a preset such as 'block:3', the path of a .json file, or a Plan")
     if isinstance(plan, Path) or plan.endswith(".json"):
         return Plan.read(Path(plan))
     parts = [_preset(part) for part in plan.split("+")]

@@ -306,7 +306,8 @@ def check_runs(schedule: Schedule, rebuild: Callable[[str], str] | None = None) 
     for unet, inherited, wanted in steps:
         manifest = schedule.unets[unet]
         command = rebuild(unet) if rebuild else f"{manifest.build_command} --precision {manifest.precision}"
-        build = f"{command} --plan {schedule.plan.option}"
+        option = f" --plan {schedule.plan.option}"
+        build = command.replace(option, "") + option  # once, also where the bundle says that it was built for it
         home = {name: segment.name for segment in manifest.segments for name in segment.units}
         given_out = {name for segment in manifest.segments for name in segment.outputs}
         for name in wanted - given_out:

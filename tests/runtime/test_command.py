@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pytest
@@ -255,8 +256,11 @@ def test_the_documented_carry_runs_on_the_embedded_bundles(
     path.write_text(example)
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path, "--steps", 12, "--scheduler", "ddim")
     assert outcome.code == 0
-    kinds = [word for line in outcome.out for word in line.split()[3:4] if word in {"key", "inherit"}]
-    assert kinds == ["key", "inherit", "inherit"] * 4, "the switch, at step 4, is no key step"
+    rows = [line.split() for line in outcome.out if {"key", "inherit"}.intersection(line.split()[4:5])]
+    assert [row[4] for row in rows] == ["key", "inherit", "inherit"] * 4, "the switch, at step 4, is no key step"
+    assert [row[3] for row in rows] == ["assembled"] * 4 + ["original"] * 8
+    whole = {bundle.manifest.variant: f"all {len(bundle.manifest.segments) - 3}" for bundle in (mini_bundle, assembled_bundle)}
+    assert all(" ".join(row[5:7]) == whole[row[3]] for row in rows if row[4] == "key")
 
 
 @pytest.mark.parametrize(
@@ -275,18 +279,33 @@ def test_wrong_pictures(runtime: Command, mini_bundle: Bundle, here: Path, optio
     assert sorted(path.name for path in here.iterdir()) == ["in.png", "wide.png"]
 
 
+@pytest.mark.parametrize("name", ["deep", "block:2", "with a [/b] in it"])
 def test_a_plan_file_that_a_bundle_cannot_run_is_named_as_a_file_to_build_with(
-    runtime: Command, mini_bundle: Bundle, tmp_path: Path
+    runtime: Command, mini_bundle: Bundle, tmp_path: Path, name: str
 ) -> None:
-    """No preset is called like the plan inside the file, so the message does not say --plan deep."""
-    path = tmp_path / "deep.json"
-    path.write_text(json.dumps({"name": "deep", "rules": [{"units": ["down.1.layer.0.resnet"], "when": EVERY_2}]}))
+    """What the plan inside the file is called does not matter."""
+    path = tmp_path / "a deep one.json"
+    path.write_text(json.dumps({"name": name, "rules": [{"units": ["down.1.layer.0.resnet"], "when": EVERY_2}]}))
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path)
-    assert_refused(outcome, "plan deep inherits")
+    assert_refused(outcome, f"plan {name} inherits")
     assert outcome.err[0].endswith(
         "build a bundle that is cut there: python -m exporter build --variant original --source mini --precision fp32 "
-        f"--engine onnxruntime --sizes 64x64 --batch 1..4 --force --out {mini_bundle.folder} --plan FILE.json"
+        f"--engine onnxruntime --sizes 64x64 --batch 1..4 --force --out {mini_bundle.folder} --plan {quote(str(path))}"
     )
+
+
+def test_the_names_in_a_plan_file_are_printed_as_they_are(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
+    rules = [{"units": ["[sdm]*"], "when": EVERY_2}]
+    (here / "plan.json").write_text(json.dumps({"name": "[/a] and [bold]", "rules": rules}))
+    options = ("--bundle", mini_bundle.folder, "--plan", "plan.json", "--steps", 2)
+    made, explained = runtime(PROMPT, *options), runtime("--explain", *options)
+    assert (made.code, explained.code) == (0, 0)
+    assert any("plan [/a] and [bold])" in line for line in made.out)
+    assert any("plan [/a] and [bold]" in line for line in explained.out)
+
+
+def test_plans_are_listed_all_or_explained(runtime: Command, here: Path) -> None:
+    assert_refused(runtime("plans", "--plan", "nope:3"), "`plans` lists all of them, and takes no --plan nope:3")
 
 
 def test_a_bundle_that_is_missing(runtime: Command, here: Path) -> None:

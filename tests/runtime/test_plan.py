@@ -67,6 +67,7 @@ def features(plan: str, model: str) -> frozenset[str]:
 
 def test_what_presets_inherit(units: tuple[str, ...]) -> None:
     assert find_plan("full").rules == ()
+    assert find_plan("adaptive:1.5").rules[0].when == Threshold(above=1.5)
     assert find_plan("block:4") == one_rule("up.-2", every=4, name="block:4")
     assert features("block:4", "uneven") == {name for name in units if name.startswith("up.1.")}
     assert features("deepcache:4", "uneven") == {name for name in units if name.startswith("up.2.layer.1.")}
@@ -130,12 +131,16 @@ def test_a_pattern_that_names_no_unit(pattern: str, units: tuple[str, ...]) -> N
         ("front:0", "front takes a number of steps"),
         ("encoder:slower", "takes a number of steps"),
         ("switch:1.5", "takes a number between 0 and 1, such as 0.4"),
-        ("adaptive:-1", "takes a number between 0 and 1"),
+        ("adaptive:-1", "adaptive takes a relative change of 0 or more, such as 0.3"),
+        ("adaptive:nan", "takes a relative change of 0 or more"),
+        ("adaptive:much", "takes a relative change of 0 or more"),
+        (None, "plan is a NoneType; give a preset such as 'block:3', the path of a .json file, or a Plan"),
+        (3, "plan is a int; give"),
         ("switch:0.2+switch:0.4", "unets.2 covers 0 to 0.4, expected a range that starts at 1"),
         ("missing.json", r"plan file missing\.json cannot be read: No such file"),
     ],
 )
-def test_unknown_plans(plan: str, message: str) -> None:
+def test_unknown_plans(plan: Any, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         find_plan(plan)
 
@@ -145,6 +150,9 @@ def test_unknown_plans(plan: str, message: str) -> None:
     [
         ({"version": 2}, "version"),
         ({"name": None}, "name"),
+        ({"name": "two\nlines"}, "name"),
+        ({"unets": [{"unet": "", "start": 0}]}, r"unets\.0\.unet"),
+        ({"unets": [{"unet": "two\nlines", "start": 0}]}, r"unets\.0\.unet"),
         ({"inherit": ["up.1"]}, "inherit"),
         ({"rules": [{"units": "up.1", "when": {"mode": "uniform", "every": 2}}]}, r"rules\.0\.units"),
         ({"rules": [{"units": ["up.1"], "kind": "both", "when": {"mode": "uniform", "every": 2}}]}, r"rules\.0\.kind"),
@@ -228,7 +236,8 @@ def test_messages_number_the_rule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"{", "is no JSON"), (b"\xff\xfe", "is no JSON"), (b"[]", "the file: "), (b"", "is no JSON")]
+    ("content", "message"),
+    [(b"{", "is no JSON"), (b"\xff\xfe", "is no JSON"), (b"[]", "the file: "), (b"", "is no JSON"), (b"[" * 10**5, "is no JSON")],
 )
 def test_a_file_that_is_no_plan(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
