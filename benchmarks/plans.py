@@ -12,6 +12,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +192,16 @@ def _write(rows: Sequence[PlanRow], settings: Mapping[str, object], options: arg
         writer = csv.DictWriter(stream, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    fronts = {f"front by {measure}": front(rows, measure) for measure in ("accuracy", "psnr")}
-    options.out.with_suffix(".json").write_text(json.dumps({"settings": settings} | fronts | machine(), indent=2) + "\n")
+    described = {"settings": settings} | _fronts(rows) | machine()
+    options.out.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
     options.plot.parent.mkdir(parents=True, exist_ok=True)
     plot(rows, f"{options.count} held-back prompts, {options.steps} steps of DPM++, embedded model", options.plot)
+
+
+def _fronts(rows: Sequence[PlanRow]) -> dict[str, list[str]]:
+    """By time, which varies from run to run, and by MACs, which do not."""
+    pairs = product(("accuracy", "psnr"), ("time", "macs"))
+    return {f"front by {measure} and {cost}": front(rows, measure, cost) for measure, cost in pairs}
 
 
 def _draw_grid(rows: Sequence[PlanRow], kept: Kept, options: argparse.Namespace) -> None:
@@ -210,8 +217,8 @@ def _show(rows: Sequence[PlanRow], options: argparse.Namespace) -> None:
         table.add_row(*("-" if row[column] is None else str(row[column]) for column in COLUMNS))
     console = Console(highlight=False, width=130)
     console.print(table)
-    for measured in ("accuracy", "psnr"):
-        console.print(f"Pareto front by {measured}: {', '.join(front(rows, measured))}")
+    for name, plans in _fronts(rows).items():
+        console.print(f"Pareto {name}: {', '.join(plans)}")
     console.print(f"wrote {options.out}, {options.out.with_suffix('.json')}, {options.plot} and {options.grid}")
 
 

@@ -10,13 +10,13 @@ _FRONT, _REST, _GREY = "#c8553d", "#2f6690", "#9aa5ad"
 _MEASURES = {"accuracy": "held-back prompts shown, %", "psnr": "PSNR to the pictures of full, dB"}
 
 
-def front(rows: Sequence[dict[str, Any]], measure: str) -> list[str]:
-    """Names of the plans that no other plan beats in both time and ``measure``, from the fastest on.
+def front(rows: Sequence[dict[str, Any]], measure: str, cost: str = "time") -> list[str]:
+    """Names of the plans that no other plan beats in both ``cost`` (``time`` or ``macs``) and ``measure``, the cheapest first.
 
     A measure of None is better than any number: it is the PSNR of `full` to itself.
     """
     names, best = [], float("-inf")
-    for row in sorted(rows, key=lambda row: (float(row["time"]), -_value(row, measure))):
+    for row in sorted(rows, key=lambda row: (float(row[cost]), -_value(row, measure))):
         if _value(row, measure) > best:
             names.append(str(row["plan"]))
             best = _value(row, measure)

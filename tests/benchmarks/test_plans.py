@@ -129,7 +129,7 @@ def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (rows[0]["time"], rows[0]["psnr"], rows[1]["time"], rows[1]["macs"]) == ("1.0", "", "0.5", "1.0")
     described = json.loads((tmp_path / "plans.json").read_text())
     assert described["settings"]["prompts"] == 8
-    assert described["front by accuracy"] == ["block:2"]
+    assert described["front by accuracy and time"] == ["block:2"]
     assert described["machine"]["cores"]
     assert Image.open(tmp_path / "grid.png").width > 1000
 
