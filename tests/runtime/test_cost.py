@@ -18,6 +18,7 @@ from runtime.cost import peak_bytes, relative_macs
 from runtime.executor import Network
 from runtime.explain import explain, in_order, plot
 from runtime.modes import Uniform
+from runtime.pipeline import Pipeline
 from runtime.presets import find_plan
 from tests.unets import TEXT_WIDTH, TOKENS, live_network, manifest_of, small_unet
 
@@ -56,7 +57,8 @@ def measured_peak(schedule: Schedule, networks: dict[str, Any], samples: list[Te
         name: Network(network.manifest, {key: Counting(runner, ledger) for key, runner in network.runners.items()})  # type: ignore[misc]
         for name, network in networks.items()
     }
-    executor, text = Executor(counting, schedule), torch.randn(2, TOKENS, TEXT_WIDTH)
+    shape = next(iter(networks.values())).manifest.features["text_encoder"].shape
+    executor, text = Executor(counting, schedule), torch.randn(2, *map(int, shape[1:]))
     for index, sample in enumerate(samples):
         prediction, _ = executor.step(index, sample, torch.tensor([5.0]), text)
         del prediction
@@ -72,6 +74,14 @@ def test_planned_peak_of_features_is_the_measured_one(name: str) -> None:
     measured = measured_peak(schedule, {"one": live_network(unet, manifest)}, [torch.randn(2, 4, 16, 24)] * len(TIMESTEPS))
     # Features are counted exactly, so nothing is lost but what a view may hold.
     assert measured == pytest.approx(peak_bytes(schedule, SIZES), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["full", "block:2", "deepcache:3", "adaptive:0.3"])
+def test_planned_peak_of_features_is_that_of_an_engine(mini_pipeline: Pipeline, name: str) -> None:
+    schedule = mini_pipeline.schedule(find_plan(name), TIMESTEPS)
+    samples = [torch.randn(2, 4, 8, 16) for _ in TIMESTEPS]
+    measured = measured_peak(schedule, {"original": mini_pipeline.network}, samples)
+    assert measured == pytest.approx(peak_bytes(schedule, {"batch": 2, "height": 8, "width": 16}), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["adaptive:0.3", "adaptive:0.3+deepcache:2", "unit:3+adaptive:0.3"])
