@@ -19,7 +19,7 @@ from engines.errors import EngineError, EngineMemoryError
 from engines.load_advice import advise, is_out_of_memory
 from engines.manifest import Compiled, Segment
 from engines.recording import CudaRecorder, Recorder
-from engines.runtime_cache import RuntimeCache, cache_places
+from engines.runtime_cache import RuntimeCache, cache_places, card_name
 from engines.tensor_rt_runner import Device, EngineRunner, ErrorLog
 from engines.timing_cache import TimingCache
 
@@ -203,7 +203,7 @@ class _Family(Engine):
 
     def _cache_stem(self) -> str:
         """Of a cache's file: what it is for."""
-        return f"{self.name}-{self.version()}-{_card_name(self.device)}"
+        return f"{self.name}-{self.version()}-{card_name(self.device)}"
 
     def _create_context(self, engine: Any) -> Any:
         """A context that is given the memory it works in: all of them share one block."""
@@ -237,7 +237,7 @@ class TensorRT(_Family):
     def _here(self) -> tuple[str, ...]:
         """What engines built here are for; empty without a GPU."""
         card = _card(self.device)
-        return (card, _card_name(self.device)) if card else ()
+        return (card, card_name(self.device)) if card else ()
 
     def _is_for_here(self, made: Compiled) -> bool:
         return bool(made.targets) and made.targets == self._here()
@@ -359,12 +359,6 @@ def _card(device: torch.device) -> str | None:
 def _origin(made: Compiled) -> str:
     """Which version an engine was built by, and for what."""
     return f"{made.version} for {', '.join(made.targets) or 'the GPU it was built on'}"
-
-
-def _card_name(device: torch.device) -> str:
-    """The GPU's name, fit for a file's."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _advice(reason: str) -> str:
