@@ -179,6 +179,10 @@ class _Family(Engine):
     def _place(self, bundle: Bundle, segment: Segment) -> Device:
         return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._ends
 
+    def scratch_bytes(self) -> int:
+        """What execution contexts will work in, as the engines say when they are loaded."""
+        return self._unet.scratch.missing + self._ends.scratch.missing
+
     def recorder(self) -> Recorder | None:
         """CUDA graphs."""
         return CudaRecorder(self.device) if self.device.type == "cuda" else None
