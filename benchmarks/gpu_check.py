@@ -2,16 +2,19 @@
 
 For every engine that can be had and both precisions: error and cosine of each segment against the diffusers model, in half
 precision also the PSNR of the latents after twenty steps; for each plan, the error of the final latents against the torch engine
-in float32, run piece by piece; whether steps replayed as CUDA graphs give what they give piece by piece; the planned bytes of
-features beside those measured; and the time of a picture's UNet steps both ways. An engine that breaks off in the middle is a
-fault; the others go on. Writes benchmarks/results/gpu-CARD-SOURCE-VARIANT.json.
+in float32, run piece by piece; whether steps replayed as CUDA graphs give what they give piece by piece; memory; and the time of
+a picture's UNet steps both ways. Of memory, the planned bytes of features are compared with those held between segments, which
+must be within a tenth; what segments need inside, weights, scratch and what the device has lost in all are only reported. An
+engine that breaks off, while it is built, loaded or run, is a fault; the others go on. Writes
+benchmarks/results/gpu-CARD-SOURCE-VARIANT.json.
 """
 
 import argparse
+import gc
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,9 +25,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.machine import machine
-from engines import DTYPES, ENGINES, Bundle, Engine, EngineError, make_engine
+from engines import DTYPES, ENGINES, Bundle, Engine, EngineError, Runner, make_engine
 from engines.command import Parser, parse_size, run_command
-from engines.errors import UserError
+from engines.errors import EngineMemoryError, UserError
 from engines.onnx_runtime import OnnxRuntime
 from engines.shapes import resolve
 from engines.torch_program import Torch
@@ -34,12 +37,16 @@ from exporter.verify_command import FP16_STEPS
 from exporter.workers import DTYPE
 from runtime import Executor, Pipeline, find_plan
 from runtime.cost import peak_bytes
+from runtime.network import Network
+from runtime.residence import free_bytes
 from runtime.schedule import TEXT
 from runtime.schedulers import make_scheduler
 
 __all__ = ["main"]
 
 PROMPT = "a red star on a blue background"
+PLANNED = 0.1
+"""How far, relative to what is planned, the memory of features may be off: allocators round up."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,16 @@ class Row:
     """Of a picture's UNet steps, piece by piece; the median of the rounds."""
     graphs_milliseconds: float | None
     planned_bytes: int
-    """Of features at once."""
-    measured_bytes: int | None
-    """Of device memory at once, with what the engine needs inside a segment."""
+    """Of features at once, between segments; compared with the next."""
+    features_bytes: int | None
+    """Of features at once, as PyTorch's allocator has them after every segment."""
+    peak_bytes: int | None
+    """As it has them at any time: what PyTorch itself needs inside a segment is in it, but no other library's own memory."""
+
+    @property
+    def name(self) -> str:
+        """What was run."""
+        return f"{self.engine} {self.precision} {self.plan}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,18 @@ class Fit:
     cosine: float
 
 
+@dataclass(frozen=True)
+class Memory:
+    """An engine's memory beside features; compared with nothing."""
+
+    weights_bytes: int
+    """Of the UNet's files."""
+    scratch_bytes: int
+    """What the engine says that it works in, for each stream; 0 where it does not say."""
+    device_bytes: int | None
+    """What the whole device had less at the end than at the beginning, by its driver: with all that libraries keep."""
+
+
 @dataclass
 class Found:
     """What the check has found, by engine and precision."""
@@ -78,6 +104,7 @@ class Found:
     segments: dict[str, dict[str, Fit]] = field(default_factory=dict)
     psnr: dict[str, float] = field(default_factory=dict)
     """Of half precision's latents, in decibels."""
+    memory: dict[str, Memory] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     """Why an engine could not be had."""
     ended: dict[str, str] = field(default_factory=dict)
@@ -96,8 +123,11 @@ class Found:
                 faults.append(f"{name}: latents have a PSNR of {psnr:.1f} dB, not {LEAST_PSNR:g}")
         # Replayed or not, the same kernels run; only what picks another kernel inside a graph can make a difference.
         off = [row for row in self.rows if row.graphs_error is not None and not row.graphs_error <= 1e-3]
+        faults += [f"{row.name}: replayed steps are off by {row.graphs_error:.1e}" for row in off]
         return faults + [
-            f"{row.engine} {row.precision} {row.plan}: replayed steps are off by {row.graphs_error:.1e}" for row in off
+            f"{row.name}: features of {row.planned_bytes} bytes are planned, {row.features_bytes} held"
+            for row in self.rows
+            if row.features_bytes is not None and abs(row.features_bytes - row.planned_bytes) > PLANNED * row.planned_bytes
         ]
 
 
@@ -149,8 +179,25 @@ def _run(pipeline: Pipeline, plan: str, options: argparse.Namespace) -> tuple[Te
     return made.latents, statistics.median(seconds[1:])
 
 
-def _memory(pipeline: Pipeline, plan: str, steps: int) -> tuple[int, int | None]:
-    """Planned bytes of features, and the measured peak of the UNet's steps, run piece by piece; None without a GPU."""
+class _Watched:
+    """A runner after whose runs somebody looks at the memory that is held."""
+
+    def __init__(self, runner: Runner, look: Callable[[], None]) -> None:
+        self._runner, self._look = runner, look
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        outputs = self._runner.run(inputs)
+        self._look()
+        return outputs
+
+
+def _allocated(device: torch.device) -> int | None:
+    """Bytes that PyTorch's allocator has given out; None where it does not count."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def _memory(pipeline: Pipeline, plan: str, steps: int) -> tuple[int, int | None, int | None]:
+    """Of the UNet's steps, run piece by piece: planned bytes of features, the most held between segments, and the most at all."""
     manifest, device = pipeline.manifest, pipeline.engine.device
     timesteps = make_scheduler("ddim", pipeline.bundle.folder / "scheduler", steps).timesteps.tolist()
     schedule = pipeline.schedule(find_plan(plan), timesteps)
@@ -158,22 +205,34 @@ def _memory(pipeline: Pipeline, plan: str, steps: int) -> tuple[int, int | None]
     sizes = {"batch": 2, "height": height, "width": width}
     given = {name: torch.zeros(resolve(manifest.features[name].shape, sizes), device=device) for name in ("sample", TEXT)}
     text = given[TEXT].to(DTYPES[manifest.features[TEXT].dtype])
-    executor = Executor(pipeline.networks, schedule, residence=pipeline.residence)
+    when = torch.tensor(timesteps, dtype=torch.float32, device=device)
+
+    def run(networks: Mapping[str, Network]) -> None:
+        executor = Executor(networks, schedule, residence=pipeline.residence)
+        for index in range(schedule.steps):
+            executor.step(index, given["sample"], when[index : index + 1], text)
+
+    run(pipeline.networks)  # contexts, scratch memory and the libraries' workspaces are made at first use
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    for index, timestep in enumerate(timesteps):
-        executor.step(index, given["sample"], torch.tensor([timestep], dtype=torch.float32, device=device), text)
-    measured = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
-    return peak_bytes(schedule, sizes), measured
+    before, held = _allocated(device), list[int]()
+    run({name: _watched(network, lambda: held.append(_allocated(device) or 0)) for name, network in pipeline.networks.items()})
+    planned = peak_bytes(schedule, sizes)
+    if before is None:
+        return planned, None, None
+    return planned, max(held) - before, torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
+
+
+def _watched(network: Network, look: Callable[[], None]) -> Network:
+    return Network(network.manifest, {name: _Watched(runner, look) for name, runner in network.runners.items()})  # type: ignore[misc]
 
 
 def _row(
     pipeline: Pipeline, precision: str, plan: str, references: dict[str, Tensor], options: argparse.Namespace
 ) -> tuple[Row, Tensor]:
     graphs, pipeline.graphs = pipeline.graphs, None
-    planned, measured = _memory(pipeline, plan, options.steps)
+    planned, held, peak = _memory(pipeline, plan, options.steps)
     latents, seconds = _run(pipeline, plan, options)
     pipeline.graphs = graphs
     replayed = _run(pipeline, plan, options) if graphs else None
@@ -186,7 +245,8 @@ def _row(
         milliseconds=round(1000 * seconds, 3),
         graphs_milliseconds=round(1000 * replayed[1], 3) if replayed else None,
         planned_bytes=planned,
-        measured_bytes=measured,
+        features_bytes=held,
+        peak_bytes=peak,
     )
     return row, latents
 
@@ -202,17 +262,27 @@ def _segments(bundle: Bundle, engine: Engine) -> dict[str, Fit]:
 
 def _show(console: Console, rows: Sequence[Row]) -> None:
     table = Table(
-        "engine", "precision", "plan", "error", "graphs: error", "ms", "graphs: ms", "MB planned", "measured", box=SIMPLE
+        "engine", "precision", "plan", "error", "graphs: error", "ms", "graphs: ms", "MB planned", "held", "peak", box=SIMPLE
     )
 
     def text(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
     for row in rows:
-        megabytes = None if row.measured_bytes is None else row.measured_bytes / 1e6
+        planned, held, peak = (
+            None if size is None else size / 1e6 for size in (row.planned_bytes, row.features_bytes, row.peak_bytes)
+        )
         table.add_row(row.engine, row.precision, row.plan, text(row.error, ".1e"), text(row.graphs_error, ".1e"),
                       text(row.milliseconds, ".2f"), text(row.graphs_milliseconds, ".2f"),
-                      text(row.planned_bytes / 1e6, ".1f"), text(megabytes, ".1f"))  # fmt: skip
+                      text(planned, ".1f"), text(held, ".1f"), text(peak, ".1f"))  # fmt: skip
+    console.print(table)
+
+
+def _show_memory(console: Console, memory: Mapping[str, Memory]) -> None:
+    table = Table("engine", "MB of the UNet's files", "scratch", "of the device", box=SIMPLE)
+    for name, one in memory.items():
+        sizes = (one.weights_bytes, one.scratch_bytes, one.device_bytes)
+        table.add_row(name, *("-" if size is None else f"{size / 1e6:.1f}" for size in sizes))
     console.print(table)
 
 
@@ -239,10 +309,17 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _check(found: Found, pipeline: Pipeline, precision: str, references: dict[str, Tensor], options: argparse.Namespace) -> None:
-    """Everything about one engine at one precision."""
+def _check(
+    found: Found,
+    pipeline: Pipeline,
+    precision: str,
+    references: dict[str, Tensor],
+    options: argparse.Namespace,
+    free: int | None,
+) -> None:
+    """Everything about one engine at one precision; ``free`` are the device's bytes before it came."""
     bundle, engine = pipeline.bundle, pipeline.engine
-    name = f"{engine.name} {precision}"
+    name, scratch = f"{engine.name} {precision}", engine.scratch_bytes()
     found.segments[name] = _segments(bundle, engine)
     if precision == "fp16":
         found.psnr[name] = round(compare_latents(bundle, engine, bundle.manifest.sizes[0], FP16_STEPS), 1)
@@ -251,37 +328,69 @@ def _check(found: Found, pipeline: Pipeline, precision: str, references: dict[st
         found.rows.append(row)
         if name == "torch fp32":
             references[plan] = latents
+    left = free_bytes(engine.device)
+    taken = None if free is None or left is None else free - left
+    found.memory[name] = Memory(pipeline.residence.bytes_of(bundle.manifest.variant), scratch, taken)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Check what runs on the GPU; raises UserError without one, exits with 1 where something is wrong."""
     options = _parse(arguments)
     device, console = _device(options.device), Console(width=130)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     found = Found()
     references: dict[str, Tensor] = {}
     for name in options.engines:
         for precision in options.precision:
             console.print(f"{name}, {precision}", highlight=False)
-            try:
-                engine = _engine(name, device)
-                pipeline = Pipeline(_bundle(options, name, precision), engine)
-            except EngineError as error:
-                found.skipped[f"{name} {precision}"] = str(error)
-                continue
-            try:
-                _check(found, pipeline, precision, references, options)
-            except Exception as error:  # whatever it is, what the other engines do is worth knowing
-                console.print_exception()
-                found.ended[f"{name} {precision}"] = f"{type(error).__name__}: {error}"
-            del pipeline
-    _report(console, device, found, options)
+            _check_one(found, name, precision, device, references, options, console)
+            gc.collect()  # what an exception has held, and the engine's memory with it
+    _report(console, device, card, found, options)
 
 
-def _report(console: Console, device: torch.device, found: Found, options: argparse.Namespace) -> None:
+def _load(found: Found, name: str, precision: str, device: torch.device, options: argparse.Namespace) -> Pipeline | None:
+    """Build and load a bundle for an engine; None, and why, where the engine cannot be had."""
+    try:
+        return Pipeline(_bundle(options, name, precision), _engine(name, device))
+    except EngineMemoryError:  # it can be had, and more is wrong
+        raise
+    except EngineError as error:
+        found.skipped[f"{name} {precision}"] = str(error)
+        return None
+
+
+def _check_one(
+    found: Found,
+    name: str,
+    precision: str,
+    device: torch.device,
+    references: dict[str, Tensor],
+    options: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Build, load and check an engine at a precision; whatever becomes of it, what the others do is worth knowing.
+
+    Raises:
+        UserError: there is nothing to load for any engine: the source, a plan or a size is wrong.
+    """
+    pipeline = None
+    try:
+        free = free_bytes(device)
+        pipeline = _load(found, name, precision, device, options)
+        if pipeline is not None:
+            _check(found, pipeline, precision, references, options, free)
+    except Exception as error:
+        if pipeline is None and isinstance(error, UserError) and not isinstance(error, EngineError):
+            raise
+        console.print_exception()
+        found.ended[f"{name} {precision}"] = f"{type(error).__name__}: {error}"
+
+
+def _report(console: Console, device: torch.device, card: str, found: Found, options: argparse.Namespace) -> None:
     _show(console, found.rows)
+    _show_memory(console, found.memory)
     for name, reason in found.skipped.items():
         console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     settings = {name: getattr(options, name) for name in ("source", "variant", "steps", "rounds", "size")}
     faults = found.faults()
     report = {"card": card, "cuda": torch.version.cuda, "settings": settings, "faults": faults, **asdict(found)}

@@ -164,6 +164,10 @@ class Engine(ABC):
             BundleError: the files are damaged.
         """
 
+    def scratch_bytes(self) -> int:
+        """Device memory that the runners loaded so far will take beside their weights when they run; 0 where nobody can tell."""
+        return 0
+
     def recorder(self) -> Recorder | None:
         """What records work of this engine's runners on its device; None where it cannot be, as on a CPU."""
         return None

@@ -1,6 +1,6 @@
 """What a user can get wrong with a bundle or an engine. The commands print these as one line and exit with code 2."""
 
-__all__ = ["BundleError", "EngineError", "UserError"]
+__all__ = ["BundleError", "EngineError", "EngineMemoryError", "UserError"]
 
 
 class UserError(ValueError):
@@ -13,3 +13,7 @@ class BundleError(UserError):
 
 class EngineError(UserError):
     """An engine is unknown, not installed, not in the bundle, or cannot run what was asked of it."""
+
+
+class EngineMemoryError(EngineError):
+    """An engine does not fit into what memory the device has left."""

@@ -4,6 +4,7 @@ Compiling a segment means to write a copy of its graph in which each attention i
 without copies runs too: its ONNX files are taken as they are, slower and with more memory.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -17,6 +18,7 @@ from engines.bundle import Bundle
 from engines.errors import EngineError
 from engines.manifest import Feature, Segment
 from engines.recording import beside
+from engines.runtime_cache import cache_places, card_name, writable
 
 __all__ = ["OnnxRuntime"]
 
@@ -31,7 +33,8 @@ class OnnxRuntime(Engine):
         threads: CPU threads per operator; by default as many as PyTorch takes, which is one per physical core unless
             ``OMP_NUM_THREADS`` or ``torch.set_num_threads`` says otherwise.
         device: ``cpu`` or ``cuda``; by default CUDA where ONNX Runtime has it and PyTorch finds a GPU.
-        tensorrt: on CUDA, leave to TensorRT what it can run; its engines are built when they are first used.
+        tensorrt: on CUDA, leave to TensorRT what it can run. Its engines are built when they are first used with some shapes, and
+            kept with the bundle's caches.
 
     Raises:
         EngineError: onnxruntime is not installed, or ``device`` is CUDA or ``tensorrt`` is asked for and it cannot be had.
@@ -68,7 +71,9 @@ class OnnxRuntime(Engine):
         if self.device.type == "cpu":
             _share_arena()
         self._tensorrt = tensorrt
-        # Sessions must be told their stream when they are made, and take no default stream.
+        # Sessions must be told their stream when they are made, and take no default stream. One run at a time is put on it: what
+        # two threads put there in turns would be work of two runs in one another's memory.
+        self._running = threading.Lock()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def version(self) -> str:
@@ -107,15 +112,16 @@ class OnnxRuntime(Engine):
         compiled = segment.engines.get(self.name)
         if compiled is not None and not self._tensorrt:  # TensorRT does not know the fused operator
             paths = [bundle.path(file) for file in compiled.files] + paths
-        session = self._session(paths[0], segment)
+        session = self._session(paths[0], segment, self._providers(bundle, segment))
         if self.device.type == "cpu":
             return _ArrayRunner(segment, bundle.manifest.features, session)
-        return _BoundRunner(segment, bundle.manifest.features, session, self.device, self._run_options(), self._stream)
+        features, options = bundle.manifest.features, self._run_options()
+        return _BoundRunner(segment, features, session, self.device, options, self._stream, self._running)
 
-    def _session(self, path: Path, segment: Segment) -> Any:
+    def _session(self, path: Path, segment: Segment, providers: Sequence[Any]) -> Any:
         cuda = self.device.type == "cuda"
         try:
-            session = self._ort.InferenceSession(str(path), self._options(), providers=self._providers())
+            session = self._ort.InferenceSession(str(path), self._options(), providers=providers)
         except Exception as error:  # its exceptions have no base class of their own
             raise EngineError(
                 f"segment {segment.name}: ONNX Runtime {self.version()} refuses {path}: {error}; "
@@ -129,12 +135,31 @@ class OnnxRuntime(Engine):
             )
         return session
 
-    def _providers(self) -> list[Any]:
+    def _providers(self, bundle: Bundle, segment: Segment) -> list[Any]:
+        """What may run a segment, in the order in which it is asked, with options."""
         if self._stream is None:
             return ["CPUExecutionProvider"]
         place = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self._stream.cuda_stream)}
-        names = [_TENSORRT, _CUDA] if self._tensorrt else [_CUDA]
-        return [*((name, place) for name in names), "CPUExecutionProvider"]
+        # fp32 means fp32. The TensorRT provider has no such option (https://github.com/microsoft/onnxruntime/issues/26029).
+        exact = {"use_tf32": "0"} if bundle.manifest.precision == "fp32" else {}
+        providers: list[Any] = [(_CUDA, place | exact), "CPUExecutionProvider"]
+        return [(_TENSORRT, place | self._kept(bundle, segment)), *providers] if self._tensorrt else providers
+
+    def _kept(self, bundle: Bundle, segment: Segment) -> dict[str, str]:
+        """Where the TensorRT provider keeps its engines, and what it measured to build them.
+
+        It tells engines apart by the graph, not by the weights: each segment of each bundle has a folder of its own.
+        """
+        name = f"onnxruntime-{self.version()}-{card_name(self.device)}/{segment.name}"
+        folder = writable(cache_places(bundle.folder, bundle.manifest.key, name))
+        if folder is None:
+            return {}
+        return {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(folder),
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(folder.parent),
+        }
 
     def _run_options(self) -> Any:
         options = self._ort.RunOptions()
@@ -188,7 +213,7 @@ class _ArrayRunner(Runner):
 class _BoundRunner(Runner):
     """On a GPU: ONNX Runtime reads and writes the tensors' own memory through IO binding; the host copies and waits for nothing.
 
-    All sessions of an engine work on one stream, which takes its turn with the current one.
+    All sessions of an engine work on one stream, one run at a time; the stream takes its turn with the current one.
     """
 
     def __init__(
@@ -199,9 +224,10 @@ class _BoundRunner(Runner):
         device: torch.device,
         options: Any,
         stream: torch.cuda.Stream | None,
+        running: threading.Lock,
     ) -> None:
         super().__init__(segment, features)
-        self._session, self._options, self._stream = session, options, stream
+        self._session, self._options, self._stream, self._running = session, options, stream, running
         self._taken = _input_names(session)
         self.device = device
 
@@ -218,7 +244,8 @@ class _BoundRunner(Runner):
                 binding.bind_input(name, *self._place(tensor))
             for name, tensor in outputs.items():
                 binding.bind_output(name, *self._place(tensor))
-            self._session.run_with_iobinding(binding, self._options)
+            with self._running:
+                self._session.run_with_iobinding(binding, self._options)
         return outputs
 
     def _turn(self) -> AbstractContextManager[None]:

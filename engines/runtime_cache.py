@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import tempfile
 import threading
 import warnings
@@ -9,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RuntimeCache", "cache_places", "user_folder", "write_whole"]
+import torch
+
+__all__ = ["RuntimeCache", "cache_places", "card_name", "user_folder", "writable", "write_whole"]
 
 
 def user_folder() -> Path:
@@ -26,6 +29,22 @@ def cache_places(bundle: Path, key: str, name: str) -> tuple[Path, ...]:
         name: of the file; it names the card and the version that the kernels are for.
     """
     return bundle / "cache" / name, user_folder() / key[:16] / name
+
+
+def card_name(device: torch.device) -> str:
+    """The GPU's name, fit for a file's."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def writable(places: Sequence[Path]) -> Path | None:
+    """The first of these folders that can be made and written into, which is there afterwards; None if none can."""
+    for place in places:
+        with contextlib.suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+            if os.access(place, os.W_OK):
+                return place
+    return None
 
 
 class RuntimeCache:

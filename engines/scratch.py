@@ -1,4 +1,7 @@
-"""The memory that execution contexts work in: one block for all of them, as they run one after another."""
+"""The memory that execution contexts work in: one block for all of a stream, as they run one after another.
+
+There are two for each stream that is used: that of the UNet's engines, and that of text encoder and VAE, whose need is greater.
+"""
 
 import torch
 
@@ -20,6 +23,11 @@ class Scratch:
     def need(self) -> int:
         """Bytes."""
         return self._need
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the first stream still has to take: none once there is a block of the size needed."""
+        return 0 if any(block.numel() >= self._need for block in self._blocks.values()) else self._need
 
     def reserve(self, size: int) -> None:
         """Make blocks of at least this many bytes from now on."""

@@ -5,6 +5,7 @@ named compute capabilities, and finishes the kernels on the user's card.
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -14,14 +15,17 @@ import torch
 
 from engines.base import Engine, Profile, Runner, Traced
 from engines.bundle import Bundle
-from engines.errors import EngineError
-from engines.manifest import Segment
+from engines.errors import EngineError, EngineMemoryError
+from engines.load_advice import advise, is_out_of_memory
+from engines.manifest import Compiled, Segment
 from engines.recording import CudaRecorder, Recorder
-from engines.runtime_cache import RuntimeCache, cache_places
+from engines.runtime_cache import RuntimeCache, cache_places, card_name
 from engines.tensor_rt_runner import Device, EngineRunner, ErrorLog
 from engines.timing_cache import TimingCache
 
 __all__ = ["TensorRT", "TensorRTRTX"]
+
+_FALLBACK = "--engine torch or --engine onnxruntime, which run without"
 
 
 class _Family(Engine):
@@ -54,11 +58,16 @@ class _Family(Engine):
         try:
             module = import_module(cls.module)
         except (ImportError, OSError, RuntimeError) as error:  # the bindings are found but their libraries are not
-            raise EngineError(f"engine {cls.name} cannot be used: {error}; install it with: {cls.install}") from error
+            raise EngineError(
+                f"engine {cls.name} cannot be used: {error}; install it with: {cls.install}, or choose {_FALLBACK}"
+            ) from error
         found = str(module.__version__)
         if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < cls.oldest:
             oldest = ".".join(map(str, cls.oldest))
-            raise EngineError(f"engine {cls.name} takes version {oldest} or later, found {found}; install it with: {cls.install}")
+            raise EngineError(
+                f"engine {cls.name} takes version {oldest} or later, found {found}; install it with: {cls.install}, "
+                f"or choose {_FALLBACK}"
+            )
         return module
 
     def version(self) -> str:
@@ -134,26 +143,45 @@ class _Family(Engine):
         """
         self._require_gpu("to run")
         path, *_ = self.compiled_files(bundle, segment)
+        self._check_card(bundle, segment)
         runtime = self.trt.Runtime(self._log.logger)
         data = path.read_bytes()
         with self._log.collect() as errors:
             engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
-            made = segment.engines[self.name]
             reasons = self._invalid(runtime, data) or errors[:1] or ["it gives no reason"]
-            raise EngineError(
+            kind = EngineMemoryError if is_out_of_memory(reasons) else EngineError
+            advice = advise(reasons, self._rebuild_advice(bundle, segment))
+            raise kind(
                 f"segment {segment.name}: {self.name} {self.version()} cannot load {path} here: {', '.join(reasons)}; "
-                f"it was built by {made.version} for {', '.join(made.targets) or 'the GPU it was built on'}; "
-                f"build it for this one with: {self.rebuild_command(bundle)}"
+                f"it was built by {_origin(segment.engines[self.name])}; {advice}"
             )
         return self._runner(bundle, segment, (runtime, engine))
 
+    def _check_card(self, bundle: Bundle, segment: Segment) -> None:
+        """Refuse what only TensorRT-RTX can run: an engine of another card."""
+
+    def _rebuild_advice(self, bundle: Bundle, segment: Segment) -> str:
+        """How to get an engine that can be loaded here."""
+        made, command = segment.engines[self.name], self.rebuild_command(bundle)
+        if made.version == self.version() and self._is_for_here(made):
+            return f"a build would keep it, for it is of this version and for this GPU: remove {bundle.folder}, then: {command}"
+        return f"build it for this one with: {command}"
+
+    @abstractmethod
+    def _is_for_here(self, made: Compiled) -> bool:
+        """Whether an engine was built for the GPU at hand."""
+
     def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
-        place = self._place(bundle, segment)
-        return EngineRunner(segment, bundle.manifest.features, loaded, self._create_context, self._log, self.name, place)
+        place, rebuild = self._place(bundle, segment), self._rebuild_advice(bundle, segment)
+        return EngineRunner(segment, bundle.manifest.features, loaded, self._create_context, self._log, self.name, place, rebuild)
 
     def _place(self, bundle: Bundle, segment: Segment) -> Device:
         return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._ends
+
+    def scratch_bytes(self) -> int:
+        """What execution contexts will work in, as the engines say when they are loaded."""
+        return self._unet.scratch.missing + self._ends.scratch.missing
 
     def recorder(self) -> Recorder | None:
         """CUDA graphs."""
@@ -165,7 +193,7 @@ class _Family(Engine):
         found = "PyTorch finds none" if torch.version.cuda else f"PyTorch {torch.__version__} is built without CUDA"
         raise EngineError(
             f"engine {self.name} needs an NVIDIA GPU and driver {purpose}, and a PyTorch built for CUDA ({found}); "
-            "install them, or choose --engine onnxruntime"
+            f"install them, or choose {_FALLBACK}"
         )
 
     def _invalid(self, runtime: Any, data: bytes) -> list[str]:
@@ -179,7 +207,7 @@ class _Family(Engine):
 
     def _cache_stem(self) -> str:
         """Of a cache's file: what it is for."""
-        return f"{self.name}-{self.version()}-{_card_name(self.device)}"
+        return f"{self.name}-{self.version()}-{card_name(self.device)}"
 
     def _create_context(self, engine: Any) -> Any:
         """A context that is given the memory it works in: all of them share one block."""
@@ -195,18 +223,36 @@ class TensorRT(_Family):
     oldest = (10, 8)
 
     def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
-        """No targets: the engine is for the GPU at hand.
+        """The compute capability and the name of the GPU at hand, whatever else is named: it is what is built for.
+
+        Kernels are chosen by their times on the card, so an engine of another model is another one.
 
         Raises:
-            EngineError: targets were given, or there is no GPU.
+            EngineError: other targets were given, or there is no GPU.
         """
-        if targets:
+        if targets and tuple(targets) != self._here():
             raise EngineError(
                 f"engine {self.name} builds for the GPU at hand and takes no targets, got {', '.join(targets)}; "
                 "leave --targets out, or choose --engine tensorrt-rtx, which builds for other GPUs"
             )
         self._require_gpu("to build")
-        return ()
+        return self._here()
+
+    def _here(self) -> tuple[str, ...]:
+        """What engines built here are for; empty without a GPU."""
+        card = _card(self.device)
+        return (card, card_name(self.device)) if card else ()
+
+    def _is_for_here(self, made: Compiled) -> bool:
+        return bool(made.targets) and made.targets == self._here()
+
+    def _check_card(self, bundle: Bundle, segment: Segment) -> None:
+        made, here = segment.engines[self.name], self._here()
+        if here and made.targets and not self._is_for_here(made):
+            raise EngineError(
+                f"segment {segment.name}: its {self.name} engine was built by {_origin(made)}, this GPU is {', '.join(here)}; "
+                f"{self._rebuild_advice(bundle, segment)}"
+            )
 
     def _build(self, builder: Any, network: Any, config: Any, beside: Path | None) -> Any:
         if beside is None:
@@ -224,7 +270,7 @@ class TensorRTRTX(_Family):
     name = "tensorrt-rtx"
     module = "tensorrt_rtx"
     install = "pip install --upgrade tensorrt-rtx"
-    oldest = (1, 0)
+    oldest = (1, 3)
     targets_allowed = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
     DEFAULT_TARGETS: ClassVar[tuple[str, ...]] = ("sm80", "sm86", "sm89", "sm120", "sm121")
     """Ampere and later; one engine serves them all. Turing (sm75) must be asked for: it has no fp32 matrix product, and NVIDIA
@@ -240,8 +286,7 @@ class TensorRTRTX(_Family):
         Raises:
             EngineError: a target is unknown to this version of TensorRT-RTX.
         """
-        known = self.trt.ComputeCapability.__members__
-        allowed = [target for target in self.targets_allowed if target.upper() in known]
+        allowed = self._allowed()
         for target in targets:
             if target not in allowed:
                 raise EngineError(
@@ -250,10 +295,24 @@ class TensorRTRTX(_Family):
                 )
         if targets:
             return tuple(dict.fromkeys(targets))
-        here = _card()
+        here = _card(self.device)
         if here in allowed and here not in self.DEFAULT_TARGETS:
             return (here,)
         return tuple(target for target in self.DEFAULT_TARGETS if target in allowed)
+
+    def _allowed(self) -> list[str]:
+        """The targets that this version of TensorRT-RTX knows."""
+        known = self.trt.ComputeCapability.__members__
+        return [target for target in self.targets_allowed if target.upper() in known]
+
+    def _is_for_here(self, made: Compiled) -> bool:
+        return _card(self.device) in made.targets
+
+    def _rebuild_advice(self, bundle: Bundle, segment: Segment) -> str:
+        here = _card(self.device)
+        if here and here not in self._allowed():
+            return f"{self.name} builds no engines for this GPU ({here}): choose --engine tensorrt, torch or onnxruntime"
+        return super()._rebuild_advice(bundle, segment)
 
     def _set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
         config.num_compute_capabilities = len(targets)
@@ -274,8 +333,8 @@ class TensorRTRTX(_Family):
             cache.attach(config)
             return engine.create_execution_context(config)
 
-        features, place = bundle.manifest.features, self._place(bundle, segment)
-        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, cache.store)
+        features, place, rebuild = bundle.manifest.features, self._place(bundle, segment), self._rebuild_advice(bundle, segment)
+        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, rebuild, cache.store)
 
     def _runtime_config(self, engine: Any) -> Any:
         config = engine.create_runtime_config()
@@ -293,18 +352,17 @@ class TensorRTRTX(_Family):
         return self._caches[bundle.folder]
 
 
-def _card() -> str | None:
+def _card(device: torch.device) -> str | None:
     """The GPU at hand as a target, such as ``sm89``; None without one."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda" or not torch.cuda.is_available():
         return None
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm{major}{minor}"
 
 
-def _card_name(device: torch.device) -> str:
-    """The GPU's name, fit for a file's."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def _origin(made: Compiled) -> str:
+    """Which version an engine was built by, and for what."""
+    return f"{made.version} for {', '.join(made.targets) or 'the GPU it was built on'}"
 
 
 def _advice(reason: str) -> str:

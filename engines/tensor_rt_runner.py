@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from engines.base import DTYPES, Runner
-from engines.errors import EngineError
+from engines.errors import EngineError, EngineMemoryError
+from engines.load_advice import advise, is_out_of_memory
 from engines.manifest import Feature, Segment
 from engines.recording import CannotRecord, beside, current_recording
 from engines.scratch import Scratch
@@ -115,6 +116,7 @@ class EngineRunner(Runner):
         log: where the engine's errors arrive.
         engine_name: the name that errors use.
         device: where it runs.
+        rebuild: what to do where the engine does not fit the manifest.
         learned: called when the engine has run with shapes that are new to it, and may have compiled kernels for them.
 
     Raises:
@@ -133,12 +135,13 @@ class EngineRunner(Runner):
         log: ErrorLog,
         engine_name: str,
         device: Device,
+        rebuild: str = "build the bundle again",
         learned: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(segment, features)
         self.device = device.device
         self._runtime, self._engine = loaded
-        self._create_context, self._learned = create_context, learned
+        self._create_context, self._learned, self._rebuild = create_context, learned, rebuild
         self._log = log
         self._engine_name = engine_name
         self._place = device
@@ -146,6 +149,8 @@ class EngineRunner(Runner):
         self._contexts: dict[int, _Context] = {}
         self._recorded: WeakKeyDictionary[object, dict[int, _Context]] = WeakKeyDictionary()
         self._growing = threading.Lock()
+        self._known: set[tuple[tuple[int, ...], ...]] = set()
+        """The input shapes that some context has run with."""
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._check_tensors(names)
         # An input that nothing reads may be gone from the engine.
@@ -158,9 +163,9 @@ class EngineRunner(Runner):
             if name in names:
                 got, expected = self._engine.get_tensor_dtype(name).name, _DATA_TYPES[self.features[name].dtype]
                 if got != expected:
-                    self._refuse(f"its engine has {name} as {got}, the manifest as {expected}; build the bundle again")
+                    self._refuse(f"its engine has {name} as {got}, the manifest as {expected}; {self._rebuild}")
             elif name in self.segment.outputs:
-                self._refuse(f"its engine has no output {name}, only {', '.join(names)}; build the bundle again")
+                self._refuse(f"its engine has no output {name}, only {', '.join(names)}; {self._rebuild}")
 
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
         with self._place.stream() as stream:
@@ -195,7 +200,9 @@ class EngineRunner(Runner):
         if shapes in context.launched:
             return
         context.launched.add(shapes)
-        self._learned()
+        if shapes not in self._known:  # what another context has compiled is in their cache already
+            self._known.add(shapes)
+            self._learned()
         fit = getattr(context.handle, "is_stream_capturable", None)  # only TensorRT-RTX can tell
         if current_recording() is not None and fit is not None and not fit(stream):
             raise CannotRecord(f"segment {self.segment.name}: {self._engine_name} cannot run it inside a CUDA graph")
@@ -239,10 +246,20 @@ class EngineRunner(Runner):
             if stream not in contexts:
                 with self._log.collect() as errors:
                     handle = self._create_context(self._engine)
-                self._expect(handle is not None, "making of an execution context", errors)
+                if handle is None:
+                    self._refuse_context(errors)
                 contexts[stream] = _Context(handle)
                 self._give_scratch(contexts[stream], stream)
             return contexts[stream]
+
+    def _refuse_context(self, errors: Sequence[str]) -> NoReturn:
+        """An engine can be read here and yet not run: its kernels are finished when a context is made."""
+        kind = EngineMemoryError if is_out_of_memory(errors) else EngineError
+        reason = errors[0] if errors else "it gives no reason"
+        raise kind(
+            f"segment {self.segment.name}: {self._engine_name} refused the making of an execution context: {reason}; "
+            f"{advise(errors, self._rebuild)}"
+        )
 
     def _give_scratch(self, context: _Context, stream: int) -> None:
         block = self._place.scratch.block(stream)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch.export.passes import move_to_device_pass
 from engines.base import Engine, Profile, Runner, Traced
 from engines.bundle import Bundle
 from engines.errors import EngineError
+from engines.exact import without_tf32
 from engines.manifest import Feature, Segment
 from engines.recording import CudaRecorder, Recorder
 
@@ -21,19 +23,25 @@ class ModuleRunner(Runner):
     """A live module as a runner: takes the segment's inputs and returns its outputs in the order of the manifest.
 
     Gradients are off. ``torch.inference_mode`` is not used: what it makes may not be changed in place outside it, and
-    these tensors go on to schedulers and callbacks that are not ours.
+    these tensors go on to schedulers and callbacks that are not ours. An ``exact`` one takes no TF32 on a GPU.
     """
 
     def __init__(
-        self, segment: Segment, features: Mapping[str, Feature], module: nn.Module, device: torch.device | None = None
+        self,
+        segment: Segment,
+        features: Mapping[str, Feature],
+        module: nn.Module,
+        device: torch.device | None = None,
+        exact: bool = False,
     ) -> None:
         super().__init__(segment, features)
-        self.module = module
+        self.module, self._exact = module, exact
         self.device = device or _device_of(module)
 
     @torch.no_grad()
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-        result = self.module(*(inputs[name] for name in self.segment.inputs))
+        with without_tf32() if self._exact else nullcontext():
+            result = self.module(*(inputs[name] for name in self.segment.inputs))
         outputs = (result,) if isinstance(result, torch.Tensor) else tuple(result)
         if len(outputs) != len(self.segment.outputs):
             raise EngineError(
@@ -109,4 +117,5 @@ class Torch(Engine):
         # Tracing notes that no size was 1 in its example and would refuse the deepest features of small pictures, which are
         # 1 x 1. Nothing in the program depends on it: `exporter verify` compares at that size.
         module = program.module(check_guards=False)
-        return ModuleRunner(segment, bundle.manifest.features, module, self.device)
+        exact = self.device.type == "cuda" and bundle.manifest.precision == "fp32"
+        return ModuleRunner(segment, bundle.manifest.features, module, self.device, exact)

@@ -64,6 +64,10 @@ class Writer:
                 keys[engine.name] = key_of({"onnx": keys["onnx"], **made_by, "profile": profile})
         return keys
 
+    def is_written(self, segment: Segment) -> bool:
+        """Whether there is nothing left to do."""
+        return all(self.pieces.find(key) is not None for key in self.keys(segment).values())
+
     def write(self, segment: Segment, report: Report = lambda what: None) -> Segment:
         """Trace and compile a segment, as far as that is not done; returns it with its files.
 

@@ -268,7 +268,7 @@ class Pipeline:
                 prediction = negative + scale * (positive - negative)
             latents = noise.step(prediction, timestep, latents, return_dict=False)[0]
             if start.repaint is not None:
-                latents = start.repaint.blend(latents, noise, start.timesteps[index + 1 :])
+                latents = start.repaint.blend(latents, index)
             records.append(record)
             if callback is not None:
                 callback(record, latents)

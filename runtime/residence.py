@@ -10,6 +10,7 @@ import torch
 
 from engines import Bundle, Engine, Runner
 from engines.bundle import Digest, sha256
+from engines.errors import EngineMemoryError
 from engines.manifest import File
 from runtime.graphs import Graphs
 from runtime.network import Network, unet_segments
@@ -19,7 +20,7 @@ __all__ = ["Residence", "free_bytes"]
 _GROWTH = 1.2
 """Bytes on the device for each byte of an engine's files: a choice of our own, for what execution contexts add."""
 _SPARE = 2**30
-"""Bytes that have to be left for features, for scratch memory and for the VAE: likewise."""
+"""Bytes that have to be left for features and for what engines do not tell: likewise."""
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -77,6 +78,9 @@ class Residence:
     def add(self, bundle: Bundle) -> None:
         """Load another bundle's UNet; where it does not fit beside those that are here, they make room for it.
 
+        Whether it fits is guessed from the size of its files, and known when it has been loaded: then the engine can tell what
+        memory its runners will work in.
+
         Raises:
             BundleError, EngineError: as ``Engine.load``.
         """
@@ -88,10 +92,27 @@ class Residence:
             runners: dict[str, Runner] = {}
             self._bundles[name], self._runners[name] = bundle, runners
             self.networks[name] = Network(bundle.manifest, runners)
-            free = self._free(self._engine.device)
-            if free is not None and self.bytes_of(name) * _GROWTH + _SPARE > free:
+            if not self._has_room(int(self.bytes_of(name) * _GROWTH)):
                 self.swaps = True
-            self._bring(name)
+            if not self._try(name):
+                self.swaps = True
+                self._release_all()
+                self._bring(name)
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so many bytes more fit onto the device, with what runners will work in and some to spare."""
+        free = self._free(self._engine.device)
+        return free is None or size + self._engine.scratch_bytes() + _SPARE <= free
+
+    def _try(self, unet: str) -> bool:
+        """Load a UNet beside those that are here; False where it turns out not to fit. With swaps, as ``_bring``."""
+        try:
+            self._bring(unet)
+        except (torch.OutOfMemoryError, EngineMemoryError):
+            if self.swaps:
+                raise
+            return False
+        return self.swaps or self._has_room(0)
 
     def bytes_of(self, unet: str) -> int:
         """What moves when a UNet is loaded: the size of its engines' files, or of its weights where these are elsewhere."""

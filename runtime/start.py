@@ -6,6 +6,7 @@ for inpainting take one sample of the original's latents for all.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +23,19 @@ class Repaint:
     """Inpainting by latent blending: after every step, what the mask leaves out gets the original's latents back.
 
     ``mask`` is (1, 1, height, width) of zeros and ones, ``known`` and ``noise`` are (images, channels, height, width). The
-    original's latents carry the noise of the step that comes next, and none after the last.
+    original's latents carry the noise of the step that comes next, and none after the last: ``levels`` (steps, 2) are the factors
+    of both after each step, on the device, as a scheduler looks them up on the host and copies them at every step.
     """
 
     mask: Tensor
     known: Tensor
     noise: Tensor
+    levels: Tensor
 
-    def blend(self, latents: Tensor, scheduler: Any, following: Tensor) -> Tensor:
-        """The latents after a step, blended; ``following`` are the timesteps still to come."""
-        known = scheduler.add_noise(self.known, self.noise, following[:1]) if len(following) else self.known
-        return (1 - self.mask) * known + self.mask * latents
+    def blend(self, latents: Tensor, index: int) -> Tensor:
+        """The latents after the step of that index, blended."""
+        signal, noise = self.levels[index].unbind()
+        return (1 - self.mask) * (signal * self.known + noise * self.noise) + self.mask * latents
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,23 @@ def from_picture(
         latents = noise * scheduler.init_noise_sigma
     else:
         latents = scheduler.add_noise(known, noise, timesteps[:1])
-    return Start(latents, timesteps, None if mask is None else Repaint(mask.to(mean.device), known, noise))
+    if mask is None:
+        return Start(latents, timesteps)
+    return Start(latents, timesteps, Repaint(mask.to(mean.device), known, noise, _levels(scheduler, timesteps, mean.device)))
+
+
+def _levels(scheduler: Any, timesteps: Tensor, device: torch.device) -> Tensor:
+    """What the scheduler would multiply a picture's latents and the noise by after each of its steps: (steps, 2)."""
+    one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
+    begin = getattr(scheduler, "begin_index", None)
+    levels = []
+    for index, timestep in enumerate(timesteps[1:], 1):
+        # Timesteps may come twice with different noise: a scheduler that counts its steps is asked before it has taken any.
+        after = copy(scheduler)
+        if begin is not None:
+            after.set_begin_index(begin + index)
+        levels.append(torch.cat([after.add_noise(one, zero, timestep[None]), after.add_noise(zero, one, timestep[None])]))
+    return torch.stack([*levels, torch.cat([one, zero])])
 
 
 def _draws(shape: Sequence[int], seeds: Sequence[int], count: int, device: torch.device) -> list[Tensor]:

@@ -255,6 +255,18 @@ def bundle(kind, tiny, tmp_path):
 
 
 @pytest.fixture
+def card(monkeypatch):
+    """Puts a GPU of this name and compute capability into the machine, as far as it is asked what it is."""
+
+    def put(name: str, capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    return put
+
+
+@pytest.fixture
 def load(kind, fake, bundle, cpu_alignment):
     """Loads a segment by name in an engine of the kind, driven by the fake."""
     engine = kind(fake, torch.device("cpu"))

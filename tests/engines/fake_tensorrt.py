@@ -45,7 +45,11 @@ class ILogger:
 class EngineInvalidityDiagnostics(IntEnum):
     VERSION_MISMATCH = 1
     UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+    OLD_CUDA_RUNTIME = 8
+    INSUFFICIENT_GPU_MEMORY = 16
     MALFORMED_ENGINE = 32
+    CUDA_ERROR = 64
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class FakeTensorRT:
         """The networks whose kernels had to be measured while they were built: those that were in no timing cache."""
         self.builds = True
         """Whether the builder can build."""
+        self.trouble = 0
+        """What is wrong with the machine, of EngineInvalidityDiagnostics: no engine can be loaded."""
 
     def Runtime(self, logger: Any) -> "FakeRuntime":
         return FakeRuntime(self, logger)
@@ -179,7 +185,7 @@ class FakeRuntime:
 
     def deserialize_cuda_engine(self, data: bytes) -> "FakeEngine | None":
         program = self.trt.files.get(data)
-        if program is None or program.card != self.trt.card:
+        if program is None or program.card != self.trt.card or self.trt.trouble:
             self.logger.log(ILogger.WARNING, "a warning, which is no reason")
             self.logger.log(ILogger.ERROR, "deserializeCudaEngine:\n  incompatible device")
             return None
@@ -187,6 +193,8 @@ class FakeRuntime:
         return self.trt.engines[-1]
 
     def get_engine_validity(self, data: bytes) -> tuple[int, int]:
+        if self.trt.trouble:
+            return 2, self.trt.trouble
         program = self.trt.files.get(data)
         if program is None:
             return 2, int(EngineInvalidityDiagnostics.MALFORMED_ENGINE)

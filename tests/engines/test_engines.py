@@ -27,8 +27,9 @@ class BoundOnnxRuntime(OnnxRuntime):
     """ONNX Runtime through IO binding, as on a GPU, but with addresses in the CPU's memory."""
 
     def load(self, bundle, segment):
-        session = self._session(bundle.path(segment.onnx[0]), segment)
-        return _BoundRunner(segment, bundle.manifest.features, session, torch.device("cpu"), self._run_options(), None)
+        session = self._session(bundle.path(segment.onnx[0]), segment, ["CPUExecutionProvider"])
+        given = session, torch.device("cpu"), self._run_options(), None, self._running
+        return _BoundRunner(segment, bundle.manifest.features, *given)
 
 
 class Live:
@@ -330,14 +331,3 @@ def test_null_gives_the_dtype_of_the_manifest_and_names_a_size_that_no_input_tel
 def test_onnxruntime_leaves_nothing_to_tensorrt_where_there_is_none():
     with pytest.raises(EngineError, match=r"cannot leave anything to TensorRT here: .* \(it has: .*CPUExecutionProvider\)"):
         OnnxRuntime(device="cpu", tensorrt=True)
-
-
-@pytest.mark.parametrize(("tensorrt", "first"), [(False, []), (True, ["TensorrtExecutionProvider"])])
-def test_onnxruntime_on_cuda_is_told_the_stream_and_waits_for_nothing(tensorrt, first):
-    engine = OnnxRuntime(device="cpu")
-    engine._stream, engine._tensorrt = SimpleNamespace(cuda_stream=77), tensorrt  # type: ignore[assignment]
-    *accelerated, last = engine._providers()
-    assert [name for name, _ in accelerated] == [*first, "CUDAExecutionProvider"]
-    assert all(options == {"device_id": "0", "user_compute_stream": "77"} for _, options in accelerated)
-    assert last == "CPUExecutionProvider"
-    assert engine._run_options().get_run_config_entry("disable_synchronize_execution_providers") == "1"

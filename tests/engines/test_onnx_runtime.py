@@ -83,9 +83,9 @@ def test_the_copy_is_what_is_loaded_unless_tensorrt_has_to_read_it(mini_bundle: 
     seen: list[str] = []
     session = OnnxRuntime._session
 
-    def watched(self: OnnxRuntime, path: Path, segment: Segment) -> Any:
+    def watched(self: OnnxRuntime, path: Path, *given: Any) -> Any:
         seen.append(path.name)
-        return session(self, path, segment)
+        return session(self, path, *given)
 
     monkeypatch.setattr(OnnxRuntime, "_session", watched)
     engine, segment = OnnxRuntime(), mini_bundle.manifest.segment("mid")

@@ -1,6 +1,7 @@
 """TensorRT: real engines are built ahead of time with no GPU; loading without one is refused in our words."""
 
 import shutil
+import sys
 
 import onnx
 import pytest
@@ -87,18 +88,21 @@ def test_an_unknown_target_stops_a_build_too(tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_default_targets_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert TensorRTRTX().check_targets([]) == TensorRTRTX.DEFAULT_TARGETS
+
+
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [
-        (None, TensorRTRTX.DEFAULT_TARGETS),
         ((8, 9), TensorRTRTX.DEFAULT_TARGETS),
         ((7, 5), ("sm75",)),  # the defaults leave Turing out; it gets an engine of its own
         ((9, 0), TensorRTRTX.DEFAULT_TARGETS),  # cannot be named
     ],
 )
-def test_the_default_targets_cover_the_card_at_hand(monkeypatch, capability, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+def test_the_default_targets_cover_the_card_at_hand(card, capability, expected):
+    card("A card", capability)
     assert TensorRTRTX().check_targets([]) == expected
 
 
@@ -141,7 +145,7 @@ def test_a_profile_that_does_not_fit_is_explained(tiny, tmp_path):
 def test_loading_without_a_gpu_is_refused(built):
     with pytest.raises(EngineError, match=r"tensorrt-rtx needs an NVIDIA GPU and driver to run") as caught:
         TensorRTRTX().load(built, built.manifest.segment("front"))
-    assert "choose --engine onnxruntime" in str(caught.value)
+    assert "choose --engine torch or --engine onnxruntime" in str(caught.value)
 
 
 @no_gpu
@@ -151,7 +155,8 @@ def test_a_machine_without_a_driver_gets_a_reason_not_a_crash(built):
     with pytest.raises(EngineError, match=r"cannot load .*front.engine here: .*CUDA driver version") as caught:
         engine.load(built, built.manifest.segment("front"))
     message = str(caught.value)
-    assert f"it was built by {trt.__version__} for sm86, sm89, sm120; build it for this one with: python -m exp" in message
+    assert f"it was built by {trt.__version__} for sm86, sm89, sm120; " in message
+    assert "driver" in message.rpartition("sm120; ")[2], "no other engine would help"
     assert "\n" not in message
 
 
@@ -176,15 +181,53 @@ def test_a_damaged_engine_is_refused(built, tmp_path):
 
 def test_tensorrt_takes_no_targets_and_needs_a_gpu_to_build(monkeypatch, tiny, tmp_path):
     engine = TensorRT(FakeTensorRT({}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EngineError, match=r"takes no targets, got sm89; .*choose --engine tensorrt-rtx"):
         engine.check_targets(["sm89"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for attempt in (
         lambda: engine.check_targets([]),
         lambda: engine.compile(tiny.traced["front"], tmp_path / "front", tiny.profiles["front"], []),
     ):
-        with pytest.raises(EngineError, match=r"engine tensorrt needs an NVIDIA GPU and driver to build"):
+        with pytest.raises(EngineError, match=r"engine tensorrt needs an NVIDIA GPU and driver to build.*--engine torch"):
             attempt()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert engine.check_targets([]) == ()
     assert TensorRT.targets_allowed == ()
+
+
+def test_tensorrt_builds_for_the_model_of_card_at_hand(card):
+    engine = TensorRT(FakeTensorRT({}))
+    card("NVIDIA GeForce RTX 4090", (8, 9))
+    here = ("sm89", "nvidia-geforce-rtx-4090")
+    assert engine.check_targets([]) == here
+    assert engine.check_targets(here) == here
+    with pytest.raises(EngineError, match="takes no targets, got sm89; "):
+        engine.check_targets(["sm89"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "found", "taken"),
+    [
+        (TensorRTRTX, "1.2.0.54", False),
+        (TensorRTRTX, "1.3.0.35", True),
+        (TensorRT, "10.7.0", False),
+        (TensorRT, "10.8.0.43", True),
+        (TensorRT, "11.0.0", True),
+    ],
+)
+def test_a_version_that_is_too_old_is_refused(monkeypatch, kind, found, taken):
+    """TensorRT-RTX has user allocation and strategies for graphs since 1.2; the package asks for 1.3."""
+    module = FakeTensorRT({})
+    module.__version__ = found
+    monkeypatch.setitem(sys.modules, kind.module, module)
+    if taken:
+        assert kind().version() == found
+    else:
+        oldest = ".".join(map(str, kind.oldest))
+        message = rf"takes version {oldest} or later, found {found}; install it with: pip install .*, or choose --engine torch"
+        with pytest.raises(EngineError, match=message):
+            kind()
+
+
+def test_a_package_that_is_missing_names_the_fallback(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(EngineError, match=r"engine tensorrt cannot be used: .*pip install .*, or choose --engine torch"):
+        TensorRT()

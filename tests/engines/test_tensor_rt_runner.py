@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from engines import EngineError
+from engines.errors import EngineMemoryError
 from engines.tensor_rt import TensorRT, TensorRTRTX
 from engines.tensor_rt_runner import Device, EngineRunner
 
 from .conftest import random_inputs, write_bundle
-from .fake_tensorrt import ALIGNMENT, DataType
+from .fake_tensorrt import ALIGNMENT, DataType, EngineInvalidityDiagnostics
 
 
 def close(found, expected):
@@ -117,7 +118,9 @@ def test_refusals_of_the_engine_carry_its_reason(load, fake, kind):
     runner = load("front")
     inputs = random_inputs(1, 8, 8)
     fake.engines[0].memory_left = False
-    with pytest.raises(EngineError, match=rf"segment front: {kind.name} refused the making of .*context: out of memory"):
+    with pytest.raises(
+        EngineMemoryError, match=rf"{kind.name} refused the making of an execution context: out of memory; free memory of the GPU"
+    ):
         runner.run(inputs)
     fake.engines[0].memory_left = True
     runner.run(inputs)
@@ -144,6 +147,68 @@ def test_a_bundle_of_another_card_is_refused_with_the_command_to_rebuild(load, f
     assert "it was built by 10.9 for sm86; build it for this one with: python -m exporter build" in message
 
 
+@pytest.mark.parametrize(
+    ("trouble", "advice"),
+    [
+        (EngineInvalidityDiagnostics.OLD_CUDA_DRIVER, "update the NVIDIA driver"),
+        (EngineInvalidityDiagnostics.OLD_CUDA_RUNTIME, "install newer CUDA libraries: pip install --upgrade tensorrt-rtx"),
+        (EngineInvalidityDiagnostics.INSUFFICIENT_GPU_MEMORY, "free memory of the GPU, or build for smaller --sizes and --batch"),
+        (EngineInvalidityDiagnostics.CUDA_ERROR, "see that nvidia-smi works here, and install or update the NVIDIA driver"),
+    ],
+)
+def test_what_another_engine_would_not_mend(load, fake, trouble, advice):
+    fake.trouble = int(trouble)
+    with pytest.raises(EngineError) as caught:
+        load("front")
+    reason = trouble.name.replace("_", " ").lower()
+    assert str(caught.value).endswith(f"front.engine here: {reason}; it was built by 10.9 for sm86; {advice}")
+    assert isinstance(caught.value, EngineMemoryError) == (trouble.name == "INSUFFICIENT_GPU_MEMORY")
+
+
+def test_an_engine_that_a_build_would_keep(fake, bundle, kind, card):
+    """Of this version and for this card: its key would be the same, so the command alone would do nothing."""
+    card("A card", (8, 6))
+    engine, segment = kind(fake), bundle.manifest.segment("front")
+    targets = engine.check_targets([])
+    made = segment.engines[kind.name].model_copy(update={"version": "11.0.0", "targets": targets})
+    segment, fake.card = segment.model_copy(update={"engines": {kind.name: made}}), "sm86"
+    with pytest.raises(
+        EngineError, match=rf"; a build would keep it, .*: remove {bundle.folder}, then: python -m exporter build"
+    ):
+        engine.load(bundle, segment)
+
+
+@pytest.mark.parametrize("kind", [TensorRT], indirect=True)
+def test_tensorrt_takes_an_engine_of_another_model_for_another_one(fake, bundle, kind, card):
+    """The library itself would only warn of one of the same compute capability."""
+    segment = bundle.manifest.segment("front")
+    made = segment.engines[kind.name].model_copy(update={"targets": ("sm89", "nvidia-geforce-rtx-4070")})
+    segment = segment.model_copy(update={"engines": {kind.name: made}})
+    card("NVIDIA GeForce RTX 4090", (8, 9))
+    with pytest.raises(EngineError) as caught:
+        kind(fake).load(bundle, segment)
+    assert str(caught.value).startswith(
+        "segment front: its tensorrt engine was built by 10.9 for sm89, nvidia-geforce-rtx-4070, this GPU is "
+        "sm89, nvidia-geforce-rtx-4090; build it for this one with: python -m exporter build "
+    )
+    assert fake.engines == []
+    card("NVIDIA GeForce RTX 4070", (8, 9))
+    kind(fake).load(bundle, segment)
+    assert len(fake.engines) == 1
+
+
+@pytest.mark.parametrize("kind", [TensorRTRTX], indirect=True)
+def test_a_card_that_tensorrt_rtx_cannot_build_for(fake, bundle, kind, card):
+    card("NVIDIA H100", (9, 0))
+    fake.card = "sm90"
+    with pytest.raises(EngineError) as caught:
+        kind(fake).load(bundle, bundle.manifest.segment("front"))
+    assert str(caught.value).endswith(
+        "it was built by 10.9 for sm86; tensorrt-rtx builds no engines for this GPU (sm90): "
+        "choose --engine tensorrt, torch or onnxruntime"
+    )
+
+
 def test_without_diagnostics_the_first_error_is_the_reason(load, fake, monkeypatch):
     """TensorRT has no get_engine_validity; its log must do."""
     monkeypatch.delattr("tests.engines.fake_tensorrt.FakeRuntime.get_engine_validity")
@@ -155,10 +220,14 @@ def test_without_diagnostics_the_first_error_is_the_reason(load, fake, monkeypat
 def test_an_engine_with_another_dtype_or_without_an_output_is_refused(load, fake):
     program = fake.files[b"front"]
     fake.files[b"front"] = replace(program, types={"timestep": DataType.INT64, "down.0.sampler": DataType.HALF})
-    with pytest.raises(EngineError, match=r"engine has down.0.sampler as HALF, the manifest as FLOAT; build the bundle"):
+    with pytest.raises(
+        EngineError, match=r"engine has down.0.sampler as HALF, the manifest as FLOAT; build it .*python -m exporter build "
+    ):
         load("front")
     fake.files[b"front"] = replace(program, outputs=("down.0.resnet", "other"))
-    with pytest.raises(EngineError, match=r"engine has no output down.0.sampler, only sample, timestep, down.0.resnet, other"):
+    with pytest.raises(
+        EngineError, match=r"engine has no output down.0.sampler, only sample, timestep, down.0.resnet, other; build it .*python"
+    ):
         load("front")
 
 

@@ -13,6 +13,7 @@ import torch
 
 from engines import Bundle, Manifest, Profile, Segment, Traced, make_engine
 from engines.onnx_runtime import OnnxRuntime
+from engines.tensor_rt import TensorRT
 from exporter import BuildError, BuildOptions, build
 from exporter.build import DIGESTS
 from exporter.graph import load_graph
@@ -23,6 +24,7 @@ from runtime import Plan, PlanError, Rule, Schedule
 from runtime.modes import Uniform
 from runtime.schedule import check_runs
 from tests.commands import contents
+from tests.engines.fake_tensorrt import FakeTensorRT
 from tests.exporter.conftest import names_in
 from tests.unets import make_manifest
 
@@ -67,8 +69,8 @@ def test_a_build_names_every_file_it_wrote(options: BuildOptions, fake_trace: Fa
     assert [str(step) for step in steps[:2]] == ["reading the source", "text_encoder: tracing"]
     assert sorted({step.done for step in steps}) == list(range(13))
     assert {step.total for step in steps[1:]} == {12}
-    assert Step(1, 12, "stem", "tracing") in steps
-    assert steps[-1] == Step(12, 12, "", "done")
+    assert (1, 12, "stem", "tracing") in [step[:4] for step in steps]
+    assert steps[-1] == Step(12, 12, "", "done", 0.0)
 
 
 def test_the_manifest_describes_the_checkpoint(options: BuildOptions, fake_trace: FakeTrace) -> None:
@@ -234,6 +236,54 @@ def test_an_empty_folder_is_filled(options: BuildOptions, fake_trace: FakeTrace)
     fake_trace()
     folder_of(options).mkdir(parents=True)
     assert build(options)[1]
+
+
+@pytest.fixture
+def tensorrt(fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], FakeTensorRT]:
+    """Puts an NVIDIA card of compute capability 8.9 and that name into the machine, and a TensorRT that builds for it."""
+
+    def put(name: str) -> FakeTensorRT:
+        fake_trace()
+        module = FakeTensorRT({})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+        monkeypatch.setattr(TensorRT, "_import", lambda *given: module)
+        return module
+
+    return put
+
+
+def test_engines_of_another_card_are_built_anew(options: BuildOptions, tensorrt: Callable[[str], FakeTensorRT]) -> None:
+    """TensorRT chooses kernels by their times on a card: one of the same compute capability and another model is another one."""
+    options = changed(options, engines=("tensorrt",), force=True)
+    tensorrt("NVIDIA GeForce RTX 4070")
+    before = build(options)[0]
+    assert not build(options)[1]
+    tensorrt("NVIDIA GeForce RTX 4090")
+    with pytest.raises(BuildError, match="exists and is kept"):
+        build(changed(options, force=False))
+    bundle, built = build(options)
+    assert built
+    assert bundle.manifest.key != before.manifest.key
+    for one, other in zip(before.manifest.segments, bundle.manifest.segments, strict=True):
+        assert (one.key, one.onnx) == (other.key, other.onnx), "the ONNX file is the same for all"
+        assert one.engines["tensorrt"].key != other.engines["tensorrt"].key
+        assert other.engines["tensorrt"].targets == ("sm89", "nvidia-geforce-rtx-4090")
+
+
+def test_engines_of_another_card_are_not_taken_over(options: BuildOptions, tensorrt: Callable[[str], FakeTensorRT]) -> None:
+    """Also where something else makes the bundle another one."""
+    options = changed(options, engines=("tensorrt",), force=True)
+    tensorrt("NVIDIA GeForce RTX 4070")
+    names = [segment.name for segment in build(options)[0].manifest.segments]
+    steps: list[Step] = []
+    tensorrt("NVIDIA GeForce RTX 4090")
+    build(changed(options, engines=("tensorrt", "null")), steps.append)
+    assert [step.segment for step in steps if step.phase == "compiling for tensorrt"] == names
+    steps.clear()
+    build(changed(options, engines=("tensorrt",)), steps.append)
+    assert {step.phase for step in steps if step.segment} == {"kept"}
 
 
 BREAKS = [RuntimeError("broke"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]

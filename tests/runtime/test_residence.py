@@ -7,7 +7,9 @@ import hashlib
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines import Bundle, BundleError, make_engine
+from engines import Bundle, BundleError, Runner, Segment, make_engine
 from engines.bundle import describe_file
+from engines.errors import EngineMemoryError
 from engines.manifest import Compiled, Manifest
 from engines.recording import CudaRecorder
 from engines.shapes import resolve
@@ -31,6 +34,7 @@ from tests.engines.fake_tensorrt import ALIGNMENT, FakeTensorRT, Program
 from tests.recording import FakeRecorder
 from tests.unets import TEXT_WIDTH, TOKENS, live_network, manifest_of, relative_error, segment_module, small_unet
 
+SMALLEST = {"batch": 1, "height": 8, "width": 8}
 STEPS = [900.0, 700.0, 500.0, 300.0, 100.0]
 RANGES = (UNetRange(unet="one", start=0, stop=0.5), UNetRange(unet="two", start=0.5, stop=1))
 RULES = (Rule(units=("up.1",), when=Explicit(steps=(0, 1, 4))),)
@@ -69,10 +73,12 @@ class World:
             segments.append(segment.model_copy(update={"engines": {"tensorrt": compiled}}))
         return Bundle(folder, manifest.model_copy(update={"variant": name, "segments": tuple(segments)}))
 
-    def residence(self, free: int | None, graphs: Graphs | None = None) -> Residence:
+    def residence(self, free: int | Callable[[TensorRT], int] | None, graphs: Graphs | None = None) -> Residence:
         """Both UNets, on a device with so much free memory."""
-        engine = TensorRT(FakeTensorRT(self.programs), torch.device("cpu"))
-        residence = Residence(self.bundles["one"], engine, graphs, lambda device: free)
+        self.trt = FakeTensorRT(self.programs)
+        engine = TensorRT(self.trt, torch.device("cpu"))
+        tell = free if callable(free) else lambda engine: free
+        residence = Residence(self.bundles["one"], engine, graphs, lambda device: tell(engine))
         residence.add(self.bundles["two"])
         return residence
 
@@ -132,10 +138,88 @@ def test_what_fits_stays(world: World, free: int | None) -> None:
 def test_how_much_has_to_be_free(world: World) -> None:
     size = sum(len(content) for content in world.programs if content.startswith(b"two"))
     assert world.residence(2**40).bytes_of("two") == size
-    needed = size * 1.2 + 2**30
+    needed = size * 1.2 + 2**30 + 4096  # what the contexts of the first UNet will work in
     assert not world.residence(int(needed) + 1).swaps
     assert world.residence(int(needed) - 1).swaps
     assert free_bytes(torch.device("cpu")) is None
+
+
+def enlarge(world: World, name: str, memory: int) -> None:
+    """Let an engine of the second UNet need so many bytes to work in."""
+    key = f"two {name}".encode()
+    world.programs[key] = replace(world.programs[key], memory=memory)
+
+
+def right_and_swapped(world: World, residence: Residence) -> bool:
+    """Whether UNets are swapped; calls are right in any case."""
+    swapped = []
+    for seed, name in enumerate(ORDER):
+        made, steps = call(residence.networks, name, seed, None, residence)
+        same(made, call(world.live, name, seed)[0])
+        swapped += steps
+    return bool(swapped)
+
+
+def test_what_engines_will_work_in_counts(world: World) -> None:
+    """The second UNet's need is known when it has been loaded: its files alone would fit."""
+    size = sum(len(content) for content in world.programs if content.startswith(b"two"))
+    free = int(size * 1.2) + 2**30 + 8192
+    assert not world.residence(free).swaps
+    enlarge(world, "mid", 2**20)
+    residence = world.residence(free)
+    assert residence.swaps
+    assert len(residence.networks["two"].runners) == len(world.bundles["two"].manifest.segments)
+    assert not residence.networks["one"].runners
+    assert right_and_swapped(world, residence)
+    assert not world.residence(free + 2**20).swaps
+
+
+def test_memory_that_is_taken_already_is_not_counted_twice(world: World) -> None:
+    engine = world.residence(None)._engine
+    assert engine.scratch_bytes() == 4096 + 1
+    runner = engine.load(world.bundles["one"], world.bundles["one"].manifest.segment("mid"))
+    features = {name: torch.zeros(resolve(runner.features[name].shape, SMALLEST)) for name in runner.segment.inputs}
+    runner.run(features)
+    assert engine.scratch_bytes() == 1  # of the text encoder and the VAE, of which there is none here
+
+
+OUT_OF_MEMORY: dict[str, Exception] = {
+    "PyTorch": torch.OutOfMemoryError("CUDA out of memory"),
+    "the engine": EngineMemoryError("segment mid: tensorrt 11.0.0 cannot load it here: out of memory"),
+}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=list(OUT_OF_MEMORY))
+def test_a_second_unet_that_does_not_fit_after_all(world: World, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """There seemed to be room; in the middle there is none, until the first has gone."""
+    load, failed = TensorRT.load, list[str]()
+
+    def fail_once(engine: TensorRT, bundle: Bundle, segment: Segment) -> Runner:
+        if bundle is world.bundles["two"] and segment.name == "mid" and not failed:
+            failed.append(segment.name)
+            raise error
+        return load(engine, bundle, segment)
+
+    monkeypatch.setattr(TensorRT, "load", fail_once)
+    residence = world.residence(2**40)
+    assert failed
+    assert residence.swaps
+    assert not residence.networks["one"].runners
+    assert right_and_swapped(world, residence)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=list(OUT_OF_MEMORY))
+def test_a_second_unet_that_fits_not_even_alone(world: World, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    load = TensorRT.load
+
+    def fail(engine: TensorRT, bundle: Bundle, segment: Segment) -> Runner:
+        if bundle.folder == world.bundles["two"].folder:
+            raise error
+        return load(engine, bundle, segment)
+
+    monkeypatch.setattr(TensorRT, "load", fail)
+    with pytest.raises(type(error), match="out of memory"):
+        world.residence(2**40)
 
 
 def test_a_unet_that_goes_is_gone_and_so_are_its_recordings(world: World) -> None:
