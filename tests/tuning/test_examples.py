@@ -97,7 +97,7 @@ def test_every_example_comes_once_in_a_pass_and_held_back_ones_never() -> None:
         values = torch.tensor(numbers)
         return values[:, None, None, None].float(), values[:, None]
 
-    limits = {"batch": 4, "validation": 3, "seed": 1}
+    limits: dict[str, Any] = {"batch": 4, "validation": 3, "seed": 1}
     one = Passes(read, 23, place(), **limits)
     held = set(one.validation()[1].flatten().tolist())
     assert len(held) == 2, "one in ten"
