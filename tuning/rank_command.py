@@ -177,7 +177,7 @@ def _table(result: Result) -> Table:
     for name in ("share of time", "± spread", "error", "error per time"):
         table.add_column(name, justify="right")
     for each in result.ranked:
-        numbers = f"{each.share:.1%}", f"{each.spread:.1%}", f"{each.error:.2g}", f"{each.price:.2g}"
+        numbers = f"{each.share:.1%}", f"{each.spread / 2:.1%}", f"{each.error:.2g}", f"{each.price:.2g}"
         table.add_row(each.candidate.name, *numbers)
     return table
 
