@@ -24,7 +24,9 @@ from torch import nn
 
 import tuning
 from benchmarks.condconv_forms import CHANNELS, EXPERTS, layers, ratios, session
+from benchmarks.condconv_page import update
 from benchmarks.machine import machine
+from benchmarks.variants_page import measured_before
 from engines import Segment
 from engines.command import run_command
 from engines.manifest import Feature, Unit
@@ -40,6 +42,7 @@ from tuning.changes import changes_of
 __all__ = ["main"]
 
 _MINI, _SD15 = Path("models/mini"), Path("models/sd15")
+_VARIANTS = Path("benchmarks/results/variants.json")
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,18 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime (default: 1)")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure (default: %(default)s); others stay")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/condconv.json"))
+    parser.add_argument("--doc", type=Path, default=Path("docs/condconv.md"), help="the page with the figures")
+    parser.add_argument("--page", action="store_true", help="measure nothing: write the page's figures from what --out holds")
     options = parser.parse_args(arguments)
+    found = measured_before(options.out) if options.page else _measure(options)
+    _print(found)
+    if options.page:
+        options.doc.write_text(update(options.doc.read_text(), found, measured_before(_VARIANTS)))
+    Console().print(f"wrote {options.doc if options.page else options.out}", highlight=False)
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures the parts that are asked for, and writes them beside those that were measured before."""
     found: dict[str, Any] = {"settings": {"rounds": options.rounds, "threads": options.threads, "experts": EXPERTS, "form": FORM}}
     found["settings"] |= {"channels": CHANNELS, "dtype": "float32", "engine": "onnxruntime"}
     found |= _kept(options.out, found["settings"])
@@ -187,8 +201,7 @@ def main(arguments: Sequence[str]) -> None:
             found[part] = PARTS[part](options.rounds, options.threads, Path(folder))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found | machine(), indent=1) + "\n")
-    _print(found)
-    Console().print(f"wrote {options.out}", highlight=False)
+    return found
 
 
 def _kept(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from benchmarks.attributes import measure
 from benchmarks.frechet import RENDERED, distance_to, rendered
 from benchmarks.grid import PROMPTS, draw
 from benchmarks.machine import machine
-from benchmarks.variants_page import markdown, page
-from engines import Bundle, UserError, make_engine
+from benchmarks.variants_page import BEFORE, markdown, measured_before, page
+from engines import Bundle, make_engine
 from engines.command import run_command
 from exporter import BuildOptions, build
 from tuning.folder import save_part
@@ -46,7 +46,7 @@ class Row:
     @property
     def name(self) -> str:
         """How the table calls it."""
-        return self.variant if self.distilled else f"{self.variant}, before distillation"
+        return self.variant if self.distilled else f"{self.variant}{BEFORE}"
 
     @property
     def folder(self) -> str:
@@ -153,21 +153,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--pictures", type=Path, default=Path("docs/variants.png"))
     parser.add_argument("--page", action="store_true", help="measure nothing: write --table from what --out holds")
     options = parser.parse_args(arguments)
-    result = _measured_before(options.out) if options.page else _measure(options)
+    result = measured_before(options.out) if options.page else _measure(options)
     options.table.parent.mkdir(parents=True, exist_ok=True)
     options.table.write_text(page(result))
     print(markdown(result), end="")
     print(f"wrote {options.table}" if options.page else f"wrote {options.out}, {options.table} and {options.pictures}")
-
-
-def _measured_before(path: Path) -> dict[str, Any]:
-    try:
-        result: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} holds no figures ({error}); give --out with a file of them, or measure without --page"
-        ) from error
-    return result
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,13 +1,19 @@
 """What `python -m benchmarks.variants` writes: the table of every variant, and how it compares with what was aimed at."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-__all__ = ["markdown", "page"]
+from engines import UserError
+
+__all__ = ["BEFORE", "SLOWER", "markdown", "measured_before", "page"]
 
 FASTER, LOST = 1.25, 2.0
 """Goals of `assembled` over `original`: how many times as fast, at least; and how many points of prompts fewer, at most."""
+BEFORE = ", before distillation"
+"""What the names of rows end in whose UNet is as it was cut out of the original."""
 SLOWER, WON = 1.05, 0.5
 """Goals of `condconv` over `assembled`: its time, at most; and the share of those points that it wins back, at least."""
 
@@ -37,6 +43,17 @@ def page(result: Mapping[str, Any]) -> str:
     return _PAGE.format(table=markdown(result), goals=_goals(result["rows"], result["settings"]["pixels"]), **result["settings"])
 
 
+def measured_before(path: Path) -> dict[str, Any]:
+    """The figures in a file. Raises UserError where it holds none."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} holds no figures ({error}); give --out with a file of them, or measure without --page"
+        ) from error
+    return result
+
+
 def _range(ratios: Mapping[str, float]) -> str:
     return f"{ratios['median']:.2f} ({ratios['low']:.2f} to {ratios['high']:.2f})"
 
@@ -55,8 +72,22 @@ def _goals(rows: Mapping[str, Any], pixels: int) -> str:
         f"it takes {_longer(small)} at 64 px and {_longer(large)} at {pixels} px;",
         f"{_won(lost, 100 * (condconv['accuracy'] - assembled['accuracy']))}.",
         *([_REASON] if small > SLOWER else []),
+        *_worse(rows),
     ]
     return fill(" ".join(sentences), 130, break_long_words=False, break_on_hyphens=False)
+
+
+def _worse(rows: Mapping[str, Any]) -> list[str]:
+    """What the pictures are worth before distillation: goals say nothing where they are no worse."""
+    pairs = [(before.partition(",")[0], rows[before]) for before in rows if before.endswith(BEFORE)]
+    if not pairs:
+        return []
+    fewer = [f"`{name}` shows {_points(100 * (rows[name]['accuracy'] - before['accuracy']))}" for name, before in pairs]
+    further = [f"{before['frechet']:.2f} in place of {rows[name]['frechet']:.2f}" for name, before in pairs]
+    return [
+        "Pruned without distillation was to be visibly worse, or all this would say nothing:",
+        f"without it {' and '.join(fewer)} than with it, at Frechet distances of {' and '.join(further)}.",
+    ]
 
 
 def _points(lost: float) -> str:
@@ -85,6 +116,7 @@ MACs are of one row of the batch at 64 px. Times are the UNet's, one picture wit
 {rounds} interleaved rounds on ONNX Runtime's CPU provider, lowest and highest in brackets. Prompts shown: of {count} that
 training never saw, by the rule reader, {steps} steps of DPM++, guidance {guidance:g}. Frechet distance: to {rendered} rendered
 pictures in the network reader's features; the last row is that of {count} other rendered pictures, which is as low as it gets.
+Before distillation `condconv` has no row: it is `assembled` before distillation, exactly, whatever its experts hold.
 
 {goals}
 

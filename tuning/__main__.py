@@ -25,10 +25,14 @@ def _parser() -> Parser:
     rank.add_argument("--times", help="the UNet whose time counts, such as random:sd15 (default: the source's)")
     rank.add_argument("--speedup", type=float, default=1.35, help="how fast the chosen recipe has to be (default: %(default)s)")
     rank.add_argument("--latents", type=int, default=0, help="side of the latents for timing (default: the UNet's, at most 32)")
+    rank.add_argument("--rows", type=int, default=2, help="of the batch for timing: two are a picture with guidance, the default")
     rank.add_argument("--rounds", type=int, default=5, help="rounds of timing (default: %(default)s)")
     rank.add_argument("--prompts", type=int, default=16, help="trajectories for the errors (default: %(default)s)")
     rank.add_argument("--steps", type=int, default=8, help="steps of each (default: %(default)s)")
     rank.add_argument("--guidance", type=float, default=3.0, help="guidance scale of each (default: %(default)s)")
+    rank.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where to measure (default: the NVIDIA GPU that torch sees, or cpu)"
+    )
     rank.add_argument("--out", type=Path, default=Path("runs/rank"), help="folder for the results (default: %(default)s)")
     add_distill_arguments(commands.add_parser("distill", help="teach a smaller UNet to do what its original does"))
     add_latents_arguments(commands.add_parser("latents", help="encode pictures once, for many passes of distillation"))

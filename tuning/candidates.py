@@ -13,7 +13,7 @@ from tuning.kept import keep
 from tuning.recipes import Recipe
 from tuning.units import unit_modules
 
-__all__ = ["Candidate", "candidates", "gone_units", "recipe_of", "skeleton"]
+__all__ = ["Candidate", "candidates", "check_plain", "gone_units", "recipe_of", "skeleton"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,20 @@ def gone_units(unet: UNet2DConditionModel, recipe: Recipe) -> frozenset[str]:
     return frozenset(unit for unit in unit_modules(unet) if unit not in stays)
 
 
+def check_plain(unet: UNet2DConditionModel, name: str) -> None:
+    """Raise TuningError for a UNet with conditional convolutions."""
+    if changes_of(unet).experts is not None:
+        raise TuningError(f"{name} has conditional convolutions already; rank the UNet that it was made from")
+
+
 def candidates(unet: UNet2DConditionModel) -> list[Candidate]:
     """Every pair of a down layer with a layer of the mirrored up block, the mid block, each attention, the innermost stage.
 
     A pair is one because the down layer's skip connection needs a reader. Only those that assembly accepts are in the list.
+
+    Raises TuningError for a UNet with conditional convolutions, of which assembly accepts none.
     """
+    check_plain(unet, "this UNet")
     bare = skeleton(unet)
     units, stages = list(unit_modules(bare)), len(bare.down_blocks)
     layers = [unit.removesuffix(".resnet") for unit in units if unit.endswith(".resnet")]

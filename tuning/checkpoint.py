@@ -17,7 +17,7 @@ from tuning.recipes import RECIPES
 from tuning.single_file import single_file_weights
 from tuning.weights import Library, Random, Weights, filled, shapes_of
 
-__all__ = ["PARTS", "PICKLES", "FileSource", "FolderSource", "RandomSource", "Source", "check_part", "reading"]
+__all__ = ["PARTS", "PICKLES", "FileSource", "FolderSource", "RandomSource", "Source", "check_channels", "check_part", "reading"]
 
 PARTS = {"unet": True, "vae": True, "text_encoder": True, "tokenizer": False, "scheduler": False}
 """The folders of a checkpoint, and whether they hold weights."""
@@ -50,6 +50,22 @@ class Source(ABC):
     @abstractmethod
     def files(self, part: str) -> Iterator[Path]:
         """Every file that reading a part, ``tokenizer`` or ``scheduler`` depends on."""
+
+    def check_fit(self) -> None:
+        """Raise TuningError unless the parts fit together as text to image needs it: latent channels, and the text's width.
+
+        A VAE that is missing is not asked for.
+        """
+        unet: Any = self.skeleton("unet").config
+        vae: Any = self.skeleton("vae").config if (self.folder / "vae").is_dir() else None
+        check_channels(self.name, unet, vae.latent_channels if vae else unet.out_channels)
+        text: Any = self.skeleton("text_encoder").config
+        width = text.hidden_size
+        if unet.cross_attention_dim not in (width, [width] * len(unet.down_block_types)):
+            raise TuningError(
+                f"source {self.name}: its UNet reads text of width {unet.cross_attention_dim} and its text encoder writes "
+                f"{width}; take both from the same checkpoint"
+            )
 
     def model(self, part: str) -> Any:
         """A whole part, float32, in evaluation mode. Raises TuningError as ``skeleton`` and ``weights`` do."""
@@ -124,6 +140,16 @@ class RandomSource(Source):
             yield self.unet_config
         else:
             yield from _configurations(self.folder / part)
+
+
+def check_channels(name: str, unet: Any, latent: int) -> None:
+    """Raise TuningError unless a UNet of this configuration takes and gives latents of so many channels."""
+    if (unet.in_channels, unet.out_channels) != (latent, latent):
+        raise TuningError(
+            f"source {name}: its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, and latents have "
+            f"{latent}; a UNet that is given more than latents, as for inpainting, is not what this is for: give one for text "
+            "to image, with the VAE it was trained with"
+        )
 
 
 def _configurations(folder: Path) -> list[Path]:

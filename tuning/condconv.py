@@ -61,9 +61,8 @@ class CondConv2d(nn.Module):
         # Not in training: there each sample's gates need a gradient of their own. Rows of a product may be rounded unlike.
         if not torch.is_grad_enabled() and torch.allclose(amounts, amounts[:1], rtol=0, atol=1e-6):
             return functional.conv2d(x, self.mixed(amounts[0]), self.bias, padding=1)
-        # Mixing for each sample is less arithmetic, but slower as yet: a grouped convolution takes 2 to 15 times a plain one's
-        # time, forward and backward at 32 to 128 channels on a CPU, a matrix product on unfolded inputs 5 to 16 times, this
-        # 1.4 to 5 times.
+        # Mixing for each sample is less arithmetic, but slower as yet, forward and backward on a CPU: grouped convolutions and
+        # matrix products on unfolded inputs have kernels that are far from as well tuned as that of a plain convolution.
         out: Tensor = self.bias[:, None, None]
         for amount, kernel in zip(amounts.unbind(1), self.kernels, strict=True):
             out = torch.addcmul(out, amount[:, None, None, None], functional.conv2d(x, kernel, padding=1))

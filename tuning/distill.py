@@ -3,8 +3,8 @@
 As in BK-SDM (arXiv 2305.15798): the noise (or velocity) target, the teacher's output, and the output of every block,
 each as a mean squared error; blocks are matched by name, so a student may have fewer layers in them, no mid block, or
 no innermost stages.
-What differs: a block's error is divided by the mean square of the teacher's feature. The embedded UNet's blocks have
-mean squares of 25 to 1,800, so that plain errors would drown the other two losses.
+What differs: a block's error is divided by the mean square of the teacher's feature. Those of the embedded UNet's blocks are
+far above the noise's, so that plain errors would drown the other two losses.
 """
 
 from collections.abc import Collection, Iterable

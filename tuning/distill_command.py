@@ -23,6 +23,7 @@ from tuning.mini.scenes import held_back_prompts
 from tuning.progressive import next_removal, share_of, stages_of
 from tuning.recipes import Recipe, recipe
 from tuning.sources import check_apart, place_of
+from tuning.state import steps_in
 from tuning.teacher import Teacher
 from tuning.workers import Workers
 
@@ -145,12 +146,12 @@ class _Run:
 
     def train(self) -> None:
         """Trains stage after stage, passing over those that an earlier run has done, and writes the student of the last."""
-        student = self.first
+        student, batches = self.first, 0
         for stage in range(self.stages):
             last = stage == self.stages - 1
             folder = self.folder if last else self.folder / f"stage_{stage + 1}"
             if last or not (folder / "unet" / "config.json").is_file():
-                task = self._task(student, stage, folder)
+                task = self._task(student, stage, batches, folder)
                 if self._loop(task, stage, folder) is None:
                     return
                 if self.workers.first:
@@ -160,10 +161,12 @@ class _Run:
                     )
                 self.workers.wait()
             if not last:
+                batches += self.options.accumulate * steps_in(folder / "checkpoint.pt")
                 student = load_unet(folder / "unet")
                 student = assemble(student, next_removal(self.teacher.unet, student, self.recipe, stage + 1))
 
-    def _task(self, student: UNet2DConditionModel, stage: int, folder: Path) -> _Distill:
+    def _task(self, student: UNet2DConditionModel, stage: int, batches: int, folder: Path) -> _Distill:
+        """The training of one portion, after others that drew so many batches."""
         options = self.options
         return _Distill(
             folder,
@@ -174,7 +177,8 @@ class _Run:
             workers=self.workers,
             name="distill" if self.stages == 1 else f"distill {stage + 1} of {self.stages}",
             dropout=options.dropout,
-            seed=options.seed + stage,
+            seed=options.seed,
+            first=batches,
             checkpointing=options.gradient_checkpointing,
             measure=_measure(options, self.teacher),
         )
@@ -196,4 +200,5 @@ class _Run:
             log=folder / "metrics.jsonl",
             stop_at=None if pause is None else lambda step: step >= pause,
             sample=grid,
+            measure_first=True,
         )

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `distill`."""
     whole, some, least = number(int, 1), number(float, 1e-9), number(float, 0)
     add = parser.add_argument
-    add("--teacher", required=True, help="mini, or a Stable Diffusion folder in the diffusers layout")
+    add("--teacher", required=True, help="mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG")
     add("--student", required=True, help="a recipe (name or .json), made of the teacher, or the folder of a UNet")
     add("--data", required=True, help="mini, a folder of pictures and metadata.jsonl, .tar shards, or latents (see latents)")
     add("--out", required=True, type=Path, help="folder for the student, in the diffusers layout")
@@ -52,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bound.add_argument("--steps", type=whole, help="optimizer steps")
     bound.add_argument("--minutes", type=some, help="CPU minutes of each process")
     bound.add_argument("--wall-minutes", type=some, help="minutes on the clock")
-    bound.add_argument("--pause-at", type=whole, help="leave at this step; the same command without it goes on")
+    bound.add_argument(
+        "--pause-at",
+        type=whole,
+        help="leave at this step of a portion (of the run, if there is one); without it the same command goes on",
+    )
     group = parser.add_argument_group("training (defaults for --data mini / for other data)")
     for name, kind, words in (
         ("batch", whole, "examples per process"),

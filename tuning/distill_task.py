@@ -43,10 +43,14 @@ class Distillation:
         name: str = "distill",
         dropout: float = 0.1,
         seed: int = 0,
+        first: int = 0,
         checkpointing: bool = False,
         measure: Callable[[UNet2DConditionModel], dict[str, float]] | None = None,
     ) -> None:
-        """`measure` adds figures of its own to validation. Raises TuningError for a student of another kind."""
+        """`measure` adds figures of its own to validation; `first` batches were drawn in trainings before this one.
+
+        Raises TuningError for a student of another kind.
+        """
         self.name = name
         self._losses = DistillLoss(teacher.unet, student, weights)
         # What only answers questions needs no more than the precision that is computed in.
@@ -58,7 +62,7 @@ class Distillation:
             student.enable_gradient_checkpointing()
         self.module: nn.Module = student.train().requires_grad_(True)
         self._teacher, self._student, self._examples, self._workers = teacher, student, examples, workers
-        self._seed, self._measure = seed, measure
+        self._seed, self._first, self._measure = seed, first, measure
         empty = teacher.ids([""])[0]
         self._noising = Noising(teacher.schedule, workers, empty=empty, dropout=dropout, seed=seed)
 
@@ -68,6 +72,7 @@ class Distillation:
 
     def loss(self, step: int, progress: float) -> dict[str, Tensor]:
         """Noise, output and feature losses of one batch."""
+        step += self._first
         # A student's own dropout draws from the global generator.
         torch.manual_seed(generator(self._seed, step, self._workers.rank).initial_seed())
         return self._distil(self._noising.batch(*self._examples.draw(step), step))

@@ -25,10 +25,12 @@ class Passes:
     large. One in ten, at most `validation`, is held back.
     """
 
-    def __init__(self, read: Read, count: int, workers: Workers, *, batch: int, validation: int, seed: int) -> None:
+    def __init__(
+        self, read: Read, count: int, workers: Workers, *, batch: int, validation: int, seed: int, name: str = "the data"
+    ) -> None:
         """`read` gives latents (n, c, h, w) and ids (n, length). Raises TuningError when there are not two examples."""
         if count < 2:
-            raise TuningError(f"the data holds {count} example{'' if count == 1 else 's'}; training and validation need one each")
+            raise TuningError(f"{name} holds {count} example{'' if count == 1 else 's'}; training and validation need one each")
         held = min(validation, max(1, count // 10))
         order = torch.randperm(count, generator=generator(seed, 0)).tolist()
         self._read, self._workers, self._batch, self._seed = read, workers, batch, seed
@@ -87,4 +89,4 @@ def open_examples(
             return teacher.encode(batch).cpu(), teacher.ids([pictures.captions[i] for i in numbers])
 
         read, count = encoded, len(pictures.captions)
-    return Passes(read, count, workers, batch=batch, validation=validation, seed=seed), side
+    return Passes(read, count, workers, batch=batch, validation=validation, seed=seed, name=f"data {path}"), side

@@ -79,6 +79,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         if manifest["version"] != 1 or not isinstance(manifest["shards"], dict) or manifest["made_with"] is None:
             raise ValueError("not version 1")
+        if not manifest["shards"] or not all(type(count) is int and count > 0 for count in manifest["shards"].values()):
+            raise ValueError("it names no latents")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TuningError(f"{folder / MANIFEST} cannot be read ({error}); run python -m tuning latents again") from error
     return manifest

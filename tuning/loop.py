@@ -4,7 +4,6 @@ All randomness of a task comes from (seed, step, rank), never from a running gen
 generator state and a resumed run repeats what an unbroken one does.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from tuning.errors import TuningError
 from tuning.optim import MuonAdamW
+from tuning.report import Report
 from tuning.state import State
 from tuning.workers import Workers
-from tuning.writing import write_text
 
 __all__ = ["LoopSettings", "Task", "run_loop"]
 
@@ -82,53 +80,6 @@ def _factor(settings: LoopSettings, step: int, progress: float) -> float:
     return min(1.0, (step + 1) / max(1, settings.warmup)) * fall
 
 
-class _Report:
-    """The console line and the JSON lines of the first worker."""
-
-    def __init__(self, name: str, log: Path | None, workers: Workers) -> None:
-        self._console = Console(stderr=True)
-        self._name, self._log, self._on = name, log, workers.first
-        self._sums: dict[str, float] = {}
-        self._count = 0
-
-    def rewind(self, step: int) -> None:
-        """Drops the lines of steps after `step`: a run goes on from there and writes them again.
-
-        Raises TuningError for a log with anything else in it.
-        """
-        if self._on and self._log is not None and self._log.exists():
-            lines = self._log.read_text().splitlines()
-            whole = [line for line in lines if line.endswith("}")]  # a killed process may leave a part of one
-            try:
-                kept = [line for line in whole if json.loads(line)["step"] <= step]
-            except (ValueError, KeyError, TypeError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                raise TuningError(f"{self._log} is damaged ({reason}): take the bad line out, or delete it, and go on") from error
-            write_text(self._log, "".join(f"{line}\n" for line in kept))
-
-    def add(self, losses: dict[str, float]) -> None:
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._count += 1
-
-    def write(self, state: State, figures: dict[str, float] | None = None) -> None:
-        values = figures or {name: total / max(1, self._count) for name, total in self._sums.items()}
-        if figures is None:
-            self._sums, self._count = {}, 0
-        if not self._on:
-            return
-        line = {"stage": self._name, "step": state.step, "progress": round(state.progress, 4)}
-        line |= {"cpu_minutes": round(state.cpu / 60, 2), "wall_minutes": round(state.wall / 60, 2)}
-        line |= {name: float(f"{value:.5g}") for name, value in values.items()}
-        if self._log is not None:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            with self._log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        words = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        done = f"{100 * state.progress:5.1f} %"
-        self._console.print(f"[bold]{self._name}[/] {done}  step {state.step}  {words}", highlight=False)
-
-
 class _Loop:
     """One run: the task, its state, and when which of the things beside training was done last."""
 
@@ -138,7 +89,7 @@ class _Loop:
         settings: LoopSettings,
         workers: Workers,
         checkpoint: Path | None,
-        report: _Report,
+        report: Report,
         sample: Callable[[int], None] | None,
     ) -> None:
         self.task, self.settings, self.workers, self.checkpoint, self.report = task, settings, workers, checkpoint, report
@@ -147,8 +98,9 @@ class _Loop:
         self.state = State(task.name, task.module, optimizer, workers.scaler)
         if checkpoint is not None and checkpoint.exists():
             self.state.load(checkpoint)
-        report.rewind(self.state.step)
+        report.rewind(self.state)
         self.saved = self.validated = time.monotonic()
+        self.trained = self.spoilt = False
 
     def train(self) -> None:
         """One step: gradients of `accumulate` batches, averaged over the workers, then the update.
@@ -157,14 +109,7 @@ class _Loop:
         """
         state, settings = self.state, self.settings
         means = self._gradients()
-        if not math.isfinite(means["loss"]):
-            kept = self.checkpoint is not None and self.checkpoint.exists()
-            advice = (
-                "the last checkpoint is kept: lower the learning rates and start again to go on from it"
-                if kept
-                else "no checkpoint was written yet: lower the learning rates and start again"
-            )
-            raise TuningError(f"the loss of {self.task.name} is not finite at step {state.step}; {advice}")
+        self._check(means["loss"], means.pop("spoilt"))
         if time.monotonic() - self.saved > 60 * settings.save_minutes:
             self.save()
         factor = _factor(settings, state.step, state.progress)
@@ -173,6 +118,33 @@ class _Loop:
         state.optimizer.step(factor, settings.clip, self.workers.scaler)
         state.update_average(settings.ema)
         self.report.add(means)
+        self.trained = True
+
+    def _check(self, loss: float, spoilt: float) -> None:
+        """Raises TuningError, in every worker alike, when the loss or what the first worker measured is not finite."""
+        if math.isfinite(loss) and not spoilt:
+            return
+        state, name = self.state, self.task.name
+        if state.step == 0:
+            raise TuningError(
+                f"the loss of {name} is not finite before any training: check the weights it starts from, and the data"
+            )
+        kept = self.checkpoint is not None and self.checkpoint.exists()
+        advice = (
+            "the last checkpoint is kept: lower the learning rates and start again to go on from it"
+            if kept
+            else "no checkpoint was written yet: lower the learning rates and start again"
+        )
+        what = "validation loss" if spoilt else "loss"
+        raise TuningError(f"the {what} of {name} is not finite at step {state.step}; {advice}")
+
+    @torch.no_grad()
+    def prove(self) -> None:
+        """Raises TuningError unless the last update left weights that give a finite loss, on the batch that made it."""
+        state, loss = self.state, 0.0
+        if self.trained:
+            loss = float(self.task.loss(state.step * self.settings.accumulate - 1, state.progress)["loss"])
+        self._check(*self.workers.average((), [loss, float(self.spoilt)]))
 
     def _gradients(self) -> dict[str, float]:
         """Adds up the step's gradients; returns the losses, and the progress after it, as means over the workers."""
@@ -184,9 +156,9 @@ class _Loop:
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / accumulate
         state.read_clocks()
-        values = [_reached(state, self.settings), *torch.stack(list(sums.values())).tolist()]
+        values = [_reached(state, self.settings), float(self.spoilt), *torch.stack(list(sums.values())).tolist()]
         shared = self.workers.average(state.optimizer.parameters, values)
-        return dict(zip(("progress", *sums), shared, strict=True))
+        return dict(zip(("progress", "spoilt", *sums), shared, strict=True))
 
     def save(self) -> None:
         """Writes the checkpoint, in the first worker."""
@@ -195,18 +167,36 @@ class _Loop:
         self.saved = time.monotonic()
 
     def look(self, *, measure: bool, draw: bool) -> dict[str, float]:
-        """Validates, writes and draws on the first worker, with the averaged weights; returns the figures."""
+        """Validates, writes and draws on the first worker, with the averaged weights; returns the figures.
+
+        Of figures that are not finite nothing is written; all workers hear of it with the next loss.
+        """
         figures: dict[str, float] = {}
         if self.workers.first:
             with self.state.averaged():
                 if measure:
                     figures = self.task.validate()
+                    self.spoilt = not all(map(math.isfinite, figures.values()))
+                if measure and not self.spoilt:
                     self.report.write(self.state, figures)
                     self.task.export()
-                if draw and self.sample is not None:
+                if draw and not self.spoilt and self.sample is not None:
                     self.sample(self.state.step)
         if measure:
             self.validated = time.monotonic()
+        return figures
+
+    def end(self) -> dict[str, float] | None:
+        """What is due when training ends or pauses; returns the last figures, or None when it pauses.
+
+        The checkpoint comes last, when the weights that it is to hold are known to give finite losses.
+        """
+        figures = None
+        if self.state.progress >= 1:
+            self.report.finish(self.state)
+            figures = self.look(measure=True, draw=True)
+        self.prove()
+        self.save()
         return figures
 
     def beside(self) -> None:
@@ -232,21 +222,26 @@ def run_loop(
     log: Path | None = None,
     stop_at: Callable[[int], bool] | None = None,
     sample: Callable[[int], None] | None = None,
+    measure_first: bool = False,
 ) -> dict[str, float] | None:
     """Trains until a bound is reached, going on from `checkpoint` where it exists; leaves averaged weights in the module.
 
     `stop_at(step)` ends the run early without finishing the stage: the checkpoint then allows going on. `sample(step)`
-    draws pictures with the averaged weights. Returns the last validation figures (on the first worker; on others they are
-    empty), or None when it was stopped early. Raises TuningError when no bound is given or the loss is not finite.
+    draws pictures with the averaged weights. `measure_first` validates once before the first step. Returns the last
+    validation figures (on the first worker; on others they are empty), or None when it was stopped early.
+
+    Raises TuningError when no bound is given, or when a loss, in training or in validation, is not finite: the checkpoint
+    is then still the last one whose weights gave a finite loss.
     """
     if not (settings.steps or settings.minutes or settings.wall_minutes):
         raise TuningError("training needs a bound: give --steps, --minutes or --wall-minutes")
-    loop = _Loop(task, settings, workers, checkpoint, _Report(task.name, log, workers), sample)
+    loop = _Loop(task, settings, workers, checkpoint, Report(task.name, log, workers), sample)
+    if measure_first and loop.state.step == 0:
+        loop.look(measure=True, draw=False)
     while loop.state.progress < 1 and not (stop_at and stop_at(loop.state.step)):
         loop.train()
         loop.beside()
-    loop.save()
-    figures = loop.look(measure=True, draw=True) if loop.state.progress >= 1 else None
+    figures = loop.end()
     task.module.load_state_dict(loop.state.average)
     workers.wait()
     return figures

@@ -2,7 +2,7 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises each matrix's momentum. torch.optim.Muon
 takes matrices only, so a convolution kernel is handed to it as a view of (out, in * height * width) that shares the
-kernel's memory. Measured here: better than AdamW alone at equal time (0.27 against 0.32 validation loss).
+kernel's memory. It suits small models on plain data, such as the embedded one: there its steps, which are dearer, are worth more.
 """
 
 from typing import Any

@@ -82,9 +82,8 @@ def _shards(path: Path) -> list[str]:
     if path.is_file() and path.suffix == ".tar":
         return [str(path)]
     if not path.is_dir():
-        raise TuningError(
-            f"data {path}: no such folder; give mini, a folder of pictures with {_METADATA}, .tar shards, or latents"
-        )
+        what = "is a file of another kind than .tar" if path.exists() else "no such folder"
+        raise TuningError(f"data {path}: {what}; give mini, a folder of pictures with {_METADATA}, .tar shards, or latents")
     if not any(path.iterdir()):
         raise TuningError(f"data {path} is empty; put pictures and a {_METADATA} there, or .tar shards")
     return [] if (path / _METADATA).is_file() else sorted(str(file) for file in path.glob("*.tar"))
@@ -96,20 +95,22 @@ def _folder(path: Path) -> Any:
             f"data {path}: {_METADATA} is missing; write one with a line "
             '{"file_name": "a.png", "text": "what it shows"} per picture'
         )
+    if not (path / _METADATA).read_bytes().strip():
+        raise TuningError(f"data {path / _METADATA} is empty; write a line for each picture")
     return _load("imagefolder", path, data_dir=str(path))
 
 
-def _damaged(shards: list[str]) -> str | None:
-    """The first shard that is no whole .tar."""
+def _damaged(shards: list[str], path: Path, reason: str) -> tuple[str | Path, str]:
+    """The first shard that is no whole .tar or holds nothing, and what is wrong with it; else what all are of."""
     for shard in shards:
         try:
             with tarfile.open(shard) as tar:
-                for member in tar:
-                    if member.isfile():
-                        tar.extractfile(member).read()  # type: ignore[union-attr]
+                sizes = [len(tar.extractfile(member).read()) for member in tar if member.isfile()]  # type: ignore[union-attr]
         except (OSError, tarfile.TarError):
-            return shard
-    return None
+            return shard, reason
+        if not sizes:
+            return shard, "it holds no files"
+    return path, reason
 
 
 def _load(kind: str, path: Path, **where: Any) -> Any:
@@ -127,6 +128,8 @@ def _load(kind: str, path: Path, **where: Any) -> Any:
     except Exception as error:  # of many kinds, from pyarrow, tarfile and datasets
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        file = path / _METADATA if kind == "imagefolder" else _damaged(where["data_files"]) or path
-        raise TuningError(f"data {file} cannot be read ({reason}); repair the file") from error
+        file: str | Path = path / _METADATA
+        if kind == "webdataset":
+            file, reason = _damaged(where["data_files"], path, reason)
+        raise TuningError(f"data {file} cannot be read ({reason}); repair it or take it out") from error
     return rows

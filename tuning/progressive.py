@@ -33,12 +33,18 @@ def next_removal(original: nn.Module, student: nn.Module, recipe: Recipe, stage:
 
 
 def share_of(settings: LoopSettings, stage: int, stages: int) -> LoopSettings:
-    """The settings with an equal share of each bound, so that all stages together cost what one of the whole would."""
+    """The settings with an equal share of each bound and of the warm-up, so that all stages together cost what one would."""
     if stages == 1:
         return settings
-    steps = settings.steps and max(1, settings.steps * (stage + 1) // stages - settings.steps * stage // stages)
+    steps = settings.steps and max(1, _part(settings.steps, stage, stages))
     minutes, wall = (bound and bound / stages for bound in (settings.minutes, settings.wall_minutes))
-    return dataclasses.replace(settings, steps=steps, minutes=minutes, wall_minutes=wall)
+    warmup = _part(settings.warmup, stage, stages)
+    return dataclasses.replace(settings, steps=steps, minutes=minutes, wall_minutes=wall, warmup=warmup)
+
+
+def _part(number: int, stage: int, stages: int) -> int:
+    """A stage's part of a number, such that all parts add up to it."""
+    return number * (stage + 1) // stages - number * stage // stages
 
 
 def _up_to(recipe: Recipe, stage: int) -> Recipe:

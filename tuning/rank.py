@@ -24,7 +24,7 @@ __all__ = ["NOTHING", "Chosen", "Errors", "Ranked", "check_names", "choose", "ra
 
 NOTHING = 0.05
 """Errors below this share of the prediction's mean square are not told apart: distillation repairs far larger ones."""
-_ROWS = 64  # of one forward pass
+_ROWS, _POSITIONS = 64, 1 << 16  # of one forward pass, at most
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Errors:
     @torch.no_grad()
     def _predict(self, unet: UNet2DConditionModel) -> Tensor:
         p = self._points
-        parts = [slice(at, at + _ROWS) for at in range(0, len(p), _ROWS)]
+        rows = min(_ROWS, max(1, _POSITIONS // p.latents[0, 0].numel()))
+        parts = [slice(at, at + rows) for at in range(0, len(p), rows)]
         return torch.cat([unet(p.latents[part], p.timesteps[part], p.states[part]).sample for part in parts])
 
     def of(self, recipe: Recipe) -> float:

@@ -16,13 +16,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tuning.assembly import assemble
-from tuning.candidates import candidates, recipe_of
+from tuning.candidates import candidates, check_plain, recipe_of
+from tuning.checkpoint import check_channels
 from tuning.errors import TuningError
 from tuning.extras import need
 from tuning.rank import Chosen, Errors, Ranked, check_names, choose, rank
 from tuning.rank_plot import plot_ranking
 from tuning.recipes import Recipe
-from tuning.sources import RANDOM, open_unet
+from tuning.sources import RANDOM, UNetSource, open_unet
 from tuning.timing import UnitTimes, clock, random_inputs, time_together, time_units
 from tuning.trajectories import Points, trajectories
 from tuning.writing import write_text
@@ -34,7 +35,10 @@ RECIPE_NAME = "assembled"
 
 @dataclass(frozen=True)
 class RankOptions:
-    """What to rank, what to time it on, and how thoroughly. `latents` is a side, 0 for the UNet's own, at most 32."""
+    """What to rank, what to time it on, and how thoroughly.
+
+    `latents` is a side, 0 for the UNet's own, at most 32; `device` is "cpu" or "cuda", None for CUDA where torch sees it.
+    """
 
     source: str = "mini"
     times: str | None = None
@@ -45,6 +49,7 @@ class RankOptions:
     prompts: int = 16
     steps: int = 8
     guidance: float = 3.0
+    device: str | None = None
     out: Path = Path("runs/rank")
 
 
@@ -59,19 +64,24 @@ class Result:
     side: int
     points: Points
     measured: dict[str, list[float]]
+    device: str
 
 
 def rank_command(options: RankOptions, console: Console) -> None:
     """Rank a source's removals, choose a recipe, and write rank.json, rank.png and assembled.json; nothing if anything fails.
 
     Raises:
-        TuningError: an option out of range, a source that cannot be read, UNets of unlike units, or a speed-up out of reach.
+        TuningError: an option out of range, a source that cannot be read, UNets of unlike units, a speed-up out of reach, or a
+            GPU that is not there or too small.
     """
     _check(options)
     need("matplotlib", "the plot")  # before anything is measured
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}"), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        result = _measure(options, bar)
+        try:
+            result = _measure(options, bar)
+        except torch.OutOfMemoryError as error:
+            raise TuningError("the GPU's memory is too small for this: fewer --prompts, or --device cpu") from error
     console.print(_table(result))
     for line in _lines(options, result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -89,6 +99,8 @@ def _check(options: RankOptions) -> None:
     for name, least in (("rows", 1), ("rounds", 1), ("prompts", 1), ("steps", 1), ("latents", 0)):
         if getattr(options, name) < least:
             raise TuningError(f"{name} {getattr(options, name)}: must be {least} or more")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise TuningError("--device cuda: torch sees no NVIDIA GPU here; leave it out, or give cpu")
     if options.out.exists() and not options.out.is_dir():
         raise TuningError(f"{options.out} exists and is no folder; choose another --out")
 
@@ -96,9 +108,13 @@ def _check(options: RankOptions) -> None:
 def _measure(options: RankOptions, bar: Progress) -> Result:
     source = open_unet(options.source)
     timed = open_unet(options.times or options.source)
-    unet = source.unet()
+    device = _device(options)
+    if source.whole is not None:
+        source.whole.check_fit()
+    unet = _loaded(source, device)
+    check_channels(source.name, unet.config, unet.config.out_channels)
     found = candidates(unet)
-    other = unet if timed == source else timed.unet()
+    other = unet if timed == source else _loaded(timed, device)
     side = _side(options, other)
     inputs = random_inputs(other, side, options.rows)
     task = bar.add_task(f"timing the units of {timed.name}", total=options.rounds + 1)
@@ -120,7 +136,23 @@ def _measure(options: RankOptions, bar: Progress) -> Result:
     measured = {timed.name: _compare(other, recipe, inputs, options.rounds)}
     if other is not unet:
         measured[source.name] = _compare(unet, recipe, random_inputs(unet, _own_side(unet), options.rows), 10 * options.rounds)
-    return Result(ranked, chosen, recipe, times, side, points, measured)
+    return Result(ranked, chosen, recipe, times, side, points, measured, _name_of(device))
+
+
+def _device(options: RankOptions) -> torch.device:
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _name_of(device: torch.device) -> str:
+    """What the table calls a device."""
+    return "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def _loaded(source: UNetSource, device: torch.device) -> UNet2DConditionModel:
+    """A source's UNet on the device. Raises TuningError where it has experts."""
+    unet = source.unet().to(device)
+    check_plain(unet, source.name)
+    return unet
 
 
 def _own_side(unet: UNet2DConditionModel) -> int:
@@ -139,11 +171,13 @@ def _compare(unet: UNet2DConditionModel, recipe: Recipe, inputs: Any, rounds: in
 
 
 def _table(result: Result) -> Table:
-    table = Table("removed", title="what goes, and what that saves and costs: least error for the time first")
+    table = Table(
+        "removed", title=f"what goes, and what that saves (on {result.device}) and costs: least error for the time first"
+    )
     for name in ("share of time", "± spread", "error", "error per time"):
         table.add_column(name, justify="right")
     for each in result.ranked:
-        numbers = f"{each.share:.1%}", f"{each.spread:.1%}", f"{each.error:.2g}", f"{each.price:.2g}"
+        numbers = f"{each.share:.1%}", f"{each.spread / 2:.1%}", f"{each.error:.2g}", f"{each.price:.2g}"
         table.add_row(each.candidate.name, *numbers)
     return table
 
@@ -152,7 +186,10 @@ def _lines(options: RankOptions, result: Result) -> list[str]:
     """What is said after the table."""
     lines = [f"{i}. remove {step.name}: error {step.error:.2g}, {step.speedup:.2f}x" for i, step in enumerate(result.chosen, 1)]
     for name, (whole, less) in result.measured.items():
-        lines.append(f"measured, torch on the CPU, {name}: {whole:.3g} s whole, {less:.3g} s assembled: {whole / less:.2f}x")
+        lines.append(
+            f"measured, torch on {result.device}, {name}: {whole:.3g} s whole, {less:.3g} s assembled: {whole / less:.2f}x"
+        )
+    lines += _asked(options, result)
     if not result.points.has_text:
         lines.append(f"{options.source} has no text encoder: errors are for random text states")
     if options.source.startswith(RANDOM):
@@ -160,10 +197,24 @@ def _lines(options: RankOptions, result: Result) -> list[str]:
     return [*lines, f"recipe {RECIPE_NAME}: remove {', '.join(result.recipe.remove)}"]
 
 
+def _asked(options: RankOptions, result: Result) -> list[str]:
+    """What was asked for, what the choice counted, and what was measured of it."""
+    name, (whole, less) = next(iter(result.measured.items()))
+    words = "" if whole / less >= options.speedup else f", {options.speedup - whole / less:.2f} short of it"
+    lines = [
+        f"asked for {options.speedup:g}x: the choice went on until the units' shares of the time said "
+        f"{result.chosen[-1].speedup:.2f}x; {name}, measured whole, is {whole / less:.2f}x{words}"
+    ]
+    keeps_mid = "mid" not in result.recipe.remove and any(unit.startswith("mid.") for unit in result.times.shares)
+    if "up.0" in result.recipe.remove and keeps_mid:
+        lines.append("without the innermost stage the mid block works on four times as many latents: shares leave that out")
+    return lines
+
+
 def _title(options: RankOptions, result: Result) -> str:
     return (
         f"Error of {options.source} against time of {options.times or options.source}\n"
-        f"torch on the CPU, latents {result.side} x {result.side}, {options.rows} rows"
+        f"torch on {result.device}, latents {result.side} x {result.side}, {options.rows} rows"
     )
 
 
@@ -184,8 +235,9 @@ def _record(options: RankOptions, result: Result) -> dict[str, Any]:
         "text": "text encoder" if result.points.has_text else "random states",
         "points": len(result.points),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "device": result.device,
         "threads": torch.get_num_threads(),
-        "clock": clock().__name__,
+        "clock": clock(_device(options)).__name__,
         "versions": {name: version(name) for name in ("torch", "diffusers", "unet-heirloom")},
         "dtype": "float32",
         "seconds": times.seconds,

@@ -1,11 +1,13 @@
 """Everything that a training's checkpoint holds: weights, their average, both optimizers, and how far the run is."""
 
+import math
 import os
 import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,11 @@ from torch import nn
 from tuning.errors import TuningError
 from tuning.optim import MuonAdamW
 
-__all__ = ["State"]
+__all__ = ["State", "steps_in"]
+
+_DAMAGED = (
+    OSError, EOFError, RuntimeError, AttributeError, IndexError, KeyError, ValueError, TypeError, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 class State:
@@ -76,15 +82,37 @@ class State:
                 value.copy_(state["average"][key])
             if self.scaler and state.get("scaler"):
                 self.scaler.load_state_dict(state["scaler"])
-            for name in ("step", "progress", "cpu", "wall"):
-                setattr(self, name, state["counters"][name])
-        except (OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
-            pickled = isinstance(error, pickle.UnpicklingError)
-            reason = "a damaged file, or a pickle of more than tensors and numbers" if pickled else _line(error)
+            for name, value in _counters(state).items():
+                setattr(self, name, value)
+        except _DAMAGED as error:
             raise TuningError(
-                f"{path} is no checkpoint of this {self.name} ({reason}): delete it to start anew, or choose another place"
+                f"{path} is no checkpoint of this {self.name} ({_reason(error)}): delete it to start anew, "
+                "or choose another place"
             ) from error
         self._cpu0, self._wall0 = self._cpu0 - self.cpu, self._wall0 - self.wall
+
+
+def steps_in(path: Path) -> int:
+    """How many steps the training took whose checkpoint this is. Raises TuningError where that cannot be read."""
+    try:
+        return int(_counters(torch.load(path, map_location="cpu", weights_only=True, mmap=True))["step"])
+    except _DAMAGED as error:
+        raise TuningError(
+            f"{path} is no checkpoint of a portion that is done ({_reason(error)}): delete {path.parent} to do it again"
+        ) from error
+
+
+def _counters(state: dict[str, Any]) -> dict[str, float]:
+    """How far the run is, as a checkpoint says. Raises KeyError, TypeError or ValueError for anything but finite numbers."""
+    counters = {name: state["counters"][name] for name in ("step", "progress", "cpu", "wall")}
+    if type(counters["step"]) is not int or not all(math.isfinite(value) and value >= 0 for value in counters.values()):
+        raise ValueError(f"counters that are none: {counters}")
+    return counters
+
+
+def _reason(error: Exception) -> str:
+    pickled = isinstance(error, pickle.UnpicklingError)
+    return "a damaged file, or a pickle of more than tensors and numbers" if pickled else _line(error)
 
 
 def _line(error: Exception) -> str:

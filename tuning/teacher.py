@@ -28,8 +28,12 @@ class Teacher:
 
     @classmethod
     def load(cls, source: str) -> "Teacher":
-        """Reads any source of a whole checkpoint. Raises TuningError when a part is missing, damaged or a pickle."""
+        """Reads any source of a whole checkpoint.
+
+        Raises TuningError when a part is missing, damaged or a pickle, or when the parts don't fit together.
+        """
         found = find_source(source)
+        found.check_fit()
         unet, text, vae = (found.model(part).requires_grad_(False) for part in ("unet", "text_encoder", "vae"))
         with reading(source, found.folder / "tokenizer"):
             tokenizer = CLIPTokenizer.from_pretrained(found.folder / "tokenizer", local_files_only=True)

@@ -1,7 +1,7 @@
-"""How long a UNet's units take on this machine's processor, by hooks on their modules.
+"""How long a UNet's units take on the device that the UNet is on, by hooks on their modules.
 
-With one thread (OMP_NUM_THREADS=1) seconds are the process's own, so that other programs on the machine don't count; with more
-they are those of the clock on the wall.
+On a processor with one thread (OMP_NUM_THREADS=1) seconds are the process's own, so that other programs on the machine don't
+count; with more they are those of the clock on the wall. A GPU is waited for before its clock is read.
 """
 
 import statistics
@@ -37,16 +37,24 @@ class UnitTimes:
     rounds: int
 
 
-def clock() -> Callable[[], float]:
-    """What seconds are read from."""
+def clock(device: torch.device | None = None) -> Callable[[], float]:
+    """What seconds are read from, for work on this device (default: the processor)."""
+    if device is not None and device.type == "cuda":
+
+        def perf_counter_after_synchronize() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return perf_counter_after_synchronize
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def random_inputs(unet: UNet2DConditionModel, side: int, rows: int, tokens: int = 77) -> Inputs:
-    """Noise of (rows, channels, side, side), one timestep, and text states (rows, tokens, width), for timing."""
+    """Noise of (rows, channels, side, side), one timestep, and text states (rows, tokens, width), on the UNet's device."""
     source = torch.Generator().manual_seed(0)
     latents = torch.randn((rows, unet.config.in_channels, side, side), generator=source)
-    return latents, torch.tensor(500), torch.randn((rows, tokens, unet.config.cross_attention_dim), generator=source)
+    states = torch.randn((rows, tokens, unet.config.cross_attention_dim), generator=source)
+    return latents.to(unet.device), torch.tensor(500, device=unet.device), states.to(unet.device)
 
 
 @torch.no_grad()
@@ -69,7 +77,7 @@ def time_units(unet: UNet2DConditionModel, inputs: Inputs, rounds: int, tick: Ti
 def _round(unet: UNet2DConditionModel, inputs: Inputs) -> tuple[float, dict[str, float]]:
     """Seconds of one forward pass, and of each unit in it."""
     units: dict[str, float] = {}
-    now = clock()
+    now = clock(unet.device)
     with ExitStack() as stack:
         for name, path in unit_modules(unet).items():
             module = unet.get_submodule(path)
@@ -95,7 +103,7 @@ def _hooks(name: str, units: dict[str, float], now: Callable[[], float]) -> tupl
 def time_together(unets: Sequence[UNet2DConditionModel], inputs: Inputs, rounds: int, tick: Tick = lambda: None) -> list[float]:
     """Seconds of each UNet on the same inputs, medians over rounds in which they take turns, after one that does not count."""
     taken: list[list[float]] = [[] for _ in unets]
-    now = clock()
+    now = clock(unets[0].device)
     for _ in range(rounds + 1):
         for unet, seconds in zip(unets, taken, strict=True):
             start = now()

@@ -50,6 +50,8 @@ def trajectories(
     Prompts are scenes that the embedded model was not trained on. A source that is only a UNet gets random text states and
     Stable Diffusion's noise schedule.
 
+    Points are on the UNet's device.
+
     Raises:
         TuningError: the checkpoint's text encoder, tokenizer or scheduler is missing or damaged.
     """
@@ -59,19 +61,20 @@ def trajectories(
         states = torch.randn((prompts + 1, _TOKENS, unet.config.cross_attention_dim), generator=source_of_noise)
     else:
         states, config = _read(source.whole, prompts)
+    device = unet.device
+    states = states.to(device)
     plain, asked = states[:1].expand(prompts, -1, -1), states[1:]
     solver = DPMSolverMultistepScheduler.from_config(config)
     solver.set_timesteps(steps)
-    latents = torch.randn((prompts, unet.config.in_channels, side, side), generator=source_of_noise)
+    latents = torch.randn((prompts, unet.config.in_channels, side, side), generator=source_of_noise).to(device)
     found = []
     for t in solver.timesteps:
         found.append(latents)
-        first, second = unet(torch.cat([latents] * 2), t, torch.cat([plain, asked])).sample.chunk(2)
+        first, second = unet(torch.cat([latents] * 2), t.to(device), torch.cat([plain, asked])).sample.chunk(2)
         latents = solver.step(first + guidance * (second - first), t, latents).prev_sample
         tick()
-    return Points(
-        torch.cat(found), solver.timesteps.repeat_interleave(prompts), asked.repeat(steps, 1, 1), source.whole is not None
-    )
+    timesteps = solver.timesteps.repeat_interleave(prompts).to(device)
+    return Points(torch.cat(found), timesteps, asked.repeat(steps, 1, 1), source.whole is not None)
 
 
 def _read(source: Source, prompts: int) -> tuple[Tensor, Any]:

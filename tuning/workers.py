@@ -1,7 +1,7 @@
 """Several training processes as one, through accelerate: devices, mixed precision, and the one collective of a step.
 
-Start with `accelerate launch -m ...` or `torchrun --nproc-per-node N -m ...`. On a CPU give each process one thread: two
-threads of one process in contention collapsed to a fifteenth of the speed here, two processes keep theirs.
+Start with `accelerate launch -m ...` or `torchrun --nproc-per-node N -m ...`. On a CPU give each process one thread: where
+other programs run, threads of one process wait for each other far longer than processes do.
 """
 
 from collections.abc import Sequence
@@ -64,7 +64,8 @@ class Workers:
         if self.count == 1:
             return list(values)
         grads = [p.grad for p in parameters if p.grad is not None]
-        first: list[Tensor] = [torch.tensor(values, dtype=grads[0].dtype, device=grads[0].device)]
+        dtype = grads[0].dtype if grads else torch.float32
+        first: list[Tensor] = [torch.tensor(values, dtype=dtype, device=self.device)]
         message, averaged = first, first[0]
         size = 0
         for grad in grads:

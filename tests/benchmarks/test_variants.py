@@ -12,7 +12,7 @@ from scipy import linalg
 from benchmarks.frechet import distance_to, rendered
 from benchmarks.reader.network import WEIGHTS, load
 from benchmarks.variants import ROWS, main
-from benchmarks.variants_page import markdown, page
+from benchmarks.variants_page import BEFORE, markdown, page
 from engines import UserError
 
 RESULTS = Path("benchmarks/results/variants.json")
@@ -66,6 +66,17 @@ def test_goals_stand_beside_the_figures(shown: tuple[float, ...], time: tuple[fl
     settings = {"rounds": 1, "count": 1, "steps": 1, "guidance": 3.0, "rendered": 1, "pixels": 256}
     made = " ".join(page({"settings": settings, "rows": rows}).split())
     assert all(words in made for words in says)
+
+
+@pytest.mark.parametrize("variant", sorted({row.variant for row in ROWS if not row.distilled}))
+def test_pruned_without_distillation_is_visibly_worse(variant: str) -> None:
+    rows = json.loads(RESULTS.read_text())["rows"]
+    before, after = rows[f"{variant}{BEFORE}"], rows[variant]
+    assert before["accuracy"] <= after["accuracy"] - 0.02
+    assert before["frechet"] >= 1.25 * after["frechet"]
+    page = " ".join(Path("docs/variants.md").read_text().split())
+    assert f"`{variant}` shows {100 * (after['accuracy'] - before['accuracy']):.1f} points fewer" in page
+    assert f"{before['frechet']:.2f} in place of {after['frechet']:.2f}" in page
 
 
 def _frechet(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -1,6 +1,7 @@
 """`python -m tuning distill`: resumed, killed, spoilt and misused; what it leaves is whole, and a mistake is one line."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ import tuning
 from engines.errors import UserError
 from tests.commands import contents
 from tuning.__main__ import main
+from tuning.examples import Passes
 from tuning.folder import save_part
 from tuning.mini.models import new_unet
+from tuning.noising import Batch, Noising
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -83,7 +88,7 @@ def test_twenty_steps_are_ten_and_ten(given: list[str], more: str, tmp_path: Pat
     assert (whole / "config.json").read_bytes() == (parts / "config.json").read_bytes()
     lines = [{k: v for k, v in line.items() if "minutes" not in k} for line in metrics(whole)]
     assert lines == [{k: v for k, v in line.items() if "minutes" not in k} for line in metrics(parts)]
-    assert [line["step"] for line in lines] == [*range(1, 21), 20]
+    assert [line["step"] for line in lines] == [0, *range(1, 21), 20]
 
 
 def test_the_average_and_not_the_last_weights_are_written(given: list[str], tmp_path: Path) -> None:
@@ -111,17 +116,64 @@ def test_a_killed_run_goes_on_to_the_same_weights(given: list[str], tmp_path: Pa
     distil(given, killed, "--steps 30")
     distil(given, whole, "--steps 30")
     assert same(load_file(whole / WEIGHTS), load_file(killed / WEIGHTS))
-    assert [line["step"] for line in metrics(killed)] == [*range(1, 31), 30], "steps that were lost are logged once"
+    assert [line["step"] for line in metrics(killed)] == [0, *range(1, 31), 30], "steps that were lost are logged once"
 
 
 def test_a_loss_that_is_not_finite_keeps_a_checkpoint_that_can_go_on(given: list[str], tmp_path: Path) -> None:
     distil(given, tmp_path, "--steps 30 --pause-at 3")
-    with pytest.raises(UserError, match=r"loss of distill is not finite at step \d+; the last checkpoint is kept"):
-        distil(given, tmp_path, "--steps 30 --lr 1e25 --save-minutes 0")
-    assert not (tmp_path / WEIGHTS).exists()
-    assert checkpoint(tmp_path)["counters"]["step"] == 3, "what the bad step made is not saved"
+    # In the middle of a run, where it pauses, where it ends, and where it is measured.
+    for more in ("--save-minutes 0", "--pause-at 4", "--steps 4", "--validate-every 4"):
+        with pytest.raises(UserError, match=r"loss of distill is not finite at step 4; the last checkpoint is kept"):
+            distil(given, tmp_path, f"--steps 30 --lr 1e25 {more}")
+        assert not (tmp_path / WEIGHTS).exists()
+        assert checkpoint(tmp_path)["counters"]["step"] == 3, "what the bad step made is not saved"
+    assert all(math.isfinite(value) for line in metrics(tmp_path) for value in line.values() if not isinstance(value, str))
     distil(given, tmp_path, "--steps 6")
     assert all(value.isfinite().all() for value in load_file(tmp_path / WEIGHTS).values())
+
+
+def test_a_run_that_is_spoilt_by_its_first_step_leaves_no_student(given: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"validation loss of distill is not finite at step 1; no checkpoint was written yet"):
+        distil(given, tmp_path, "--steps 1 --lr 1e30")
+    assert not (tmp_path / WEIGHTS).exists()
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
+
+
+def test_distillation_lowers_the_loss_that_removal_left(given: list[str], tmp_path: Path) -> None:
+    distil(given, tmp_path, "--student bk-tiny --steps 25 --ema 0.8 --lr 3e-3")
+    before, after = [line["valid_loss"] for line in metrics(tmp_path) if "valid_loss" in line]
+    assert after < 0.8 * before
+
+
+def test_a_finished_run_says_its_figures_once(given: list[str], tmp_path: Path) -> None:
+    for _ in range(2):
+        distil(given, tmp_path, "--steps 3 --log-every 2")
+        lines = metrics(tmp_path)
+        assert [line["step"] for line in lines] == [0, 2, 3, 3]
+        assert [line["step"] for line in lines if "loss" in line] == [2, 3], "the last steps' losses are written too"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda state: state | {"optimizer": [1, 2]}, "checkpoint.pt is no checkpoint of this distill"),
+        (lambda state: state | {"counters": state["counters"] | {"step": "2"}}, "counters that are none"),
+        (lambda state: state | {"counters": state["counters"] | {"progress": "half"}}, "checkpoint.pt is no checkpoint"),
+        (lambda state: state | {"counters": [1]}, "checkpoint.pt is no checkpoint"),
+        (lambda state: [state], "checkpoint.pt is no checkpoint"),
+    ],
+    ids=["optimizer", "step", "progress", "counters", "list"],
+)
+def test_a_checkpoint_of_other_things_is_one_line(
+    given: list[str], spoil: Callable[[dict[str, Any]], Any], says: str, tmp_path: Path
+) -> None:
+    distil(given, tmp_path, "--steps 9 --pause-at 2")
+    place = tmp_path / "training" / "checkpoint.pt"
+    torch.save(spoil(torch.load(place, weights_only=True)), place)
+    with pytest.raises(UserError, match=says) as caught:
+        distil(given, tmp_path, "--steps 9")
+    assert "\n" not in str(caught.value)
 
 
 def test_metrics_curves_and_sample_pictures_are_left(given: list[str], tmp_path: Path) -> None:
@@ -132,9 +184,9 @@ def test_metrics_curves_and_sample_pictures_are_left(given: list[str], tmp_path:
     )
     lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
-    assert [line["step"] for line in lines if "valid_loss" in line] == [3, 6]
-    parts = lines[0]["noise"] + lines[0]["output"] + lines[0]["features"]
-    assert lines[0]["loss"] == pytest.approx(parts, rel=1e-3)
+    assert [line["step"] for line in lines if "valid_loss" in line] == [0, 3, 6]
+    parts = lines[1]["noise"] + lines[1]["output"] + lines[1]["features"]
+    assert lines[1]["loss"] == pytest.approx(parts, rel=1e-3)
     assert sorted(path.name for path in (work / "samples").iterdir()) == [f"step_00000{n}.png" for n in (2, 4, 6)]
     with Image.open(work / "samples" / "step_000006.png") as grid:
         assert grid.size == (128, 64), "a picture of 64 pixels for each prompt"
@@ -203,6 +255,28 @@ def test_a_recipe_in_portions_trains_after_each(given: list[str], tmp_path: Path
     assert not (parts / WEIGHTS).exists()
     distil(given, parts, more)
     assert same(load_file(whole / WEIGHTS), load_file(parts / WEIGHTS))
+
+
+def test_every_portion_draws_batches_of_its_own(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    draw, batch = Passes.draw, Noising.batch
+
+    def noted(self: Noising, latents: torch.Tensor, tokens: torch.Tensor, step: int) -> Batch:
+        drawn.append(step)
+        return batch(self, latents, tokens, step)
+
+    def checked(self: Passes, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn.append(step)
+        return draw(self, step)
+
+    monkeypatch.setattr(Noising, "batch", noted)
+    monkeypatch.setattr(Passes, "draw", checked)
+    distil(given, tmp_path, "--student progressive --steps 7 --accumulate 2")
+    assert list(dict.fromkeys(drawn)) == list(range(14)), "as removal at once would draw them"
+    assert max(Counter(drawn).values()) <= 4, "a portion's last batch is looked at twice, picture and noise"
+    (tmp_path / "training" / "stage_1" / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"stage_1/checkpoint\.pt is no checkpoint of a portion that is done"):
+        distil(given, tmp_path, "--student progressive --steps 7 --accumulate 2")
 
 
 @pytest.mark.slow
@@ -329,7 +403,7 @@ def test_damaged_settings_are_one_line(given: list[str], text: str, tmp_path: Pa
     assert "\n" not in str(caught.value)
     settings.unlink()
     distil(given, tmp_path, "--steps 2")
-    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 2]
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 2]
 
 
 @pytest.mark.parametrize("turned", [False, True])

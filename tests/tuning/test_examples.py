@@ -97,7 +97,7 @@ def test_every_example_comes_once_in_a_pass_and_held_back_ones_never() -> None:
         values = torch.tensor(numbers)
         return values[:, None, None, None].float(), values[:, None]
 
-    limits = {"batch": 4, "validation": 3, "seed": 1}
+    limits: dict[str, Any] = {"batch": 4, "validation": 3, "seed": 1}
     one = Passes(read, 23, place(), **limits)
     held = set(one.validation()[1].flatten().tolist())
     assert len(held) == 2, "one in ten"
@@ -154,6 +154,8 @@ def refused(path: Path, says: str) -> None:
 
 def test_folders_that_hold_no_data_are_named(copy: Path, tmp_path: Path) -> None:
     refused(tmp_path / "none", "none: no such folder")
+    (tmp_path / "data.zip").touch()
+    refused(tmp_path / "data.zip", r"data\.zip: is a file of another kind than \.tar")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "empty is empty; put pictures")
     metadata = copy / "metadata.jsonl"
@@ -172,6 +174,8 @@ def test_folders_that_hold_no_data_are_named(copy: Path, tmp_path: Path) -> None
     refused(copy, r"02\.png has no caption")
     metadata.write_text('{"file_name": "01.png", "label": 3}\n')
     refused(copy, "no captions, only image, label; write the columns")
+    metadata.write_text("\n")
+    refused(copy, r"metadata\.jsonl is empty; write a line for each picture")
     metadata.write_text("{nonsense")
     refused(copy, r"metadata\.jsonl cannot be read")
     metadata.unlink()
@@ -186,11 +190,24 @@ def test_shards_that_cannot_be_read_are_named(copy: Path, tmp_path: Path) -> Non
     (shards / "000.tar").write_bytes(b"no tar")
     refused(shards, r"000\.tar cannot be read")
     refused(shards / "000.tar", r"000\.tar cannot be read")
+    tarfile.open(shards / "000.tar", "w").close()
+    refused(shards, r"000\.tar cannot be read \(it holds no files\); repair it or take it out")
     with tarfile.open(shards / "000.tar", "w") as tar:
         tar.add(copy / "00.png", "a.png")
     refused(shards, "no captions, only png; write KEY.txt")
 
 
-def test_one_example_is_too_few() -> None:
+def test_one_example_is_too_few(copy: Path, teacher: Teacher) -> None:
     with pytest.raises(TuningError, match="holds 1 example;"):
         Passes(lambda _: (torch.zeros(1), torch.zeros(1)), 1, place(), batch=1, validation=1, seed=0)
+    metadata = copy / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().splitlines()[0] + "\n")
+    with pytest.raises(TuningError, match=f"data {copy} holds 1 example; training and validation need one each"):
+        open_examples(str(copy), teacher, Workers(), **LIMITS)
+
+
+@pytest.mark.parametrize("shards", ["{}", '{"latents-00000.safetensors": 0}', '{"latents-00000.safetensors": "8"}'])
+def test_a_manifest_of_nothing_is_named(shards: str, teacher: Teacher, tmp_path: Path) -> None:
+    (tmp_path / "latents.json").write_text(f'{{"version": 1, "finished": true, "made_with": "x", "shards": {shards}}}')
+    with pytest.raises(TuningError, match=r"latents\.json cannot be read \(it names no latents\); run python -m tuning latents"):
+        LatentFolder(tmp_path, teacher)

@@ -43,10 +43,11 @@ def test_recipes_without_portions_are_one_removal(small_unet: UNet2DConditionMod
 
 
 def test_stages_share_the_bound() -> None:
-    whole = LoopSettings(steps=10, wall_minutes=6)
+    whole = LoopSettings(steps=10, wall_minutes=6, warmup=20)
     shares = [share_of(whole, stage, 3) for stage in range(3)]
     assert [share.steps for share in shares] == [3, 3, 4]
     assert {share.wall_minutes for share in shares} == {2}
+    assert [share.warmup for share in shares] == [6, 7, 7], "as many steps of warm-up in all"
     assert share_of(whole, 0, 1) == whole
 
 

@@ -1,11 +1,15 @@
 """``python -m tuning rank``: every removal that fits is measured, and the cheapest for the time goes first."""
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from rich.console import Console
 from torch import nn
 
 import tuning
@@ -15,9 +19,12 @@ from tests.unets import small_unet as unet_of
 from tuning import Recipe, TuningError
 from tuning.__main__ import main
 from tuning.candidates import Candidate, candidates, gone_units, recipe_of, skeleton
-from tuning.rank import NOTHING, Errors, check_names, choose, rank
+from tuning.folder import save_part
+from tuning.rank import NOTHING, Chosen, Errors, check_names, choose, rank
+from tuning.rank_command import RankOptions, Result, _asked, _device, rank_command
 from tuning.sources import open_unet
-from tuning.timing import UnitTimes, random_inputs, time_together, time_units
+from tuning.teacher import Teacher
+from tuning.timing import UnitTimes, clock, random_inputs, time_together, time_units
 from tuning.trajectories import Points, trajectories
 
 QUICK = ("--rounds", "1", "--prompts", "2", "--steps", "2")
@@ -163,6 +170,96 @@ def test_trajectories_end_where_pictures_do(two_stages: UNet2DConditionModel, tm
     assert torch.allclose(again.latents, given.latents, atol=1e-5)
 
 
+def test_a_gpu_is_waited_for_before_its_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    card = torch.device("cuda")
+    now = clock(card)
+    assert 0 <= now() - now() + 1 <= 1
+    assert waited == [card, card]
+    assert clock(torch.device("cpu")) is clock() is time.process_time
+
+
+def test_all_that_is_measured_is_where_the_unet_is(two_stages: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which refuses what is elsewhere as a GPU does."""
+    unet = two_stages.to("meta")
+    inputs = random_inputs(unet, 8, 2, tokens=5)
+    assert {each.device.type for each in inputs} == {"meta"}
+    found = time_units(unet, inputs, 1)
+    assert set(found.shares) == set(tuning.unit_modules(unet))
+    with pytest.raises(TuningError, match="--device cuda: torch sees no NVIDIA GPU here; leave it out, or give cpu"):
+        rank_command(RankOptions(device="cuda"), Console())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _device(RankOptions()).type == "cuda"
+    assert _device(RankOptions(device="cpu")).type == "cpu"
+
+
+def test_a_gpu_that_is_too_small_is_one_line(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("tuning.rank_command._measure", full)
+    assert_refused(run("rank", "--out", tmp_path / "out"), "memory is too small for this: fewer --prompts, or --device cpu")
+
+
+def test_what_was_asked_stands_beside_what_was_measured() -> None:
+    ranked = [Chosen("x", ("down.1", "up.0"), 0.0, 1.41)]
+    shares = UnitTimes({"mid.layer.0.resnet": 0.1}, {}, 1.0, 0.0, 1)
+
+    def said(measured: float, *remove: str) -> str:
+        result = SimpleNamespace(
+            measured={"sd15": [measured, 1.0]}, chosen=ranked, recipe=Recipe(name="x", remove=remove), times=shares
+        )
+        return "\n".join(_asked(RankOptions(speedup=1.35), cast(Result, result)))
+
+    short = said(1.32, "down.1", "up.0")
+    assert "asked for 1.35x: the choice went on until the units' shares of the time said 1.41x; sd15, measured whole" in short
+    assert "is 1.32x, 0.03 short of it\nwithout the innermost stage the mid block works on four times" in short
+    assert said(1.4, "mid", "down.1", "up.0").endswith("measured whole, is 1.40x")
+
+
+def test_without_the_innermost_stage_the_mid_block_works_on_more(small_unet: UNet2DConditionModel) -> None:
+    def mid(unet: UNet2DConditionModel) -> int:
+        sizes: list[int] = []
+        hook = unet.mid_block.register_forward_pre_hook(lambda _, given: sizes.append(given[0][0, 0].numel()))
+        with torch.no_grad():
+            unet(*random_inputs(unet, 16, 1, tokens=5))
+        hook.remove()
+        return sizes[0]
+
+    assert mid(tuning.assemble(small_unet, tuning.recipe("assembled"))) == 4 * mid(small_unet)
+
+
+def test_a_checkpoint_whose_parts_do_not_fit(run: Command, tmp_path: Path) -> None:
+    inpainting = save_source(tmp_path / "inpainting", unet_of("two stages", in_channels=9))
+    other = save_source(tmp_path / "other", unet_of("two stages", cross_attention_dim=24))
+    unlike = save_source(tmp_path / "unlike", latent_channels=8)
+    for source, says in (
+        (inpainting, "its UNet takes 9 channels and gives 4, and latents have 4; a UNet that is given more than latents"),
+        (
+            inpainting / "unet",
+            "its UNet takes 9 channels and gives 4, and latents have 4; a UNet that is given more than latents",
+        ),
+        (other, "its UNet reads text of width 24 and its text encoder writes 16; take both from the same checkpoint"),
+        (unlike, "its UNet takes 4 channels and gives 4, and latents have 8"),
+    ):
+        assert_refused(run("rank", "--source", source, "--out", tmp_path / "out", *QUICK), says)
+        if source.name != "unet":
+            with pytest.raises(TuningError, match=says):
+                Teacher.load(str(source))
+
+
+def test_a_unet_with_experts_is_not_ranked(run: Command, small_unet: UNet2DConditionModel, tmp_path: Path) -> None:
+    save_part(tuning.assemble(small_unet, tuning.recipe("condconv")), tmp_path / "experts")
+    save_part(small_unet, tmp_path / "plain")
+    for given in (["--source", "experts"], ["--source", "plain", "--times", "experts"]):
+        given = [option if option[:2] == "--" else str(tmp_path / option) for option in given]
+        says = f"{tmp_path / 'experts'} has conditional convolutions already; rank the UNet that it was made from"
+        assert_refused(run("rank", *given, "--out", tmp_path / "out", *QUICK), says)
+    with pytest.raises(TuningError, match="this UNet has conditional convolutions already"):
+        candidates(tuning.load_unet(tmp_path / "experts"))
+
+
 def test_the_command(run: Command, two_stages: UNet2DConditionModel, tmp_path: Path) -> None:
     source = save_source(tmp_path / "source", two_stages)
     out = tmp_path / "out"
@@ -180,9 +277,17 @@ def test_the_command(run: Command, two_stages: UNet2DConditionModel, tmp_path: P
     assert record["threads"] == torch.get_num_threads()
     assert record["command"].startswith(f"python -m tuning rank --source {source} --speedup 1.05 --rounds 1 ")
     assert record["clock"] == "process_time", "tests run with one thread"
+    assert record["device"] == "the CPU"
     assert (out / "rank.png").read_bytes().startswith(b"\x89PNG")
     text = "\n".join(done.out)
-    for words in ("share of time", "mid.layer.0.attention", "measured, torch on the CPU", "recipe assembled: remove "):
+    for words in (
+        "share of time",
+        "(on the CPU)",
+        "mid.layer.0.attention",
+        "measured, torch on the CPU",
+        "asked for 1.05x",
+        "recipe assembled: remove ",
+    ):
         assert words in text
 
 
@@ -209,6 +314,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--guidance", "nan"], "guidance nan: must be a number"),
     (["--speedup", "fast"], "invalid float value: 'fast'"),
     (["--speedup", "50"], "ask for less"),
+    (["--rows", "0"], "rows 0: must be 1 or more"),
     (["--rounds", "0"], "rounds 0: must be 1 or more"),
     (["--latents", "9"], "latents 9: this UNet needs a multiple of 2"),
     (["--source", "nowhere"], "unknown source 'nowhere'"),
