@@ -24,7 +24,7 @@ from runtime.network import unet_segments
 from runtime.pipeline import Generation, Pipeline
 from runtime.presets import PRESETS, find_plan
 from runtime.schedulers import make_scheduler
-from runtime.start import timesteps_from
+from runtime.start import check_strength, timesteps_from
 
 __all__ = ["main"]
 
@@ -123,6 +123,7 @@ def _generate(pipeline: Pipeline, options: Namespace, console: Console) -> Gener
 
 
 def _explain(pipeline: Pipeline, options: Namespace, console: Console) -> None:
+    check_strength(options.strength)
     scheduler = make_scheduler(options.scheduler, pipeline.bundle.folder / "scheduler", options.steps)
     size = parse_size(options.size) if options.size else None
     original = pipeline.original(options.image, options.mask, *(size or (None, None)))

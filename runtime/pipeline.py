@@ -26,7 +26,7 @@ from runtime.presets import find_plan
 from runtime.residence import Residence, free_bytes
 from runtime.schedule import TEXT, Schedule, check_runs
 from runtime.schedulers import make_scheduler
-from runtime.start import Start, from_noise, from_picture, timesteps_from
+from runtime.start import Start, check_strength, from_noise, from_picture, timesteps_from
 
 __all__ = ["Callback", "Generation", "Pipeline"]
 
@@ -199,6 +199,7 @@ class Pipeline:
         self.check_request(prompts, images, height, width, guidance_scale)
         if not -_SEEDS <= seed <= _SEEDS - images:
             raise RequestError(f"seed = {seed}; choose one from {-_SEEDS} to {_SEEDS - images}")
+        check_strength(strength)
         noise = make_scheduler(scheduler, self.bundle.folder / "scheduler", steps)
         timesteps = timesteps_from(noise, steps, strength) if original else noise.timesteps
         found = find_plan(plan)

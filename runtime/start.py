@@ -15,7 +15,7 @@ from torch import Tensor
 
 from runtime.errors import RequestError
 
-__all__ = ["Repaint", "Start", "from_noise", "from_picture", "timesteps_from"]
+__all__ = ["Repaint", "Start", "check_strength", "from_noise", "from_picture", "timesteps_from"]
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,18 @@ class Start:
     repaint: Repaint | None = None
 
 
-def timesteps_from(scheduler: Any, steps: int, strength: float) -> Tensor:
-    """The last ``strength`` of a scheduler's timesteps, counted as diffusers does; the scheduler is told where it begins.
-
-    Raises:
-        RequestError: the strength is outside (0, 1], or leaves no step to run.
-    """
+def check_strength(strength: float) -> None:
+    """Raise RequestError unless it is in (0, 1]: also where no picture is given and it does nothing."""
     if not 0 < strength <= 1:
         raise RequestError(f"strength = {strength}; choose a number above 0 (the image as it is) and up to 1 (nothing of it)")
+
+
+def timesteps_from(scheduler: Any, steps: int, strength: float) -> Tensor:
+    """The last ``strength`` (in (0, 1]) of a scheduler's timesteps, counted as diffusers does; it is told where it begins.
+
+    Raises:
+        RequestError: the strength leaves no step to run.
+    """
     running = int(steps * strength)
     if running < 1:
         raise RequestError(f"strength = {strength} of {steps} steps leaves none to run; ask for more steps or strength")

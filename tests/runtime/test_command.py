@@ -112,6 +112,7 @@ WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--plan", "block"], ["plan 'block': block takes a number of steps, such as 3"]),
     (["--plan", "gone.json"], ["plan file gone.json cannot be read"]),
     (["--scheduler", "plms"], ["unknown scheduler 'plms'; choose from: ddim, pndm, dpm++, euler, heun"]),
+    (["--strength", "5"], ["strength = 5.0; choose a number above 0 (the image as it is) and up to 1"]),
     (["--steps", "0"], ["steps = 0; choose from 1 to 500"]),
     (["--steps", "-3"], ["steps = -3"]),
     (["--steps", "many"], ["--steps", "many"]),
