@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from engines.errors import EngineError
+from engines.errors import EngineError, EngineMemoryError
 
 __all__ = ["CannotRecord", "CudaRecorder", "Recorder", "Recording", "beside", "current_recording"]
 
@@ -64,7 +64,7 @@ class Recorder(ABC):
 
         Raises:
             CannotRecord: the work can be done, but not recorded.
-            torch.OutOfMemoryError: there is no memory for it now.
+            torch.OutOfMemoryError, EngineMemoryError: there is no memory for it now.
         """
         recording: Recording[Outputs] = Recording()
         token = _CURRENT.set(recording)
@@ -72,7 +72,7 @@ class Recorder(ABC):
             work()
             try:
                 recording.replay, recording.outputs = self._capture(work, passing)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, EngineMemoryError):
                 raise
             except (RuntimeError, EngineError) as error:
                 raise CannotRecord(" ".join(str(error).split())) from error

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engines.errors import EngineMemoryError
 from engines.manifest import Segment
 from engines.recording import CannotRecord, Recorder, Recording
 from runtime.network import Network
@@ -96,7 +97,7 @@ class Graphs:
                 _fill(graph.inputs, inputs)
                 graph.recording.replay()
                 return graph.recording.outputs
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, EngineMemoryError) as error:
             self._pausing = True  # as long as this call has them: another may need less
             self._let_go(error)
         except CannotRecord as error:
