@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+import tuning
+from tuning import Experts
 from tuning.__main__ import _parser
 from tuning.distill_options import fill_defaults
 
@@ -24,7 +26,22 @@ def commands() -> list[argparse.Namespace]:
 @pytest.mark.parametrize("folder", sorted(Path("models/mini").glob("unet_*")), ids=lambda folder: folder.name)
 def test_a_committed_unet_has_its_command(folder: Path) -> None:
     (options,) = [each for each in commands() if each.out == folder]
+    check(options, TRAINING / folder.name.removeprefix("unet_"))
+
+
+def test_the_other_router_was_distilled_in_the_same_way() -> None:
+    folder = TRAINING / "condconv-features"
+    (options,) = [each for each in commands() if each.work == folder]
+    check(options, folder)
+    recipe, plain = tuning.recipe(options.student), tuning.recipe("condconv")
+    assert recipe == plain.model_copy(update={"name": recipe.name, "experts": Experts(router="features")})
+    mine, other = (json.loads((path / "settings.json").read_text()) for path in (folder, TRAINING / "condconv"))
+    assert {name for name in mine if mine[name] != other[name]} == {"student", "out", "work"}
+
+
+def check(options: argparse.Namespace, folder: Path) -> None:
+    """The command gives the settings in the folder."""
     fill_defaults(options)
     given: dict[str, Any] = json.loads(json.dumps(vars(options), default=str)) | {"processes": 2}
-    kept = json.loads((TRAINING / folder.name.removeprefix("unet_") / "settings.json").read_text())
+    kept = json.loads((folder / "settings.json").read_text())
     assert {name: given[name] for name in kept} == kept

@@ -85,6 +85,33 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path
     assert checkpoint.read_bytes() == before
 
 
+def test_figures_that_are_not_finite_stop_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, log, task = tmp_path / "line.pt", tmp_path / "line.jsonl", Line()
+    run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint, stop_at=lambda step: step == 10)
+    before = checkpoint.read_bytes()
+    monkeypatch.setattr(task, "validate", lambda: {"valid_loss": float("nan")})
+    for settings in (dataclasses.replace(SETTINGS, steps=12), dataclasses.replace(SETTINGS, validate_every=12)):
+        with pytest.raises(
+            TuningError, match="the validation loss of line is not finite at step 12; the last checkpoint is kept"
+        ):
+            run_loop(task, settings, workers=Workers(), checkpoint=checkpoint, log=log)
+    assert checkpoint.read_bytes() == before
+    assert task.exports == 0
+    assert "NaN" not in log.read_text()
+    with pytest.raises(TuningError, match="the loss of line is not finite before any training: check the weights it starts from"):
+        run_loop(task, SETTINGS, workers=Workers(), measure_first=True)
+
+
+def test_weights_that_the_last_update_spoilt_are_not_saved(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "line.pt"
+    run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint, stop_at=lambda step: step == 10)
+    before = checkpoint.read_bytes()
+    wild = dataclasses.replace(SETTINGS, lr=1e30, muon_lr=1e30)
+    with pytest.raises(TuningError, match="the loss of line is not finite at step 11; the last checkpoint is kept"):
+        run_loop(Line(), wild, workers=Workers(), checkpoint=checkpoint, stop_at=lambda step: step == 11)
+    assert checkpoint.read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["line.pt", None])
 def test_where_no_checkpoint_is_yet_none_is_promised(name: str | None, tmp_path: Path) -> None:
     checkpoint = tmp_path / name if name else None

@@ -40,6 +40,18 @@ def test_the_page_compares_portions_with_removal_at_once() -> None:
         assert words in PAGE
 
 
+def test_the_page_compares_both_routers() -> None:
+    page = " ".join(Path("docs/condconv.md").read_text().split())
+    features, timestep, plain = (validations(f"{name}/metrics.jsonl") for name in ("condconv-features", "condconv", "assembled"))
+    assert {found[-1]["step"] for found in (features, timestep, plain)} == {1000}
+    assert features[0]["step"] == 0, "it was measured before its first step"
+    for figure, words in (
+        ("valid_loss", "a validation loss of {:.3g} against {:.3g}, where that of `assembled` is {:.3g}"),
+        ("valid_output", "{:.3g} against {:.3g} from the teacher (`valid_output`), where `assembled` is {:.3g}"),
+    ):
+        assert words.format(*(found[-1][figure] for found in (features, timestep, plain))) in page
+
+
 @pytest.mark.parametrize("log", sorted(TRAINING.rglob("*.jsonl")), ids=lambda log: log.relative_to(TRAINING).as_posix())
 def test_logs_are_whole(log: Path) -> None:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
