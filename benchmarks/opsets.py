@@ -1,8 +1,8 @@
 """`python -m benchmarks.opsets`: one block of a UNet of Stable Diffusion 1.5's widths (random weights) at several opsets.
 
-For each opset and precision: from how many layers of its own TensorRT-RTX builds the block, in what time, how large the engine
-is, or why it does not build; and in ONNX Runtime on the CPU the time of a run over that of opset 18, in turns, with the copy for
-ONNX Runtime (each attention one operator) beside. What docs/onnx.md chooses from.
+For each opset and precision: how many layers TensorRT-RTX reads the block into (before its compiler), in what time it builds it,
+how large the engine is, or why it does not build; and in ONNX Runtime on the CPU the time of a run over that of opset 18, in
+turns, with the copy for ONNX Runtime (each attention one operator) beside. What docs/onnx.md chooses from.
 """
 
 import json
@@ -55,7 +55,7 @@ def in_rtx(graph: Graph, segment: Segment, path: Path) -> dict[str, Any]:
 
 
 def layers(path: Path) -> int:
-    """Of how many layers of its own TensorRT-RTX reads an ONNX file."""
+    """How many layers the network has that TensorRT-RTX reads an ONNX file into; the engine has others."""
     import tensorrt_rtx as trt
 
     log = trt.Logger(trt.Logger.ERROR)
@@ -93,7 +93,7 @@ def measure(source: str, block: str, side: int, rounds: int, threads: int, folde
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
-    table = Table("precision", "opset", "RTX layers", "RTX s", "RTX MB", "ONNX Runtime time", "low", "high", "ms")
+    table = Table("precision", "opset", "layers as read", "RTX s", "RTX MB", "ONNX Runtime time", "low", "high", "ms")
     for row in rows:
         rtx, cpu = row["rtx"], row.get("onnxruntime", {})
         made = [str(rtx.get(key, "")) for key in ("layers", "seconds", "megabytes")]

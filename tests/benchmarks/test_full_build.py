@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import full_build, opsets
+from engines import UserError
 from tests.sources import save_source
+from tuning.checkpoint import FileSource, FolderSource
+from tuning.sources import find_source
 
 
 def test_a_build_is_measured_killed_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,6 +32,40 @@ def test_a_build_is_measured_killed_and_gone_on_with(tmp_path: Path, capsys: pyt
     assert rows["again, nothing changed"]["peak_mb"] < rows["build"]["peak_mb"]
     assert all(30 < row["peak_mb"] < 4000 for row in rows.values())
     assert "killed in the middle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_weights_are_written_as_users_have_them(tmp_path: Path, kind: str) -> None:
+    """What is read from them is what the source had, in half precision; nothing of them is left."""
+    source = save_source(tmp_path / "tiny")
+    with full_build.written(f"{kind} of {source}", tmp_path / "work") as given:
+        found = find_source(given, source if kind == "file" else None)
+        assert isinstance(found, FileSource if kind == "file" else FolderSource)
+        for part in ("unet", "vae", "text_encoder"):
+            wanted = find_source(str(source)).model(part).half().state_dict()
+            made = found.model(part).half().state_dict()
+            assert made.keys() == wanted.keys()
+            assert all(torch.equal(made[name], weight) for name, weight in wanted.items())
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_they_are_built_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    source, out = save_source(tmp_path / "tiny"), tmp_path / "found.json"
+    monkeypatch.setattr(full_build, "VERIFIED", "16x16")
+    given = ["--source", f"{kind} of {source}", "--engine", "onnxruntime", "--work", str(tmp_path / "work"), "--out", str(out)]
+    full_build.main([*given, *(["--config", str(source)] if kind == "file" else [])])
+    rows = json.loads(out.read_text())["sources"][f"{kind} of {source}"]
+    assert [row["exit"] for row in rows if row["what"] != "killed in the middle"] == [0, 0, 0, 0]
+    (folder,) = (tmp_path / "work").iterdir()
+    assert list(folder.iterdir()) == [], "neither weights nor bundles are left"
+
+
+def test_an_unknown_kind_of_source_is_a_users_mistake(tmp_path: Path) -> None:
+    given = ["--source", "pickle of random:sd15", "--work", str(tmp_path), "--out", str(tmp_path / "found.json")]
+    with pytest.raises(UserError, match="unknown kind 'pickle'; choose from: file, folder"):
+        full_build.main(given)
 
 
 def test_opsets_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
