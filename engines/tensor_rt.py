@@ -210,7 +210,7 @@ class _Family(Engine):
         return f"{self.name}-{self.version()}-{card_name(self.device)}"
 
     def _create_context(self, engine: Any) -> Any:
-        """A context that is given the memory it works in: all of them share one block."""
+        """A context that is given the memory it works in: those of a stream share it."""
         return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
 

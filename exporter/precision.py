@@ -1,7 +1,7 @@
 """Where a half-precision graph computes in float32: softmax, and norms, whose sums of squares leave float16's range.
 
 LayerNormalization does so by its definition (stash_type). ONNX has no such note for the other operators, and TensorRT takes a
-graph's types at their word, so that the casts are written out; compilers fuse them into the operator.
+graph's types at their word, so that the casts are written out; a compiler can make them part of the operator's kernel.
 """
 
 import onnx_ir as ir

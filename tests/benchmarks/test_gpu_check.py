@@ -61,8 +61,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_program_itself_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save_source(tmp_path / "tiny")
     main(
-        ["--device", "cpu", "--engines", "torch,tensorrt-rtx", "--precision", "fp32", "--plans", "full,block:2", "--source",
-         str(source), "--steps", "3", "--rounds", "1", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+        ["--device", "cpu", "--engines", "torch,tensorrt-rtx", "--precision", "fp32", "--plans",
+         "full,block:2,adaptive:0.2", "--source", str(source), "--steps", "3", "--rounds", "1",
+         "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     )  # fmt: skip
     found = json.loads((tmp_path / "gpu-cpu-tiny-original.json").read_text())
     assert found["faults"] == []

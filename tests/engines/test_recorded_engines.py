@@ -16,6 +16,7 @@ from engines.tensor_rt_runner import Device
 from tests.recording import FakeRecorder
 
 from .conftest import random_inputs, write_bundle
+from .fake_tensorrt import FakeCache
 
 
 def contexts_of(fake):
@@ -188,6 +189,25 @@ def test_recordings_compile_once_too(fake, load, bundle, user_caches, recorder):
         kept = [recorder.record(lambda: runner.run(inputs)) for _ in range(2)]
     assert len(fake.compiled) == 1
     del kept
+
+
+@rtx
+def test_kernels_are_kept_once_for_all_contexts(fake, load, bundle, user_caches, recorder, monkeypatch):
+    """To write them down takes time: what one context has compiled, others find."""
+    written, serialize = [], FakeCache.serialize
+
+    def counted(cache):
+        written.append(cache)
+        return serialize(cache)
+
+    monkeypatch.setattr(FakeCache, "serialize", counted)
+    runner, small, large = load("front"), random_inputs(1, 8, 8), random_inputs(2, 16, 16)
+    for inputs in (small, small, large, small):
+        runner.run(inputs)
+    with recorder.beside():
+        kept = [recorder.record(lambda inputs=inputs: runner.run(inputs)) for inputs in (small, large)]
+    assert len(written) == 2
+    assert len(fake.engines[0].contexts) == 1 + len(kept)
 
 
 @rtx
