@@ -63,7 +63,7 @@ def show_segments(bundle: Bundle, console: Console) -> None:
     for name in engines:
         targets = {compiled.targets for segment in manifest.segments if (compiled := segment.engines.get(name))}
         for target in filter(None, targets):
-            console.print(f"{name}: built ahead of time for {', '.join(target)}", highlight=False)
+            console.print(f"{name}: built for {', '.join(target)}", highlight=False)
 
 
 def _engines(manifest: Manifest) -> tuple[str, ...]:
