@@ -16,10 +16,15 @@ from tuning.sources import find_source
 
 
 def test_a_build_is_measured_killed_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, source = tmp_path / "found.json", str(save_source(tmp_path / "tiny"))
+    """From a single file that is written for it."""
+    out, configuration = tmp_path / "found.json", save_source(tmp_path / "tiny")
+    source = f"file of {configuration}"
+    given = ["--source", source, "--config", str(configuration), "--engine", "onnxruntime"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(full_build, "VERIFIED", "16x16")
-        full_build.main(["--source", source, "--engine", "onnxruntime", "--work", str(tmp_path / "work"), "--out", str(out)])
+        full_build.main([*given, "--work", str(tmp_path / "work"), "--out", str(out)])
+    (folder,) = (tmp_path / "work").iterdir()
+    assert list(folder.iterdir()) == [], "neither weights nor bundles are left"
     rows = {row["what"]: row for row in json.loads(out.read_text())["sources"][source]}
     assert {what: row["exit"] for what, row in rows.items()} == {
         "build": 0, "again, nothing changed": 0, "verify": 0, "killed in the middle": -9, "gone on with": 0
@@ -47,19 +52,6 @@ def test_weights_are_written_as_users_have_them(tmp_path: Path, kind: str) -> No
             assert made.keys() == wanted.keys()
             assert all(torch.equal(made[name], weight) for name, weight in wanted.items())
     assert list((tmp_path / "work").iterdir()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_they_are_built_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    source, out = save_source(tmp_path / "tiny"), tmp_path / "found.json"
-    monkeypatch.setattr(full_build, "VERIFIED", "16x16")
-    given = ["--source", f"{kind} of {source}", "--engine", "onnxruntime", "--work", str(tmp_path / "work"), "--out", str(out)]
-    full_build.main([*given, *(["--config", str(source)] if kind == "file" else [])])
-    rows = json.loads(out.read_text())["sources"][f"{kind} of {source}"]
-    assert [row["exit"] for row in rows if row["what"] != "killed in the middle"] == [0, 0, 0, 0]
-    (folder,) = (tmp_path / "work").iterdir()
-    assert list(folder.iterdir()) == [], "neither weights nor bundles are left"
 
 
 def test_an_unknown_kind_of_source_is_a_users_mistake(tmp_path: Path) -> None:
