@@ -9,14 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from engines.bundle import Bundle
 from engines.errors import EngineError
-from engines.manifest import Feature, Manifest, Segment
+from engines.manifest import Feature, Segment
 from engines.recording import Recorder
 from engines.shapes import bind, resolve
 
@@ -185,8 +184,4 @@ class Engine(ABC):
 
     def rebuild_command(self, bundle: Bundle) -> str:
         """The command that builds the bundle again with this engine beside those it has."""
-        return f"{self.build_command(bundle.manifest)} --force --out {quote(str(bundle.folder))}"
-
-    def build_command(self, manifest: Manifest) -> str:
-        """The command that builds what a manifest describes with this engine beside those it has, in the default folder."""
-        return manifest.whole_build_command(self.name)
+        return bundle.rebuild_command(self.name)

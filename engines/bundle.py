@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from pydantic import ValidationError
 
@@ -87,6 +88,10 @@ class Bundle:
                 f"bundle {self.folder} is damaged: {file.path} is not the file that was built; {_rebuild(self.folder)}"
             )
         return path
+
+    def rebuild_command(self, engine: str = "onnxruntime") -> str:
+        """The command that builds the bundle again in its place, for an engine beside those that it has."""
+        return f"{self.manifest.whole_build_command(engine)} --force --out {quote(str(self.folder))}"
 
     def check(self, digest: Digest = sha256) -> None:
         """Check every file of the bundle; raises BundleError as ``path`` does."""

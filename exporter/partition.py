@@ -94,9 +94,10 @@ class _Groups:
         return [self.units[group] for group in order]
 
 
-def _sides(units: Sequence[Unit], plans: Sequence[Plan]) -> tuple[list[set[str]], set[str]]:
+def _sides(units: Sequence[Unit], plans: Sequence[Plan]) -> tuple[list[frozenset[str]], set[str]]:
     """The units that run in each kind of step that a plan can have; and the features that adaptive rules compare."""
     names, probed = [unit.name for unit in units], set()
+    read = {name for unit in units for name in unit.inputs}
     sides: dict[frozenset[str], None] = {}
 
     def running(wanted: Collection[str], inherited: Collection[str]) -> frozenset[str]:
@@ -109,15 +110,14 @@ def _sides(units: Sequence[Unit], plans: Sequence[Plan]) -> tuple[list[set[str]]
         probed |= compared
         sides |= dict.fromkeys(running([feature], ()) for feature in compared)
         steps = {chosen: running([NOISE], inherited) for _, chosen, inherited in kinds}
-        # What is inherited at some step is read there, and so kept at another, where its rule is not one of those that inherit.
-        read = {name for unit in units for name in unit.inputs}
         for held, chosen, inherited in kinds:
             sides[steps[chosen]] = None
+            # What is inherited at some step is read there, and so kept at another, where its rule is not one that inherits.
             fresh = frozenset[str]().union(*(rules[number] for number in held if number not in chosen)) & read
             for feature in sorted(fresh - inherited - steps[chosen]):
                 sides[running([NOISE, feature], inherited)] = None
             sides |= dict.fromkeys(running([feature], inherited) for feature in compared)
-    return list(map(set, sides)), probed
+    return list(sides), probed
 
 
 def _inheriting_at_once(plan: Plan) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

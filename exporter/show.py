@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Sequence
-from shlex import quote
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from engines import Bundle, Manifest, Segment
 from runtime.companions import lay_out_part
-from runtime.cost import relative_macs
+from runtime.cost import from_to, relative_macs
 from runtime.errors import PlanError
 from runtime.plan import Plan
 from runtime.presets import PRESETS, find_plan
@@ -104,7 +103,7 @@ def show_bundle(bundle: Bundle, console: Console) -> None:
             table.add_row(name, feature.dtype, shape, read_by or "the caller")
     console.print(table)
     console.print(_plans(manifest))
-    console.print(f"for a plan that it is not cut for: {_rebuild(bundle)} --plan PLAN", highlight=False, soft_wrap=True)
+    console.print(f"for a plan that it is not cut for: {bundle.rebuild_command()} --plan PLAN", highlight=False, soft_wrap=True)
     sizes = ", ".join(f"{height}x{width}" for height, width in manifest.sizes)
     images = f"exactly {manifest.max_images} (static)" if manifest.static else f"up to {manifest.max_images}"
     console.print(f"sizes {sizes} (multiples of {manifest.size_multiple}), {images} images per call", highlight=False)
@@ -129,11 +128,6 @@ def _row(manifest: Manifest, name: str) -> tuple[str, str]:
     return _cost(manifest, plan)
 
 
-def _rebuild(bundle: Bundle) -> str:
-    """The command that builds a bundle again in its place."""
-    return f"{bundle.manifest.whole_build_command()} --force --out {quote(str(bundle.folder))}"
-
-
 def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
     """What a plan inherits, or why the bundle cannot run it; and its MACs, where they are this UNet's alone."""
     try:
@@ -148,5 +142,5 @@ def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
     if others:
         return f"this UNet's part can run; beside the bundle there must be one of {others}", "-"
     inherited = ", ".join(f"{' '.join(rule.units)} by {rule.kind}" for rule in plan.rules)
-    least, most = (f"{relative_macs(schedule, changed=changed):.3f}" for changed in (False, True))
-    return inherited or "nothing", least if least == most else f"{least} to {most}"
+    least, most = (relative_macs(schedule, changed=changed) for changed in (False, True))
+    return inherited or "nothing", from_to(least, most)

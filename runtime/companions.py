@@ -65,7 +65,7 @@ def _difference(one: Bundle, other: Bundle) -> str | None:
 def _command(bundle: Bundle, variant: str, plan: Plan, engine: Engine | None) -> str:
     """The command that builds a UNet as a bundle was built, in a folder beside it where nothing is yet."""
     manifest = bundle.manifest.model_copy(update={"variant": variant, "unet": None, "plans": ()})
-    build = engine.build_command(manifest) if engine else f"{manifest.build_command} --precision {manifest.precision}"
+    build = manifest.whole_build_command(engine.name) if engine else f"{manifest.build_command} --precision {manifest.precision}"
     cut = f" --plan {plan.option}" if plan.rules else ""
     names = chain([variant], (f"{variant}-{number}" for number in count(2)))
     out = next(path for name in names if not (path := bundle.folder.parent / name).exists())

@@ -11,7 +11,7 @@ from runtime.plan import NOISE
 from runtime.schedule import Schedule
 from runtime.work import Work, lay_out
 
-__all__ = ["feature_bytes", "macs_of", "peak_bytes", "relative_macs"]
+__all__ = ["feature_bytes", "from_to", "macs_of", "peak_bytes", "relative_macs"]
 
 
 def macs_of(manifest: Manifest, segments: Collection[str]) -> int:
@@ -33,6 +33,12 @@ def relative_macs(schedule: Schedule, full: str | None = None, changed: bool = T
     kinds = Counter((step.unet, schedule.work(step).ran) for step in steps)
     total = sum(count * macs_of(schedule.unets[unet], ran) for (unet, ran), count in kinds.items())
     return total / (macs_of(reference, lay_out(reference, frozenset({NOISE})).ran) * len(steps))
+
+
+def from_to(least: float, most: float, digits: int = 3) -> str:
+    """A range as tables have it; one number where both ends are written alike."""
+    texts = f"{least:.{digits}f}", f"{most:.{digits}f}"
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
 
 
 def feature_bytes(manifest: Manifest, name: str, sizes: Mapping[str, int]) -> int:

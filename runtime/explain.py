@@ -11,7 +11,7 @@ from rich.table import Table
 
 from engines import DTYPES
 from engines.shapes import resolve
-from runtime.cost import macs_of, peak_bytes
+from runtime.cost import from_to, macs_of, peak_bytes
 from runtime.demand import demand
 from runtime.errors import RequestError
 from runtime.executor import Network
@@ -78,18 +78,13 @@ def explain(
         names = listed(work.ran, len(seconds[step.unet])), listed(sorted(work.taken))
         table.add_row(str(step.index), step.unet, kind, *names, f"{macs:.3f}", f"{time:.3f}", f"{1000 * time * full_seconds:.1f}")
     sums = [map(statistics.fmean, zip(*map(cost, schedule.all_steps(changed)), strict=True)) for changed in (False, True)]
-    all_macs, all_time = (_from_to(least, most) for least, most in zip(*sums, strict=True))
+    all_macs, all_time = (from_to(least, most) for least, most in zip(*sums, strict=True))
     decided = "\nsteps of kind 'as decided' are shown as key steps, and may inherit" if schedule.adaptive else ""
     return table, (
         f"UNet MACs {all_macs} and predicted time {all_time} of full; features between segments take at most "
         f"{peak_bytes(schedule, sizes) / 2**20:.2f} MiB at once, cached ones included; what an engine needs inside a segment "
         f"comes on top{decided}{_swaps(steps, residence) if residence and residence.swaps else ''}"
     )
-
-
-def _from_to(least: float, most: float) -> str:
-    texts = f"{least:.3f}", f"{most:.3f}"
-    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
 
 
 def _swaps(steps: tuple[Step, ...], residence: Residence) -> str:

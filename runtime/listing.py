@@ -5,7 +5,7 @@ from rich.table import Table
 
 from engines import Bundle, Manifest
 from runtime.companions import companion, cut_everywhere
-from runtime.cost import relative_macs
+from runtime.cost import from_to, relative_macs
 from runtime.errors import PlanError, RequestError
 from runtime.presets import PRESETS, find_plan
 from runtime.schedule import Schedule, check_runs
@@ -50,8 +50,8 @@ def _cost(bundle: Bundle, name: str, steps: int) -> str:
     except PlanError:  # this UNet is too small for it, or has no companion
         return "-"
     full = variant if variant in cut else None
-    least, most = (f"{relative_macs(schedule, full, changed):.2f}" for changed in (False, True))
-    return (least if least == most else f"{least} to {most}") + ("" if _fits(schedule, cut) else " *")
+    least, most = (relative_macs(schedule, full, changed) for changed in (False, True))
+    return from_to(least, most, digits=2) + ("" if _fits(schedule, cut) else " *")
 
 
 def _fits(schedule: Schedule, cut: dict[str, Manifest]) -> bool:

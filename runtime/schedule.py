@@ -103,15 +103,14 @@ class Schedule:
 
     def probing(self, index: int, threshold: Threshold) -> Work:
         """What has to be done to have the feature that an adaptive rule asks for; what other rules inherit is inherited."""
-        return self._work(self._unet[index], frozenset({threshold.feature}), self._step(index, frozenset(), True).inherited)
+        return self._work(*self._probe(index, threshold))
 
     def probes(self) -> set[tuple[str, frozenset[str], frozenset[str]]]:
-        """UNet, inherited and wanted features of all that is done to decide steps."""
-        asked = ((index, threshold) for index in range(self.steps) if (threshold := self.asked(index)))
-        return {
-            (self._unet[index], self._step(index, frozenset(), True).inherited, frozenset({threshold.feature}))
-            for index, threshold in asked
-        }
+        """UNet, wanted and inherited features of all that is done to decide steps."""
+        return {self._probe(index, threshold) for index in range(self.steps) if (threshold := self.asked(index))}
+
+    def _probe(self, index: int, threshold: Threshold) -> tuple[str, frozenset[str], frozenset[str]]:
+        return self._unet[index], frozenset({threshold.feature}), self._step(index, frozenset(), True).inherited
 
     def either_way(self, index: int, made: frozenset[str]) -> tuple[Segment, ...]:
         """The segments that run at a step whatever is decided there, when it has ``made`` the feature that decides."""
@@ -301,13 +300,13 @@ def check_runs(schedule: Schedule, rebuild: Callable[[str], str] | None = None) 
     Raises:
         PlanError: names the feature, and the command that builds a bundle which can run the plan.
     """
-    steps = {(s.unet, s.inherited, s.wanted) for changed in (False, True) for s in schedule.all_steps(changed)}
+    steps = {(s.unet, s.wanted, s.inherited) for changed in (False, True) for s in schedule.all_steps(changed)}
     steps |= schedule.probes()
-    for unet, inherited, wanted in steps:
+    for unet, wanted, inherited in steps:
         manifest = schedule.unets[unet]
         command = rebuild(unet) if rebuild else f"{manifest.build_command} --precision {manifest.precision}"
         option = f" --plan {schedule.plan.option}"
-        build = command.replace(option, "") + option  # once, also where the bundle says that it was built for it
+        build = command if f"{option} " in f"{command} " else command + option  # it may name the plan already
         home = {name: segment.name for segment in manifest.segments for name in segment.units}
         given_out = {name for segment in manifest.segments for name in segment.outputs}
         for name in wanted - given_out:
