@@ -300,13 +300,18 @@ def check_runs(schedule: Schedule, rebuild: Callable[[str], str] | None = None) 
     Raises:
         PlanError: names the feature, and the command that builds a bundle which can run the plan.
     """
+
+    def command(unet: str) -> str:
+        manifest = schedule.unets[unet]
+        base = rebuild(unet) if rebuild else f"{manifest.build_command} --precision {manifest.precision}"
+        option = f" --plan {schedule.plan.option}"
+        return base if f"{option} " in f"{base} " else base + option  # it may name the plan already
+
     steps = {(s.unet, s.wanted, s.inherited) for changed in (False, True) for s in schedule.all_steps(changed)}
     steps |= schedule.probes()
     for unet, wanted, inherited in steps:
         manifest = schedule.unets[unet]
-        command = rebuild(unet) if rebuild else f"{manifest.build_command} --precision {manifest.precision}"
-        option = f" --plan {schedule.plan.option}"
-        build = command if f"{option} " in f"{command} " else command + option  # it may name the plan already
+        build = command(unet)
         home = {name: segment.name for segment in manifest.segments for name in segment.units}
         given_out = {name for segment in manifest.segments for name in segment.outputs}
         for name in wanted - given_out:
@@ -315,6 +320,26 @@ def check_runs(schedule: Schedule, rebuild: Callable[[str], str] | None = None) 
             for feature in inherited.intersection(unit.inputs):
                 if home[feature] == home[unit.name] or feature not in given_out:
                     raise PlanError(_cannot_run(schedule.plan, feature, unit.name, home[feature], build))
+    for index in range(schedule.steps):
+        _check_decided_first(schedule, index, command)
+
+
+def _check_decided_first(schedule: Schedule, index: int, command: Callable[[str], str]) -> None:
+    """What runs to decide a step must not make, on the way, what the step then makes from inherited features."""
+    threshold, less = schedule.asked(index), schedule.decide(index, changed=False)
+    if threshold is None:
+        return
+    manifest, probing = schedule.unets[less.unet], schedule.probing(index, threshold)
+    early = {name: segment.name for segment in probing.segments for name in segment.units}
+    decided = less.inherited - schedule.decide(index, changed=True).inherited
+    for unit in demand(manifest.units, less.wanted, less.inherited | {TEXT}):
+        for feature in decided.intersection(unit.inputs):
+            if unit.name in early:
+                raise PlanError(
+                    f"plan {schedule.plan.name} compares {threshold.feature}, but this bundle makes {unit.name}, from {feature} "
+                    f"that may be inherited, in one segment with what that takes ({early[unit.name]}); "
+                    f"build a bundle that is cut there: {command(less.unet)}"
+                )
 
 
 def _cannot_run(plan: Plan, feature: str, reader: str, segment: str, build: str) -> str:

@@ -210,6 +210,20 @@ def test_a_feature_inside_a_segment_is_answered_with_what_builds_a_bundle() -> N
     Schedule(plan, {"one": manifest_of(small_unet("uneven"), "block", [plan])}, [900.0, 600.0])
 
 
+def test_what_decides_is_not_made_in_one_segment_with_what_reads_the_rules_features() -> None:
+    reads = {"a": ("sample",), "b": ("sample",), "c": ("a",), "d": ("b",), "head": ("c", "d")}
+    units = [Unit(name=name, kind="unit", inputs=inputs) for name, inputs in reads.items()]
+    plan = Plan(name="p", rules=(Rule(units=("a",), when=Threshold(above=0.1, feature="d")),))
+    joined = make_manifest(units=tuple(units), segments=cut(units, [units[:2], units[2:4], units[4:]]))
+    message = (
+        r"plan p compares d, but this bundle makes c, from a that may be inherited, in one segment .*\(s1\); build .* --plan"
+    )
+    with pytest.raises(PlanError, match=message):
+        check_runs(Schedule(plan, {"one": joined}, [900.0, 600.0]))
+    apart = make_manifest(units=tuple(units), segments=cut(units, [units[:2], units[2:3], units[3:4], units[4:]]))
+    check_runs(Schedule(plan, {"one": apart}, [900.0, 600.0]))
+
+
 def test_plans_without_adaptive_rules_ask_nothing() -> None:
     manifest = manifest_of(small_unet("two stages"))
     plan = Plan(name="u", rules=(Rule(units=("up.0",), when=Uniform(every=2)),))
