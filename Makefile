@@ -37,20 +37,20 @@ format: $(VENV)/.installed-test ## mend what ruff can mend
 	$(BIN)/ruff format
 
 bench: $(VENV)/.installed-train ## how often generated images show what their prompt says
-	$(BIN)/python -m benchmarks.attributes
+	$(BIN)/python -m benchmarks.quality.attributes
 
 table: $(VENV)/.installed-train ## what every variant of the embedded model's UNet costs, and what its pictures are worth
-	$(BIN)/python -m benchmarks.variants
+	$(BIN)/python -m benchmarks.quality.variants
 
 plans: $(VENV)/.installed-train ## what plans cost and what they do to pictures, on bundles that are cut for all of them
 	for variant in original assembled; do \
 	  $(BIN)/python -m exporter build --variant $$variant --out bundles/plans/$$variant --force \
 	    --plan block:2 --plan layer:2 --plan deepcache:2 --plan unit:2 --plan encoder:2 --plan adaptive:0.2; \
 	done
-	$(BIN)/python -m benchmarks.plans
+	$(BIN)/python -m benchmarks.quality.plans
 
 gpu-check: $(VENV)/.installed-test ## errors, memory and times of every engine on the NVIDIA GPU at hand
-	$(BIN)/python -m benchmarks.gpu_check
+	$(BIN)/python -m benchmarks.gpu.gpu_check
 
 clean: ## remove bundles and tool caches; .venv, training runs and the committed model stay
 	rm -rf bundles build dist htmlcov *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis

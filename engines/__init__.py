@@ -6,9 +6,9 @@ Engines are named in one table, one class each; the packages behind them are imp
 from importlib import import_module
 
 from engines.base import DTYPES, Engine, Profile, Runner, Traced
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
+from engines.bundle.manifest import Manifest, Segment, Unit
 from engines.errors import BundleError, EngineError, UserError
-from engines.manifest import Manifest, Segment, Unit
 
 __all__ = [
     "DTYPES",
@@ -28,9 +28,9 @@ __all__ = [
 ]
 
 ENGINES = {
-    "onnxruntime": "engines.onnx_runtime:OnnxRuntime",
-    "tensorrt": "engines.tensor_rt:TensorRT",
-    "tensorrt-rtx": "engines.tensor_rt:TensorRTRTX",
+    "onnxruntime": "engines.ort.engine:OnnxRuntime",
+    "tensorrt": "engines.tensorrt.engine:TensorRT",
+    "tensorrt-rtx": "engines.tensorrt.engine:TensorRTRTX",
     "torch": "engines.torch_program:Torch",
     "null": "engines.null:Null",
 }

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
+from engines.bundle.manifest import Feature, Segment
+from engines.bundle.shapes import bind, resolve
+from engines.cuda.graphs import Recorder
 from engines.errors import EngineError
-from engines.manifest import Feature, Segment
-from engines.recording import Recorder
-from engines.shapes import bind, resolve
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from engines.base import DTYPES, Engine, Runner
-from engines.bundle import Bundle
-from engines.manifest import Feature, Segment
+from engines.bundle.folder import Bundle
+from engines.bundle.manifest import Feature, Segment
 
 __all__ = ["Null"]
 

@@ -10,11 +10,11 @@ from torch import nn
 from torch.export.passes import move_to_device_pass
 
 from engines.base import Engine, Profile, Runner, Traced
-from engines.bundle import Bundle
+from engines.bundle.folder import Bundle
+from engines.bundle.manifest import Feature, Segment
+from engines.cuda.graphs import CudaRecorder, Recorder
+from engines.cuda.tf32 import without_tf32
 from engines.errors import EngineError
-from engines.exact import without_tf32
-from engines.manifest import Feature, Segment
-from engines.recording import CudaRecorder, Recorder
 
 __all__ = ["ModuleRunner", "Torch"]
 

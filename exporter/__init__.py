@@ -2,8 +2,8 @@
 
 from exporter.build import BuildOptions, build
 from exporter.errors import BuildError, SourceError
-from exporter.partition import partition
-from exporter.topology import topology
-from exporter.verify import verify
+from exporter.graph.partition import partition
+from exporter.graph.topology import topology
+from exporter.verification.verify import verify
 
 __all__ = ["BuildError", "BuildOptions", "SourceError", "build", "partition", "topology", "verify"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from engines import ENGINES, Bundle, UserError
-from engines.command import Parser, parse_size, run_command
+from engines.support.cli import Parser, parse_size, run_command
 
 _SOURCES = "mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG (default: %(default)s)"
 _BUILD = """A UNet in, a bundle out: ONNX segments and compiled engines that `python -m runtime` runs."""
@@ -71,11 +71,11 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     console = Console(markup=False)
     if options.command == "inspect":
-        from exporter.show import show_bundle
+        from exporter.tables import show_bundle
 
         show_bundle(Bundle.open(options.bundle), console)
     elif options.command == "verify":
-        from exporter.verify_command import verify_command
+        from exporter.verification.command import verify_command
 
         _quiet_libraries()
         sizes = tuple(parse_size(size) for size in _names(options.sizes))
@@ -87,8 +87,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _build(given: object, console: Console) -> None:
     from exporter.build import BuildOptions, build
-    from exporter.display import show_progress
-    from exporter.show import show_built
+    from exporter.segments.progress_display import show_progress
+    from exporter.tables import show_built
 
     values = vars(given)
     options = BuildOptions(

@@ -1,7 +1,7 @@
 """Build a bundle: trace every segment, compile it for every engine, and name all of it in a manifest.
 
 A bundle takes its place whole or not at all. A build that was stopped is gone on with by the same command: finished pieces are
-kept under hashes of what they are made from (see ``exporter.pieces``), and a bundle that is replaced hands on those that still
+kept under hashes of what they are made from (see ``exporter.segments.artifacts``), and a bundle that is replaced hands on those that still
 hold.
 
 What is imported here is light, so that a bundle that is up to date is soon found to be: diffusers alone takes seconds.
@@ -15,13 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from engines import ENGINES, Bundle, BundleError, Engine, make_engine
-from engines.bundle import MANIFEST_NAME, sha256
-from engines.manifest import MANIFEST_VERSION, Precision, Variant
-from exporter.digests import Digests
+from engines.bundle.folder import MANIFEST_NAME, sha256
+from engines.bundle.manifest import MANIFEST_VERSION, Precision, Variant
 from exporter.errors import BuildError
-from exporter.partition import GRANULARITIES, Granularity
-from exporter.pieces import key_of
-from exporter.progress import Progress, Step
+from exporter.graph.partition import GRANULARITIES, Granularity
+from exporter.segments.artifacts import key_of
+from exporter.segments.digests import Digests
+from exporter.segments.progress import Progress, Step
 
 __all__ = ["DIGESTS", "PRECISIONS", "BuildOptions", "build", "targets_of", "versions"]
 
@@ -98,7 +98,7 @@ def build(options: BuildOptions, progress: Progress = lambda step: None) -> tupl
         EngineError: an engine is unknown, not installed, or refuses a segment or a target.
         PlanError: a plan to cut for is unknown or names a unit that the UNet does not have.
     """
-    from exporter.sources import open_source
+    from exporter.graph.checkpoint import open_source
 
     _check_choices(options)
     checkpoint = open_source(options.source, options.variant, options.unet, options.config)

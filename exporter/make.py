@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from engines import Bundle, BundleError, Manifest, Segment
-from engines.bundle import MANIFEST_NAME, describe_file
-from engines.manifest import File
+from engines.bundle.folder import MANIFEST_NAME, describe_file
+from engines.bundle.manifest import File
 from exporter.build import BuildOptions, versions
-from exporter.graph import Graph
-from exporter.partition import Granularity, partition
-from exporter.pieces import Pieces, working_on
-from exporter.progress import Progress
-from exporter.sources import Checkpoint
-from exporter.workers import prepare, write_all
-from exporter.write import Writer
-from runtime.plan import Plan, matching
-from runtime.presets import find_plan
+from exporter.graph.checkpoint import Checkpoint
+from exporter.graph.graph import Graph
+from exporter.graph.partition import Granularity, partition
+from exporter.segments.artifacts import Pieces, working_on
+from exporter.segments.pool import prepare, write_all
+from exporter.segments.progress import Progress
+from exporter.segments.writer import Writer
+from runtime.plans.plan import Plan, matching
+from runtime.plans.presets import find_plan
 
 __all__ = ["DEFAULT_PLANS", "make", "segments_of"]
 

@@ -1,13 +1,13 @@
 """Bundles and a prompt in, images out: plans, the demand-driven executor, and the text-to-image pipeline."""
 
-from runtime.drop_in import UNet
-from runtime.entry import default_bundle, generate, load
+from runtime.api import default_bundle, generate, load
+from runtime.diffusers_unet import UNet
 from runtime.errors import PlanError, RequestError
-from runtime.executor import Executor, Network, StepRecord
+from runtime.execution.executor import Executor, Network, StepRecord
 from runtime.pipeline import Generation, Pipeline
-from runtime.plan import Plan, Rule, UNetRange
-from runtime.presets import PRESETS, find_plan
-from runtime.schedule import Schedule
+from runtime.plans.plan import Plan, Rule, UNetRange
+from runtime.plans.presets import PRESETS, find_plan
+from runtime.plans.schedule import Schedule
 
 __all__ = [
     "PRESETS",

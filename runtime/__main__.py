@@ -15,16 +15,16 @@ from rich.table import Table
 from torch import Tensor
 
 from engines import Bundle, BundleError, UserError
-from engines.command import Parser, parse_size, run_command
-from runtime.entry import default_bundle, load
-from runtime.executor import StepRecord
-from runtime.explain import explain, listed, plot
-from runtime.listing import list_plans
-from runtime.network import unet_segments
+from engines.support.cli import Parser, parse_size, run_command
+from runtime.api import default_bundle, load
+from runtime.execution.executor import StepRecord
+from runtime.execution.loaded_bundle import unet_segments
+from runtime.images.initial_latents import check_strength, timesteps_from
+from runtime.images.schedulers import make_scheduler
 from runtime.pipeline import Generation, Pipeline
-from runtime.presets import PRESETS, find_plan
-from runtime.schedulers import make_scheduler
-from runtime.start import check_strength, timesteps_from
+from runtime.plans.presets import PRESETS, find_plan
+from runtime.report.explain import explain, listed, plot
+from runtime.report.plan_table import list_plans
 
 __all__ = ["main"]
 

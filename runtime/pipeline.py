@@ -16,17 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from engines import Bundle, Engine, Manifest
-from runtime.companions import companion
 from runtime.errors import RequestError
-from runtime.executor import Executor, StepRecord
-from runtime.graphs import Graphs
-from runtime.images import Original, Picture, read_original, to_pictures
-from runtime.plan import Plan
-from runtime.presets import find_plan
-from runtime.residence import Residence, free_bytes
-from runtime.schedule import TEXT, Schedule, check_runs
-from runtime.schedulers import make_scheduler
-from runtime.start import Start, check_strength, from_noise, from_picture, timesteps_from
+from runtime.execution.executor import Executor, StepRecord
+from runtime.execution.graph_cache import Graphs
+from runtime.execution.siblings import companion
+from runtime.execution.swapping import Residence, free_bytes
+from runtime.images.initial_latents import Start, check_strength, from_noise, from_picture, timesteps_from
+from runtime.images.pictures import Original, Picture, read_original, to_pictures
+from runtime.images.schedulers import make_scheduler
+from runtime.plans.plan import Plan
+from runtime.plans.presets import find_plan
+from runtime.plans.schedule import TEXT, Schedule, check_runs
 
 __all__ = ["Callback", "Generation", "Pipeline"]
 

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from engines import Bundle
-from tests.reference import MINI
+from tests.support.reference import MINI
 
 SCRIPT = Path("docs/one_step.py")
 

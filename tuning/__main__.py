@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from engines.command import Parser, run_command
-from tuning.distill_options import add_arguments as add_distill_arguments
-from tuning.latents_command import add_arguments as add_latents_arguments
+from engines.support.cli import Parser, run_command
+from tuning.distillation.latents_command import add_arguments as add_latents_arguments
+from tuning.distillation.options import add_arguments as add_distill_arguments
 
 _SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, a .safetensors file, or random:CONFIG"
 
@@ -59,15 +59,15 @@ def main(arguments: Sequence[str]) -> None:
 
         assemble_command(options.source, options.recipe, options.out, options.precision, console)
     elif options.command == "distill":
-        from tuning.distill_command import run
+        from tuning.distillation.command import run
 
         run(options)
     elif options.command == "latents":
-        from tuning.latents_command import run as encode
+        from tuning.distillation.latents_command import run as encode
 
         encode(options)
     else:
-        from tuning.rank_command import RankOptions, rank_command
+        from tuning.ranking.command import RankOptions, rank_command
 
         given = {key: value for key, value in vars(options).items() if key != "command"}
         rank_command(RankOptions(**given), console)

@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from engines.replacing import replacing
-from tuning.assembly import assemble
+from engines.support.files import replacing
+from tuning.checkpoints.find_source import check_apart, open_unet, place_of
+from tuning.checkpoints.folder import ASSEMBLY_NOTE, save_part, weights_sha256
 from tuning.errors import TuningError
-from tuning.folder import ASSEMBLY_NOTE, save_part, weights_sha256
-from tuning.kept import removed_units
-from tuning.recipes import Recipe, recipe
-from tuning.sources import check_apart, open_unet, place_of
-from tuning.units import unit_modules
+from tuning.surgery.assembly import assemble
+from tuning.surgery.pruning import removed_units
+from tuning.surgery.recipes import Recipe, recipe
+from tuning.surgery.units import unit_modules
 
 __all__ = ["PRECISIONS", "assemble_command", "check_place"]
 

@@ -13,12 +13,11 @@ from torch import nn
 from torch.export import Dim
 
 from engines import Bundle, Engine, Manifest, Profile, Segment, Traced, Unit, make_engine
-from engines.bundle import MANIFEST_NAME, describe_file
-from engines.manifest import Compiled, Feature
-from engines.tensor_rt import TensorRT, TensorRTRTX
-from engines.tensor_rt_runner import EngineRunner
-
-from .fake_tensorrt import ALIGNMENT, DataType, FakeTensorRT, Program
+from engines.bundle.folder import MANIFEST_NAME, describe_file
+from engines.bundle.manifest import Compiled, Feature
+from engines.tensorrt.engine import TensorRT, TensorRTRTX
+from engines.tensorrt.runner import EngineRunner
+from tests.support.fake_tensorrt import ALIGNMENT, DataType, FakeTensorRT, Program
 
 FEATURES = {
     "sample": Feature(dtype="float32", shape=("batch", 4, "height", "width")),

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from engines import ENGINES, Bundle, BundleError, EngineError, make_engine
-from engines.manifest import Feature, Segment
+from engines.bundle.manifest import Feature, Segment
 from engines.null import Null
-from engines.onnx_runtime import OnnxRuntime, _ArrayRunner, _BoundRunner
+from engines.ort.engine import OnnxRuntime, _ArrayRunner, _BoundRunner
 from engines.torch_program import ModuleRunner, Torch
 
 from .conftest import FEATURES, SEGMENTS, random_inputs
@@ -147,8 +147,8 @@ def test_damaged_files_are_refused(damageable, name, file):
 
 def with_file(bundle, segment, path):
     """The segment, with that file as its ONNX file and torch program: whole by its hash, but nonsense."""
-    from engines.bundle import describe_file
-    from engines.manifest import Compiled
+    from engines.bundle.folder import describe_file
+    from engines.bundle.manifest import Compiled
 
     file = describe_file(bundle.folder, path)
     engines = {"torch": Compiled(files=(file,), version="1.0")}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from engines import Segment
-from tests.commands import Command, command
-from tests.sources import save_source
+from tests.support.commands import Command, command
+from tests.support.sources import save_source
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +42,9 @@ def fake_trace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             traced.append(segment.name)
             return [path]
 
-        monkeypatch.setattr("exporter.write.trace_program", lambda *given: object())
-        monkeypatch.setattr("exporter.write.write_onnx", write)
-        monkeypatch.setattr("engines.onnx_runtime.OnnxRuntime.compile", lambda *given: [])
+        monkeypatch.setattr("exporter.segments.writer.trace_program", lambda *given: object())
+        monkeypatch.setattr("exporter.segments.writer.write_onnx", write)
+        monkeypatch.setattr("engines.ort.engine.OnnxRuntime.compile", lambda *given: [])
         return traced
 
     return install

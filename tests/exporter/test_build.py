@@ -12,21 +12,21 @@ import pytest
 import torch
 
 from engines import Bundle, Manifest, Profile, Segment, Traced, make_engine
-from engines.onnx_runtime import OnnxRuntime
-from engines.tensor_rt import TensorRT
+from engines.ort.engine import OnnxRuntime
+from engines.tensorrt.engine import TensorRT
 from exporter import BuildError, BuildOptions, build
 from exporter.build import DIGESTS
-from exporter.graph import load_graph
+from exporter.graph.checkpoint import open_source
+from exporter.graph.graph import load_graph
 from exporter.make import segments_of
-from exporter.progress import Step
-from exporter.sources import open_source
+from exporter.segments.progress import Step
 from runtime import Plan, PlanError, Rule, Schedule
-from runtime.modes import Uniform
-from runtime.schedule import check_runs
-from tests.commands import contents
-from tests.engines.fake_tensorrt import FakeTensorRT
+from runtime.plans.key_steps import Uniform
+from runtime.plans.schedule import check_runs
 from tests.exporter.conftest import names_in
-from tests.unets import make_manifest
+from tests.support.commands import contents
+from tests.support.fake_tensorrt import FakeTensorRT
+from tests.support.unets import make_manifest
 
 FakeTrace = Callable[..., list[str]]
 UNET_SEGMENTS = [

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from engines import Bundle
-from tests.commands import Command, assert_refused, contents
 from tests.exporter.conftest import names_in
-from tests.reference import MINI
-from tests.sources import save_source
-from tests.unets import small_unet
+from tests.support.commands import Command, assert_refused, contents
+from tests.support.reference import MINI
+from tests.support.sources import save_source
+from tests.support.unets import small_unet
 
 FakeTrace = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,15 +264,15 @@ def test_a_real_limit_on_what_may_be_written(tiny_source: Path, tmp_path: Path) 
     code = (
         "import errno, resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "import engines.command, exporter.__main__, exporter.write\n"
+        "import engines.support.cli, exporter.__main__, exporter.segments.writer\n"
         "def write(program, segment, path):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "    try:\n"
         "        path.write_bytes(bytes(8192))\n"
         "    except OSError as error:\n"
         "        raise OSError(errno.ENOSPC, 'No space left on device', str(path)) from error\n"
-        "exporter.write.write_onnx = write\n"
-        "engines.command.run_command(exporter.__main__.main)\n"
+        "exporter.segments.writer.write_onnx = write\n"
+        "engines.support.cli.run_command(exporter.__main__.main)\n"
     )
     arguments = ["build", "--source", str(tiny_source), "--out", str(folder / "bundle")]
     # The limit holds for all that the process writes, also for the figures of a coverage run that follows it: that one stays out.
@@ -338,6 +338,6 @@ def test_the_command_as_a_command(tmp_path: Path) -> None:
 
 
 def test_the_embedded_model_needs_no_option() -> None:
-    from exporter.sources import open_source
+    from exporter.graph.checkpoint import open_source
 
     assert open_source("mini", "original").folder.samefile(MINI)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engines import Bundle, BundleError, Manifest
-from engines.manifest import Compiled, Feature, File, Segment, Unit
+from engines.bundle.manifest import Compiled, Feature, File, Segment, Unit
 
 GOLDEN = Path(__file__).with_name("manifest.json")
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from engines import Bundle
-from tests.commands import Command, assert_refused, command
+from tests.support.commands import Command, assert_refused, command
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red star on a blue background"

@@ -17,10 +17,10 @@ import runtime
 from engines import Bundle, BundleError, make_engine
 from engines.null import Null
 from runtime import Pipeline, Plan, Rule, StepRecord
-from runtime.executor import Network
-from runtime.modes import Explicit, Front
-from tests.reference import mini_text
-from tests.unets import relative_error
+from runtime.execution.executor import Network
+from runtime.plans.key_steps import Explicit, Front
+from tests.support.reference import mini_text
+from tests.support.unets import relative_error
 
 PROMPT = "a red star on a blue background"
 BATCH_TOLERANCE = 1e-5

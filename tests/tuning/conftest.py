@@ -10,12 +10,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from tuning.folder import save_part
-from tuning.loop import LoopSettings
+from tuning.checkpoints.folder import save_part
 from tuning.mini.data import batch, to_bytes
 from tuning.mini.folder import save_shell
 from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae
 from tuning.mini.settings import STAGES, MiniSettings
+from tuning.training.loop import LoopSettings
 
 
 @pytest.fixture(autouse=True, scope="session")

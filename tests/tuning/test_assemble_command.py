@@ -10,11 +10,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import tuning
-from tests.commands import Command, assert_refused, command, contents
-from tests.sources import save_source
-from tests.unets import small_unet
+from tests.support.commands import Command, assert_refused, command, contents
+from tests.support.sources import save_source
+from tests.support.unets import small_unet
 from tuning.__main__ import main
-from tuning.sources import find_source, open_unet
+from tuning.checkpoints.find_source import find_source, open_unet
 
 
 @pytest.fixture

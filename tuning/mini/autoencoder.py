@@ -10,11 +10,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from tuning.folder import save_part
+from tuning.checkpoints.folder import save_part
 from tuning.mini.data import batch
 from tuning.mini.reading import read_scenes
-from tuning.noising import generator
-from tuning.workers import Workers
+from tuning.training.distributed import Workers
+from tuning.training.noising import generator
 
 __all__ = ["AutoencoderTask", "reconstruct", "whiten"]
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tuning.folder import save_part
+from tuning.checkpoints.folder import save_part
 from tuning.mini.latents import LatentPools
 from tuning.mini.sampling import accuracy
-from tuning.noising import Batch, Noising
-from tuning.teacher import Teacher
-from tuning.workers import Workers
+from tuning.training.distributed import Workers
+from tuning.training.noising import Batch, Noising
+from tuning.training.teacher import Teacher
 
 __all__ = ["DiffusionTask"]
 

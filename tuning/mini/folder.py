@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tuning.folder import save_part
+from tuning.checkpoints.folder import save_part
 from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, scheduler, train_tokenizer
 
 __all__ = ["save_random", "save_shell"]

@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from tuning.mini.data import batch
-from tuning.noising import generator, tokenize
-from tuning.workers import Workers
+from tuning.training.distributed import Workers
+from tuning.training.noising import generator, tokenize
 
 __all__ = ["LatentPools"]
 

@@ -11,15 +11,15 @@ __all__ = ["read_captions", "read_scenes"]
 
 
 def _read(asked: Sequence[Asked], pictures: Tensor) -> dict[str, float]:
-    from benchmarks.reader.rules import read
-    from benchmarks.reader.score import judge, shares
+    from tuning.mini.reader_rules import read
+    from tuning.mini.reader_score import judge, shares
 
     return shares([judge(want, read(seen)) for want, seen in zip(asked, to_bytes(pictures), strict=True)])
 
 
 def read_scenes(scenes: Sequence[Scene], pictures: Tensor) -> dict[str, float]:
     """The share of pictures (n, 3, h, w) in [-1, 1] that show their scene, by attribute and in all."""
-    from benchmarks.reader.score import asked_of
+    from tuning.mini.reader_score import asked_of
 
     return _read([asked_of(scene) for scene in scenes], pictures)
 

@@ -5,8 +5,8 @@ from diffusers import UNet2DConditionModel
 
 from tuning.mini.reading import read_captions
 from tuning.mini.scenes import held_back_prompts
-from tuning.sampling import sample
-from tuning.teacher import Teacher
+from tuning.training.sampling import sample
+from tuning.training.teacher import Teacher
 
 __all__ = ["GUIDANCE", "accuracy"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning.errors import TuningError
-from tuning.loop import LoopSettings
+from tuning.training.loop import LoopSettings
 
 __all__ = ["STAGES", "MiniSettings"]
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
+from tuning.checkpoints.folder import save_part
 from tuning.errors import TuningError
-from tuning.folder import save_part
-from tuning.loop import Task, run_loop
 from tuning.mini.autoencoder import AutoencoderTask, whiten
 from tuning.mini.data import batch
 from tuning.mini.diffusion import DiffusionTask
@@ -23,9 +22,10 @@ from tuning.mini.folder import save_shell
 from tuning.mini.latents import LatentPools
 from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, scheduler
 from tuning.mini.settings import STAGES, MiniSettings
-from tuning.noising import Noising
-from tuning.teacher import Teacher
-from tuning.workers import Workers
+from tuning.training.distributed import Workers
+from tuning.training.loop import Task, run_loop
+from tuning.training.noising import Noising
+from tuning.training.teacher import Teacher
 
 __all__ = ["main", "run_stage"]
 

@@ -1,0 +1,1 @@
+"""What runs on the GPU at hand, and how fast."""

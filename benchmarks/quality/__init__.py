@@ -1,0 +1,1 @@
+"""What pictures are worth: attributes, variants, plans."""

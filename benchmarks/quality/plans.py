@@ -1,0 +1,226 @@
+"""`python -m benchmarks.quality.plans`: what plans cost and what they do to pictures, for the embedded model.
+
+For each plan: MACs and UNet time relative to `full`, as they were on one bundle that is cut for all of them; the share of
+held-back prompts that the picture shows (by the rule reader); and PSNR and SSIM to the pictures that `full` makes from the same
+noise. Times are taken in turns, plan after plan, and the median of the ratios to `full` counts. Writes a CSV, a JSON beside it, a
+plot and a grid of pictures. A run that was broken off goes on where it was: what it has measured is kept in --work until then.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import runtime
+from benchmarks.machine import machine
+from benchmarks.quality.attributes import measure
+from benchmarks.quality.grid import draw
+from benchmarks.quality.plans_plot import front, plot
+from engines import UserError
+from engines.support.cli import run_command
+from runtime.report.cost import macs_of
+from tuning.mini.scenes import held_back_prompts
+
+__all__ = ["GRID", "PLANS", "Kept", "costs", "likeness", "main"]
+
+PLANS = (
+    "full", "block:2", "block:3", "block:4", "block:6", "layer:2", "layer:3", "layer:5", "deepcache:2", "deepcache:3",
+    "deepcache:4", "deepcache:6", "unit:2", "unit:3", "unit:5", "encoder:faster", "encoder:3", "quadratic:2", "quadratic:3",
+    "front:3", "back:3", "random:3", "adaptive:0.1", "adaptive:0.2", "switch:0.4", "switch:0.7", "switch:0.4+block:3",
+    "switch:0.7+block:3", "switch:0.4+layer:3", "switch:0.7+deepcache:3", "block:3+unit:2",
+)  # fmt: skip
+GRID = ("full", "block:3", "layer:3", "deepcache:3", "unit:3", "encoder:faster", "switch:0.4", "switch:0.4+block:3")
+COLUMNS = ("plan", "macs", "time", "time_low", "time_high", "accuracy", "psnr", "ssim")
+PROMPT = "a red star on a blue background"
+"""Of the pictures that are timed."""
+_GRID_COLUMNS = 8
+
+PlanRow = dict[str, Any]
+
+
+class Kept:
+    """A folder with what a run has measured so far: JSON lines by name, and arrays of pictures.
+
+    Raises:
+        UserError: the folder holds a run with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
+        self.folder = folder
+        wanted, path = json.loads(json.dumps(settings)), folder / "settings.json"
+        if path.exists() and json.loads(path.read_text()) != wanted:
+            raise UserError(f"{folder} holds a run with other settings; go on with those, remove it, or choose another --work")
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=2) + "\n")
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """What was added under a name; a last line that was cut off does not count."""
+        path = self.folder / f"{name}.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def add(self, name: str, line: Mapping[str, object]) -> None:
+        """Add a line; the file takes the old one's place whole."""
+        path = self.folder / f"{name}.jsonl"
+        temporary = path.with_suffix(".part")
+        temporary.write_text("".join(json.dumps(each) + "\n" for each in [*self.lines(name), line]))
+        temporary.replace(path)
+
+    def pictures(self, plan: str) -> list[Image.Image]:
+        """What ``put`` kept."""
+        return [Image.fromarray(array) for array in np.load(self._array(plan))]
+
+    def put(self, plan: str, pictures: Sequence[Image.Image]) -> None:
+        """Keep pictures of a plan."""
+        np.save(self._array(plan), np.stack([np.asarray(picture) for picture in pictures]))
+
+    def _array(self, plan: str) -> Path:
+        return self.folder / f"{plan.replace(':', '-')}.npy"
+
+
+def costs(pipeline: runtime.Pipeline, plans: Sequence[str], options: argparse.Namespace, kept: Kept) -> dict[str, PlanRow]:
+    """MACs and UNet time of each plan relative to `full`, as they were: plans take turns, and ratios are of the same round."""
+    have = len(kept.lines("rounds"))
+    for number in track(range(have, options.rounds), "rounds of timing"):
+        # The first round of a process warms up.
+        for _ in range(2 if number == have else 1):
+            figures = {plan: _cost(pipeline, plan, number, options) for plan in plans}
+        kept.add("rounds", figures)
+    found = {}
+    for plan in plans:
+        macs, ratios = ([line[plan][i] / line["full"][i] for line in kept.lines("rounds")] for i in (0, 1))
+        spread = {"time": statistics.median(ratios), "time_low": min(ratios), "time_high": max(ratios)}
+        found[plan] = {name: round(value, 3) for name, value in {"macs": statistics.mean(macs), **spread}.items()}
+    return found
+
+
+def _cost(pipeline: runtime.Pipeline, plan: str, seed: int, options: argparse.Namespace) -> tuple[int, float]:
+    """MACs of one row, and seconds, of a picture's UNet calls."""
+    made = pipeline.generate(PROMPT, steps=options.steps, guidance_scale=options.guidance, seed=seed, plan=plan)
+    macs = sum(macs_of(pipeline.networks[record.unet].manifest, record.ran) for record in made.steps)
+    return macs, sum(record.seconds for record in made.steps)
+
+
+def likeness(pictures: Sequence[Image.Image], reference: Sequence[Image.Image]) -> tuple[float | None, float]:
+    """Mean PSNR in dB over the pictures that differ at all (None where none does), and mean SSIM."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    one, other = (
+        torch.from_numpy(np.stack([np.asarray(p) for p in some])).permute(0, 3, 1, 2) / 255 for some in (pictures, reference)
+    )
+    if torch.equal(one, other):
+        return None, 1.0
+    psnr = peak_signal_noise_ratio(one, other, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    ssim = structural_similarity_index_measure(one, other, data_range=1.0)
+    assert isinstance(ssim, torch.Tensor)  # a tuple only where the full picture is asked for
+    return round(float(psnr[torch.isfinite(psnr)].mean()), 2), round(float(ssim), 4)
+
+
+def _quality(plan: str, options: argparse.Namespace, kept: Kept) -> PlanRow:
+    """What a plan's pictures are worth; the first of them (of `full`, all) are kept."""
+    figures, pictures, _ = measure(
+        options.bundle,
+        plan,
+        held_back_prompts(options.count),
+        steps=options.steps,
+        guidance=options.guidance,
+        engine="onnxruntime",
+    )
+    kept.put(plan, pictures if plan == "full" else pictures[:_GRID_COLUMNS])
+    psnr, ssim = likeness(pictures, kept.pictures("full"))
+    return {"plan": plan, "accuracy": round(figures["rules"]["all"], 4), "psnr": psnr, "ssim": ssim}
+
+
+def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.plans", description=__doc__)
+    parser.add_argument(
+        "--bundle", type=Path, default=Path("bundles/plans/original"), help="cut for all plans, as make plans builds it"
+    )
+    parser.add_argument("--count", type=int, default=500, help="prompts, 8 or more (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plans.csv"), help="default: %(default)s")
+    parser.add_argument("--plot", type=Path, default=Path("docs/plans.png"), help="default: %(default)s")
+    parser.add_argument("--grid", type=Path, default=Path("docs/plans_grid.png"), help="default: %(default)s")
+    parser.add_argument("--work", type=Path, default=Path("runs/plans"), help="where a run is kept until it is done")
+    options = parser.parse_args(arguments)
+    if options.count < _GRID_COLUMNS or options.rounds < 1:
+        raise UserError(f"--count {options.count} --rounds {options.rounds}: choose {_GRID_COLUMNS} or more, and 1 or more")
+    return options
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure every plan; raises UserError where the bundle is missing or cannot run one."""
+    options = _arguments(arguments)
+    pipeline = runtime.load(options.bundle)
+    for plan in PLANS:  # refused now rather than after an hour; this loads the bundles to switch to
+        pipeline.schedule(runtime.find_plan(plan), [1000 * (1 - step / options.steps) for step in range(options.steps)])
+    settings = {
+        "prompts": options.count, "steps": options.steps, "scheduler": "dpm++", "guidance": options.guidance, "dtype": "float32",
+        "engine": "onnxruntime", "rounds": options.rounds,
+    }  # fmt: skip
+    bundles = {name: network.manifest.key for name, network in pipeline.networks.items()}
+    kept = Kept(options.work, settings | {"bundles": bundles, "plans": PLANS})
+    found = costs(pipeline, PLANS, options, kept)
+    done = {row["plan"] for row in kept.lines("plans")}
+    for plan in track([plan for plan in PLANS if plan not in done], "plans"):
+        kept.add("plans", _quality(plan, options, kept))
+    rows = [row | found[row["plan"]] for row in kept.lines("plans")]
+    _write(rows, settings, options)
+    _draw_grid(rows, kept, options)
+    _show(rows, options)
+    shutil.rmtree(options.work)
+
+
+def _write(rows: Sequence[PlanRow], settings: Mapping[str, object], options: argparse.Namespace) -> None:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    described = {"settings": settings} | _fronts(rows) | machine()
+    options.out.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
+    options.plot.parent.mkdir(parents=True, exist_ok=True)
+    plot(rows, f"{options.count} held-back prompts, {options.steps} steps of DPM++, embedded model", options.plot)
+
+
+def _fronts(rows: Sequence[PlanRow]) -> dict[str, list[str]]:
+    """By time, which varies from run to run, and by MACs, which do not."""
+    pairs = product(("accuracy", "psnr"), ("time", "macs"))
+    return {f"front by {measure} and {cost}": front(rows, measure, cost) for measure, cost in pairs}
+
+
+def _draw_grid(rows: Sequence[PlanRow], kept: Kept, options: argparse.Namespace) -> None:
+    options.grid.parent.mkdir(parents=True, exist_ok=True)
+    speeds = {row["plan"]: 1 / row["time"] for row in rows}
+    names = {plan: f"{plan.replace('+', '+' + chr(10))}\n{speeds[plan]:.2f} times" for plan in GRID}
+    draw([(names[plan], kept.pictures(plan)[:_GRID_COLUMNS]) for plan in GRID], held_back_prompts(_GRID_COLUMNS), options.grid)
+
+
+def _show(rows: Sequence[PlanRow], options: argparse.Namespace) -> None:
+    table = Table(*COLUMNS, title=f"{options.count} prompts, {options.steps} steps of DPM++", box=SIMPLE)
+    for row in rows:
+        table.add_row(*("-" if row[column] is None else str(row[column]) for column in COLUMNS))
+    console = Console(highlight=False, width=130)
+    console.print(table)
+    for name, plans in _fronts(rows).items():
+        console.print(f"Pareto {name}: {', '.join(plans)}")
+    console.print(f"wrote {options.out}, {options.out.with_suffix('.json')}, {options.plot} and {options.grid}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,144 @@
+"""The plot of `benchmarks.quality.plans`: speed against accuracy, and speed against likeness to `full`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["front", "plot"]
+
+_FRONT, _REST, _GREY = "#c8553d", "#2f6690", "#9aa5ad"
+_MEASURES = {"accuracy": "held-back prompts shown, %", "psnr": "PSNR to the pictures of full, dB"}
+
+
+def front(rows: Sequence[dict[str, Any]], measure: str, cost: str = "time") -> list[str]:
+    """Names of the plans that no other plan beats in both ``cost`` (``time`` or ``macs``) and ``measure``, the cheapest first.
+
+    A measure of None is better than any number: it is the PSNR of `full` to itself.
+    """
+    names, best = [], float("-inf")
+    for row in sorted(rows, key=lambda row: (float(row[cost]), -_value(row, measure))):
+        if _value(row, measure) > best:
+            names.append(str(row["plan"]))
+            best = _value(row, measure)
+    return names
+
+
+def _value(row: dict[str, Any], measure: str) -> float:
+    return float("inf") if row[measure] is None else float(row[measure])
+
+
+def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Write a PNG of two panels and a list of all plans; points of a front bear its name, others their number in the list.
+
+    Args:
+        rows: of each plan ``plan``, ``time`` (relative to `full`), ``accuracy`` (a share) and ``psnr`` (in dB, or None).
+        title: of the whole.
+        path: the file.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right, beside) = pyplot.subplots(1, 3, figsize=(15, 6.2), width_ratios=(1, 1, 0.52), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for axis, measure in zip((left, right), _MEASURES, strict=True):
+        _panel(axis, rows, measure)
+    _list(beside, rows)
+    figure.canvas.draw()  # where things are is known once they are laid out
+    figure.set_layout_engine("none")
+    for axis, measure in zip((left, right), _MEASURES, strict=True):
+        _name_points(axis, rows, measure)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _points(rows: Sequence[dict[str, Any]], measure: str) -> dict[int, tuple[float, float]]:
+    """Where in a panel the plan of a row is; without those that no number says."""
+    scale = 100 if measure == "accuracy" else 1
+    shown = [number for number, row in enumerate(rows) if row[measure] is not None]
+    return {number: (1 / float(rows[number]["time"]), scale * float(rows[number][measure])) for number in shown}
+
+
+def _panel(axis: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
+    best, points = front(rows, measure), _points(rows, measure)
+    on_front = [point for number, point in points.items() if rows[number]["plan"] in best]
+    colours = [_FRONT if rows[number]["plan"] in best else _REST for number in points]
+    axis.scatter(*zip(*points.values(), strict=True), s=22, c=colours, zorder=3)
+    axis.plot(*zip(*sorted(on_front), strict=True), color=_FRONT, linewidth=1, zorder=1)
+    axis.set_xlabel("UNet speed, times that of full")
+    axis.set_ylabel(_MEASURES[measure])
+    axis.grid(alpha=0.3)
+    axis.margins(x=0.16, y=0.12)
+    axis.set_title(
+        f"Pareto front in red{'' if measure == 'accuracy' else '; full itself would be at speed 1, infinitely high'}", fontsize=9
+    )
+
+
+def _name_points(axis: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
+    best, points = front(rows, measure), _points(rows, measure)
+    # Names are longer than numbers, so they choose their places first.
+    for number in sorted(points, key=lambda number: rows[number]["plan"] not in best):
+        on_front = rows[number]["plan"] in best
+        text = rows[number]["plan"] if on_front else str(number + 1)
+        _place(axis, text, points[number], list(points.values()), _FRONT if on_front else _REST)
+
+
+def _place(axis: Any, text: str, point: tuple[float, float], points: Sequence[tuple[float, float]], colour: str) -> None:
+    """Write a text near a point where it covers neither another text nor a point; a line leads from far ones to their point."""
+    from matplotlib.patheffects import withStroke
+
+    taken = [_box(note).padded(3) for note in axis.texts]
+    marks = axis.transData.transform(points)
+    note = axis.annotate(
+        text, point, fontsize=7.5, color=colour, textcoords="offset points", xytext=(0, 0), ha="center", va="center",
+        arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
+    )  # fmt: skip
+    note.set_path_effects([withStroke(linewidth=2, foreground="white")])
+    half = _box(note).width / 2 * 72 / axis.figure.dpi
+    for offset in _offsets(half):
+        note.xyann = offset
+        box = _box(note)
+        inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 and axis.bbox.y0 <= box.y0 and box.y1 <= axis.bbox.y1
+        if (
+            inside
+            and not any(box.overlaps(other) for other in taken)
+            and not any(box.padded(4).contains(*mark) for mark in marks)
+        ):
+            return
+
+
+def _box(note: Any) -> Any:
+    """Where a note's text is, in pixels, without its line."""
+    from matplotlib.text import Text
+
+    note.update_positions(note.figure.canvas.get_renderer())
+    return Text.get_window_extent(note)
+
+
+def _offsets(half: float) -> list[tuple[float, float]]:
+    """Places for the middle of a text that is twice ``half`` points wide: beside its point, above, below, then further away."""
+    found: list[tuple[float, float]] = []
+    for far in (0, 8, 16, 26, 38, 52, 68, 86):
+        wide, high = half + 5 + far, 8 + far
+        found += [(wide, 0), (0, high), (0, -high), (-wide, 0), (wide, high), (wide, -high), (-wide, high), (-wide, -high)]
+    return found
+
+
+def _list(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    fronts = {measure: front(rows, measure) for measure in _MEASURES}
+    axis.axis("off")
+    cells = []
+    for number, row in enumerate(rows, start=1):
+        psnr = "-" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        cells.append([str(number), row["plan"], f"{1 / row['time']:.2f}", f"{100 * row['accuracy']:.1f}", psnr])
+    table = axis.table(
+        cells, colLabels=["no.", "plan", "speed", "%", "dB"], colWidths=[0.08, 0.5, 0.14, 0.14, 0.14], loc="center", edges="open"
+    )
+    table.auto_set_font_size(False)
+    table.set_fontsize(7.5)
+    table.scale(1, 1.12)
+    for (line, column), cell in table.get_celld().items():
+        cell.set_text_props(ha="left" if column == 1 else "right")
+        if line and rows[line - 1]["plan"] in fronts.get({3: "accuracy", 4: "psnr"}.get(column, ""), ()):
+            cell.set_text_props(color=_FRONT, weight="bold")

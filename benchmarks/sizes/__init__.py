@@ -1,0 +1,1 @@
+"""Stable Diffusion's full size: time, memory and disk."""

@@ -1,0 +1,202 @@
+"""The manifest: everything a bundle says about itself, as ``manifest.json`` in the bundle's folder.
+
+A bundle is a folder with ONNX segments, compiled engines, a tokenizer and a scheduler configuration. The manifest names every
+file with its SHA-256, every feature with dtype and symbolic shape, and every unit with its parameters and MACs, so that the
+runtime needs neither the UNet's classes nor its weights in another form.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from shlex import quote
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+
+from engines.bundle.shapes import Shape
+
+__all__ = ["MANIFEST_VERSION", "Compiled", "Feature", "File", "Manifest", "Precision", "Segment", "Unit", "Variant", "is_variant"]
+
+MANIFEST_VERSION: Literal[1] = 1
+
+Precision = Literal["fp32", "fp16"]
+_VARIANT = r"^[a-z0-9]+(-[a-z0-9]+)*$"
+Variant = Annotated[str, Field(pattern=_VARIANT)]
+"""The name of the recipe by which the UNet was made: original, assembled, bk-tiny, ..."""
+DType = Literal["float32", "float16", "int64"]
+
+
+def is_variant(name: str) -> bool:
+    """Whether a variant can be called so."""
+    return re.fullmatch(_VARIANT, name) is not None
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class File(_Record):
+    """A file of the bundle: path relative to the bundle, SHA-256 in hexadecimal, size in bytes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        """A bundle may come from anybody: its files lie inside its folder."""
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise ValueError(f"path {path!r} leads out of the bundle")
+        return path
+
+
+class Feature(_Record):
+    """A tensor between units: dtype and symbolic shape (see ``engines.bundle.shapes``)."""
+
+    dtype: DType
+    shape: Shape
+
+
+class Unit(_Record):
+    """The smallest thing that can be skipped: a stem, ResNet, transformer, down- or upsampler, head, text encoder or VAE.
+
+    Its output is the feature of the same name. ``macs`` are multiply-accumulates of one row at the bundle's first size.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    parameters: int = 0
+    macs: int = 0
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The one feature that the unit makes."""
+        return (self.name,)
+
+
+class Compiled(_Record):
+    """What one engine made of one segment: its files, its version, and the GPUs it was made for (empty: any).
+
+    ``key`` is a hash of what it was made from.
+    """
+
+    files: tuple[File, ...]
+    version: str
+    targets: tuple[str, ...] = ()
+    key: str = ""
+
+
+class Segment(_Record):
+    """Units that run together: one ONNX file (first in ``onnx``; its weights follow) and one compiled engine per kind."""
+
+    name: str
+    units: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    onnx: tuple[File, ...] = ()
+    key: str = ""
+    """Hash of what the ONNX file was made from."""
+    engines: dict[str, Compiled] = Field(default_factory=dict)
+    seconds: float = 0.0
+    """How long it took to trace and compile; 0 where all of it was there already."""
+
+
+class Manifest(_Record):
+    """All that a bundle knows. Segments stand in an order in which they can run."""
+
+    version: Literal[1] = MANIFEST_VERSION
+    key: str
+    """Hash of everything the bundle was made from: an equal key means that a new build would make the same bundle."""
+    variant: Variant
+    source: str
+    unet: str | None = None
+    """Folder of the UNet, where it is not one of the source's; not written where it is."""
+    config: str | None = None
+    """Folder of configurations, where the source has none and was not of a usual shape; likewise."""
+    source_sha256: str
+    """Hash of the weights and configurations that the bundle was made from."""
+    distilled: bool = True
+    """Whether the UNet's weights were trained for it, not only cut out of the original's."""
+    precision: Precision
+    sizes: tuple[tuple[int, int], ...]
+    """Picture sizes (height, width) in pixels that engines with a profile were built for; the first is the default."""
+    max_images: int
+    """Images per call that engines with a profile were built for; guidance doubles the rows of a UNet call."""
+    static: bool = False
+    """Whether engines with a profile take nothing but the first size and ``max_images`` images with guidance; written if so."""
+    granularity: str | None = "block"
+    """The largest segment that was allowed; None where ``plans`` alone decided. Written where it is not the default."""
+    plans: tuple[str, ...] = ()
+    """What the UNet was cut for beside the default plans: presets and .json files. Written where there are any."""
+    latent_channels: int
+    vae_scale: int
+    """Pixels per latent, in each direction."""
+    size_multiple: int
+    """Picture height and width must be multiples of this many pixels."""
+    guidance_scale: float = 7.5
+    """Of classifier-free guidance, where a call does not say."""
+    text_length: int
+    """Tokens of a prompt, start and end included."""
+    vocabulary: int
+    """Token numbers are below this."""
+    features: dict[str, Feature]
+    units: tuple[Unit, ...]
+    segments: tuple[Segment, ...]
+    files: tuple[File, ...]
+    """Tokenizer and scheduler configuration."""
+    made_with: dict[str, str]
+    """Versions of the programs that made the bundle."""
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        defaults: dict[str, tuple[Any, ...]] = {
+            "unet": (None,), "config": (None,), "static": (False,), "granularity": ("block",), "plans": ((), []),
+        }  # fmt: skip
+        return {key: value for key, value in written.items() if value not in defaults.get(key, ())}
+
+    @property
+    def unet_units(self) -> tuple[str, ...]:
+        """Names of the UNet's units: those that a plan can name."""
+        return tuple(unit.name for unit in self.units if unit.kind not in {"text_encoder", "vae_decoder", "vae_encoder"})
+
+    @property
+    def all_files(self) -> Iterator[File]:
+        """Every file of the bundle but the manifest."""
+        for segment in self.segments:
+            yield from segment.onnx
+            for compiled in segment.engines.values():
+                yield from compiled.files
+        yield from self.files
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights are no model's, but random numbers, for measurements."""
+        return self.source.startswith("random:")
+
+    @property
+    def build_command(self) -> str:
+        """The command that builds from the same UNet, to be completed by what should differ."""
+        options: dict[str, str | None] = {"unet": self.unet, "config": self.config}
+        if self.plans or self.granularity != "block":
+            options["granularity"] = self.granularity
+        given = [(name, value) for name, value in options.items() if value] + [("plan", plan) for plan in self.plans]
+        written = "".join(f" --{name} {quote(value)}" for name, value in given)
+        return f"python -m exporter build --variant {self.variant} --source {quote(self.source)}{written}"
+
+    def whole_build_command(self, engine: str = "onnxruntime") -> str:
+        """The command that builds the same in the default folder, for an engine beside those that it was built for."""
+        names = sorted({engine, *(name for segment in self.segments for name in segment.engines)})
+        sizes = ",".join(f"{height}x{width}" for height, width in self.sizes)
+        batch = f"{self.max_images} --static" if self.static else f"1..{self.max_images}"
+        options = f"--precision {self.precision} --engine {','.join(names)} --sizes {sizes} --batch {batch}"
+        return f"{self.build_command} {options}"
+
+    def segment(self, name: str) -> Segment:
+        """The segment of that name; KeyError if there is none."""
+        for segment in self.segments:
+            if segment.name == name:
+                return segment
+        raise KeyError(name)

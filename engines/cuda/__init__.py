@@ -1,0 +1,1 @@
+"""What holds for every engine on an NVIDIA GPU: CUDA graphs, streams and single precision."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime, and its own copy of a segment's graph."""

@@ -1,0 +1,1 @@
+"""What every package shares: the form of commands, files that are written whole, cache folders."""

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: compiling, running, and what is kept between builds and runs."""

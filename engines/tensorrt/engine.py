@@ -1,0 +1,372 @@
+"""TensorRT and TensorRT-RTX: one compiler and one loader for both, for their Python interfaces are alike.
+
+What differs: TensorRT builds on the GPU that the engine will run on; TensorRT-RTX builds anywhere, GPU or none, for
+named compute capabilities, and finishes the kernels on the user's card.
+"""
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from engines.base import Engine, Profile, Runner, Traced
+from engines.bundle.folder import Bundle
+from engines.bundle.manifest import Compiled, Segment
+from engines.cuda.graphs import CudaRecorder, Recorder
+from engines.errors import EngineError, EngineMemoryError
+from engines.tensorrt.diagnostics import advise, is_out_of_memory
+from engines.tensorrt.kernel_cache import RuntimeCache, cache_places, card_name
+from engines.tensorrt.runner import Device, EngineRunner, ErrorLog
+from engines.tensorrt.timing_cache import TimingCache
+
+__all__ = ["TensorRT", "TensorRTRTX"]
+
+_FALLBACK = "--engine torch or --engine onnxruntime, which run without"
+
+
+class _Family(Engine):
+    """What the two have in common.
+
+    Args:
+        trt: the module to drive, by default the installed one; tests pass a fake.
+        device: where tensors live; anything but CUDA is for tests.
+
+    Raises:
+        EngineError: the package is not installed, or too old.
+    """
+
+    compiles = True
+    has_profile = True
+    module: ClassVar[str]
+    install: ClassVar[str]
+    oldest: ClassVar[tuple[int, int]]
+    """Version."""
+
+    def __init__(self, trt: Any = None, device: torch.device | None = None) -> None:
+        self.trt = trt or self._import()
+        self.device = device or torch.device("cuda")
+        self._log = ErrorLog(self.trt)
+        # The VAE works in more memory than the UNet, whose block is kept for each stream and as long as recordings refer to it.
+        self._unet, self._ends = Device(self.device), Device(self.device)
+
+    @classmethod
+    def _import(cls) -> Any:
+        try:
+            module = import_module(cls.module)
+        except (ImportError, OSError, RuntimeError) as error:  # the bindings are found but their libraries are not
+            raise EngineError(
+                f"engine {cls.name} cannot be used: {error}; install it with: {cls.install}, or choose {_FALLBACK}"
+            ) from error
+        found = str(module.__version__)
+        if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < cls.oldest:
+            oldest = ".".join(map(str, cls.oldest))
+            raise EngineError(
+                f"engine {cls.name} takes version {oldest} or later, found {found}; install it with: {cls.install}, "
+                f"or choose {_FALLBACK}"
+            )
+        return module
+
+    def version(self) -> str:
+        """The version of the TensorRT package."""
+        return str(self.trt.__version__)
+
+    # Compiling
+
+    def compile(
+        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], beside: Path | None = None
+    ) -> list[Path]:
+        """Write ``<stem>.engine``, for inputs between the profile's smallest and largest shapes.
+
+        Raises:
+            EngineError: a target is unknown, or the segment does not parse or build: with the first reason given.
+        """
+        chosen = self.check_targets(targets)
+        with self._log.collect() as errors:
+            builder = self.trt.Builder(self._log.logger)
+            network, parser = self._parse(builder, traced)
+            config = self._configure(builder, network, traced.segment, profile)
+            self._set_targets(config, chosen)
+            plan = self._build(builder, network, config, beside)
+            del parser  # not earlier: the network's weights are the parser's memory until the engine is built
+        if plan is None:
+            reason = errors[0] if errors else "it gives no reason"
+            raise EngineError(
+                f"segment {traced.segment.name}: {self.name} {self.version()} cannot build it"
+                f"{' for ' + ', '.join(chosen) if chosen else ''}: {reason}{_advice(reason)}"
+            )
+        path = Path(f"{stem}.engine")  # not with_suffix: a stem such as down.0 has a dot of its own
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(plan)
+        return [path]
+
+    def _parse(self, builder: Any, traced: Traced) -> tuple[Any, Any]:
+        # The flag is what makes 10 keep the types of the ONNX file; 11 always does and ignores it.
+        network = builder.create_network(1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = self.trt.OnnxParser(network, self._log.logger)
+        if not parser.parse_from_file(str(traced.onnx)):
+            reason = " ".join(str(parser.get_error(0)).split()) if parser.num_errors else "it gives no reason"
+            raise EngineError(f"segment {traced.segment.name}: {self.name} {self.version()} cannot read {traced.onnx}: {reason}")
+        return network, parser
+
+    def _configure(self, builder: Any, network: Any, segment: Segment, profile: Profile) -> Any:
+        config = builder.create_builder_config()
+        # fp32 means fp32: with TF32, which is on by default, products keep 10 bits; who wants speed takes fp16.
+        config.clear_flag(self.trt.BuilderFlag.TF32)
+        shapes = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            name = network.get_input(index).name
+            if name not in profile.optimum:
+                raise EngineError(f"segment {segment.name}: the profile has no shapes for input {name}; add them")
+            shapes.set_shape(name, profile.minimum[name], profile.optimum[name], profile.maximum[name])
+        config.add_optimization_profile(shapes)
+        return config
+
+    def _set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
+        """Nothing to set where an engine is for the GPU it is built on."""
+
+    def _build(self, builder: Any, network: Any, config: Any, beside: Path | None) -> Any:
+        """The engine's bytes; None where it cannot be built."""
+        return builder.build_serialized_network(network, config)
+
+    # Loading
+
+    def load(self, bundle: Bundle, segment: Segment) -> Runner:
+        """Load the segment's engine onto the GPU.
+
+        Raises:
+            EngineError: no GPU or driver, the bundle has no such engine, or it was built for another card or version.
+            BundleError: the file is damaged.
+        """
+        self._require_gpu("to run")
+        path, *_ = self.compiled_files(bundle, segment)
+        self._check_card(bundle, segment)
+        runtime = self.trt.Runtime(self._log.logger)
+        data = path.read_bytes()
+        with self._log.collect() as errors:
+            engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            reasons = self._invalid(runtime, data) or errors[:1] or ["it gives no reason"]
+            kind = EngineMemoryError if is_out_of_memory(reasons) else EngineError
+            advice = advise(reasons, self._rebuild_advice(bundle, segment))
+            raise kind(
+                f"segment {segment.name}: {self.name} {self.version()} cannot load {path} here: {', '.join(reasons)}; "
+                f"it was built by {_origin(segment.engines[self.name])}; {advice}"
+            )
+        return self._runner(bundle, segment, (runtime, engine))
+
+    def _check_card(self, bundle: Bundle, segment: Segment) -> None:
+        """Refuse what only TensorRT-RTX can run: an engine of another card."""
+
+    def _rebuild_advice(self, bundle: Bundle, segment: Segment) -> str:
+        """How to get an engine that can be loaded here."""
+        made, command = segment.engines[self.name], self.rebuild_command(bundle)
+        if made.version == self.version() and self._is_for_here(made):
+            return f"a build would keep it, for it is of this version and for this GPU: remove {bundle.folder}, then: {command}"
+        return f"build it for this one with: {command}"
+
+    @abstractmethod
+    def _is_for_here(self, made: Compiled) -> bool:
+        """Whether an engine was built for the GPU at hand."""
+
+    def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
+        place, rebuild = self._place(bundle, segment), self._rebuild_advice(bundle, segment)
+        return EngineRunner(segment, bundle.manifest.features, loaded, self._create_context, self._log, self.name, place, rebuild)
+
+    def _place(self, bundle: Bundle, segment: Segment) -> Device:
+        return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._ends
+
+    def scratch_bytes(self) -> int:
+        """What execution contexts will work in, as the engines say when they are loaded."""
+        return self._unet.scratch.missing + self._ends.scratch.missing
+
+    def recorder(self) -> Recorder | None:
+        """CUDA graphs."""
+        return CudaRecorder(self.device) if self.device.type == "cuda" else None
+
+    def _require_gpu(self, purpose: str) -> None:
+        if self.device.type != "cuda" or torch.cuda.is_available():
+            return
+        found = "PyTorch finds none" if torch.version.cuda else f"PyTorch {torch.__version__} is built without CUDA"
+        raise EngineError(
+            f"engine {self.name} needs an NVIDIA GPU and driver {purpose}, and a PyTorch built for CUDA ({found}); "
+            f"install them, or choose {_FALLBACK}"
+        )
+
+    def _invalid(self, runtime: Any, data: bytes) -> list[str]:
+        """What TensorRT-RTX says is wrong with an engine on this machine, in words; empty where it cannot tell."""
+        examine = getattr(runtime, "get_engine_validity", None)
+        if examine is None:
+            return []
+        bits = int(examine(data)[1])
+        members = self.trt.EngineInvalidityDiagnostics.__members__
+        return [name.replace("_", " ").lower() for name, member in members.items() if int(member) & bits]
+
+    def _cache_stem(self) -> str:
+        """Of a cache's file: what it is for."""
+        return f"{self.name}-{self.version()}-{card_name(self.device)}"
+
+    def _create_context(self, engine: Any) -> Any:
+        """A context that is given the memory it works in: those of a stream share it."""
+        return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+
+
+class TensorRT(_Family):
+    """TensorRT 10 and 11: engines for the GPU they are built on."""
+
+    name = "tensorrt"
+    module = "tensorrt"
+    install = "pip install --upgrade tensorrt"
+    oldest = (10, 8)
+
+    def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """The compute capability and the name of the GPU at hand, whatever else is named: it is what is built for.
+
+        Kernels are chosen by their times on the card, so an engine of another model is another one.
+
+        Raises:
+            EngineError: other targets were given, or there is no GPU.
+        """
+        if targets and tuple(targets) != self._here():
+            raise EngineError(
+                f"engine {self.name} builds for the GPU at hand and takes no targets, got {', '.join(targets)}; "
+                "leave --targets out, or choose --engine tensorrt-rtx, which builds for other GPUs"
+            )
+        self._require_gpu("to build")
+        return self._here()
+
+    def _here(self) -> tuple[str, ...]:
+        """What engines built here are for; empty without a GPU."""
+        card = _card(self.device)
+        return (card, card_name(self.device)) if card else ()
+
+    def _is_for_here(self, made: Compiled) -> bool:
+        return bool(made.targets) and made.targets == self._here()
+
+    def _check_card(self, bundle: Bundle, segment: Segment) -> None:
+        made, here = segment.engines[self.name], self._here()
+        if here and made.targets and not self._is_for_here(made):
+            raise EngineError(
+                f"segment {segment.name}: its {self.name} engine was built by {_origin(made)}, this GPU is {', '.join(here)}; "
+                f"{self._rebuild_advice(bundle, segment)}"
+            )
+
+    def _build(self, builder: Any, network: Any, config: Any, beside: Path | None) -> Any:
+        if beside is None:
+            return super()._build(builder, network, config, beside)
+        timings = TimingCache(beside / f"{self._cache_stem()}.timings")
+        cache = timings.attach(config)
+        plan = super()._build(builder, network, config, beside)
+        timings.store(config, cache)
+        return plan
+
+
+class TensorRTRTX(_Family):
+    """TensorRT for RTX: engines built ahead of time on any machine, one for all the compute capabilities named."""
+
+    name = "tensorrt-rtx"
+    module = "tensorrt_rtx"
+    install = "pip install --upgrade tensorrt-rtx"
+    oldest = (1, 3)
+    targets_allowed = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+    DEFAULT_TARGETS: ClassVar[tuple[str, ...]] = ("sm80", "sm86", "sm89", "sm120", "sm121")
+    """Ampere and later; one engine serves them all. Turing (sm75) must be asked for: it has no fp32 matrix product, and NVIDIA
+    advises against engines that serve it and later cards at once."""
+
+    def __init__(self, trt: Any = None, device: torch.device | None = None) -> None:
+        super().__init__(trt, device)
+        self._caches: dict[Path, RuntimeCache] = {}
+
+    def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """The targets named, each once; with none, ``DEFAULT_TARGETS``, or the GPU at hand where these leave it out.
+
+        Raises:
+            EngineError: a target is unknown to this version of TensorRT-RTX.
+        """
+        allowed = self._allowed()
+        for target in targets:
+            if target not in allowed:
+                raise EngineError(
+                    f"engine {self.name} {self.version()}: unknown target {target!r}; choose from: "
+                    f"{', '.join(allowed)} (sm86 is compute capability 8.6: https://developer.nvidia.com/cuda-gpus)"
+                )
+        if targets:
+            return tuple(dict.fromkeys(targets))
+        here = _card(self.device)
+        if here in allowed and here not in self.DEFAULT_TARGETS:
+            return (here,)
+        return tuple(target for target in self.DEFAULT_TARGETS if target in allowed)
+
+    def _allowed(self) -> list[str]:
+        """The targets that this version of TensorRT-RTX knows."""
+        known = self.trt.ComputeCapability.__members__
+        return [target for target in self.targets_allowed if target.upper() in known]
+
+    def _is_for_here(self, made: Compiled) -> bool:
+        return _card(self.device) in made.targets
+
+    def _rebuild_advice(self, bundle: Bundle, segment: Segment) -> str:
+        here = _card(self.device)
+        if here and here not in self._allowed():
+            return f"{self.name} builds no engines for this GPU ({here}): choose --engine tensorrt, torch or onnxruntime"
+        return super()._rebuild_advice(bundle, segment)
+
+    def _set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(self.trt.ComputeCapability.__members__[target.upper()], index)
+
+    def _configure(self, builder: Any, network: Any, segment: Segment, profile: Profile) -> Any:
+        config = super()._configure(builder, network, segment, profile)
+        # Without it a large engine may allocate while it runs, which no CUDA graph can hold.
+        config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        return config
+
+    def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
+        cache = self._cache(bundle)
+
+        def create_context(engine: Any) -> Any:
+            config = self._runtime_config(engine)
+            cache.attach(config)
+            return engine.create_execution_context(config)
+
+        features, place, rebuild = bundle.manifest.features, self._place(bundle, segment), self._rebuild_advice(bundle, segment)
+        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, rebuild, cache.store)
+
+    def _runtime_config(self, engine: Any) -> Any:
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # Graphs are ours: they hold a whole step, and the library's own would be one more inside them. Kernels that are still
+        # to be exchanged for better ones would stay in a graph as they are, so they are compiled before the first launch.
+        config.cuda_graph_strategy = self.trt.CudaGraphStrategy.DISABLED
+        config.dynamic_shapes_kernel_specialization_strategy = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return config
+
+    def _cache(self, bundle: Bundle) -> RuntimeCache:
+        if bundle.folder not in self._caches:
+            places = cache_places(bundle.folder, bundle.manifest.key, f"{self._cache_stem()}.bin")
+            self._caches[bundle.folder] = RuntimeCache(places)
+        return self._caches[bundle.folder]
+
+
+def _card(device: torch.device) -> str | None:
+    """The GPU at hand as a target, such as ``sm89``; None without one."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def _origin(made: Compiled) -> str:
+    """Which version an engine was built by, and for what."""
+    return f"{made.version} for {', '.join(made.targets) or 'the GPU it was built on'}"
+
+
+def _advice(reason: str) -> str:
+    """What to do about the build errors that users meet."""
+    if "FP32 GEMM is not supported" in reason:
+        return "; Turing (sm75) multiplies no fp32 matrices here: build with --precision fp16, or leave sm75 out"
+    return ""

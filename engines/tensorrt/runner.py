@@ -1,0 +1,277 @@
+"""The runner of TensorRT engines, and the log that their errors are read from."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar, NoReturn
+from weakref import WeakKeyDictionary
+
+import torch
+
+from engines.base import DTYPES, Runner
+from engines.bundle.manifest import Feature, Segment
+from engines.cuda.graphs import CannotRecord, beside, current_recording
+from engines.errors import EngineError, EngineMemoryError
+from engines.tensorrt.diagnostics import advise, is_out_of_memory
+from engines.tensorrt.workspace import Scratch
+
+__all__ = ["Device", "EngineRunner", "ErrorLog"]
+
+_DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
+
+
+class ErrorLog:
+    """What a TensorRT module logs as an error; everything milder is dropped."""
+
+    def __init__(self, trt: Any) -> None:
+        self.logger = _logger(trt)
+
+    @contextmanager
+    def collect(self) -> Iterator[list[str]]:
+        """The errors logged until the block ends, one line each, from whatever thread."""
+        collected: list[str] = []
+        self.logger.listeners[id(collected)] = collected
+        try:
+            yield collected
+        finally:
+            del self.logger.listeners[id(collected)]
+
+
+@cache
+def _logger(trt: Any) -> Any:
+    """The one logger of a module: the library keeps hold of the first that it is given, so it must live for ever."""
+    wanted = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+
+    def start(self: Any) -> None:
+        trt.ILogger.__init__(self)
+        self.listeners = {}
+
+    def log(self: Any, severity: Any, message: str) -> None:
+        if severity in wanted:
+            for listener in list(self.listeners.values()):
+                listener.append(" ".join(message.split()))
+
+    # Made by hand, because the base class is only known when the module is.
+    make: Callable[[], Any] = type("Logger", (trt.ILogger,), {"__init__": start, "log": log})
+    return make()
+
+
+@dataclass(eq=False)
+class _Context:
+    """An execution context, and the lock that must be held from its first binding to its launch."""
+
+    handle: Any
+    scratch: torch.Tensor | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    launched: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
+    """The input shapes that it has run with."""
+
+
+class Device:
+    """Where an engine's runners work, and what they share there.
+
+    Args:
+        device: where tensors live; CPU in tests only.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.scratch = Scratch(device)
+        self._lock = threading.Lock()
+        self._own: torch.cuda.Stream | None = None
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """The handle of the stream to launch on, which is the current one inside; never the default stream.
+
+        On the default stream TensorRT waits for the whole device at every launch.
+        """
+        if self.device.type != "cuda":
+            yield 0
+            return
+        current = torch.cuda.current_stream(self.device)
+        if current != torch.cuda.default_stream(self.device):
+            yield int(current.cuda_stream)
+            return
+        with self._lock:
+            self._own = self._own or torch.cuda.Stream(self.device)
+        with beside(self._own):
+            yield int(self._own.cuda_stream)
+
+
+class EngineRunner(Runner):
+    """Runs one deserialised engine on the current CUDA stream, without waiting for it.
+
+    Inputs are read from, and outputs written to, the tensors' own memory. An engine cannot run twice at once on one execution
+    context, so there is one per stream, and one more for each recording: a context that has served a CUDA graph must not change.
+    All of a stream work in one block of scratch memory.
+
+    Args:
+        segment: the segment.
+        features: the manifest's features.
+        loaded: the TensorRT runtime and the engine that it made; kept together, for the engine needs the runtime.
+        create_context: makes an execution context of the engine, without memory to work in; None where it cannot.
+        log: where the engine's errors arrive.
+        engine_name: the name that errors use.
+        device: where it runs.
+        rebuild: what to do where the engine does not fit the manifest.
+        learned: called when the engine has run with shapes that are new to it, and may have compiled kernels for them.
+
+    Raises:
+        EngineError: the engine's tensors are not those of the manifest.
+    """
+
+    ALIGNMENT: ClassVar[int] = 256
+    """Bytes; TensorRT demands it of every address. PyTorch's allocations have it, views into them may not."""
+
+    def __init__(
+        self,
+        segment: Segment,
+        features: Mapping[str, Feature],
+        loaded: tuple[Any, Any],
+        create_context: Callable[[Any], Any],
+        log: ErrorLog,
+        engine_name: str,
+        device: Device,
+        rebuild: str = "build the bundle again",
+        learned: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(segment, features)
+        self.device = device.device
+        self._runtime, self._engine = loaded
+        self._create_context, self._learned, self._rebuild = create_context, learned, rebuild
+        self._log = log
+        self._engine_name = engine_name
+        self._place = device
+        self._place.scratch.reserve(self._engine.device_memory_size_v2)
+        self._contexts: dict[int, _Context] = {}
+        self._recorded: WeakKeyDictionary[object, dict[int, _Context]] = WeakKeyDictionary()
+        self._growing = threading.Lock()
+        self._known: set[tuple[tuple[int, ...], ...]] = set()
+        """The input shapes that some context has run with."""
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        self._check_tensors(names)
+        # An input that nothing reads may be gone from the engine.
+        self._taken = [name for name in segment.inputs if name in names]
+        self._limits = {name: [tuple(dims) for dims in self._engine.get_tensor_profile_shape(name, 0)] for name in self._taken}
+
+    def _check_tensors(self, names: Sequence[str]) -> None:
+        """Memory has no type: a wrong one would be read as it is, so it is refused when the engine is loaded."""
+        for name in (*self.segment.inputs, *self.segment.outputs):
+            if name in names:
+                got, expected = self._engine.get_tensor_dtype(name).name, _DATA_TYPES[self.features[name].dtype]
+                if got != expected:
+                    self._refuse(f"its engine has {name} as {got}, the manifest as {expected}; {self._rebuild}")
+            elif name in self.segment.outputs:
+                self._refuse(f"its engine has no output {name}, only {', '.join(names)}; {self._rebuild}")
+
+    def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+        with self._place.stream() as stream:
+            taken = {name: self._addressable(inputs[name]) for name in self._taken}
+            self._check_limits(taken)
+            context = self._context(stream)
+            with self._log.collect() as errors, context.lock:
+                outputs = self._bind(context, taken, stream, errors)
+                self._expect(context.handle.execute_async_v3(stream), "launch", errors)
+                self._note_shapes(context, taken, stream)
+        # Copies in ``taken`` may go now: PyTorch gives their memory only to later work on the same stream.
+        return outputs
+
+    def _bind(
+        self, context: _Context, taken: Mapping[str, torch.Tensor], stream: int, errors: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        """Give the context its inputs, its scratch memory and new outputs, which are returned."""
+        handle = context.handle
+        if current_recording() is None:
+            self._give_scratch(context, stream)
+        for name, tensor in taken.items():
+            self._expect(handle.set_input_shape(name, tuple(tensor.shape)), f"shape {_text(tensor.shape)} of {name}", errors)
+            self._set_address(handle, name, tensor, errors)
+        outputs = self._make_outputs(handle)
+        for name, tensor in outputs.items():
+            self._set_address(handle, name, tensor, errors)
+        return outputs
+
+    def _note_shapes(self, context: _Context, taken: Mapping[str, torch.Tensor], stream: int) -> None:
+        """At the first launch with some shapes, what was compiled for them is kept, and a recording learns whether it can be."""
+        shapes = tuple(tuple(tensor.shape) for tensor in taken.values())
+        if shapes in context.launched:
+            return
+        context.launched.add(shapes)
+        if shapes not in self._known:  # what another context has compiled is in their cache already
+            self._known.add(shapes)
+            self._learned()
+        fit = getattr(context.handle, "is_stream_capturable", None)  # only TensorRT-RTX can tell
+        if current_recording() is not None and fit is not None and not fit(stream):
+            raise CannotRecord(f"segment {self.segment.name}: {self._engine_name} cannot run it inside a CUDA graph")
+
+    def _addressable(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.contiguous()
+        return tensor.clone() if tensor.data_ptr() % self.ALIGNMENT else tensor
+
+    def _make_outputs(self, handle: Any) -> dict[str, torch.Tensor]:
+        """Empty outputs, of the shapes that the engine will write."""
+        return {
+            name: torch.empty(tuple(handle.get_tensor_shape(name)), dtype=DTYPES[self.features[name].dtype], device=self.device)
+            for name in self.segment.outputs
+        }
+
+    def _set_address(self, handle: Any, name: str, tensor: torch.Tensor, errors: Sequence[str]) -> None:
+        self._expect(handle.set_tensor_address(name, tensor.data_ptr()), f"address of {name}", errors)
+
+    def _check_limits(self, taken: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in taken.items():
+            smallest, _, largest = self._limits[name]
+            if not all(low <= got <= high for low, got, high in zip(smallest, tensor.shape, largest, strict=True)):
+                built = f"{_text(smallest)} to {_text(largest)}" if smallest != largest else f"{_text(smallest)} only"
+                self._refuse(
+                    f"input {name} is {_text(tensor.shape)}, its engine was built for {built}; "
+                    "choose a size and batch that it takes, or build it with other --sizes and --batch"
+                )
+
+    def _expect(self, done: bool, what: str, errors: Sequence[str]) -> None:
+        if not done:
+            self._refuse(f"{self._engine_name} refused the {what}: {errors[0] if errors else 'it gives no reason'}")
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise EngineError(f"segment {self.segment.name}: {reason}")
+
+    def _context(self, stream: int) -> _Context:
+        """The context of a stream, or of the recording that is being made; made when it is first asked for."""
+        recording = current_recording()
+        with self._growing:
+            contexts = self._contexts if recording is None else self._recorded.setdefault(recording, {})
+            if stream not in contexts:
+                with self._log.collect() as errors:
+                    handle = self._create_context(self._engine)
+                if handle is None:
+                    self._refuse_context(errors)
+                contexts[stream] = _Context(handle)
+                self._give_scratch(contexts[stream], stream)
+            return contexts[stream]
+
+    def _refuse_context(self, errors: Sequence[str]) -> NoReturn:
+        """An engine can be read here and yet not run: its kernels are finished when a context is made."""
+        kind = EngineMemoryError if is_out_of_memory(errors) else EngineError
+        reason = errors[0] if errors else "it gives no reason"
+        raise kind(
+            f"segment {self.segment.name}: {self._engine_name} refused the making of an execution context: {reason}; "
+            f"{advise(errors, self._rebuild)}"
+        )
+
+    def _give_scratch(self, context: _Context, stream: int) -> None:
+        block = self._place.scratch.block(stream)
+        if context.scratch is not block:
+            context.handle.set_device_memory(block.data_ptr(), block.numel())
+            context.scratch = block
+
+    def synchronize(self) -> None:
+        """Wait until the current stream has finished."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+
+def _text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,1 @@
+"""A checkpoint as a graph of units, and the partition of it into segments."""

@@ -1,0 +1,230 @@
+"""What a build reads: a Stable Diffusion checkpoint, with the UNet of a variant. Where sources lie is in `tuning.checkpoints.find_source`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+import tuning
+from engines.bundle.folder import sha256
+from engines.bundle.manifest import is_variant
+from exporter.errors import SourceError
+from tuning.checkpoints.find_source import MINI, find_source
+from tuning.checkpoints.folder import meta_unet, only_assembled, unet_weights
+from tuning.checkpoints.source import PARTS, FolderSource, RandomSource, Source, check_part
+from tuning.checkpoints.weights import Made, Renamed, Weights, filled, map_file, shapes_of
+from tuning.surgery.assembly import origins
+from tuning.surgery.changes import changes_of
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+__all__ = ["MINI", "VARIANTS", "Checkpoint", "open_source"]
+
+VARIANTS = tuple(tuning.RECIPES)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Stable Diffusion checkpoint with one UNet for each variant. Weights are read when they are taken.
+
+    ``own_unet`` is the folder of a UNet that takes the place of the checkpoint's. Parts are ``unet``, ``vae``, ``text_encoder``.
+    """
+
+    source: Source
+    own_unet: Path | None = None
+    _weights: dict[tuple[str, str], Weights] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """What the user called the source."""
+        return self.source.name
+
+    @property
+    def folder(self) -> Path:
+        """Where its configurations, tokenizer and scheduler lie."""
+        return self.source.folder
+
+    @property
+    def guidance_scale(self) -> float:
+        """What pictures look best with: Stable Diffusion's usual 7.5; the embedded model was measured to want less."""
+        return 3.0 if self.folder == MINI else 7.5
+
+    def skeleton(self, part: str, variant: str) -> Any:
+        """A part's module without weights: parameters on the meta device, in evaluation mode.
+
+        Raises:
+            SourceError: a configuration is missing or no such model's, the source has no such variant and none can be made of
+                its UNet, or the UNet given for it is another.
+        """
+        with _source_errors(self.name):
+            if part != "unet":
+                return self.source.skeleton(part)
+            if (folder := self._unet_folder(variant)) is None:
+                return self._original() if variant == "original" else self._assembled(variant)
+            unet = meta_unet(folder / "config.json")
+        if self.own_unet is not None:
+            self._check_own(unet, variant)
+        return unet
+
+    def weights(self, part: str, variant: str) -> Weights:
+        """Where the part's weights are, under the names that they have in its skeleton's state.
+
+        Raises:
+            SourceError: as ``skeleton``, or the weights are missing or not those that the configuration needs.
+        """
+        if (part, variant) not in self._weights:
+            with _source_errors(self.name):
+                self._weights[part, variant] = self._unet_weights(variant) if part == "unet" else self.source.weights(part)
+        return self._weights[part, variant]
+
+    def unet(self, variant: str) -> UNet2DConditionModel:
+        """The whole UNet of a variant, float32, in evaluation mode. Raises SourceError as ``weights`` does."""
+        return self._whole("unet", variant)
+
+    def vae(self) -> AutoencoderKL:
+        """The VAE, float32, in evaluation mode."""
+        return self._whole("vae", "original")
+
+    def text_encoder(self) -> nn.Module:
+        """The CLIP text encoder, float32, in evaluation mode."""
+        text: nn.Module = self._whole("text_encoder", "original")
+        return text
+
+    def _whole(self, part: str, variant: str) -> Any:
+        with _source_errors(self.name):
+            return filled(self.skeleton(part, variant), self.weights(part, variant))
+
+    def _unet_folder(self, variant: str) -> Path | None:
+        """The folder of a variant's own UNet; None where it is the source's UNet, or is cut out of that."""
+        if self.own_unet is not None:
+            return self.own_unet
+        stored = self.folder / f"unet_{variant}"
+        return stored if isinstance(self.source, FolderSource) and (stored / "config.json").is_file() else None
+
+    def _original(self) -> UNet2DConditionModel:
+        """The skeleton of the source's UNet."""
+        return self.source.skeleton("unet")
+
+    def _assembled(self, variant: str) -> UNet2DConditionModel:
+        """The skeleton of what the recipe of that name makes of the source's UNet."""
+        with self._making(variant):
+            return tuning.assemble(self._original(), tuning.recipe(variant))
+
+    def _unet_weights(self, variant: str) -> Weights:
+        unet = self.skeleton("unet", variant)
+        if (folder := self._unet_folder(variant)) is not None:
+            return unet_weights(folder, unet)
+        whole = self.source.weights("unet")
+        if variant == "original":
+            return whole
+        recipe = tuning.recipe(variant)
+        if recipe.experts is None:
+            return Renamed(whole, origins(self._original(), recipe))
+        # What experts start from comes from several kernels of the original, or from none.
+        return Made(f"{self.name}, {variant}", shapes_of(unet), lambda: tuning.assemble(filled(self._original(), whole), recipe))
+
+    @contextmanager
+    def _making(self, variant: str) -> Iterator[None]:
+        try:
+            yield
+        except tuning.TuningError as error:
+            raise SourceError(f"source {self.name} has no {variant} UNet, and none can be made of its UNet: {error}") from error
+
+    def _check_own(self, unet: UNet2DConditionModel, variant: str) -> None:
+        """Raise SourceError unless the UNet given has the units that the variant's recipe leaves of the source's."""
+        if variant not in tuning.RECIPES:
+            return
+        recipe = tuning.recipe(variant)
+        try:
+            wanted = tuning.assemble(self._original(), recipe.model_copy(update={"experts": None}))
+        except tuning.TuningError as error:
+            raise SourceError(f"source {self.name} can have no {variant} UNet: {error}") from error
+        ours, theirs = tuning.unit_modules(unet), tuning.unit_modules(wanted)
+        unlike = sorted(ours.keys() ^ theirs.keys())
+        if unlike:
+            which = "lacks" if unlike[0] in theirs else "has"
+            raise SourceError(f"{self.own_unet} is no {variant} UNet of {self.name}: it {which} {unlike[0]}; name its --variant")
+        if list(unet.config.block_out_channels) != list(wanted.config.block_out_channels):
+            raise SourceError(
+                f"{self.own_unet} is no UNet of {self.name}: its widths are {list(unet.config.block_out_channels)}, "
+                f"not {list(wanted.config.block_out_channels)}; give the --source that it was made from"
+            )
+        if (changes_of(unet).experts is None) != (recipe.experts is None):
+            raise SourceError(
+                f"{self.own_unet} is no {variant} UNet: only condconv has conditional convolutions; name its --variant"
+            )
+
+    def is_distilled(self, variant: str) -> bool:
+        """Whether the variant's weights were trained for it, not only cut out of the original's."""
+        folder = self._unet_folder(variant)
+        return variant == "original" or (folder is not None and not only_assembled(folder))
+
+    def files(self, variant: str) -> Iterator[tuple[str, Path]]:
+        """Every file that a build of the variant reads, and what it is called whichever folder the checkpoint lies in."""
+        folder = self._unet_folder(variant)
+        if folder is not None:
+            name = "--unet" if folder == self.own_unet else folder.name
+            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                # Beside a UNet that was distilled may lie what its training left.
+                if folder != self.own_unet or path.suffix in {".json", ".safetensors"}:
+                    yield f"{name}/{path.relative_to(folder)}", path
+        for part in PARTS:
+            if part != "unet" or folder is None or not isinstance(self.source, FolderSource):
+                for path in self.source.files(part):
+                    yield f"{part}/{path.name}", path
+
+    def check_weights(self, variant: str) -> None:
+        """Raise SourceError if a file of weights is cut off or none, before the first of them is needed."""
+        with _source_errors(self.name):
+            for _, path in self.files(variant):
+                if path.suffix == ".safetensors":
+                    map_file(path)
+
+    def fingerprint(self, variant: str, digest: Callable[[Path], str] = sha256) -> str:
+        """A hash of all those files, whose own are given by ``digest``; of a random source's name and seed as well."""
+        whole = hashlib.sha256()
+        if isinstance(self.source, RandomSource):
+            whole.update(f"{self.name} {self.source.seed}\n".encode())
+        for name, path in self.files(variant):
+            whole.update(f"{name} {digest(path)}\n".encode())
+        return whole.hexdigest()
+
+
+@contextmanager
+def _source_errors(name: str) -> Iterator[None]:
+    """Say of which source TuningError speaks."""
+    try:
+        yield
+    except tuning.TuningError as error:
+        reason = str(error)
+        raise SourceError(reason if reason.startswith(("source ", "unknown source ")) else f"source {name}: {reason}") from error
+
+
+def open_source(source: str, variant: str, unet: Path | None = None, config: Path | None = None) -> Checkpoint:
+    """Find a checkpoint and check that a build can read it.
+
+    Args:
+        source: as ``tuning.checkpoints.find_source.find_source`` takes it.
+        variant: the name of a recipe; with ``unet``, of any.
+        unet: the folder of the variant's UNet, where it is not in the source's.
+        config: a diffusers folder with configurations, for a single file of another family.
+
+    Raises:
+        SourceError: unknown variant or source, a pickle, or a folder or file with parts missing.
+    """
+    if unet is None and variant not in VARIANTS:
+        raise SourceError(f"unknown variant {variant!r}; choose from: {', '.join(VARIANTS)}")
+    if not is_variant(variant):
+        raise SourceError(f"variant {variant!r} is no name; write small letters, numbers and -, such as {', '.join(VARIANTS)}")
+    with _source_errors(source):
+        found = find_source(source, config)
+        if unet is not None:
+            check_part(source, unet.parent, unet.name)
+    return Checkpoint(found, unet)

@@ -1,0 +1,84 @@
+"""A checkpoint's models without their weights, and modules of their units with them: a few at a time, so that a build of a large
+UNet never holds the whole of it.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from exporter.graph.text_vae import VAE_DECODER, VAE_ENCODER, TextEncoder, VaeDecoder, VaeEncoder
+from exporter.graph.topology import TEXT
+from exporter.graph.unit_modules import paths_of, unit_module
+
+if TYPE_CHECKING:
+    from exporter.graph.checkpoint import Checkpoint
+
+__all__ = ["Parts"]
+
+_ENDS = {TEXT: ("text_encoder", TextEncoder), VAE_DECODER: ("vae", VaeDecoder), VAE_ENCODER: ("vae", VaeEncoder)}
+"""The units outside the UNet: the checkpoint's part that they belong to, and their module."""
+_VAE_PATHS = {VAE_DECODER: ("post_quant_conv", "decoder"), VAE_ENCODER: ("quant_conv", "encoder")}
+
+
+class Parts:
+    """The UNet, text encoder and VAE of a checkpoint on the meta device.
+
+    Args:
+        checkpoint: from ``open_source``.
+        variant: which UNet.
+        dtype: of the weights; those of the time embedding stay float32.
+    """
+
+    def __init__(self, checkpoint: "Checkpoint", variant: str, dtype: torch.dtype) -> None:
+        self.checkpoint, self._variant = checkpoint, variant
+        self.models = {part: checkpoint.skeleton(part, variant) for part in ("unet", "text_encoder", "vae")}
+        for model in self.models.values():
+            nn.Module.to(model, dtype)  # diffusers' own warns of modules kept in float32, of which there are none here
+        self.models["unet"].get_submodule("time_embedding").float()
+
+    def modules(self, units: Iterable[str]) -> dict[str, nn.Module]:
+        """The module of each unit, on the meta device."""
+        return {unit: self._module(self.models, unit) for unit in units}
+
+    def load(self, units: Iterable[str]) -> dict[str, nn.Module]:
+        """The module of each unit with its weights, on the CPU and in evaluation mode; nobody else keeps them.
+
+        Raises:
+            SourceError: weights are missing or cannot be read.
+        """
+        units = tuple(units)
+        used = {_part(unit) for unit in units}
+        models = {part: copy.deepcopy(self.models[part]) for part in used}
+        for part, model in models.items():
+            paths = [path for unit in units if _part(unit) == part for path in self._paths(unit)]
+            self._fill(part, model, paths)
+        return {unit: self._module(models, unit).eval() for unit in units}
+
+    def _fill(self, part: str, model: nn.Module, paths: Iterable[str]) -> None:
+        weights, state = self.checkpoint.weights(part, self._variant), model.state_dict()
+        wanted = {name: tensor for name, tensor in state.items() if any(name.startswith(path) for path in paths)}
+        taken: dict[str, Tensor] = {}
+        for dtype in {tensor.dtype for tensor in wanted.values()}:
+            taken |= weights.take([name for name, tensor in wanted.items() if tensor.dtype == dtype], dtype)
+        model.load_state_dict(taken, strict=False, assign=True)
+
+    def _paths(self, unit: str) -> tuple[str, ...]:
+        """What the names of the unit's weights start with."""
+        if unit == TEXT:
+            return ("",)
+        inside = _VAE_PATHS.get(unit) or paths_of(self.models["unet"], unit)
+        return tuple(f"{path}." for path in inside)
+
+    def _module(self, models: Mapping[str, nn.Module], unit: str) -> nn.Module:
+        if unit in _ENDS:
+            part, kind = _ENDS[unit]
+            return kind(models[part])
+        return unit_module(models["unet"], unit)
+
+
+def _part(unit: str) -> str:
+    """The checkpoint's part that a unit belongs to."""
+    return _ENDS[unit][0] if unit in _ENDS else "unet"

@@ -1,0 +1,130 @@
+"""The whole of a checkpoint as one graph: text encoder, the UNet's units and both halves of the VAE."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engines.bundle.manifest import Feature, Segment, Unit
+from exporter.errors import BuildError, SourceError
+from exporter.graph.components import Parts
+from exporter.graph.shapes_and_macs import measure
+from exporter.graph.text_vae import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER
+from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
+from exporter.graph.unit_modules import SegmentModule
+
+if TYPE_CHECKING:
+    from exporter.graph.checkpoint import Checkpoint
+
+__all__ = ["Graph", "check_size", "load_graph"]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Units in an order in which they can run, what loads their weights, every feature, and the sizes that hold for all."""
+
+    units: tuple[Unit, ...]
+    parts: Parts
+    features: Mapping[str, Feature]
+    depth: int
+    """Latent height and width must be multiples of this."""
+    vae_scale: int
+    latent_channels: int
+    text_length: int
+    vocabulary: int
+    size: tuple[int, int]
+    """Picture height and width in pixels at which MACs were counted: the first one asked for, or the model's own."""
+
+    @property
+    def size_multiple(self) -> int:
+        """Picture height and width must be multiples of this many pixels."""
+        return self.vae_scale * self.depth
+
+    @property
+    def unet_units(self) -> tuple[Unit, ...]:
+        """The units that a plan can name."""
+        return tuple(unit for unit in self.units if unit.name not in {TEXT, VAE_DECODER, VAE_ENCODER})
+
+    def parameters(self, segment: Segment) -> int:
+        """How many weights a segment has."""
+        return sum(unit.parameters for unit in self.units if unit.name in segment.units)
+
+    def segment_module(self, segment: Segment) -> SegmentModule:
+        """The torch module that computes a segment, with its weights; SourceError where they cannot be read."""
+        units = [unit for unit in self.units if unit.name in segment.units]
+        modules = self.parts.load(unit.name for unit in units)
+        return SegmentModule(units, modules, segment.inputs, segment.outputs)
+
+
+def load_graph(checkpoint: "Checkpoint", variant: str, dtype: torch.dtype, size: tuple[int, int] | None = None) -> Graph:
+    """Derive a checkpoint's graph from its configurations; weights are loaded when a segment is asked for.
+
+    Args:
+        checkpoint: from ``open_source``.
+        variant: which UNet.
+        dtype: of the weights and of the features inside the graph; its inputs and outputs stay float32.
+        size: picture height and width in pixels at which MACs are counted; None for the model's own size.
+
+    Raises:
+        SourceError: the UNet is of another family, or the parts do not fit together.
+        BuildError: the size is not a multiple of what the UNet's depth needs.
+    """
+    parts = Parts(checkpoint, variant, dtype)
+    unet: Any = parts.models["unet"]
+    vae: Any = parts.models["vae"].config
+    text: Any = parts.models["text_encoder"].config
+    _check_fit(checkpoint, unet.config, vae, text)
+    scale, depth = 2 ** (len(vae.block_out_channels) - 1), depth_factor(unet)
+    size = size or (unet.config.sample_size * scale, unet.config.sample_size * scale)
+    check_size(size, scale * depth)
+    ends = zip((TEXT, VAE_DECODER, VAE_ENCODER), (TOKENS, LATENTS, IMAGE), strict=True)
+    first, *last = (Unit(name=name, kind=name, inputs=(given,)) for name, given in ends)
+    chain = (first, *topology(unet), *last)
+    sizes = {"height": size[0] // scale, "width": size[1] // scale}
+    modules = parts.modules(unit.name for unit in chain)
+    units, features = measure(chain, modules, _inputs(unet.config, vae, text.max_position_embeddings, scale), sizes)
+    return Graph(
+        units=tuple(units),
+        parts=parts,
+        features=features,
+        depth=depth,
+        vae_scale=scale,
+        latent_channels=unet.config.in_channels,
+        text_length=text.max_position_embeddings,
+        vocabulary=text.vocab_size,
+        size=size,
+    )
+
+
+def _inputs(unet: Any, vae: Any, text_length: int, scale: int) -> dict[str, Feature]:
+    """The features that no unit makes, from the models' configurations."""
+    picture = vae.in_channels, f"{scale}*height", f"{scale}*width"
+    return {
+        TOKENS: Feature(dtype="int64", shape=("batch", text_length)),
+        SAMPLE: Feature(dtype="float32", shape=("batch", unet.in_channels, "height", "width")),
+        TIMESTEP: Feature(dtype="float32", shape=(1,)),
+        LATENTS: Feature(dtype="float32", shape=("images", vae.latent_channels, "height", "width")),
+        IMAGE: Feature(dtype="float32", shape=("images", *picture)),
+    }
+
+
+def check_size(size: tuple[int, int], multiple: int) -> None:
+    """Raise BuildError unless the UNet's depth divides a picture size (height, width) in pixels."""
+    if any(side < multiple or side % multiple for side in size):
+        raise BuildError(f"size {size[0]}x{size[1]}: height and width must be multiples of {multiple} pixels for this UNet")
+
+
+def _check_fit(checkpoint: "Checkpoint", unet: Any, vae: Any, text: Any) -> None:
+    name, wanted = checkpoint.name, unet.cross_attention_dim
+    if wanted != text.hidden_size:
+        raise SourceError(
+            f"source {name}: the UNet reads text of width {wanted}, the text encoder makes {text.hidden_size}; "
+            "give a source whose parts were trained together, or another --unet"
+        )
+    channels, latent = unet.in_channels, vae.latent_channels
+    if channels != latent:
+        raise SourceError(
+            f"source {name}: the UNet reads {channels} channels, the VAE makes {latent}: "
+            "inpainting and depth UNets are not supported"
+        )

@@ -1,0 +1,142 @@
+"""The finished pieces of a bundle that is being built: files under keys that say what they were made of.
+
+A piece counts from the moment its record is written, which is after its files are; a record names each file's hash. What a build
+that was stopped has left can therefore be trusted, and what it has left half-written is not taken for a piece.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
+
+from engines import Bundle
+from engines.bundle.folder import describe_file, is_whole
+from engines.bundle.manifest import File
+from engines.support.files import take_place
+from exporter.errors import BuildError
+
+__all__ = ["Pieces", "key_of", "working_on"]
+
+_FILES = TypeAdapter(tuple[File, ...])
+
+
+def key_of(made_from: Mapping[str, Any]) -> str:
+    """A hash of everything that a piece is made from, which JSON must be able to hold."""
+    return sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+class Pieces:
+    """A folder that is to become a bundle, and beside it the records of what in it is finished."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.folder, self._records = place, place / "bundle", place / "pieces"
+        self._found: dict[str, tuple[File, ...]] = {}
+        for folder in (self.folder, self._records):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(list(self._records.glob("*.json")))
+
+    def find(self, key: str) -> tuple[File, ...] | None:
+        """The files of a piece, if it is finished and all of them are whole."""
+        if key not in self._found:
+            try:
+                files = _FILES.validate_json(self._record(key).read_bytes())
+            except (OSError, ValidationError):
+                return None
+            if not all(is_whole(self.folder, file) for file in files):
+                return None
+            self._found[key] = files
+        return self._found[key]
+
+    def add(self, key: str, paths: Iterable[Path]) -> tuple[File, ...]:
+        """Record a piece whose files have been written."""
+        return self._note(key, tuple(describe_file(self.folder, path) for path in paths))
+
+    def adopt(self, bundle: Bundle, wanted: Container[str]) -> None:
+        """Take over a bundle's wanted pieces. It stays as it is: its files get a second name, or copies where they can't."""
+        for segment in bundle.manifest.segments:
+            made = [(segment.key, segment.onnx), *((compiled.key, compiled.files) for compiled in segment.engines.values())]
+            for key, files in made:
+                if key in wanted and self.find(key) is None and all(is_whole(bundle.folder, file) for file in files):
+                    for file in files:
+                        _link(bundle.folder / file.path, self.folder / file.path)
+                    self._note(key, files)
+
+    def forget_all_but(self, keys: Iterable[str]) -> None:
+        """Remove every file that belongs to none of these pieces. What is written after that has no other name elsewhere."""
+        found = [self.find(key) for key in keys]
+        wanted = {self.folder / file.path for files in found for file in files or ()}
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path not in wanted:
+                path.unlink()
+
+    def _record(self, key: str) -> Path:
+        return self._records / f"{key}.json"
+
+    def _note(self, key: str, files: tuple[File, ...]) -> tuple[File, ...]:
+        record = self._record(key)
+        partial = record.with_suffix(".partial")
+        partial.write_bytes(_FILES.dump_json(files))
+        partial.replace(record)
+        self._found[key] = files
+        return files
+
+
+@contextmanager
+def working_on(folder: Path) -> Iterator[Pieces]:
+    """The pieces that are to become a bundle at ``folder``, in a hidden folder beside it.
+
+    At the end they take the bundle's place. Where the work breaks off they stay, if any is finished, for the next build.
+
+    Raises:
+        BuildError: another build is at work there.
+    """
+    place = folder.parent / f".{folder.name}.building"
+    is_new = not folder.parent.exists()
+    place.mkdir(parents=True, exist_ok=True)
+    with _lock(place, folder):
+        aside = place / "old"
+        if aside.exists():  # a build was stopped between its two last moves
+            shutil.rmtree(aside) if folder.exists() else aside.rename(folder)
+        pieces = Pieces(place)
+        done = False
+        try:
+            yield pieces
+            take_place(pieces.folder, folder, aside)
+            done = True
+        finally:
+            if done or not len(pieces):
+                shutil.rmtree(place)
+            if is_new and not any(folder.parent.iterdir()):
+                folder.parent.rmdir()
+
+
+@contextmanager
+def _lock(place: Path, folder: Path) -> Iterator[None]:
+    """Nobody else works in ``place``; a lock goes with its process, however that ends."""
+    lock = FileLock(place / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BuildError(f"another build is writing {folder}; wait for it, or choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

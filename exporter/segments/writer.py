@@ -1,0 +1,155 @@
+"""Write a bundle's segments: the ONNX file of each, and what each engine compiles of it. What is finished already is kept."""
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from engines import Engine, Profile, Segment, Traced
+from engines.bundle.manifest import Compiled, Feature
+from engines.bundle.shapes import resolve
+from exporter.graph.graph import Graph
+from exporter.graph.text_vae import IMAGE, TOKENS
+from exporter.segments.artifacts import Pieces, key_of
+from exporter.segments.trace import OPSET, trace_program, write_onnx
+
+__all__ = ["Wanted", "Writer", "profile_of"]
+
+_LARGE = 5_000_000
+"""Parameters from which it is worth a look through all objects to be rid of a segment's weights before the next one's come."""
+
+Report = Callable[[str], None]
+"""Told what is being done, before it is."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be made of every segment.
+
+    Args:
+        made_from: what all pieces depend on: weights, variant, precision, versions, code.
+        targets: compute capabilities by the name of the engine that compiles for them.
+        sizes: picture sizes (height, width) in pixels, for engines with a profile.
+        max_images: images per call, likewise.
+        static: whether such engines are for nothing but the first size and that many images, with guidance.
+    """
+
+    made_from: Mapping[str, Any]
+    targets: Mapping[str, Sequence[str]]
+    sizes: Sequence[tuple[int, int]]
+    max_images: int
+    static: bool = False
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes segments of a graph into a bundle, for some engines."""
+
+    graph: Graph
+    engines: Sequence[Engine]
+    wanted: Wanted
+    pieces: Pieces
+
+    def keys(self, segment: Segment) -> dict[str, str]:
+        """What the pieces of a segment are kept under: ``onnx``, and the name of each engine that compiles."""
+        cut = {"segment": segment.name, "units": segment.units, "inputs": segment.inputs, "outputs": segment.outputs}
+        keys = {"onnx": key_of({**self.wanted.made_from, **cut, "opset": OPSET})}
+        for engine in self.engines:
+            if engine.compiles:
+                profile = vars(self._profile(segment)) if engine.has_profile else None
+                made_by = {"engine": engine.name, "version": engine.version(), "targets": self.wanted.targets[engine.name]}
+                keys[engine.name] = key_of({"onnx": keys["onnx"], **made_by, "profile": profile})
+        return keys
+
+    def is_written(self, segment: Segment) -> bool:
+        """Whether there is nothing left to do."""
+        return all(self.pieces.find(key) is not None for key in self.keys(segment).values())
+
+    def write(self, segment: Segment, report: Report = lambda what: None) -> Segment:
+        """Trace and compile a segment, as far as that is not done; returns it with its files.
+
+        Raises:
+            SourceError: its weights cannot be read.
+            EngineError: an engine refuses it.
+        """
+        started = time.perf_counter()
+        keys = self.keys(segment)
+        onnx = self.pieces.find(keys["onnx"])
+        todo = [engine for engine in self.engines if engine.compiles and self.pieces.find(keys[engine.name]) is None]
+        path = self.pieces.folder / "segments" / f"{segment.name}.onnx"
+        program, worked = None, onnx is None or bool(todo)
+        if not worked:
+            report("kept")
+        if onnx is None or any(engine.wants_program for engine in todo):
+            report("tracing")
+            program = trace_program(segment, self.graph.segment_module(segment), self.graph.features, self.graph.depth)
+        if onnx is None:
+            assert program is not None
+            path.parent.mkdir(exist_ok=True)
+            onnx = self.pieces.add(keys["onnx"], write_onnx(program, segment, path))
+        traced = Traced(segment, path, program if any(engine.wants_program for engine in todo) else None)
+        del program
+        if self.graph.parameters(segment) > _LARGE:
+            _let_go()
+        for engine in todo:
+            report(f"compiling for {engine.name}")
+            stem = self.pieces.folder / "engines" / engine.name / segment.name
+            targets, beside = self.wanted.targets[engine.name], self.pieces.place.parent
+            paths = engine.compile(traced, stem, self._profile(segment), targets, beside)
+            self.pieces.add(keys[engine.name], paths)
+        compiled = {engine.name: self._compiled(engine, keys[engine.name]) for engine in self.engines if engine.compiles}
+        seconds = round(time.perf_counter() - started, 1) if worked else 0.0
+        return segment.model_copy(update={"onnx": onnx, "key": keys["onnx"], "engines": compiled, "seconds": seconds})
+
+    def _compiled(self, engine: Engine, key: str) -> Compiled:
+        files = self.pieces.find(key)
+        assert files is not None
+        return Compiled(files=files, version=engine.version(), targets=tuple(self.wanted.targets[engine.name]), key=key)
+
+    def _profile(self, segment: Segment) -> Profile:
+        wanted, graph = self.wanted, self.graph
+        return profile_of(segment, graph.features, wanted.sizes, wanted.max_images, graph.vae_scale, wanted.static)
+
+
+def _let_go() -> None:
+    """Give memory that is no longer used back to the system, as far as Python and the C library can be made to."""
+    gc.collect()  # a traced program is full of cycles that hold its weights
+    with suppress(AttributeError, OSError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def profile_of(
+    segment: Segment,
+    features: Mapping[str, Feature],
+    sizes: Sequence[tuple[int, int]],
+    max_images: int,
+    vae_scale: int,
+    static: bool = False,
+) -> Profile:
+    """The input shapes an engine must take: one row at the smallest size up to guidance for all images at the largest.
+
+    It is optimised for one image with guidance (two rows of the UNet) at the first size. A static one takes guidance for all
+    images at the first size and nothing else; but prompts come with as many rows as they are, and pictures one by one.
+
+    Args:
+        segment: whose inputs.
+        features: of the graph, by name.
+        sizes: picture sizes (height, width) in pixels.
+        max_images: images per call.
+        vae_scale: pixels per latent, along a side.
+        static: whether there is to be one shape only.
+    """
+
+    def shapes(images: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        rows = 1 if images == 0 else 2 * images
+        dims = {"batch": rows, "images": max(images, 1), "height": height // vae_scale, "width": width // vae_scale}
+        return {name: resolve(features[name].shape, dims) for name in segment.inputs}
+
+    if static and not {TOKENS, IMAGE}.intersection(segment.inputs):
+        only = shapes(max_images, *sizes[0])
+        return Profile(only, only, only)
+    heights, widths = [size[0] for size in sizes], [size[1] for size in sizes]
+    return Profile(shapes(0, min(heights), min(widths)), shapes(1, *sizes[0]), shapes(max_images, max(heights), max(widths)))

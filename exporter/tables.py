@@ -1,0 +1,146 @@
+"""Tables for people: the segments of a bundle, its features, and what its plans cost."""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from engines import Bundle, Manifest, Segment
+from runtime.errors import PlanError
+from runtime.execution.siblings import lay_out_part
+from runtime.plans.plan import Plan
+from runtime.plans.presets import PRESETS, find_plan
+from runtime.plans.schedule import check_runs
+from runtime.report.cost import from_to, relative_macs
+
+__all__ = ["show_built", "show_bundle", "show_segments"]
+
+_MIB = 2**20
+_MOST_NAMED = 3
+_TIMESTEPS = tuple(range(970, 0, -33))
+"""Of 30 steps, to show costs for."""
+
+
+def show_built(bundle: Bundle, built: bool, console: Console, *, as_json: bool = False) -> None:
+    """Print what a build made, with a warning on the error stream where its pictures will suffer."""
+    manifest = bundle.manifest
+    if as_json:
+        sizes = {segment.name: sum(file.bytes for file in segment.onnx) for segment in manifest.segments}
+        told = {"bundle": str(bundle.folder), "built": built, "distilled": manifest.distilled, "onnx_bytes": sizes}
+        console.out(json.dumps(told), highlight=False)
+    else:
+        show_segments(bundle, console)
+    if not manifest.distilled:
+        print(
+            f"warning: the {manifest.variant} UNet was cut out of {manifest.source}'s and not distilled since, "
+            "so pictures suffer",
+            file=sys.stderr,
+        )
+    if not as_json:
+        console.print(f"{'built' if built else 'up to date:'} {bundle.folder}", highlight=False, soft_wrap=True)
+
+
+def show_segments(bundle: Bundle, console: Console) -> None:
+    """Print one row per segment: units, parameters, MACs, seconds that its build took, and the size of each engine's files."""
+    manifest = bundle.manifest
+    engines = _engines(manifest)
+    height, width = manifest.sizes[0]
+    made_from = f"{manifest.variant} UNet of {manifest.source}, {manifest.precision}"
+    table = Table(title=f"{bundle.folder}: {made_from}; MACs of one row at {height}x{width}", box=SIMPLE)
+    table.add_column("segment", no_wrap=True)
+    for name in ("units", "params\nM", "MACs\nM", "build\ns", *(f"{name}\nMiB" for name in engines)):
+        table.add_column(name, justify="right")
+    rows = [_amounts(manifest, segment, engines) for segment in manifest.segments]
+    for segment, amounts in zip(manifest.segments, rows, strict=True):
+        table.add_row(segment.name, *_format(*amounts))
+    table.add_section()
+    table.add_row("all", *_format(*(sum(column) for column in zip(*rows, strict=True))))
+    console.print(table)
+    for name in engines:
+        targets = {compiled.targets for segment in manifest.segments if (compiled := segment.engines.get(name))}
+        for target in filter(None, targets):
+            console.print(f"{name}: built for {', '.join(target)}", highlight=False)
+
+
+def _engines(manifest: Manifest) -> tuple[str, ...]:
+    """The engines that can run the bundle: ONNX Runtime takes the segments as they are."""
+    return tuple(dict.fromkeys(["onnxruntime", *(name for segment in manifest.segments for name in segment.engines)]))
+
+
+def _amounts(manifest: Manifest, segment: Segment, engines: Sequence[str]) -> tuple[float, ...]:
+    units = [unit for unit in manifest.units if unit.name in segment.units]
+    files = {"onnxruntime": segment.onnx} | {name: compiled.files for name, compiled in segment.engines.items()}
+    return (
+        len(units),
+        sum(unit.parameters for unit in units),
+        sum(unit.macs for unit in units),
+        segment.seconds,
+        *(sum(file.bytes for file in files.get(name, ())) for name in engines),
+    )
+
+
+def _format(units: float, parameters: float, macs: float, seconds: float, *sizes: float) -> tuple[str, ...]:
+    numbers = f"{units:.0f}", f"{parameters / 1e6:.3f}", f"{macs / 1e6:,.1f}", f"{seconds:.1f}"
+    return *numbers, *(f"{size / _MIB:.2f}" for size in sizes)
+
+
+def show_bundle(bundle: Bundle, console: Console) -> None:
+    """Print everything about a bundle that a person may want to know."""
+    manifest = bundle.manifest
+    show_segments(bundle, console)
+    table = Table(title="features between segments", box=SIMPLE)
+    for name in ("feature", "dtype", "shape", "read by"):
+        table.add_column(name, overflow="fold")
+    for segment in manifest.segments:
+        for name in segment.outputs:
+            feature = manifest.features[name]
+            readers = [reader.name for reader in manifest.segments if name in reader.inputs]
+            shape = "(" + ", ".join(str(dim) for dim in feature.shape) + ")"
+            read_by = ", ".join(readers) if len(readers) <= _MOST_NAMED else f"{len(readers)} segments"
+            table.add_row(name, feature.dtype, shape, read_by or "the caller")
+    console.print(table)
+    console.print(_plans(manifest))
+    console.print(f"for a plan that it is not cut for: {bundle.rebuild_command()} --plan PLAN", highlight=False, soft_wrap=True)
+    sizes = ", ".join(f"{height}x{width}" for height, width in manifest.sizes)
+    images = f"exactly {manifest.max_images} (static)" if manifest.static else f"up to {manifest.max_images}"
+    console.print(f"sizes {sizes} (multiples of {manifest.size_multiple}), {images} images per call", highlight=False)
+    console.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.made_with.items()), highlight=False)
+
+
+def _plans(manifest: Manifest) -> Table:
+    table = Table(title="plans of this UNet (MACs of an average step, relative to full)", box=SIMPLE)
+    for name in ("plan", "what is inherited", "MACs"):
+        table.add_column(name)
+    built_for = [plan for plan in manifest.plans if plan not in {preset.example for preset in PRESETS.values()}]
+    for name in (*built_for, *(preset.example for preset in PRESETS.values())):
+        table.add_row(name, *_row(manifest, name))
+    return table
+
+
+def _row(manifest: Manifest, name: str) -> tuple[str, str]:
+    try:
+        plan = find_plan(name)
+    except PlanError as error:  # the bundle was built for a file that is gone or was changed
+        return str(error), "-"
+    return _cost(manifest, plan)
+
+
+def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
+    """What a plan inherits, or why the bundle cannot run it; and its MACs, where they are this UNet's alone."""
+    try:
+        schedule = lay_out_part(plan, manifest, _TIMESTEPS)
+    except PlanError as error:
+        return f"not with this UNet: {error}", "-"
+    try:
+        check_runs(schedule)
+    except PlanError:
+        return "not cut for it", "-"
+    others = ", ".join(name for name in dict.fromkeys(part.unet for part in plan.unets) if name != manifest.variant)
+    if others:
+        return f"this UNet's part can run; beside the bundle there must be one of {others}", "-"
+    inherited = ", ".join(f"{' '.join(rule.units)} by {rule.kind}" for rule in plan.rules)
+    least, most = (relative_macs(schedule, changed=changed) for changed in (False, True))
+    return inherited or "nothing", from_to(least, most)

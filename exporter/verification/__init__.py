@@ -1,0 +1,1 @@
+"""A bundle compared with the torch model that it was made from."""

@@ -1,0 +1,91 @@
+"""``python -m exporter verify``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from engines import Bundle, make_engine
+from engines.bundle.manifest import Precision
+from exporter.verification.verify import (
+    CHAIN,
+    LEAST_COSINE,
+    LEAST_PSNR,
+    TOLERANCE,
+    Comparison,
+    Reference,
+    compare_latents,
+    verify,
+)
+
+__all__ = ["verify_command"]
+
+FP16_STEPS = 20
+"""Denoising steps after which an fp16 bundle's latents are compared: rounding adds up over them."""
+
+
+def verify_command(folder: Path, engine: str, sizes: Sequence[tuple[int, int]], steps: int | None, console: Console) -> bool:
+    """Verify a bundle, print the error of each segment, and say whether all are within what is allowed.
+
+    Args:
+        folder: the bundle.
+        engine: the name of what runs its segments.
+        sizes: see ``verify``.
+        steps: denoising steps after which latents are compared; by default ``FP16_STEPS`` of an fp16 bundle, else none.
+        console: where to print.
+    """
+    bundle, runs = Bundle.open(folder), make_engine(engine)
+    bundle.check()
+    precision, reference = bundle.manifest.precision, Reference.load(bundle)
+    found: list[Comparison] = []
+    for comparison in verify(bundle, runs, sizes, reference):
+        found.append(comparison)
+        if comparison.segment == CHAIN:
+            console.print(f"compared {_column(comparison)}", highlight=False)
+    console.print(_table(found, precision, f"{folder} on {engine}"))
+    good = _say_errors(found, precision, console)
+    steps = (FP16_STEPS if precision == "fp16" else 0) if steps is None else steps
+    if steps:
+        size = min(((c.height, c.width) for c in found), key=lambda size: size[0] * size[1])
+        noise = compare_latents(bundle, runs, size, steps, reference)
+        console.print(
+            f"latents after {steps} DDIM steps at {size[0]}x{size[1]}: PSNR {noise:.1f} dB to torch float32 "
+            f"(at least {LEAST_PSNR:g} wanted)",
+            highlight=False,
+            soft_wrap=True,
+        )
+        good = good and noise >= LEAST_PSNR
+    return good
+
+
+def _column(comparison: Comparison) -> str:
+    return f"{comparison.images} x {comparison.height}x{comparison.width}"
+
+
+def _table(found: Sequence[Comparison], precision: Precision, what: str) -> Table:
+    """A row for each segment: its error at each size, and how far its least cosine is from 1."""
+    table = Table(title=f"{what}: error relative to torch float32 (allowed: {TOLERANCE[precision]:g})")
+    table.add_column("segment")
+    for column in dict.fromkeys(_column(comparison) for comparison in found):
+        table.add_column(column, justify="right")
+    table.add_column("1 - cosine", justify="right")
+    for segment in dict.fromkeys(comparison.segment for comparison in found):
+        row = [comparison for comparison in found if comparison.segment == segment]
+        least = min(comparison.cosine for comparison in row)
+        cells = [(f"{c.error:.1e}", c.error <= TOLERANCE[precision]) for c in row] + [(f"{1 - least:.1e}", least >= LEAST_COSINE)]
+        table.add_row(segment, *(Text(text, "" if good else "red") for text, good in cells))
+    return table
+
+
+def _say_errors(found: Sequence[Comparison], precision: Precision, console: Console) -> bool:
+    good = all(comparison.within(precision) for comparison in found)
+    worst, least = max(found, key=lambda c: c.error), min(found, key=lambda c: c.cosine)
+    console.print(
+        f"{'all within' if good else 'NOT within'} {TOLERANCE[precision]:g} and {1 - LEAST_COSINE:.0e} of a cosine of 1; the "
+        f"largest error is {worst.error:.1e} ({worst.segment}), the least cosine 1 - {1 - least.cosine:.1e} ({least.segment})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return good

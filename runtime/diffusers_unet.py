@@ -1,0 +1,183 @@
+"""A bundle's UNet, run by a plan, in the place of a diffusers pipeline's own."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engines import DTYPES
+from runtime.api import load
+from runtime.errors import RequestError
+from runtime.execution.executor import Executor, StepRecord
+from runtime.plans.plan import Plan
+from runtime.plans.presets import find_plan
+from runtime.plans.schedule import TEXT
+
+__all__ = ["Prediction", "UNet"]
+
+
+class Prediction(NamedTuple):
+    """The prediction (rows, channels, height, width), named as in the output of diffusers' UNet."""
+
+    sample: Tensor
+
+
+@dataclass
+class _Call:
+    """One denoising loop: the scheduler's timesteps, the place among them where it began, and where it has got to.
+
+    Holding on to the timesteps keeps the next call's from being put at the same address.
+    """
+
+    timesteps: Tensor
+    first: int
+    shape: torch.Size
+    executor: Executor
+    next: int
+    records: list[StepRecord] = field(default_factory=list)
+
+
+class UNet:
+    """Stands in for the UNet of diffusers' StableDiffusionPipeline, StableDiffusionImg2ImgPipeline and
+    StableDiffusionInpaintPipeline, and gives the same latents as ``generate``::
+
+        pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+        pipe.unet = runtime.UNet("bundles/mini-original", "deepcache:3")
+
+    (With ``unet=None`` diffusers loads no UNet of its own, but text to image must then be given ``height`` and ``width``.)
+
+    Nobody tells a UNet that a call begins, how many evaluations it will have, or which of them this is; a plan needs all three.
+    They are read from the timestep: a pipeline walks over ``scheduler.timesteps``, so that what it hands over is a view into the
+    memory of that tensor. The offset is the evaluation's number, also where timesteps repeat and where image-to-image leaves the
+    first ones out; the length tells how many there are; and since ``set_timesteps`` makes a new tensor for each call, another
+    address means another call, whatever became of the one before. Nothing is inherited from one call to the next.
+
+    A loop of your own does the same: ``scheduler.set_timesteps(n)``, then ``for t in scheduler.timesteps``. A change of the
+    number of rows or of the size (guidance that is turned off on the way) begins anew with the evaluations that are left. A
+    tensor that holds one timestep is a call of one evaluation: right, and nothing saved.
+
+    An object serves one denoising loop at a time; objects on the same bundle share its loaded engines.
+
+    Args:
+        bundle: a bundle's folder; None for the one in ``./bundles`` that was built last.
+        plan: a preset such as ``deepcache:3``, a JSON file, or a ``Plan``.
+        engine: what runs the segments.
+
+    Raises:
+        PlanError: a plan that is unknown or malformed. Whether the bundle can run it is checked as a call begins.
+        BundleError: no bundle, or a damaged one.
+        EngineError: an unknown engine, or one that is not installed or not in the bundle.
+    """
+
+    def __init__(self, bundle: str | Path | None = None, plan: str | Path | Plan = "full", engine: str = "onnxruntime") -> None:
+        self.plan = find_plan(plan)
+        self._pipeline = load(bundle, engine)
+        self._call: _Call | None = None
+
+    @cached_property
+    def config(self) -> Any:
+        """What pipelines read of a UNet's configuration, as diffusers has it: by key or by attribute."""
+        from diffusers.configuration_utils import FrozenDict
+
+        manifest = self._pipeline.manifest
+        absent = ("time_cond_proj_dim", "addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds")
+        return FrozenDict(
+            _diffusers_version=manifest.made_with.get("diffusers", "0"),
+            in_channels=manifest.latent_channels,
+            out_channels=manifest.latent_channels,
+            sample_size=min(manifest.sizes[0]) // manifest.vae_scale,
+            cross_attention_dim=manifest.features[TEXT].shape[-1],
+            center_input_sample=False,
+            **dict.fromkeys(absent),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the text features that the engines take. Others are converted, and predictions have the dtype of the sample."""
+        return DTYPES[self._pipeline.manifest.features[TEXT].dtype]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engines are. Tensors elsewhere are moved there and back."""
+        return self._pipeline.engine.device
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        """What ran at each evaluation of the last call."""
+        return list(self._call.records) if self._call else []
+
+    def __call__(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        *,
+        return_dict: bool = True,
+        **conditions: object,
+    ) -> Prediction | tuple[Tensor]:
+        """Predict the noise (or velocity) of one step.
+
+        Args:
+            sample: (rows, channels, height, width), scaled for the model.
+            timestep: an element of ``scheduler.timesteps``, as an iteration over it gives them.
+            encoder_hidden_states: text features (rows, tokens, width).
+            return_dict: whether to return a ``Prediction`` or a plain tuple.
+            conditions: what else diffusers' UNets take; None for each.
+
+        Raises:
+            RequestError: a condition that is not None, a timestep that is a number, or one that is out of turn.
+            PlanError: the bundle's segments cannot run the plan.
+        """
+        given = [name for name, value in conditions.items() if value is not None]
+        if given:
+            raise RequestError(f"the UNet of a bundle does not take {', '.join(given)}; leave it out, or use diffusers' own UNet")
+        call, index = self._turn(sample.shape, timestep)
+        device = self.device
+        prediction, record = call.executor.step(
+            index,
+            sample.to(device, torch.float32),
+            timestep.reshape(-1)[:1].to(device, torch.float32),
+            encoder_hidden_states.to(device, self.dtype),
+        )
+        call.records.append(record)
+        call.next += 1
+        prediction = prediction.to(sample.device, sample.dtype)
+        return Prediction(prediction) if return_dict else (prediction,)
+
+    def _turn(self, shape: torch.Size, timestep: Tensor) -> tuple[_Call, int]:
+        """The call that an evaluation belongs to, and the evaluation's number in it."""
+        timesteps, place = _all_timesteps(timestep)
+        call = self._call
+        if call is None or call.timesteps.data_ptr() != timesteps.data_ptr() or call.shape != shape or _again(call, place):
+            if call is not None:
+                call.executor.close()
+            schedule = self._pipeline.schedule(self.plan, timesteps[place:].tolist())
+            executor = self._pipeline.executor(schedule)
+            call = self._call = _Call(timesteps, place, shape, executor, next=place)
+        elif place != call.next:
+            raise RequestError(
+                f"evaluation {place} of {len(timesteps)} (timestep {float(timesteps[place]):g}) is out of turn, expected number "
+                f"{call.next}: a plan counts one evaluation for each of scheduler.timesteps, in their order; "
+                "call scheduler.set_timesteps before each loop"
+            )
+        return call, place - call.first
+
+
+def _again(call: _Call, place: int) -> bool:
+    """Whether a loop runs over the same timesteps once more: it is where it began, or went back further than one step."""
+    return place == call.first != call.next or place < call.next - 1
+
+
+def _all_timesteps(timestep: Tensor) -> tuple[Tensor, int]:
+    """All timesteps in the memory that a timestep is a view of, and its place among them."""
+    if not isinstance(timestep, Tensor):
+        raise RequestError(
+            f"timestep is a {type(timestep).__name__}; give an element of scheduler.timesteps, which tells the step's number"
+        )
+    if timestep.numel() > 1 and bool((timestep != timestep.reshape(-1)[0]).any()):
+        raise RequestError("timestep has unlike values; a plan takes one timestep for all rows")
+    count = timestep.untyped_storage().nbytes() // timestep.element_size()
+    return timestep.detach().as_strided((count,), (1,), 0), int(timestep.storage_offset())

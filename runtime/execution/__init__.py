@@ -1,0 +1,1 @@
+"""Running a schedule on loaded segments: caches, CUDA graphs, swapping."""

@@ -1,0 +1,169 @@
+"""Each kind of step recorded once on the GPU and replayed: what is left of a step on the host is a copy of its inputs.
+
+A recording belongs to the UNet, the segments that run, what is wanted of them, the shapes of the step's own inputs and the places
+of inherited features. Its outputs stay where they are: what a key step's recording writes, an inherit step's reads, uncopied.
+"""
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engines.bundle.manifest import Segment
+from engines.cuda.graphs import CannotRecord, Recorder, Recording
+from engines.errors import EngineMemoryError
+from runtime.execution.loaded_bundle import Network
+from runtime.plans.plan import NOISE
+from runtime.plans.subgraph import TEXT, Work, read_by
+
+__all__ = ["GraphedNetwork", "Graphs"]
+
+_OWN = frozenset({"sample", "timestep", TEXT})
+"""The inputs that come anew with every step, and are copied to where its recording reads them."""
+
+Features = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A recording, and all that it reads: for that memory must not be given to others while it may be replayed."""
+
+    recording: Recording[Features]
+    inputs: Features
+
+
+class Graphs:
+    """The recordings of a pipeline's UNets. They write to the same memory in every call, so one call has them at a time.
+
+    Args:
+        recorder: what makes them.
+        limit: how many are kept; the one that was not replayed for longest goes first.
+    """
+
+    LIMIT = 32
+
+    def __init__(self, recorder: Recorder, limit: int = LIMIT) -> None:
+        self._recorder, self._limit = recorder, limit
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._taken = threading.Lock()
+        self._given_up = False
+        self._pausing = False
+
+    def take(self) -> bool:
+        """Have the graphs for one call, until ``release``; False where another call has them or nothing can be recorded."""
+        return not self._given_up and self._taken.acquire(blocking=False)
+
+    def release(self) -> None:
+        """Let the next call have them."""
+        self._pausing = False
+        self._taken.release()
+
+    def clear(self) -> None:
+        """Let go all recordings, as when the engines that they refer to are about to go; nobody may be in a step."""
+        self._graphs.clear()
+        self._recorder.forget()
+
+    def of(self, unet: str, network: Network) -> "GraphedNetwork":
+        """What runs a network for the call that has the graphs."""
+        return GraphedNetwork(unet, network, self)
+
+    def run(
+        self,
+        kind: Hashable,
+        inputs: Mapping[str, Tensor],
+        work: Callable[[Mapping[str, Tensor]], Features],
+        passing: bool = False,
+    ) -> Features:
+        """``work`` on the inputs, replayed from the second time on.
+
+        Args:
+            kind: tells apart all that is done here to inputs of the same names, shapes and places.
+            inputs: by name; those that are not a step's own must be outputs of earlier recordings.
+            work: makes the outputs from the inputs; all that it reads must be among them.
+            passing: whether the caller is done with the outputs before anything else is replayed.
+
+        Returns:
+            The outputs, in memory that the same kind of work overwrites when it is done again; with ``passing``, any other may.
+        """
+        if self._given_up or self._pausing:
+            return work(inputs)
+        try:
+            with self._recorder.beside():
+                graph = self._find(kind, inputs, work, passing)
+                _fill(graph.inputs, inputs)
+                graph.recording.replay()
+                return graph.recording.outputs
+        except (torch.OutOfMemoryError, EngineMemoryError) as error:
+            self._pausing = True  # as long as this call has them: another may need less
+            self._let_go(error)
+        except CannotRecord as error:
+            self._given_up = True
+            self._let_go(error)
+        return work(inputs)
+
+    def _find(
+        self, kind: Hashable, inputs: Mapping[str, Tensor], work: Callable[[Mapping[str, Tensor]], Features], passing: bool
+    ) -> _Graph:
+        key = kind, tuple((name, None if name in _OWN else x.data_ptr(), x.shape, x.dtype) for name, x in inputs.items())
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        fixed = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) if name in _OWN else x for name, x in inputs.items()}
+        _fill(fixed, inputs)
+        graph = _Graph(self._recorder.record(lambda: _apart(work(fixed), fixed), passing), fixed)
+        self._graphs[key] = graph
+        if len(self._graphs) > self._limit:  # never before there is another: the pool of memory is theirs together
+            self._graphs.popitem(last=False)
+        return graph
+
+    def _let_go(self, error: Exception) -> None:
+        self.clear()
+        reason = " ".join(str(error).split())
+        warnings.warn(f"steps run piece by piece, not as CUDA graphs, which costs time: {reason}", stacklevel=2)
+
+
+@dataclass(frozen=True)
+class GraphedNetwork:
+    """Does what a ``Network`` does, by replaying. Only what ``run`` returns as the noise prediction stays as it is."""
+
+    unet: str
+    network: Network
+    graphs: Graphs
+
+    def run(self, work: Work, given: Mapping[str, Tensor], made: Features | None = None) -> Features:
+        """As ``Network.run``."""
+        made = {} if made is None else made
+        inputs = {name: given[name] if name in given else made[name] for name in work.read}
+        kind = self.unet, work.ran, work.wanted
+        passing = work.wanted == {NOISE}
+        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(work, fixed, dict(made)), passing)
+        # A scheduler may hold on to predictions.
+        return result | {NOISE: result[NOISE].clone()} if NOISE in result else result
+
+    def run_all(self, segments: Iterable[Segment], given: Mapping[str, Tensor], made: Features) -> None:
+        """As ``Network.run_all``."""
+        segments = tuple(segments)
+
+        def work(fixed: Mapping[str, Tensor]) -> Features:
+            outputs: Features = {}
+            self.network.run_all(segments, fixed, outputs)
+            return outputs
+
+        if segments:
+            inputs = {name: given[name] if name in given else made[name] for name in read_by(segments, given)}
+            made.update(self.graphs.run((self.unet, tuple(segment.name for segment in segments)), inputs, work))
+
+
+def _fill(fixed: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
+    for name in _OWN.intersection(fixed):
+        fixed[name].copy_(inputs[name])
+
+
+def _apart(outputs: Features, inputs: Mapping[str, Tensor]) -> Features:
+    """Outputs that are an input, or a view of one, get memory of their own: the input's is soon written anew."""
+    places = {tensor.untyped_storage().data_ptr() for tensor in inputs.values()}
+    return {name: x.clone() if x.untyped_storage().data_ptr() in places else x for name, x in outputs.items()}

@@ -1,0 +1,179 @@
+"""Which UNets of a pipeline are on the device: all of them while they fit, else one at a time, swapped where a plan switches."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from engines import Bundle, Engine, Runner
+from engines.bundle.folder import Digest, sha256
+from engines.bundle.manifest import File
+from engines.errors import EngineMemoryError
+from runtime.execution.graph_cache import Graphs
+from runtime.execution.loaded_bundle import Network, unet_segments
+
+__all__ = ["Residence", "free_bytes"]
+
+_GROWTH = 1.2
+"""Bytes on the device for each byte of an engine's files: a choice of our own, for what execution contexts add."""
+_SPARE = 2**30
+"""Bytes that have to be left for features and for what engines do not tell: likewise."""
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a GPU, with what PyTorch holds but does not use; None on other devices, where UNets are never swapped."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+class _Checked(Bundle):
+    """A bundle whose files have been read and found whole: they are not hashed anew at every swap."""
+
+    def path(self, file: File, digest: Digest = sha256) -> Path:
+        """As ``Bundle.path``, by name and size only."""
+        return super().path(file, lambda path: file.sha256)
+
+
+class Residence:
+    """The loaded UNets of a pipeline; text encoder and VAE are the first bundle's, which stay.
+
+    Swapping costs what the engine takes to load from files that the system still has in memory, and the recordings of the UNet
+    that goes. A swap waits until no step is running, on any thread.
+
+    Args:
+        bundle: the pipeline's own, which is loaded whole.
+        engine: what runs it.
+        graphs: recordings of the UNets' steps.
+        free: tells a device's free memory in bytes, or None where it is no matter.
+
+    Raises:
+        BundleError, EngineError: as ``Engine.load``.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        graphs: Graphs | None = None,
+        free: Callable[[torch.device], int | None] = free_bytes,
+    ) -> None:
+        self._engine, self._graphs, self._free = engine, graphs, free
+        name, manifest = bundle.manifest.variant, bundle.manifest
+        self._runners = {name: {segment.name: engine.load(bundle, segment) for segment in manifest.segments}}
+        self.networks = {name: Network(manifest, self._runners[name])}
+        """By variant. Those of UNets that are not on the device have no runners of its segments."""
+        self._bundles: dict[str, Bundle] = {name: _Checked(bundle.folder, manifest)}
+        self._here = {name}
+        self._condition = threading.Condition()
+        self._running = 0
+        self._turn = threading.RLock()
+        self.swaps = False
+        """Whether the UNets take turns on the device."""
+
+    def add(self, bundle: Bundle) -> None:
+        """Load another bundle's UNet; where it does not fit beside those that are here, they make room for it.
+
+        Whether it fits is guessed from the size of its files, and known when it has been loaded: then the engine can tell what
+        memory its runners will work in.
+
+        Raises:
+            BundleError, EngineError: as ``Engine.load``.
+        """
+        name = bundle.manifest.variant
+        with self._condition:
+            self._condition.wait_for(lambda: not self._running)  # a step would come and go with what is free
+            if name in self.networks:
+                return
+            runners: dict[str, Runner] = {}
+            self._bundles[name], self._runners[name] = bundle, runners
+            self.networks[name] = Network(bundle.manifest, runners)
+            if not self._has_room(int(self.bytes_of(name) * _GROWTH)):
+                self.swaps = True
+            if not self._try(name):
+                self.swaps = True
+                self._release_all()
+                self._bring(name)
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so many bytes more fit onto the device, with what runners will work in and some to spare."""
+        free = self._free(self._engine.device)
+        return free is None or size + self._engine.scratch_bytes() + _SPARE <= free
+
+    def _try(self, unet: str) -> bool:
+        """Load a UNet beside those that are here; False where it turns out not to fit. With swaps, as ``_bring``."""
+        try:
+            self._bring(unet)
+        except (torch.OutOfMemoryError, EngineMemoryError):
+            if self.swaps:
+                raise
+            return False
+        return self.swaps or self._has_room(0)
+
+    def bytes_of(self, unet: str) -> int:
+        """What moves when a UNet is loaded: the size of its engines' files, or of its weights where these are elsewhere."""
+        total = 0
+        for segment in unet_segments(self.networks[unet].manifest):
+            compiled = segment.engines.get(self._engine.name)
+            total += max(sum(file.bytes for file in files) for files in (segment.onnx, compiled.files if compiled else ()))
+        return total
+
+    def rebuild_command(self, unet: str) -> str:
+        """The command that builds a UNet's bundle again in its place, with all it has, to be completed by what should differ."""
+        return self._engine.rebuild_command(self._bundles[unet])
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Where UNets are swapped, one call at a time; others wait for its end, and do not swap them back at every step."""
+        with self._turn if self.swaps else nullcontext():
+            yield
+
+    @contextmanager
+    def use(self, unet: str) -> Iterator[float]:
+        """A step of a UNet, which stays on the device until the block ends; gives the seconds that it took to get it there."""
+        with self._condition:
+            seconds = self._bring(unet)
+            self._running += 1
+        try:
+            yield seconds
+        finally:
+            with self._condition:
+                self._running -= 1
+                self._condition.notify_all()
+
+    def _bring(self, unet: str) -> float:
+        if self.swaps:
+            self._condition.wait_for(lambda: unet in self._here or not self._running)
+        if unet in self._here:
+            return 0.0
+        self._synchronize()
+        started = time.perf_counter()
+        if self.swaps:
+            self._release_all()
+        bundle = self._bundles[unet]
+        loaded = {segment.name: self._engine.load(bundle, segment) for segment in unet_segments(bundle.manifest)}
+        self._runners[unet].update(loaded)
+        self._bundles[unet] = _Checked(bundle.folder, bundle.manifest)
+        self._here.add(unet)
+        self._synchronize()
+        return time.perf_counter() - started
+
+    def _release_all(self) -> None:
+        """Let every UNet go, and the recordings, which hold addresses in their memory."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        for name in self._here:
+            for segment in unet_segments(self.networks[name].manifest):
+                del self._runners[name][segment.name]
+        self._here.clear()
+        if self._engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _synchronize(self) -> None:
+        """The device may still be at work for steps that are over here."""
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.device)

@@ -1,0 +1,1 @@
+"""Pictures and noise: reading, writing, initial latents, schedulers."""

@@ -1,0 +1,242 @@
+"""A plan says, for each denoising step, which UNet runs and which features are inherited. Plans are data.
+
+A rule names units and the steps at which they are computed afresh; at the others they are inherited. Several rules hold at once.
+
+Inheritance *by output*: whoever reads a unit's feature gets it as the last key step left it. Inheritance *by residual*: the
+unit's input flows on, directly or through its shortcut, and what the unit added at the last key step is added again. See A-SDM
+(arXiv 2406.00210); where the paper is silent, what stands here is this project's choice.
+"""
+
+import json
+import math
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from shlex import quote
+from typing import Any, Literal
+
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic_core import ErrorDetails
+
+from engines.bundle.manifest import Variant
+from runtime.errors import PlanError
+from runtime.plans.key_steps import MODES, Mode, Threshold
+from runtime.plans.record import Record
+
+__all__ = ["BRANCH", "NOISE", "Plan", "Rule", "UNetRange", "inherited_features", "matching"]
+
+NOISE = "head"
+"""The feature that a step is asked for: the noise prediction (or velocity), made by the UNet's head."""
+BRANCH = ".branch"
+"""Ending of the feature that a ResNet or transformer adds to its input."""
+_MOST_SHOWN = 60
+"""Characters of a wrong value that a message shows."""
+
+
+class Rule(Record):
+    """Units that are inherited, and when they are computed afresh instead.
+
+    ``units`` names one unit (``down.0.layer.1.attention``), a layer (``up.3.layer.1``), a block (``up.2``) or a glob of them
+    (``*.attention``). A block or layer number below zero counts from the end, so that ``up.-1`` is the outermost up block of any
+    UNet. ``start`` and ``stop`` bound the rule to a part of the schedule, as shares of its steps.
+    """
+
+    units: tuple[str, ...] = Field(min_length=1)
+    kind: Literal["output", "residual"] = "output"
+    when: Mode
+    start: float = Field(default=0.0, ge=0, lt=1)
+    stop: float = Field(default=1.0, gt=0, le=1)
+
+    def span(self, steps: int) -> range:
+        """The steps that the rule is bound to."""
+        return range(round(self.start * steps), round(self.stop * steps))
+
+
+class UNetRange(Record):
+    """The UNet that runs from ``start`` up to ``stop``, or to the end without it.
+
+    They are shares of the noise schedule (0: all noise, 1: none), or where the plan says so numbers of steps.
+    """
+
+    unet: Variant
+    start: float = Field(ge=0)
+    stop: float | None = Field(default=None, gt=0)
+
+    @property
+    def end(self) -> float:
+        """``stop``, or infinity where the range goes on to the end."""
+        return math.inf if self.stop is None else self.stop
+
+    def __str__(self) -> str:
+        """As messages have it: ``0.4 to 1``."""
+        return f"{self.start:g} to {'the end' if self.stop is None else format(self.stop, 'g')}"
+
+
+class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
+    """UNets by range (none: the bundle's own all through), rules, and whether features are carried across a switch."""
+
+    version: Literal[1] = 1
+    name: str = Field(pattern=r"^[^\x00-\x1f\x7f]*$")
+    unets: tuple[UNetRange, ...] = ()
+    switch_by: Literal["noise", "steps"] = "noise"
+    """What the ranges of ``unets`` count: shares of the noise schedule, or steps, of those that run; written if so."""
+    rules: tuple[Rule, ...] = ()
+    _path: Path | None = PrivateAttr(default=None)
+    carry: bool = False
+    """Whether rules go on inheriting across a switch; otherwise its first step is a key step of every rule."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Plan":
+        """Read a plan from a JSON file.
+
+        Raises:
+            PlanError: the file is missing, is no JSON, or a field is wrong; the message names the field.
+        """
+        try:
+            plan = cls.model_validate(json.loads(path.read_text("utf-8"))).checked()
+        except OSError as error:
+            raise PlanError(f"plan file {path} cannot be read: {error.strerror}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise PlanError(f"plan file {path} is no JSON that can be read: {error}") from error
+        except ValidationError as error:
+            raise PlanError(f"plan file {path}, {_explained(error.errors()[0])}") from error
+        plan._path = path
+        return plan
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal; where plans were read from does not matter."""
+        return isinstance(other, Plan) and self.model_dump() == other.model_dump()
+
+    @property
+    def option(self) -> str:
+        """What to write after ``--plan``: its file, the presets that it is made of, or a placeholder where it has neither."""
+        if self._path is not None:
+            return quote(str(self._path))
+        return self.name if ":" in self.name else "FILE.json"
+
+    def checked(self) -> "Plan":
+        """The plan itself, if its parts fit together.
+
+        Raises:
+            PlanError: UNet ranges overlap or leave a gap, a rule ends before it starts, or there are two adaptive rules.
+        """
+        for number, rule in enumerate(self.rules):
+            if rule.stop <= rule.start:
+                raise PlanError(
+                    f"plan {self.name}: rules.{number} starts at {rule.start:g} and stops at {rule.stop:g}; "
+                    "stop is a share of the steps above start"
+                )
+        self._check_unets()
+        if sum(isinstance(rule.when, Threshold) for rule in self.rules) > 1:
+            raise PlanError(f"plan {self.name}: rules has two of mode threshold; a plan can have one")
+        return self
+
+    def _check_unets(self) -> None:
+        if self.switch_by == "steps" and not self.unets:
+            raise PlanError(f"plan {self.name}: switch_by 'steps' but no unets; list the UNets by range, or leave it out")
+        at = 0.0
+        for number, part in enumerate(self.unets):
+            place = f"plan {self.name}: unets.{number} covers {part}"
+            if self.switch_by == "steps" and not (part.start.is_integer() and (part.stop or 0.0).is_integer()):
+                raise PlanError(f"{place}; with switch_by 'steps' start and stop are whole numbers of steps")
+            if self.switch_by == "noise" and (part.start >= 1 or (part.stop or 0.0) > 1):
+                raise PlanError(
+                    f"{place}; start and stop are shares of the noise schedule, from 0 to 1; for steps set switch_by to 'steps'"
+                )
+            if part.start != at or part.end <= part.start:
+                raise PlanError(
+                    f"{place}, expected a range that starts at {at:g}: ranges follow each other without overlap or gap"
+                )
+            if part.stop is None and part is not self.unets[-1]:
+                raise PlanError(f"{place}, but is not the last; only the last range may leave stop out")
+            at = part.end
+        if self.switch_by == "noise" and self.unets and at < 1:
+            raise PlanError(f"plan {self.name}: unets end at {at:g}; the last range must end at 1")
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return {key: value for key, value in written.items() if key != "switch_by" or value != "noise"}
+
+
+def matching(pattern: str, units: Sequence[str]) -> list[str]:
+    """The units that a pattern names: those it matches, and those inside a block or layer it matches."""
+    parts = pattern.split(".")
+    for place in (1, 3):
+        if len(parts) > place and parts[place].startswith("-") and parts[place][1:].isdecimal():
+            before = ".".join(parts[:place])
+            numbers = {unit.split(".")[place] for unit in units if unit.startswith(f"{before}.") and unit.count(".") > place}
+            parts[place] = str(len([number for number in numbers if number.isdecimal()]) + int(parts[place]))
+    wanted = ".".join(parts)
+    return [unit for unit in units if any(fnmatchcase(part, wanted) for part in _ancestors(unit))]
+
+
+def _ancestors(unit: str) -> list[str]:
+    parts = unit.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+
+
+def inherited_features(plan: Plan, units: Sequence[str], unet: str = "") -> list[frozenset[str]]:
+    """The features of a UNet that each rule inherits: its units' own, or by residual their branches.
+
+    A feature belongs to the first rule that names it.
+
+    Args:
+        plan: whose rules.
+        units: names of the UNet's units.
+        unet: what the UNet is called, for messages.
+
+    Raises:
+        PlanError: a pattern names no unit, a unit has no residual branch, or a rule has nothing left.
+    """
+    plan_and_unet = f"plan {plan.name}, UNet {unet}" if unet else f"plan {plan.name}"
+    taken: frozenset[str] = frozenset()
+    found = []
+    for number, rule in enumerate(plan.rules):
+        features = _named(rule, units, f"{plan_and_unet}: rules.{number}") - taken
+        if not features:
+            raise PlanError(f"{plan_and_unet}: rules.{number} names no unit that a rule before it does not inherit already")
+        found.append(features)
+        taken |= features
+    return found
+
+
+def _named(rule: Rule, units: Sequence[str], place: str) -> frozenset[str]:
+    found: set[str] = set()
+    for pattern in rule.units:
+        named = matching(pattern, units)
+        if not named:
+            shown = ", ".join(unit for unit in units if not unit.endswith(BRANCH))
+            raise PlanError(f"{place}.units names {pattern!r}, which this UNet does not have; its units: {shown}")
+        found.update(named if rule.kind == "output" else _branches(pattern, named, units, place))
+    return frozenset(found)
+
+
+def _branches(pattern: str, named: Sequence[str], units: Collection[str], place: str) -> set[str]:
+    branches = set()
+    for unit in named:
+        branch = unit if unit.endswith(BRANCH) else f"{unit}{BRANCH}"
+        if branch not in units:
+            raise PlanError(
+                f"{place}.units names {pattern!r} by residual, but {unit} has no residual branch: its input and output differ "
+                "and there is no shortcut; choose ResNets and attentions, or kind output"
+            )
+        branches.add(branch)
+    return branches
+
+
+_OWNERS: dict[object, type[Record]] = {"rules": Rule, "unets": UNetRange, **MODES}
+
+
+def _explained(wrong: ErrorDetails) -> str:
+    """One line about a field that pydantic refused: its name, why, what was got, and the fields that there are."""
+    place, kind = wrong["loc"], wrong["type"]
+    field = ".".join(str(part) for part in place) or "the file"
+    owner = next((_OWNERS[part] for part in reversed(place[:-1]) if part in _OWNERS), Plan)
+    fields = f"the fields here are {', '.join(owner.model_fields)}"
+    if kind == "extra_forbidden":
+        return f"{field}: there is no such field; {fields}"
+    if kind == "missing":
+        return f"{field}: it is missing; {fields}"
+    got = json.dumps(wrong["input"], default=str)
+    return f"{field}: {wrong['msg']}; got {got if len(got) <= _MOST_SHOWN else f'{got[:_MOST_SHOWN]}...'}"

@@ -1,0 +1,142 @@
+"""Named plans, and joined ones: ``full``, ``block:3``, ``deepcache:3``, ``switch:0.4+block:3``."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import PlanError
+from runtime.plans.key_steps import Back, Explicit, Front, Mode, Quadratic, Random, Threshold, Uniform
+from runtime.plans.plan import Plan, Rule, UNetRange
+
+__all__ = ["PRESETS", "Preset", "find_plan"]
+
+FASTER_DIFFUSION = (0, 1, 2, 3, 5, 10, 15, 25, 35)
+"""Key steps of 50 as published (arXiv 2312.09608)."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named plan: how it is written, what it does in one line, an example, and what it makes of the part after the colon."""
+
+    form: str
+    summary: str
+    example: str
+    make: Callable[[str], Plan]
+
+
+def _every(text: str) -> Uniform:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError("a number of steps, such as 3")
+    return Uniform(every=int(text))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _share(text: str) -> float:
+    if not 0 < _number(text) < 1:
+        raise ValueError("a number between 0 and 1, such as 0.4")
+    return _number(text)
+
+
+def _change(text: str) -> float:
+    if not 0 <= _number(text) < math.inf:
+        raise ValueError("a relative change of 0 or more, such as 0.3")
+    return _number(text)
+
+
+def _full(text: str) -> Plan:
+    if text:
+        raise ValueError("nothing after it")
+    return Plan(name="full")
+
+
+def _uniform(*units: str, kind: str = "output") -> Callable[[str], Plan]:
+    """A preset of one rule with every N-th step a key step."""
+
+    def make(text: str) -> Plan:
+        return Plan(name="", rules=(Rule(units=units, kind=kind, when=_every(text)),))
+
+    return make
+
+
+def _encoder(text: str) -> Plan:
+    when = Explicit(steps=FASTER_DIFFUSION, of=50) if text == "faster" else _every(text)
+    # Everything on the way down and in the middle; a UNet without a mid block has no unit of that name.
+    return Plan(name="", rules=(Rule(units=("[sdm]*",), when=when),))
+
+
+def _spaced(mode: Callable[..., Mode]) -> Callable[[str], Plan]:
+    """A preset that inherits what deepcache does, with key steps of another mode, one in N."""
+
+    def make(text: str) -> Plan:
+        return Plan(name="", rules=(Rule(units=("up.-1.layer.-2",), when=mode(every=_every(text).every)),))
+
+    return make
+
+
+def _switch(text: str) -> Plan:
+    at = _share(text)
+    return Plan(name="", unets=(UNetRange(unet="assembled", start=0, stop=at), UNetRange(unet="original", start=at, stop=1)))
+
+
+def _adaptive(text: str) -> Plan:
+    return Plan(name="", rules=(Rule(units=("up.-2",), when=Threshold(above=_change(text))),))
+
+
+# Which units each level inherits is this project's choice where A-SDM is silent; DeepCache's and Faster Diffusion's are theirs.
+PRESETS = {
+    "full": Preset("full", "there are none: every step computes all", "full", _full),
+    "block": Preset("block:N", "inherit the last up block but one", "block:3", _uniform("up.-2")),
+    "layer": Preset("layer:N", "inherit the first layer of the last up block", "layer:3", _uniform("up.-1.layer.0")),
+    "unit": Preset(
+        "unit:N", "skip attentions, add what they added before", "unit:3", _uniform("*.attention", kind="residual")
+    ),
+    "encoder": Preset("encoder:faster", "run the way up only (also encoder:N)", "encoder:faster", _encoder),
+    "deepcache": Preset("deepcache:N", "run the stem, the last layer and the head", "deepcache:3", _uniform("up.-1.layer.-2")),
+    "quadratic": Preset("quadratic:N", "as deepcache; key steps dense around 0.3", "quadratic:3", _spaced(Quadratic)),
+    "front": Preset("front:N", "as deepcache; key steps dense early", "front:3", _spaced(Front)),
+    "back": Preset("back:N", "as deepcache; key steps dense late", "back:3", _spaced(Back)),
+    "random": Preset("random:N", "as deepcache; key steps at random, a control", "random:3", _spaced(Random)),
+    "adaptive": Preset("adaptive:X", "as block; key steps as the stem changes by X", "adaptive:0.3", _adaptive),
+    "switch": Preset("switch:X", "the assembled UNet for the first X of noise", "switch:0.4", _switch),
+}  # fmt: skip
+
+
+def find_plan(plan: str | Path | Plan) -> Plan:
+    """A plan from presets joined by ``+``, the path of a JSON file, or a plan.
+
+    Args:
+        plan: such as ``"full"``, ``"switch:0.4+block:3"``, ``"my-plan.json"``.
+
+    Raises:
+        PlanError: unknown preset, bad number, or unreadable file.
+    """
+    if isinstance(plan, Plan):
+        return plan.checked()
+    if not isinstance(plan, str | Path):
+        raise PlanError(f"plan is a {type(plan).__name__}; give a preset such as 'block:3', the path of a .json file, or a Plan")
+    if isinstance(plan, Path) or plan.endswith(".json"):
+        return Plan.read(Path(plan))
+    parts = [_preset(part) for part in plan.split("+")]
+    return Plan(
+        name=plan,
+        unets=tuple(part for found in parts for part in found.unets),
+        rules=tuple(rule for found in parts for rule in found.rules),
+    ).checked()
+
+
+def _preset(text: str) -> Plan:
+    name, _, rest = text.partition(":")
+    if name not in PRESETS:
+        forms = ", ".join(preset.form for preset in PRESETS.values())
+        raise PlanError(f"unknown plan {text!r}; choose from: {forms}, several joined by '+', or the path of a .json file")
+    try:
+        return PRESETS[name].make(rest)
+    except ValueError as error:
+        raise PlanError(f"plan {text!r}: {name} takes {error}") from error

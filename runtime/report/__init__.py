@@ -1,0 +1,1 @@
+"""What a plan does and costs, told before it is run."""

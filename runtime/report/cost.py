@@ -1,0 +1,93 @@
+"""What a plan costs before anything is run: multiply-accumulates, and bytes of features."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+
+from engines import DTYPES
+from engines.bundle.manifest import Manifest
+from engines.bundle.shapes import resolve
+from runtime.plans.plan import NOISE
+from runtime.plans.schedule import Schedule
+from runtime.plans.subgraph import Work, lay_out
+
+__all__ = ["feature_bytes", "from_to", "macs_of", "peak_bytes", "relative_macs"]
+
+
+def macs_of(manifest: Manifest, segments: Collection[str]) -> int:
+    """Multiply-accumulates of segments, by name, for one row at the bundle's first size."""
+    macs = {unit.name: unit.macs for unit in manifest.units}
+    return sum(macs[unit] for segment in manifest.segments if segment.name in segments for unit in segment.units)
+
+
+def relative_macs(schedule: Schedule, full: str | None = None, changed: bool = True) -> float:
+    """MACs of a schedule as a share of running all of one UNet at every step.
+
+    Args:
+        schedule: of any plan.
+        full: name of the UNet to compare with; by default the last one that runs.
+        changed: whether adaptive rules are taken to compute afresh at every step, or never where they may inherit.
+    """
+    steps = schedule.all_steps(changed)
+    reference = schedule.unets[full or steps[-1].unet]
+    kinds = Counter((step.unet, schedule.work(step).ran) for step in steps)
+    total = sum(count * macs_of(schedule.unets[unet], ran) for (unet, ran), count in kinds.items())
+    return total / (macs_of(reference, lay_out(reference, frozenset({NOISE})).ran) * len(steps))
+
+
+def from_to(least: float, most: float, digits: int = 3) -> str:
+    """A range as tables have it; one number where both ends are written alike."""
+    texts = f"{least:.{digits}f}", f"{most:.{digits}f}"
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+
+
+def feature_bytes(manifest: Manifest, name: str, sizes: Mapping[str, int]) -> int:
+    """Size of a feature, for given values of ``batch``, ``height`` and ``width``."""
+    feature = manifest.features[name]
+    count = DTYPES[feature.dtype].itemsize
+    for side in resolve(feature.shape, sizes):
+        count *= side
+    return count
+
+
+def peak_bytes(schedule: Schedule, sizes: Mapping[str, int]) -> int:
+    """The most bytes of features, cached ones included, that are alive at once between the segments of any step.
+
+    Where a step is decided while it runs, it is the more of both. What an engine needs inside a segment comes on top of it. Graph
+    inputs (latents, text) are not counted.
+    """
+    cached: dict[str, int] = {}
+    peak = 0
+    for index in range(schedule.steps):
+        decisions = [schedule.decide(index, changed) for changed in (False, True)]
+        size = partial(feature_bytes, schedule.unets[decisions[0].unet], sizes=sizes)
+        made, found_out = _finding_out(schedule, index, size)
+        works = [(step, schedule.work(step, made)) for step in decisions]
+        # What a step refreshes is let go as soon as the step is decided.
+        held = [sum(cached[name] for name in cached.keys() - step.keep) + _work_peak(work, made, size) for step, work in works]
+        peak = max(peak, sum(cached.values()) + found_out, *held)
+        kept = {name: size(name) for step in decisions for name in step.keep}
+        cached = {name: held for name, held in (cached | kept).items() if name in schedule.read_later(index)}
+    return peak
+
+
+def _finding_out(schedule: Schedule, index: int, size: Callable[[str], int]) -> tuple[frozenset[str], int]:
+    """What a step has made when it is decided, and its bytes: none of it is let go before."""
+    threshold = schedule.asked(index)
+    if threshold is None:
+        return frozenset(), 0
+    segments = schedule.probing(index, threshold).segments
+    probed = frozenset(name for segment in segments for name in segment.outputs)
+    made = probed.union(*(segment.outputs for segment in schedule.either_way(index, probed)))
+    return made, sum(map(size, made))
+
+
+def _work_peak(work: Work, made: frozenset[str], size: Callable[[str], int]) -> int:
+    """Go through a step's segments as ``Network.run`` does: a feature lives from its segment to its last reader."""
+    alive = set(made)
+    peak = sum(map(size, alive))
+    for segment, spent in zip(work.segments, work.spent, strict=True):
+        alive |= set(segment.outputs)
+        peak = max(peak, sum(map(size, alive)))
+        alive -= set(spent)
+    return peak

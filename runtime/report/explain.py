@@ -1,0 +1,183 @@
+"""What a plan will do, before it does it: a table of steps, what it costs, and a picture of steps against units."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE
+from rich.table import Table
+
+from engines import DTYPES
+from engines.bundle.shapes import resolve
+from runtime.errors import RequestError
+from runtime.execution.executor import Network
+from runtime.execution.swapping import Residence
+from runtime.plans.demand import demand
+from runtime.plans.plan import BRANCH, NOISE
+from runtime.plans.schedule import Schedule, Step
+from runtime.plans.subgraph import TEXT, lay_out
+from runtime.report.cost import from_to, macs_of, peak_bytes
+
+__all__ = ["explain", "in_order", "listed", "plot", "segment_seconds"]
+
+_REPEATS = 5
+_MOST_NAMED = 5
+
+
+def segment_seconds(network: Network, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Median seconds of each UNet segment on random inputs of the given sizes (``batch``, ``height``, ``width``)."""
+    manifest, seconds = network.manifest, {}
+    for segment in lay_out(manifest, frozenset({NOISE})).segments:
+        inputs = {
+            name: torch.randn(resolve(manifest.features[name].shape, sizes)).to(
+                network.runners[segment.name].device, DTYPES[manifest.features[name].dtype]
+            )
+            for name in segment.inputs
+        }
+        runner = network.runners[segment.name]
+        runner.run(inputs)
+        seconds[segment.name] = statistics.median(runner.timed_run(inputs)[1] for _ in range(_REPEATS))
+    return seconds
+
+
+def explain(
+    schedule: Schedule, networks: Mapping[str, Network], sizes: Mapping[str, int], residence: Residence | None = None
+) -> tuple[Table, str]:
+    """The table of steps, with MACs and time relative to running the last UNet whole, and lines that sum it up likewise.
+
+    Steps that are decided while they run are shown as computing afresh, and summed up from the least to the most.
+
+    Args:
+        schedule: a plan laid out.
+        networks: loaded segments of its UNets, which are timed.
+        sizes: ``batch`` (rows of a UNet call), and ``height`` and ``width`` of the latents.
+        residence: sees to it that a UNet is on the device; without one, all are.
+    """
+    table = Table(title=f"plan {schedule.plan.name}", box=SIMPLE)
+    for name in ("step", "UNet", "kind", "segments run", "inherited", "MACs", "time", "ms"):
+        table.add_column(name, justify="right" if name in {"step", "MACs", "time", "ms"} else "left")
+    steps = schedule.all_steps()
+    seconds = {}
+    for name in schedule.unets:
+        with residence.use(name) if residence else nullcontext():
+            seconds[name] = segment_seconds(networks[name], sizes)
+    last = schedule.unets[steps[-1].unet]
+    whole = lay_out(last, frozenset({NOISE}))
+    full_macs, full_seconds = macs_of(last, whole.ran), sum(seconds[steps[-1].unet][name] for name in whole.ran)
+
+    def cost(step: Step) -> tuple[float, float]:
+        """A step's MACs and time, relative to those of the whole UNet."""
+        ran = schedule.work(step).ran
+        return macs_of(schedule.unets[step.unet], ran) / full_macs, sum(seconds[step.unet][name] for name in ran) / full_seconds
+
+    for step in steps:
+        work, (macs, time) = schedule.work(step), cost(step)
+        kind = "as decided" if schedule.asked(step.index) else "key" if step.key else "inherit"
+        names = listed(work.ran, len(seconds[step.unet])), listed(sorted(work.taken))
+        table.add_row(str(step.index), step.unet, kind, *names, f"{macs:.3f}", f"{time:.3f}", f"{1000 * time * full_seconds:.1f}")
+    sums = [map(statistics.fmean, zip(*map(cost, schedule.all_steps(changed)), strict=True)) for changed in (False, True)]
+    all_macs, all_time = (from_to(least, most) for least, most in zip(*sums, strict=True))
+    decided = "\nsteps of kind 'as decided' are shown as key steps, and may inherit" if schedule.adaptive else ""
+    return table, (
+        f"UNet MACs {all_macs} and predicted time {all_time} of full; features between segments take at most "
+        f"{peak_bytes(schedule, sizes) / 2**20:.2f} MiB at once, cached ones included; what an engine needs inside a segment "
+        f"comes on top{decided}{_swaps(steps, residence) if residence and residence.swaps else ''}"
+    )
+
+
+def _swaps(steps: tuple[Step, ...], residence: Residence) -> str:
+    """What moves at each switch where the device cannot hold all UNets; the first of a call may be there from the last one."""
+    moves = [f"{name} ({residence.bytes_of(name) / 2**20:.0f} MiB) before step {index}" for index, name in _starts(steps)]
+    return f"\nthe UNets do not fit into the device's memory together and are swapped: {', '.join(moves)}"
+
+
+def listed(names: Sequence[str], of: int | None = None) -> str:
+    """Names for a table's cell, or how many there are (of all) where that would be too long."""
+    if len(names) == of:
+        return f"all {of}"
+    return ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)}" + (f" of {of}" if of else "")
+
+
+_SKIPPED, _INHERITED, _COMPUTED, _DECIDED, _ABSENT = range(5)
+_COLOURS = {
+    "not needed": "#e8e8e8",
+    "inherited": "#f2b134",
+    "computed": "#2f6690",
+    "as decided": "#7fb069",
+    "not in this UNet": "#ffffff",
+}
+
+
+def plot(schedule: Schedule, path: Path) -> None:
+    """Write a picture of the plan: steps across, units down; computed, inherited, not needed, or decided while running.
+
+    Raises:
+        RequestError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise RequestError(f"--plot needs matplotlib ({error}); install it with: pip install matplotlib") from error
+    mpl.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    names = [name for name in in_order([unet.unet_units for unet in schedule.unets.values()]) if not name.endswith(BRANCH)]
+    steps = schedule.all_steps()
+    rows = [[_state(schedule, step.index, name) for step in steps] for name in names]
+    figure, axis = pyplot.subplots(figsize=(2.8 + 0.22 * len(steps), 1.2 + 0.15 * len(names)))
+    axis.pcolormesh(rows, cmap=ListedColormap(list(_COLOURS.values())), vmin=0, vmax=_ABSENT, edgecolors="white", linewidth=0.5)
+    axis.set_yticks([row + 0.5 for row in range(len(names))], names, fontsize=6)
+    axis.set_xticks([column + 0.5 for column in range(len(steps))], [str(step.index) for step in steps], fontsize=6)
+    axis.invert_yaxis()
+    axis.set_xlabel("step (" + ", ".join(_ranges(steps)) + ")", fontsize=7)
+    axis.set_title(f"plan {schedule.plan.name}", fontsize=9)
+    shown = {state for row in rows for state in row} | {_SKIPPED, _INHERITED, _COMPUTED}
+    labels = [item for state, item in enumerate(_COLOURS.items()) if state in shown]
+    handles = [Patch(facecolor=colour, edgecolor="#999999", label=label) for label, colour in labels]
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=6)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def in_order(unets: Iterable[Sequence[str]]) -> list[str]:
+    """The units of all UNets, each once: those of the largest in its order, and each other one behind what it follows."""
+    names: list[str] = []
+    for units in sorted(unets, key=len, reverse=True):
+        place = 0
+        for unit in units:
+            if unit not in names:
+                names.insert(place, unit)
+            place = names.index(unit) + 1
+    return names
+
+
+def _state(schedule: Schedule, index: int, unit: str) -> int:
+    """What becomes of a unit at a step; ``_DECIDED`` where that depends on what is decided there."""
+    less, more = (_state_of(schedule, schedule.decide(index, changed), unit) for changed in (False, True))
+    return more if less == more else _DECIDED
+
+
+def _state_of(schedule: Schedule, step: Step, unit: str) -> int:
+    manifest = schedule.unets[step.unet]
+    if unit not in manifest.unet_units:
+        return _ABSENT
+    taken = schedule.work(step).taken
+    if unit in taken or f"{unit}{BRANCH}" in taken:
+        return _INHERITED
+    running = demand(manifest.units, step.wanted, step.inherited | {TEXT})
+    return _COMPUTED if any(unit == node.name for node in running) else _SKIPPED
+
+
+def _ranges(steps: tuple[Step, ...]) -> list[str]:
+    """Which UNet runs from which step on."""
+    return [f"{name} from {index}" for index, name in _starts(steps)]
+
+
+def _starts(steps: tuple[Step, ...]) -> list[tuple[int, str]]:
+    """The steps at which another UNet begins than ran before, and its name."""
+    pairs = zip((None, *steps), steps, strict=False)
+    return [(step.index, step.unet) for before, step in pairs if before is None or before.unet != step.unet]

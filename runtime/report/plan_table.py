@@ -1,0 +1,63 @@
+"""The list of plans, and what each would cost with a bundle's UNet."""
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from engines import Bundle, Manifest
+from runtime.errors import PlanError, RequestError
+from runtime.execution.siblings import companion, cut_everywhere
+from runtime.plans.presets import PRESETS, find_plan
+from runtime.plans.schedule import Schedule, check_runs
+from runtime.report.cost import from_to, relative_macs
+
+__all__ = ["list_plans"]
+
+
+def list_plans(bundle: Bundle | None, steps: int) -> Table:
+    """A row for each preset: how it is written, what it does and, with a bundle, the MACs of its example relative to ``full``.
+
+    Costs are those of a bundle that is cut for the plan, and known from the manifest: nothing is loaded or run.
+
+    Args:
+        bundle: whose UNet; for plans that switch UNets, bundles of the same source beside it are looked at too.
+        steps: denoising steps, each one evaluation.
+
+    Raises:
+        RequestError: there are no steps.
+    """
+    if steps < 1:
+        raise RequestError(f"steps = {steps}; choose 1 or more")
+    table = Table(box=SIMPLE)
+    table.add_column("plan", no_wrap=True)
+    if bundle is not None:
+        table.add_column("MACs", no_wrap=True)
+    table.add_column("what its inherit steps do")
+    for preset in PRESETS.values():
+        cost = () if bundle is None else (_cost(bundle, preset.example, steps),)
+        table.add_row(preset.form, *cost, preset.summary)
+    table.add_row("FILE.json", *(() if bundle is None else ("",)), "what you write: see docs/plans.md")
+    return table
+
+
+def _cost(bundle: Bundle, name: str, steps: int) -> str:
+    """MACs relative to full, from the least to the most where that is decided while running; ``*`` where the cuts do not fit."""
+    plan, variant = find_plan(name), bundle.manifest.variant
+    timesteps = [1000 * (1 - step / steps) for step in range(steps)]
+    try:
+        parts = dict.fromkeys(part.unet for part in plan.unets) or [variant]
+        cut = {part: companion(bundle, part, plan, timesteps).manifest for part in parts}
+        schedule = Schedule(plan, {part: cut_everywhere(manifest) for part, manifest in cut.items()}, timesteps)
+    except PlanError:  # this UNet is too small for it, or has no companion
+        return "-"
+    full = variant if variant in cut else None
+    least, most = (relative_macs(schedule, full, changed) for changed in (False, True))
+    return from_to(least, most, digits=2) + ("" if _fits(schedule, cut) else " *")
+
+
+def _fits(schedule: Schedule, cut: dict[str, Manifest]) -> bool:
+    """Whether bundles cut like this can run a schedule."""
+    try:
+        check_runs(Schedule(schedule.plan, cut, schedule.timesteps))
+    except PlanError:
+        return False
+    return True

@@ -1,0 +1,149 @@
+"""The check of what runs on a GPU: tried on the CPU, where there are no graphs, and refused where it needs one."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu.gpu_check import Fit, Found, Row, main
+from engines import Runner, UserError
+from engines.errors import EngineMemoryError
+from tests.support.sources import save_source
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+
+
+@no_gpu
+def test_without_a_gpu_there_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match=r"the check needs an NVIDIA GPU and a PyTorch built for CUDA \(.*--device cpu"):
+        main([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engines", "torch,tensort"], "--engines: unknown 'tensort'; choose from: onnxruntime, tensorrt, "),
+        (["--precision", "fp8"], "--precision: unknown 'fp8'; choose from: fp32, fp16"),
+        (["--device", "tpu"], "invalid choice"),
+    ],
+)  # fmt: skip
+def test_a_wrong_word_is_a_users_mistake(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(arguments)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of what runners return, counted while it lives, in the place of a GPU's allocator."""
+    held, run = [0], Runner.run
+
+    def counting(runner: Runner, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        outputs = run(runner, inputs)
+        for tensor in outputs.values():
+            held[0] += tensor.nbytes
+            weakref.finalize(tensor, let_go, tensor.nbytes)
+        return outputs
+
+    def let_go(size: int) -> None:
+        held[0] -= size
+
+    monkeypatch.setattr(Runner, "run", counting)
+    monkeypatch.setattr("benchmarks.gpu.gpu_check._allocated", lambda device: held[0])
+
+
+@no_gpu
+@pytest.mark.slow
+@pytest.mark.usefixtures("counted")
+def test_the_program_itself_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save_source(tmp_path / "tiny")
+    main(
+        ["--device", "cpu", "--engines", "torch,tensorrt-rtx", "--precision", "fp32", "--plans",
+         "full,block:2,adaptive:0.2", "--source", str(source), "--steps", "3", "--rounds", "1",
+         "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    )  # fmt: skip
+    found = json.loads((tmp_path / "gpu-cpu-tiny-original.json").read_text())
+    assert found["faults"] == []
+    assert set(found["skipped"]) == {"tensorrt-rtx fp32"}
+    assert "runs on an NVIDIA GPU only" in found["skipped"]["tensorrt-rtx fp32"]
+    assert max(fit["error"] for fit in found["segments"]["torch fp32"].values()) < 1e-4
+    assert min(fit["cosine"] for fit in found["segments"]["torch fp32"].values()) > 0.9999
+    assert {"the chain", "stem", "vae_decoder"} <= set(found["segments"]["torch fp32"])
+    rows = {row["plan"]: row for row in found["rows"]}
+    for row in rows.values():
+        assert row["planned_bytes"] == row["features_bytes"] > 10_000, "tensors alone have no allocator that rounds"
+    assert rows["block:2"]["milliseconds"] > 0
+    assert rows["full"]["error"] is None
+    assert rows["full"]["graphs_error"] is None
+    assert found["memory"]["torch fp32"].keys() == {"weights_bytes", "scratch_bytes", "device_bytes"}
+    assert found["memory"]["torch fp32"]["weights_bytes"] > 10_000
+    assert found["memory"]["torch fp32"]["device_bytes"] is None
+    assert "left out: tensorrt-rtx fp32" in capsys.readouterr().out
+
+
+BREAKS = {
+    "_engine": ("torch", RuntimeError("CUDA driver error")),
+    "_bundle": ("torch", torch.OutOfMemoryError("CUDA out of memory")),
+    "Pipeline": ("torch", EngineMemoryError("segment mid: out of memory")),
+    "_check": ("torch", RuntimeError("an illegal memory access")),
+}
+"""Where the first of two engines breaks off."""
+
+
+@no_gpu
+@pytest.mark.parametrize("place", BREAKS)
+def test_an_engine_that_breaks_off_does_not_lose_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    name, error = BREAKS[place]
+    row = Row("onnxruntime", "fp32", "full", None, None, 1.0, None, 1, None, None)
+
+    def engine(name: str, device: torch.device) -> str:
+        return breaking("_engine", name)
+
+    def bundle(options: object, name: str, precision: str) -> str:
+        return breaking("_bundle", name)
+
+    def pipeline(bundle: str, engine: str) -> str:
+        return breaking("Pipeline", engine)
+
+    def check(found: Found, pipeline: str, *rest: object) -> None:
+        breaking("_check", pipeline)
+        found.rows.append(row)
+
+    def breaking(at: str, engine: str) -> str:
+        if (at, engine) == (place, name):
+            raise error
+        return engine
+
+    for at, replacement in {"_engine": engine, "_bundle": bundle, "Pipeline": pipeline, "_check": check}.items():
+        monkeypatch.setattr(f"benchmarks.gpu.gpu_check.{at}", replacement)
+    with pytest.raises(SystemExit):
+        main(["--device", "cpu", "--engines", "torch,onnxruntime", "--precision", "fp32", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "gpu-cpu-mini-original.json").read_text())
+    assert found["faults"] == [f"torch fp32: broke off: {type(error).__name__}: {error}"]
+    assert [one["engine"] for one in found["rows"]] == ["onnxruntime"]
+
+
+@no_gpu
+def test_a_source_that_is_missing_is_a_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        main(["--device", "cpu", "--engines", "torch", "--source", "./nowhere/", "--work", str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_what_is_wrong_is_named() -> None:
+    good = Row("torch", "fp16", "full", 0.5, 0.0, 1.0, 1.0, 1000, 1090, 5000)
+    bad = Row("torch", "fp16", "block:3", 0.5, float("nan"), 1.0, 1.0, 1000, 1101, 5000)
+    less = Row("torch", "fp16", "unit:3", 0.5, 0.0, 1.0, 1.0, 1000, 800, 800)
+    half = {"stem": Fit(4e-3, 1.0), "head": Fit(6e-3, 1.0), "mid": Fit(1e-3, 0.999)}
+    found = Found([good, bad, less], {"torch fp16": half, "torch fp32": {"stem": Fit(4e-3, 1.0)}}, {"torch fp16": 30.0})
+    assert found.faults() == [
+        "torch fp16: segment head is off by 6.0e-03, its cosine by 0.0e+00",
+        "torch fp16: segment mid is off by 1.0e-03, its cosine by 1.0e-03",
+        "torch fp32: segment stem is off by 4.0e-03, its cosine by 0.0e+00",
+        "torch fp16: latents have a PSNR of 30.0 dB, not 35",
+        "torch fp16 block:3: replayed steps are off by nan",
+        "torch fp16 block:3: features of 1000 bytes are planned, 1101 held",
+        "torch fp16 unit:3: features of 1000 bytes are planned, 800 held",
+    ]

@@ -1,0 +1,139 @@
+"""The benchmark of plans: fronts, likeness, labels that can be read, and a run that goes on where it was broken off."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import runtime
+from benchmarks.quality import plans, plans_plot
+from engines import UserError
+from runtime.plans.presets import find_plan
+
+ROWS: list[dict[str, Any]] = [
+    {"plan": "full", "time": 1.0, "accuracy": 1.0, "psnr": None},
+    {"plan": "a", "time": 0.5, "accuracy": 1.0, "psnr": 30.0},
+    {"plan": "b", "time": 0.5, "accuracy": 0.9, "psnr": 31.0},
+    {"plan": "c", "time": 0.7, "accuracy": 0.95, "psnr": 29.0},
+    {"plan": "d", "time": 0.3, "accuracy": 0.8, "psnr": 20.0},
+]
+
+
+def test_the_front_is_what_no_plan_beats_in_both() -> None:
+    assert plans_plot.front(ROWS, "accuracy") == ["d", "a"]
+    assert plans_plot.front(ROWS, "psnr") == ["d", "b", "full"]
+
+
+def test_the_plans_are_many_and_known() -> None:
+    assert len(plans.PLANS) >= 20
+    assert len({find_plan(name).name for name in plans.PLANS}) == len(plans.PLANS)
+    assert {name.partition(":")[2] for name in plans.PLANS} >= {"2", "3", "4", "5", "6"}
+    assert set(plans.GRID) <= set(plans.PLANS)
+
+
+def picture(value: int, size: int = 16) -> Image.Image:
+    return Image.fromarray(np.full((size, size, 3), value, np.uint8))
+
+
+def test_likeness() -> None:
+    reference = [picture(100), picture(50)]
+    assert plans.likeness(reference, reference) == (None, 1.0)
+    psnr, ssim = plans.likeness([picture(100), picture(60)], reference)
+    # Only the one that differs counts, by 10 levels of 255 in every pixel.
+    assert psnr == pytest.approx(20 * np.log10(255 / 10), abs=0.01)
+    assert 0.9 < ssim < 1
+
+
+def test_labels_cover_neither_each_other_nor_a_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    generator = np.random.default_rng(0)
+    rows = [
+        {"plan": name, "time": 1 / (1 + generator.integers(0, 8) / 4), "accuracy": 1 - generator.integers(0, 4) / 500}
+        for name in plans.PLANS
+    ]
+    rows = [row | {"psnr": 20 + 10 * float(row["time"])} for row in rows]  # type: ignore[arg-type]
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    plans_plot.plot(rows, "title", tmp_path / "plot.png")
+    figure = pyplot.gcf()
+    monkeypatch.undo()
+    for axis in figure.axes[:2]:
+        boxes = [plans_plot._box(note) for note in axis.texts]
+        assert len(boxes) == len(rows)
+        overlapping = [(i, j) for i in range(len(boxes)) for j in range(i) if boxes[i].overlaps(boxes[j])]
+        assert overlapping == []
+    pyplot.close(figure)
+    with Image.open(tmp_path / "plot.png") as drawn:
+        assert drawn.width > 1000
+
+
+def test_what_is_kept_is_read_again_but_for_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    kept = plans.Kept(tmp_path / "work", {"rounds": 2, "plans": ("a", "b")})
+    kept.add("rounds", {"a": [1, 2.5]})
+    kept.add("rounds", {"a": [1, 3.5]})
+    kept.put("block:3", [picture(7)])
+    path = tmp_path / "work" / "rounds.jsonl"
+    path.write_text(path.read_text() + '{"a": [1, 4')
+    again = plans.Kept(tmp_path / "work", {"rounds": 2, "plans": ("a", "b")})
+    assert again.lines("rounds") == [{"a": [1, 2.5]}, {"a": [1, 3.5]}]
+    assert again.lines("nothing") == []
+    assert again.pictures("block:3")[0].tobytes() == picture(7).tobytes()
+    with pytest.raises(UserError, match="holds a run with other settings.*choose another --work"):
+        plans.Kept(tmp_path / "work", {"rounds": 3, "plans": ("a", "b")})
+
+
+class Stopped(Exception):
+    """The run is killed."""
+
+
+def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    calls: list[str] = []
+    network = SimpleNamespace(manifest=SimpleNamespace(key="k"))
+    pipeline = SimpleNamespace(networks={"original": network}, schedule=lambda plan, timesteps: None)
+
+    def cost(pipeline: Any, plan: str, seed: int, options: Any) -> tuple[int, float]:
+        calls.append(f"{plan} {seed}")
+        return 100, 1.0 if plan == "full" else 0.5
+
+    def measured(bundle: Path, plan: str, prompts: list[str], **options: Any) -> Any:
+        calls.append(plan)
+        if plan == "block:4" and calls.count(plan) == 1:
+            raise Stopped
+        pictures = [picture(len(plan), 64) for _ in prompts]
+        return {"rules": {"all": 0.5}}, pictures, 0.0
+
+    monkeypatch.setattr(runtime, "load", lambda bundle: pipeline)
+    monkeypatch.setattr(plans, "_cost", cost)
+    monkeypatch.setattr(plans, "measure", measured)
+    outputs = {"--out": "plans.csv", "--plot": "plans.png", "--grid": "grid.png", "--work": "work"}
+    arguments = ["--count", "8", "--rounds", "2", *(part for o, n in outputs.items() for part in (o, str(tmp_path / n)))]
+    with pytest.raises(Stopped):
+        plans.main(arguments)
+    done = len(calls)
+    plans.main(arguments)
+    # Nothing is measured twice but the plan at which it stopped.
+    assert calls[done:] == ["block:4", *plans.PLANS[4:]]
+    assert not (tmp_path / "work").exists()
+    with (tmp_path / "plans.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["plan"] for row in rows] == list(plans.PLANS)
+    assert (rows[0]["time"], rows[0]["psnr"], rows[1]["time"], rows[1]["macs"]) == ("1.0", "", "0.5", "1.0")
+    described = json.loads((tmp_path / "plans.json").read_text())
+    assert described["settings"]["prompts"] == 8
+    assert described["front by accuracy and time"] == ["block:2"]
+    assert described["machine"]["cores"]
+    assert Image.open(tmp_path / "grid.png").width > 1000
+
+
+def test_too_few_prompts_are_refused() -> None:
+    with pytest.raises(UserError, match="--count 3 --rounds 7: choose 8 or more"):
+        plans.main(["--count", "3"])

@@ -1,0 +1,87 @@
+"""Half-precision graphs compute softmax and norms in float32, and nothing else of them changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engines import Segment
+from engines.bundle.manifest import Feature
+from exporter.segments.trace import trace
+
+FEATURES = {name: Feature(dtype="float16", shape=("batch", 8, "height", "width")) for name in ("x", "y")}
+SEGMENT = Segment(name="s", units=("y",), inputs=("x",), outputs=("y",))
+
+
+class Block(nn.Module):
+    """A group norm, a layer norm and an attention, as a transformer of the UNet has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group, self.layer = nn.GroupNorm(2, 8), nn.LayerNorm(8)
+
+    def forward(self, *features: Tensor) -> tuple[Tensor]:
+        (x,) = features
+        tokens = self.layer(self.group(x).flatten(2).transpose(1, 2))
+        heads = tokens.unflatten(2, (2, 4)).transpose(1, 2)
+        found = functional.scaled_dot_product_attention(heads, heads, heads)
+        return (found.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, x.shape[2:]),)
+
+
+def traced(dtype: torch.dtype, path: Path) -> onnx.ModelProto:
+    torch.manual_seed(0)
+    name = "float16" if dtype == torch.float16 else "float32"
+    features = {key: feature.model_copy(update={"dtype": name}) for key, feature in FEATURES.items()}
+    trace(SEGMENT, Block().to(dtype).eval(), features, 1, path)
+    return onnx.load(path)
+
+
+def types(model: onnx.ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    return {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+
+
+def test_softmax_and_norms_are_single_precision_inside(tmp_path: Path) -> None:
+    model = traced(torch.float16, tmp_path / "half.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    known, found = types(model), Counter[str]()
+    for node in model.graph.node:
+        if node.op_type in {"Softmax", "InstanceNormalization"}:
+            found[node.op_type] += 1
+            assert known[node.output[0]] == onnx.TensorProto.FLOAT
+        if node.op_type in {"MatMul", "LayerNormalization"}:
+            assert known[node.output[0]] == onnx.TensorProto.FLOAT16
+        if node.op_type == "LayerNormalization":
+            (stash,) = [a.i for a in node.attribute if a.name == "stash_type"]
+            assert stash == onnx.TensorProto.FLOAT
+    assert found == {"Softmax": 1, "InstanceNormalization": 1}
+
+
+def test_a_single_precision_graph_has_no_casts(tmp_path: Path) -> None:
+    model = traced(torch.float32, tmp_path / "single.onnx")
+    assert "Cast" not in {node.op_type for node in model.graph.node}
+
+
+def test_a_norm_of_large_values_is_right(tmp_path: Path) -> None:
+    """Squares of 300 and more are no float16."""
+    traced(torch.float16, tmp_path / "half.onnx")
+    torch.manual_seed(0)
+    block, x = Block().eval(), 1000 * torch.randn(2, 8, 4, 6)
+    session = onnxruntime.InferenceSession(tmp_path / "half.onnx", providers=["CPUExecutionProvider"])
+    (made,) = session.run(None, {"x": x.half().numpy()})
+    with torch.no_grad():
+        (expected,) = block(x)
+    assert float((torch.from_numpy(made).float() - expected).abs().max()) < 5e-3 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_graph_does_not_tell_where_it_was_made(dtype: torch.dtype, tmp_path: Path) -> None:
+    traced(dtype, tmp_path / "graph.onnx")
+    assert str(Path(__file__).parents[3]).encode() not in (tmp_path / "graph.onnx").read_bytes()

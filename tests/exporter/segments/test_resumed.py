@@ -1,0 +1,313 @@
+"""A build that is stopped, at any moment and in any way, is gone on with: nothing twice, nothing half."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines import Bundle, Segment, Traced
+from engines.bundle.manifest import Precision
+from exporter import BuildError, BuildOptions, build
+from exporter.build import DIGESTS
+from exporter.segments.artifacts import Pieces, working_on
+from exporter.segments.digests import Digests
+from exporter.segments.progress import Step
+from tests.exporter.conftest import names_in
+from tests.support.commands import Command, contents
+
+FakeTrace = Callable[..., list[str]]
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def options(tiny_source: Path, tmp_path: Path) -> BuildOptions:
+    return BuildOptions(source=str(tiny_source), out=tmp_path / "out" / "bundle")
+
+
+def folder_of(options: BuildOptions) -> Path:
+    assert options.out is not None
+    return options.out
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """What a bundle holds, but for the times it took and what is remembered of files."""
+    manifest = Bundle.open(folder).manifest
+    return {file.path: file.sha256 for file in manifest.all_files} | {"key": manifest.key}
+
+
+def timeless(bundle: Bundle) -> tuple[Segment, ...]:
+    """A bundle's segments without the seconds that each took."""
+    return tuple(segment.model_copy(update={"seconds": 0.0}) for segment in bundle.manifest.segments)
+
+
+def write_slowly(file: Path, name: str, parts: int) -> None:
+    """A file that grows for a while."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as stream:
+        for part in range(parts):
+            stream.write(f"{name} {part} ".encode() * 100)
+            stream.flush()
+            time.sleep(0.002)
+
+
+@pytest.fixture
+def slow_writing(fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments and engines whose files grow for a while, so that a kill finds some half written."""
+    fake_trace()
+
+    def write(program: Any, segment: Segment, path: Path) -> list[Path]:
+        data = path.with_name(f"{path.name}.data")
+        for file in (path, data):
+            write_slowly(file, segment.name, 5)
+        return [path, data]
+
+    def compile_segment(engine: Any, traced: Traced, stem: Path, *rest: Any) -> list[Path]:
+        path = Path(f"{stem}.engine")
+        write_slowly(path, f"engine of {traced.onnx.read_bytes()[:8]!r}", 10)
+        return [path]
+
+    monkeypatch.setattr("exporter.segments.writer.write_onnx", write)
+    monkeypatch.setattr("engines.ort.engine.OnnxRuntime.compile", compile_segment)
+
+
+@pytest.mark.usefixtures("slow_writing")
+def test_a_build_killed_at_twenty_random_points(options: BuildOptions) -> None:
+    whole = replace(options, out=folder_of(options).parent / "whole")
+    started = time.perf_counter()
+    done = build(whole)[0]
+    seconds = time.perf_counter() - started
+    assert len([file for file in hashes(done.folder) if file.endswith(".engine")]) == len(done.manifest.segments)
+    points, kills, wholes = random.Random(0), 0, [hashes(whole.folder)]
+    while kills < 20:
+        child = FORK.Process(target=build, args=(options,))
+        child.start()
+        time.sleep(points.uniform(0, seconds))
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += child.exitcode == -signal.SIGKILL
+        if folder_of(options).exists():
+            assert hashes(folder_of(options)) in wholes[-2:]
+        if folder_of(options).exists() and hashes(folder_of(options)) == wholes[-1]:
+            # It was done: from here on another one is to replace it.
+            precision: Precision = "fp16" if options.precision == "fp32" else "fp32"
+            options, whole = (replace(one, force=True, precision=precision) for one in (options, whole))
+            wholes.append(hashes(build(whole)[0].folder))
+    bundle, _ = build(options)
+    bundle.check()
+    assert hashes(bundle.folder) == wholes[-1]
+    assert names_in(bundle.folder.parent) == ["bundle", "whole"]
+    assert contents(bundle.folder).keys() == contents(whole.folder).keys()
+
+
+def test_an_engine_that_is_half_written_when_the_build_is_killed_is_made_again(
+    options: BuildOptions, fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+
+    def compile_segment(wait: float, traced: Traced, stem: Path) -> list[Path]:
+        path = Path(f"{stem}.engine")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+        if traced.segment.name == "mid":
+            time.sleep(wait)
+        path.write_bytes(b"half and half")
+        compiled.append(traced.segment.name)
+        return [path]
+
+    fake_trace()
+    compile_name = "engines.ort.engine.OnnxRuntime.compile"
+    monkeypatch.setattr(compile_name, lambda engine, traced, stem, *rest: compile_segment(600, traced, stem))
+    child = FORK.Process(target=build, args=(options,))
+    child.start()
+    half = folder_of(options).parent / ".bundle.building" / "bundle" / "engines" / "onnxruntime" / "mid.engine"
+    while child.is_alive() and not (half.is_file() and half.stat().st_size):
+        time.sleep(0.01)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert half.read_bytes() == b"half"
+    monkeypatch.setattr(compile_name, lambda engine, traced, stem, *rest: compile_segment(0, traced, stem))
+    bundle, _ = build(options)
+    bundle.check()
+    engines = [bundle.path(file) for segment in bundle.manifest.segments for file in segment.engines["onnxruntime"].files]
+    assert {path.read_bytes() for path in engines} == {b"half and half"}
+    assert "mid" in compiled
+    assert "text_encoder" not in compiled
+
+
+def test_a_file_that_is_half_written_is_not_taken_for_whole(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    fake_trace(fail_at="mid", error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        build(options)
+    building = folder_of(options).parent / ".bundle.building" / "bundle"
+    (building / "segments" / "stem.onnx").write_bytes(b"half")
+    traced = fake_trace()
+    build(options)[0].check()
+    assert "stem" in traced
+    assert "text_encoder" not in traced
+
+
+def test_another_engine_leaves_the_segments_as_they_are(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    fake_trace()
+    before = build(options)[0]
+    traced = fake_trace()
+    steps: list[Step] = []
+    bundle, built = build(replace(options, engines=("onnxruntime", "null"), force=True), steps.append)
+    assert built
+    assert not traced
+    assert timeless(bundle) == timeless(before)
+    assert (1, 12, "stem", "kept") in [step[:4] for step in steps]
+    assert names_in(bundle.folder.parent) == ["bundle"]
+
+
+def test_a_replacement_that_was_stopped_is_gone_on_with(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    """The old bundle, whose pieces have the same names and hold no more, is there all the while."""
+    fake_trace()
+    build(options)
+    forced = replace(options, precision="fp16", force=True)
+    fake_trace(fail_at="mid", error=KeyboardInterrupt(), content="half precision")
+    with pytest.raises(KeyboardInterrupt):
+        build(forced)
+    traced = fake_trace()
+    bundle, _ = build(forced)
+    assert traced[0] == "mid"
+    assert bundle.manifest.precision == "fp16"
+    bundle.check()
+
+
+def test_another_cut_traces_only_what_is_cut_otherwise(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    fake_trace()
+    before = {segment.name: segment.units for segment in build(options)[0].manifest.segments}
+    traced = fake_trace()
+    after = {s.name: s.units for s in build(replace(options, granularity="layer", force=True))[0].manifest.segments}
+    assert set(traced) == {name for name, units in after.items() if before.get(name) != units}
+    assert "text_encoder" not in traced
+
+
+def test_a_replaced_bundle_is_not_written_into(options: BuildOptions, fake_trace: FakeTrace, tmp_path: Path) -> None:
+    """What the new bundle takes over has one file with two names for a while: it must not be opened for writing."""
+    fake_trace()
+    build(options)
+    os.link(folder_of(options) / "segments" / "stem.onnx", tmp_path / "witness")
+    fake_trace(fail_at="mid", error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        build(replace(options, precision="fp16", force=True))
+    Bundle.open(folder_of(options)).check()
+    assert (tmp_path / "witness").read_bytes() == b"stem" * 10
+
+
+def test_two_builds_in_one_place(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    fake_trace()
+    with working_on(folder_of(options)) as pieces:
+        (pieces.folder / "mine").write_text("mine")
+        with pytest.raises(BuildError, match="another build is writing .*bundle; wait for it"):
+            build(options)
+    assert (folder_of(options) / "mine").read_text() == "mine"
+
+
+def test_a_build_stopped_between_its_last_two_moves(tmp_path: Path) -> None:
+    """The old bundle has stepped aside, the new one is not in its place yet."""
+    old = tmp_path / ".bundle.building" / "old"
+    old.mkdir(parents=True)
+    (old / "manifest.json").write_text("old")
+    with working_on(tmp_path / "bundle") as pieces:
+        assert (tmp_path / "bundle" / "manifest.json").read_text() == "old"
+        (pieces.folder / "manifest.json").write_text("new")
+    assert (tmp_path / "bundle" / "manifest.json").read_text() == "new"
+    assert names_in(tmp_path) == ["bundle"]
+
+
+def test_pieces_are_found_by_another_process_or_not_at_all(tmp_path: Path) -> None:
+    pieces = Pieces(tmp_path)
+    path = pieces.folder / "a.onnx"
+    path.write_bytes(b"whole")
+    files = pieces.add("ab" * 32, [path])
+    assert Pieces(tmp_path).find("ab" * 32) == files
+    assert Pieces(tmp_path).find("cd" * 32) is None
+    path.write_bytes(b"other")
+    assert Pieces(tmp_path).find("ab" * 32) is None
+    next((tmp_path / "pieces").iterdir()).write_text("[{")
+    assert Pieces(tmp_path).find("ab" * 32) is None
+
+
+def test_nothing_is_hashed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    os.utime(path, (1, 1))
+    digests = Digests(tmp_path)
+    one = digests(path)
+    digests.save(tmp_path / DIGESTS)
+    read: list[Path] = []
+
+    def note(path: Path) -> str:
+        read.append(path)
+        return "other"
+
+    monkeypatch.setattr("exporter.segments.digests.sha256", note)
+    again = Digests.load(tmp_path / DIGESTS)
+    assert (again(path), read) == (one, [])
+    path.write_bytes(b"two")
+    os.utime(path, (2, 2))
+    assert (again(path), read) == ("other", [path])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"weights": []}'])
+def test_what_is_remembered_may_be_damaged(tmp_path: Path, text: str) -> None:
+    (tmp_path / "weights").write_bytes(b"one")
+    (tmp_path / DIGESTS).write_text(text)
+    assert Digests.load(tmp_path / DIGESTS)(tmp_path / "weights") == Digests(tmp_path)(tmp_path / "weights")
+
+
+def test_two_processes_make_the_same_bundle_as_one(exporter: Command, tiny_source: Path, tmp_path: Path) -> None:
+    """Real traces, in processes of their own."""
+    one, two = (build(BuildOptions(source=str(tiny_source), out=tmp_path / str(jobs), jobs=jobs))[0] for jobs in (1, 2))
+    assert [segment.name for segment in one.manifest.segments] == [segment.name for segment in two.manifest.segments]
+    assert hashes(one.folder).keys() == hashes(two.folder).keys()
+    # PyTorch names some values of a graph after its own state; the weights are the same to the last bit.
+    weights = [name for name in hashes(one.folder) if name.endswith(".data")]
+    assert len(weights) > len(one.manifest.segments) // 2
+    assert all(hashes(one.folder)[name] == hashes(two.folder)[name] for name in weights)
+    assert exporter("verify", two.folder, "--sizes", "16x16").code == 0
+
+
+def test_a_process_that_ends(tiny_source: Path, tmp_path: Path) -> None:
+    """As one does when memory runs out."""
+    options = BuildOptions(source=str(tiny_source), out=tmp_path / "bundle", jobs=2)
+
+    def progress(step: Step) -> None:
+        if step.phase == "written":
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    with pytest.raises(BuildError, match="one of 2 processes ended.*fewer --jobs; the same command goes on"):
+        build(options, progress)
+    assert not (tmp_path / "bundle").exists()
+    assert len(Pieces(tmp_path / ".bundle.building")), "what was finished is kept"
+
+
+def test_progress_and_result_as_json(exporter: Command, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path) -> None:
+    fake_trace()
+    lines = [json.loads(line) for line in exporter("build", "--source", tiny_source, "--out", tmp_path / "b", "--json").out]
+    assert lines[0].keys() == {"done", "total", "segment", "phase", "seconds", "seconds_left"}
+    left = [line["seconds_left"] for line in lines[:-1]]
+    assert left[:3] == [None] * 3, "nothing is done yet"
+    assert all(seconds >= 0 for seconds in left[3:])
+    assert left[-1] == 0
+    assert [line["phase"] for line in lines[1:3]] == ["tracing", "compiling for onnxruntime"]
+    assert lines[-2]["phase"] == "done"
+    assert lines[-1]["bundle"] == str(tmp_path / "b")
+    assert lines[-1]["built"] is True
+    assert lines[-1]["onnx_bytes"]["stem"] == len(b"stem" * 10)
+    again = [json.loads(line) for line in exporter("build", "--source", tiny_source, "--out", tmp_path / "b", "--json").out]
+    assert again[-1]["built"] is False

@@ -1,0 +1,45 @@
+"""Schedulers by name: how often they evaluate the model, and which numbers of steps they take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runtime import RequestError
+from runtime.images.schedulers import SCHEDULERS, make_scheduler
+from tests.support.reference import MINI, reference_scheduler
+
+FOLDER = MINI / "scheduler"
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 500])
+def test_every_scheduler_takes_few_steps_and_many(name: str, steps: int) -> None:
+    scheduler = make_scheduler(name, FOLDER, steps)
+    evaluations = len(scheduler.timesteps)
+    assert evaluations == {"pndm": steps + (steps > 1), "heun": 2 * steps - 1}.get(name, steps)
+    latents = torch.ones(1, 4, 2, 2) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        sample = scheduler.scale_model_input(latents, timestep)
+        latents = scheduler.step(torch.zeros_like(sample), timestep, latents, return_dict=False)[0]
+    assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_timesteps_are_those_of_the_bundles_configuration(name: str) -> None:
+    assert torch.equal(make_scheduler(name, FOLDER, 20).timesteps, reference_scheduler(name, 20).timesteps)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 501, 1000, 100000])
+def test_steps_out_of_range(steps: int) -> None:
+    with pytest.raises(RequestError, match=rf"steps = {steps}; choose from 1 to 500"):
+        make_scheduler("ddim", FOLDER, steps)
+
+
+def test_unknown_scheduler_lists_those_known() -> None:
+    with pytest.raises(RequestError, match=r"unknown scheduler 'plms'; choose from: ddim, pndm, dpm\+\+, euler, heun"):
+        make_scheduler("plms", FOLDER, 20)
+
+
+def test_calls_do_not_share_a_scheduler() -> None:
+    assert make_scheduler("dpm++", FOLDER, 5) is not make_scheduler("dpm++", FOLDER, 5)

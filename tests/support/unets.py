@@ -1,0 +1,130 @@
+"""Small UNets with random weights and other topologies than the embedded model's, and networks of live modules over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from engines import Manifest, Segment
+from engines.bundle.manifest import Feature
+from engines.torch_program import ModuleRunner
+from exporter.graph.partition import Granularity, partition
+from exporter.graph.shapes_and_macs import measure
+from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
+from exporter.graph.unit_modules import SegmentModule, unit_module
+from runtime.execution.executor import Network
+from runtime.plans.plan import Plan
+from runtime.plans.presets import find_plan
+
+TEXT_WIDTH, TOKENS = 16, 5
+
+_THREE_STAGES = {
+    "block_out_channels": (16, 24, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+TOPOLOGIES: dict[str, dict[str, Any]] = {
+    # BK-SDM-Small's shape: one layer per block, no mid block.
+    "no mid": {**_THREE_STAGES, "layers_per_block": 1, "mid_block_type": None},
+    "uneven": {**_THREE_STAGES, "layers_per_block": (2, 1, 2)},
+    "two stages": {
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    },
+}
+SD15: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+def small_unet(name: str, **changes: Any) -> UNet2DConditionModel:
+    """One of ``TOPOLOGIES``, seeded; ``changes`` are further configuration."""
+    torch.manual_seed(0)
+    small = {"sample_size": 8, "cross_attention_dim": TEXT_WIDTH, "norm_num_groups": 8, "attention_head_dim": 2}
+    return UNet2DConditionModel(**{**small, **TOPOLOGIES[name], **changes}).eval()
+
+
+def unet_inputs(unet: UNet2DConditionModel) -> dict[str, Feature]:
+    """The features that the UNet is given."""
+    width = unet.config.cross_attention_dim
+    return {
+        SAMPLE: Feature(dtype="float32", shape=("batch", unet.config.in_channels, "height", "width")),
+        TIMESTEP: Feature(dtype="float32", shape=(1,)),
+        TEXT: Feature(dtype="float32", shape=("batch", TOKENS, width)),
+    }
+
+
+def manifest_of(
+    unet: UNet2DConditionModel,
+    granularity: Granularity | None = "block",
+    plans: Sequence[str | Plan] = ("block:2", "deepcache:2"),
+) -> Manifest:
+    """The manifest of a bundle that has this UNet and nothing else, and no files."""
+    units = topology(unet)
+    names = [unit.name for unit in units]
+    modules = {name: unit_module(unet, name) for name in names}
+    side = unet.config.sample_size
+    measured, features = measure(units, modules, unet_inputs(unet), {"height": side, "width": side})
+    return make_manifest(
+        units=tuple(measured),
+        segments=partition(units, granularity, [find_plan(plan) for plan in plans]),
+        features=features,
+        sizes=((8 * side, 8 * side),),
+        size_multiple=8 * depth_factor(unet),
+    )
+
+
+def make_manifest(**fields: Any) -> Manifest:
+    """A manifest with the given fields; the rest do not matter."""
+    rest = {
+        "key": "0" * 64,
+        "variant": "original",
+        "source": "test",
+        "source_sha256": "1" * 64,
+        "precision": "fp32",
+        "sizes": ((64, 64),),
+        "max_images": 4,
+        "latent_channels": 4,
+        "vae_scale": 8,
+        "size_multiple": 64,
+        "text_length": TOKENS,
+        "vocabulary": 100,
+        "features": {},
+        "units": (),
+        "segments": (),
+        "files": (),
+        "made_with": {},
+    }
+    return Manifest(**{**rest, **fields})
+
+
+def segment_module(unet: UNet2DConditionModel, manifest: Manifest, segment: Segment) -> SegmentModule:
+    """The live torch module of a segment."""
+    units = [unit for unit in manifest.units if unit.name in segment.units]
+    return SegmentModule(units, {name: unit_module(unet, name) for name in segment.units}, segment.inputs, segment.outputs)
+
+
+def live_network(unet: UNet2DConditionModel, manifest: Manifest) -> Network:
+    """The UNet's segments as live torch modules."""
+    runners = {
+        segment.name: ModuleRunner(segment, manifest.features, segment_module(unet, manifest, segment))
+        for segment in manifest.segments
+    }
+    return Network(manifest, runners)
+
+
+def relative_error(made: Tensor, reference: Tensor) -> float:
+    """The largest difference, relative to the reference's largest value."""
+    assert made.shape == reference.shape
+    return float((made - reference).abs().max() / reference.abs().max())

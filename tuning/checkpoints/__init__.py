@@ -1,0 +1,1 @@
+"""Where weights come from, and folders of UNets read and written."""

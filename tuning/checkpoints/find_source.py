@@ -1,0 +1,199 @@
+"""Where weights come from: the embedded ``mini`` model, a diffusers folder, a hub id, a single file, or random numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuning.checkpoints.folder import load_unet, meta_unet
+from tuning.checkpoints.single_file import GIVE_CONFIG, check_single_file, text_width
+from tuning.checkpoints.source import PARTS, PICKLES, FileSource, FolderSource, RandomSource, Source, check_part
+from tuning.errors import TuningError
+from tuning.surgery.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+__all__ = ["MINI", "RANDOM", "RANDOM_CONFIGS", "UNetSource", "check_apart", "find_source", "open_unet", "place_of", "random_unet"]
+
+_MODELS = Path(__file__).resolve().parents[2] / "models"
+MINI = _MODELS / "mini"
+RANDOM = "random:"
+"""What the name of a source with random weights starts with."""
+
+_FAMILIES = {768: "sd15", 1024: "sd21"}
+"""By the width of the text that the UNet reads: the folder with the family's configurations."""
+RANDOM_CONFIGS = (*_FAMILIES.values(), *(name for name in RECIPES if name.startswith("bk-")))
+"""Configurations with a name; those of a recipe are SD 1.5's, assembled by it."""
+
+_CHOICES = "give 'mini', a diffusers folder, a .safetensors file, or a hub id"
+_CONVERT = (
+    "python -c \"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{path}').save_pretrained('{folder}')\""
+)
+_HUB_FILES = ("*.json", "*/*.json", "*/*.txt", "diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model.safetensors",
+              "*/diffusion_pytorch_model-*.safetensors", "text_encoder/model.safetensors")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class UNetSource:
+    """A UNet that can be loaded: in a ``folder`` of its own, a part of a ``whole`` checkpoint, or random."""
+
+    name: str
+    folder: Path | None = None
+    whole: Source | None = None
+
+    def unet(self) -> UNet2DConditionModel:
+        """The UNet, float32, in evaluation mode. Raises TuningError when its files cannot be read."""
+        if self.whole is not None:
+            unet: UNet2DConditionModel = self.whole.model("unet")
+            return unet
+        return random_unet(self.name) if self.folder is None else load_unet(self.folder)
+
+
+def open_unet(source: str) -> UNetSource:
+    """Find a UNet: in any source of a whole checkpoint, or in a folder of its own, as diffusers writes it.
+
+    Raises:
+        TuningError: there is no such source, or it holds no UNet with safetensors.
+    """
+    if source.startswith(RANDOM):
+        _random_config(source)
+        return UNetSource(source)
+    path = _path(source)
+    if path.suffix == ".safetensors":
+        return UNetSource(source, whole=_file_source(source, path, None))
+    folder = path if path.is_dir() else _fetch(source)
+    if not (folder / "unet").is_dir() and (folder / "config.json").is_file():
+        check_part(source, folder.parent, folder.name)
+        return UNetSource(source, folder)
+    check_part(source, folder, "unet")
+    return UNetSource(source, whole=FolderSource(source, folder))
+
+
+def random_unet(source: str, seed: int = 0) -> UNet2DConditionModel:
+    """The UNet of a ``random:`` source: seeded random weights, float32, in evaluation mode. For measurements of time and size.
+
+    Raises:
+        TuningError: the configuration is neither one of ``RANDOM_CONFIGS`` nor a UNet's config.json.
+    """
+    path, recipe = _random_config(source)
+    unet: UNet2DConditionModel = RandomSource(source, path.parent, path, recipe, seed).model("unet")
+    return unet
+
+
+def find_source(source: str, config: Path | None = None) -> Source:
+    """Find a whole checkpoint.
+
+    Args:
+        source: ``mini``, a diffusers folder, a hub id such as ``owner/name`` (fetched into the hub's cache), a .safetensors file
+            in CompVis' layout, or ``random:CONFIG``.
+        config: for the two last ones, a diffusers folder whose configurations are taken instead of the family's.
+
+    Raises:
+        TuningError: there is no such source, a part of it is missing, or its weights are pickled.
+    """
+    if config is not None and not (config / "unet" / "config.json").is_file():
+        raise TuningError(f"config {config} is no diffusers folder: {config / 'unet' / 'config.json'} is missing")
+    if source.startswith(RANDOM):
+        return _random_source(source, config)
+    path = _path(source)
+    if path.suffix == ".safetensors":
+        return _file_source(source, path, config)
+    if config is not None:
+        raise TuningError(f"source {source} has configurations of its own: leave --config out, which is for single files")
+    folder = path if path.is_dir() else _fetch(source)
+    for part, has_weights in PARTS.items():
+        check_part(source, folder, part, weights=has_weights)
+    return FolderSource(source, folder)
+
+
+def place_of(source: str) -> Path:
+    """The folder or the file that a source's name means, whether it is there or not."""
+    return MINI if source == "mini" else Path(source).expanduser()
+
+
+def check_apart(out: Path, read: Path, what: str) -> None:
+    """Raise TuningError where ``out`` is the folder ``read``, or that of a part of it: what is read may not be written over."""
+    if read.is_dir() and out.expanduser().resolve() in {place.resolve() for place in (read, *(read / part for part in PARTS))}:
+        raise TuningError(f"--out {out} is where the {what} is read from; choose another folder")
+
+
+def _path(source: str) -> Path:
+    """The folder or the file that a source is or would be. Raises TuningError for a pickle and for a file that is missing."""
+    path = place_of(source)
+    if path.suffix in {*PICKLES, ".safetensors"} and not path.exists():
+        raise TuningError(f"source {path}: no such file; {_CHOICES}")
+    if path.is_file() and path.suffix in PICKLES:
+        convert = _CONVERT.format(path=path, folder=path.with_suffix(""))
+        raise TuningError(
+            f"source {path} is a pickle, which can run code when it is read; if you trust it, convert it once: {convert}"
+        )
+    if path.is_file() and path.suffix != ".safetensors":
+        raise TuningError(f"source {path} is a file of another kind than .safetensors; {_CHOICES}")
+    return path
+
+
+def _file_source(source: str, path: Path, config: Path | None) -> FileSource:
+    check_single_file(path)
+    return FileSource(source, config or _family_of(source, text_width(path)), path)
+
+
+def _random_source(source: str, config: Path | None) -> RandomSource:
+    path, recipe = _random_config(source)
+    if path.is_relative_to(_MODELS):
+        return RandomSource(source, config or path.parents[1], path, recipe)
+    return RandomSource(source, config or _family_of(source, meta_unet(path).config.cross_attention_dim), path, recipe)
+
+
+def _family_of(source: str, width: object) -> Path:
+    """The configurations of the family whose UNet reads text of this width."""
+    for known, family in _FAMILIES.items():
+        if width == known:
+            return _MODELS / family
+    raise TuningError(
+        f"source {source}: its UNet reads text of width {width}, neither Stable Diffusion 1.x's (768) nor 2.x's (1024); "
+        f"{GIVE_CONFIG}"
+    )
+
+
+def _random_config(source: str) -> tuple[Path, str | None]:
+    """The file of the UNet's configuration, and the recipe by which it is to be assembled."""
+    name = source.removeprefix(RANDOM)
+    if name in RANDOM_CONFIGS:
+        family = name if name in _FAMILIES.values() else "sd15"
+        return _MODELS / family / "unet" / "config.json", None if name == family else name
+    path = Path(name).expanduser()
+    if path.suffix != ".json" or not path.is_file():
+        raise TuningError(
+            f"source {source}: no such configuration; choose from: {', '.join(RANDOM_CONFIGS)}, or a UNet's config.json"
+        )
+    return path, None
+
+
+def _fetch(source: str) -> Path:
+    """Fetch a hub repository's configurations and safetensors, or find them in the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HTTPError as ClientError  # type: ignore[attr-defined]  # of the HTTP client that it has
+
+    unknown = f"unknown source {source!r}: no such folder"
+    if source.count("/") != 1 or source.startswith((".", "/")):
+        raise TuningError(f"{unknown}; {_CHOICES} such as owner/name")
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
+    except GatedRepoError as error:
+        raise TuningError(
+            f"source {source} is gated: agree to its terms at https://huggingface.co/{source}, then log in with: hf auth login"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise TuningError(
+            f"{unknown}, and the hub has no repository of that name for you; {_CHOICES}; if it is private: hf auth login"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        why = "may not be asked: HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "cannot be reached"
+        raise TuningError(f"{unknown}, it is not in the hub's cache, and the hub {why}; {_CHOICES}") from error
+    except (OSError, ClientError) as error:  # a proxy's or a server's refusal, a connection that ended
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TuningError(f"source {source} could not be fetched from the hub ({reason}); try again, or {_CHOICES}") from error

@@ -1,0 +1,121 @@
+"""A whole checkpoint in one .safetensors file, in the layout of CompVis' and Stability AI's own code.
+
+Its tensors have other names than diffusers', and some another shape; diffusers' own converters say which. They only rename and
+slice, so they run on tensors that are mapped from the file and not read yet.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tuning.checkpoints.weights import Filed, Weights, map_file, shapes_of
+from tuning.errors import TuningError
+
+__all__ = ["GIVE_CONFIG", "check_single_file", "single_file_weights", "text_width"]
+
+GIVE_CONFIG = "give --config DIR (python -m exporter build), a diffusers folder with the configurations of this model"
+"""What to do with weights that are of no known family."""
+
+_PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+_OPEN_CLIP = f"{_PREFIX['text_encoder']}model."
+_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
+
+
+def check_single_file(path: Path) -> None:
+    """Raise TuningError unless the file is a safetensors file that has a UNet in CompVis' layout."""
+    names = map_file(path)
+    if any(name.startswith("conditioner.") for name in names):
+        raise TuningError(f"source {path} is a checkpoint of SDXL; Stable Diffusion 1.x and 2.x are what this is for")
+    if not any(name.startswith(_PREFIX["unet"]) for name in names):
+        raise TuningError(f"source {path} is no checkpoint in CompVis' layout ({_what_else(names)}")
+
+
+def _what_else(names: Mapping[str, Tensor]) -> str:
+    """What a file seems to be, and what to do with it."""
+    if any("lora" in name for name in names):
+        return "it is a LoRA): fuse it into its checkpoint with diffusers' fuse_lora, and save that with save_pretrained"
+    if "down_blocks.0.resnets.0.conv1.weight" in names:
+        return "it is a diffusers UNet): put it into a folder as diffusion_pytorch_model.safetensors, with its config.json"
+    return f"no tensor is called {_PREFIX['unet']}*): give one that has UNet, VAE and text encoder, or a diffusers folder"
+
+
+def text_width(path: Path) -> int | None:
+    """The width of the text that the file's UNet reads, where it reads any."""
+    for name, tensor in map_file(path).items():
+        if name.startswith(_PREFIX["unet"]) and name.endswith(".attn2.to_k.weight"):
+            return int(tensor.shape[1])
+    return None
+
+
+def single_file_weights(path: Path, part: str, module: nn.Module, configured_by: Path) -> Weights:
+    """The weights of one part of the file.
+
+    Args:
+        path: one that `check_single_file` has passed.
+        part: unet, vae or text_encoder.
+        module: what they are for; on the meta device will do.
+        configured_by: the folder that the module was configured by, for errors.
+
+    Raises:
+        TuningError: the file lacks the part, or its tensors are not those that the module needs.
+    """
+    shapes = shapes_of(module)
+
+    def open_file() -> dict[str, Tensor]:
+        mapped = {name: tensor for name, tensor in map_file(path).items() if name.startswith(_PREFIX[part])}
+        return _CONVERT[part](mapped, module)
+
+    if not any(name.startswith(_PREFIX[part]) for name in map_file(path)):
+        raise TuningError(f"source {path} has no {_NAMES[part]}: no tensor is called {_PREFIX[part]}*; give a whole checkpoint")
+    try:
+        found = open_file()
+    except Exception as error:  # of many kinds: the converters check nothing
+        raise _misfit(path, part, configured_by, f"{type(error).__name__} {error}") from error
+    for name, wanted in shapes.items():
+        got = found[name].shape if name in found else None
+        if got != wanted:
+            raise _misfit(path, part, configured_by, f"{name} {'is missing' if got is None else f'is {tuple(got)}'}")
+    if part == "unet" and (unknown := sorted(found.keys() - shapes.keys())):
+        raise _misfit(path, part, configured_by, f"it has no {unknown[0]}")
+    return Filed(str(path), shapes, open_file)
+
+
+def _misfit(path: Path, part: str, configured_by: Path, reason: str) -> TuningError:
+    described = configured_by / part
+    return TuningError(f"source {path}: its {_NAMES[part]} is not what {described} describes ({reason}); {GIVE_CONFIG}")
+
+
+def _unet(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    converted: dict[str, Tensor] = convert_ldm_unet_checkpoint(tensors, module.config)
+    return converted
+
+
+def _vae(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(tensors, module.config)
+    return converted
+
+
+def _text_encoder(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
+    """OpenAI's CLIP or, in Stable Diffusion 2.x, OpenCLIP; its tensors are called as the installed transformers has them."""
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
+
+    if any(name.startswith(_OPEN_CLIP) for name in tensors):
+        converted = convert_open_clip_checkpoint(module, tensors, prefix=_OPEN_CLIP)
+    else:
+        converted = convert_ldm_clip_checkpoint(tensors)
+    if hasattr(module, "text_model"):
+        return dict(converted)
+    return {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
+
+
+_CONVERT: dict[str, Callable[[dict[str, Tensor], Any], dict[str, Tensor]]] = {
+    "unet": _unet,
+    "vae": _vae,
+    "text_encoder": _text_encoder,
+}

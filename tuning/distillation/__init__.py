@@ -1,0 +1,1 @@
+"""A smaller UNet taught by its original: losses, data, command."""

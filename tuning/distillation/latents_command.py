@@ -1,0 +1,46 @@
+"""`python -m tuning latents`: a folder of pictures in, a folder of latents out, for many passes of distillation."""
+
+import argparse
+from pathlib import Path
+
+from tuning.distillation.options import number
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `latents`."""
+    add, whole = parser.add_argument, number(int, 1)
+    add("--source", required=True, help="whose autoencoder and tokenizer are used: mini, a diffusers folder, a hub id, a file")
+    add("--data", required=True, help="a folder of pictures and metadata.jsonl, or .tar shards")
+    add("--out", type=Path, required=True, help="folder for the latents")
+    add("--size", type=whole, help="pixels of the pictures' sides (default: the model's)")
+    add("--batch", type=whole, default=8, help="pictures at a time (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs the command. Raises TuningError for a user's mistake."""
+    import torch
+    from rich.console import Console
+
+    from tuning.distillation.examples import check_size
+    from tuning.distillation.latents import write_latents
+    from tuning.distillation.pictures import Pictures
+    from tuning.training.distributed import Workers
+    from tuning.training.teacher import Teacher
+
+    workers = Workers()
+    try:
+        teacher = Teacher.load(options.source)
+        size, pictures = check_size(teacher, options.size), Pictures(Path(options.data).expanduser())
+        teacher.vae.to(workers.device, memory_format=torch.channels_last)
+        console, count = Console(stderr=True), len(pictures.captions)
+
+        def progress(done: int) -> None:
+            console.print(f"latents: {done} of {count} pictures by process {workers.rank}", highlight=False)
+
+        write_latents(
+            pictures, teacher, options.out, workers, data=options.data, size=size, batch=options.batch, progress=progress
+        )
+    finally:
+        workers.close()

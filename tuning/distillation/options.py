@@ -1,0 +1,142 @@
+"""The arguments of `python -m tuning distill`, and what a run remembers of them."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuning.errors import TuningError
+from tuning.training.files import write_text
+
+if TYPE_CHECKING:
+    from tuning.training.loop import LoopSettings
+
+__all__ = ["add_arguments", "fill_defaults", "loop_settings", "number", "remember"]
+
+# The embedded model's data is small and plain: Muon and large steps suit it. Others start as in BK-SDM (arXiv 2305.15798).
+_MINI = {"batch": 64, "lr": 1e-3, "muon_lr": 0.01, "warmup": 100, "decay": 0.9, "guidance": 3.0}
+_OTHER = {"batch": 8, "lr": 5e-5, "muon_lr": 0.0, "warmup": 500, "decay": 0.0, "guidance": 7.5}
+# A run that goes on with others of these would be another run.
+_SAME = ("teacher", "student", "data", "batch", "accumulate", "size", "dropout", "seed", "processes")
+_LOOP = ("steps", "minutes", "wall_minutes", "lr", "muon_lr", "warmup", "decay", "clip", "ema", "seed", "accumulate")
+_INTERVALS = ("log_every", "validate_minutes", "validate_every", "sample_every", "save_minutes")
+
+
+def number(kind: type, least: float) -> Callable[[str], Any]:
+    """A reader of whole numbers (`int`) or numbers (`float`) from `least` on, for argparse."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < float("inf"):
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {noun} of at least {least}")
+        return value
+
+    return read
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `distill`."""
+    whole, some, least = number(int, 1), number(float, 1e-9), number(float, 0)
+    add = parser.add_argument
+    add("--teacher", required=True, help="mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG")
+    add("--student", required=True, help="a recipe (name or .json), made of the teacher, or the folder of a UNet")
+    add("--data", required=True, help="mini, a folder of pictures and metadata.jsonl, .tar shards, or latents (see latents)")
+    add("--out", required=True, type=Path, help="folder for the student, in the diffusers layout")
+    add("--work", type=Path, help="folder for metrics, curves, samples and the checkpoint (default: OUT/training)")
+    bound = parser.add_argument_group("bounds (at least one; the first reached ends the run)")
+    bound.add_argument("--steps", type=whole, help="optimizer steps")
+    bound.add_argument("--minutes", type=some, help="CPU minutes of each process")
+    bound.add_argument("--wall-minutes", type=some, help="minutes on the clock")
+    bound.add_argument(
+        "--pause-at",
+        type=whole,
+        help="leave at this step of a portion (of the run, if there is one); without it the same command goes on",
+    )
+    group = parser.add_argument_group("training (defaults for --data mini / for other data)")
+    for name, kind, words in (
+        ("batch", whole, "examples per process"),
+        ("lr", some, "AdamW's learning rate"),
+        ("muon_lr", least, "Muon's, for the inner matrices; 0: AdamW for all"),
+        ("warmup", number(int, 0), "steps of rising learning rates"),
+        ("decay", least, "last share of the bound in which they fall to 0"),
+        ("guidance", least, "guidance scale of the sample pictures"),
+    ):
+        words += f" ({_MINI[name]} / {_OTHER[name]})"
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=words)
+    group.add_argument("--ema", type=least, default=0.999, help="decay of the weights' average (default: %(default)s)")
+    group.add_argument("--clip", type=some, default=1.0, help="largest norm of the gradients (default: %(default)s)")
+    group.add_argument("--accumulate", type=whole, default=1, help="batches per step (default: %(default)s)")
+    group.add_argument("--dropout", type=least, default=0.1, help="share of captions left out (default: %(default)s)")
+    group.add_argument("--mixed", choices=("no", "fp16", "bf16"), default="no", help="mixed precision, on a GPU")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    group.add_argument("--size", type=whole, help="pixels of the pictures' sides (default: the teacher's)")
+    group.add_argument("--pool", type=whole, default=8192, help="--data mini: pictures rendered at a time (default: %(default)s)")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="of data order and noise (default: %(default)s)")
+    look = parser.add_argument_group("looking on")
+    look.add_argument("--log-every", type=whole, default=20, help="steps between lines (default: %(default)s)")
+    look.add_argument("--validate-minutes", type=least, default=6.0, help="between validations (default: %(default)s)")
+    look.add_argument("--validate-every", type=whole, help="steps between them, in place of minutes")
+    look.add_argument("--validation", type=whole, default=512, help="examples held back for it, at most (default: %(default)s)")
+    look.add_argument("--sample-every", type=whole, help="steps between sample pictures (default: at every validation)")
+    look.add_argument("--prompts", type=Path, help="file with a prompt per line for them (default: some of the data's)")
+    look.add_argument("--save-minutes", type=least, default=2.0, help="between checkpoints (default: %(default)s)")
+    add("--precision", choices=("fp16", "fp32"), default="fp16", help="of the written student (default: %(default)s)")
+
+
+def fill_defaults(options: argparse.Namespace) -> None:
+    """Puts in what depends on the data. Raises TuningError for a share above 1."""
+    for name, value in (_MINI if options.data == "mini" else _OTHER).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    for name in ("ema", "decay", "dropout"):
+        if getattr(options, name) > 1:
+            raise TuningError(f"--{name} {getattr(options, name)} is no share; give a number from 0 to 1")
+    if not (options.steps or options.minutes or options.wall_minutes):
+        raise TuningError("training needs a bound: give --steps, --minutes or --wall-minutes")
+
+
+def loop_settings(options: argparse.Namespace) -> "LoopSettings":
+    """What of the options the loop needs."""
+    from tuning.training.loop import LoopSettings
+
+    return LoopSettings(**{name: getattr(options, name) for name in (*_LOOP, *_INTERVALS)})
+
+
+def remember(options: argparse.Namespace, run: Path, processes: int, *, write: bool) -> None:
+    """Writes the run's settings.json, after a look at the one that is there if the run goes on.
+
+    Raises TuningError when a run that goes on was started with another teacher, student, data or batch, or when what it left
+    of its settings cannot be read.
+    """
+    path = run / "settings.json"
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    values |= {"processes": processes}
+    if path.exists() and next(run.rglob("checkpoint.pt"), None):
+        before = _before(path)
+        for name in _SAME:
+            if before.get(name) != values.get(name):
+                raise TuningError(
+                    f"{run} holds a run with {name} {before.get(name)}, and this one has {values.get(name)}: give the same to go "
+                    f"on with it, another --work, or delete {run} to start anew"
+                )
+    if write:
+        kept = {name: value for name, value in values.items() if name not in ("command", "pause_at")}
+        write_text(path, json.dumps(kept, indent=2, default=str) + "\n")
+
+
+def _before(path: Path) -> dict[str, Any]:
+    """The settings of the run that goes on."""
+    try:
+        before = json.loads(path.read_text())
+        if not isinstance(before, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise TuningError(
+            f"{path} is damaged ({error}): delete it and give the same arguments to go on, or delete {path.parent} to start anew"
+        ) from error
+    return before

@@ -1,0 +1,1 @@
+"""What each removal saves and costs, and a recipe chosen by it."""

@@ -1,0 +1,1 @@
+"""A UNet changed: units removed by a recipe, experts added."""

@@ -1,0 +1,74 @@
+"""The model that is taught from: UNet, text encoder, tokenizer, autoencoder and noise schedule of one checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tuning.checkpoints.find_source import find_source
+from tuning.checkpoints.source import reading
+from tuning.training.noising import tokenize
+
+__all__ = ["Teacher"]
+
+
+@dataclass
+class Teacher:
+    """All parts of a checkpoint, float32, frozen, in evaluation mode."""
+
+    name: str
+    unet: UNet2DConditionModel
+    text: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    vae: AutoencoderKL
+    schedule: DDPMScheduler
+
+    @classmethod
+    def load(cls, source: str) -> "Teacher":
+        """Reads any source of a whole checkpoint.
+
+        Raises TuningError when a part is missing, damaged or a pickle, or when the parts don't fit together.
+        """
+        found = find_source(source)
+        found.check_fit()
+        unet, text, vae = (found.model(part).requires_grad_(False) for part in ("unet", "text_encoder", "vae"))
+        with reading(source, found.folder / "tokenizer"):
+            tokenizer = CLIPTokenizer.from_pretrained(found.folder / "tokenizer", local_files_only=True)
+        with reading(source, found.folder / "scheduler"):
+            schedule = DDPMScheduler.from_pretrained(found.folder / "scheduler", local_files_only=True)
+        return cls(source, unet, text, tokenizer, vae, schedule)
+
+    @property
+    def size(self) -> int:
+        """Side of the pictures that the UNet was made for, in pixels."""
+        return int(self.unet.config.sample_size) * self.scale
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent, along a side."""
+        return 1 << (len(self.vae.config.block_out_channels) - 1)
+
+    def ids(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> (n, length) token ids."""
+        return tokenize(self.tokenizer, list(captions))
+
+    @torch.no_grad()
+    def states(self, tokens: Tensor) -> Tensor:
+        """Token ids (n, length) -> text features (n, length, width)."""
+        states: Tensor = self.text(tokens).last_hidden_state
+        return states
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h / scale, w / scale): the mode, so always the same."""
+        latents: Tensor = self.vae.encode(pictures).latent_dist.mode() * self.vae.config.scaling_factor
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> pictures (n, 3, h, w) in [-1, 1]."""
+        pictures: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return pictures.clamp(-1, 1)
