@@ -143,11 +143,11 @@ class Engine(ABC):
         return ()
 
     def compile(
-        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], beside: Path | None = None
+        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], cache_dir: Path | None = None
     ) -> list[Path]:
         """Write the compiled files of a segment, named ``stem`` with a suffix; returns them.
 
-        In the folder ``beside`` an engine may keep what makes other builds shorter.
+        In the folder ``cache_dir`` an engine may keep what makes other builds shorter.
 
         Raises:
             EngineError: the engine refuses the segment, or a target it does not know.

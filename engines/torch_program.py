@@ -76,7 +76,7 @@ class Torch(Engine):
         return str(torch.__version__)
 
     def compile(
-        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], beside: Path | None = None
+        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], cache_dir: Path | None = None
     ) -> list[Path]:
         """Write ``<stem>.pt2``. The profile does not bind: the program takes every size that it was traced for.
 

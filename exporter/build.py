@@ -1,8 +1,8 @@
 """Build a bundle: trace every segment, compile it for every engine, and name all of it in a manifest.
 
 A bundle takes its place whole or not at all. A build that was stopped is gone on with by the same command: finished pieces are
-kept under hashes of what they are made from (see ``exporter.segments.artifacts``), and a bundle that is replaced hands on those that still
-hold.
+kept under hashes of what they are made from (see ``exporter.segments.artifacts``), and a bundle that is replaced hands on those
+that still hold.
 
 What is imported here is light, so that a bundle that is up to date is soon found to be: diffusers alone takes seconds.
 """
@@ -29,17 +29,11 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 DIGESTS = ".digests.json"
 """In a bundle: what a later build need not hash again. It belongs to the machine, not to the bundle."""
 _CODE = {
-    "exporter": (
-        "build", "condconv", "ends", "graph", "make", "measure", "parts", "partition", "precision", "sources", "topology",
-        "trace", "units", "workers", "write",
-    ),
-    "engines": ("attention", "manifest", "onnx_runtime", "shapes", "tensor_rt", "torch_program"),
-    "runtime": ("demand", "modes", "plan", "presets"),
-    "tuning": (
-        "assembly", "changes", "checkpoint", "condconv", "experts", "folder", "kept", "recipes", "single_file", "sources",
-        "units", "weights",
-    ),
-}  # fmt: skip
+    "exporter": ("build", "make", "graph/*", "segments/pool", "segments/precision", "segments/trace", "segments/writer"),
+    "engines": ("bundle/manifest", "bundle/shapes", "ort/*", "tensorrt/engine", "torch_program"),
+    "runtime": ("plans/demand", "plans/key_steps", "plans/plan", "plans/presets"),
+    "tuning": ("checkpoints/*", "surgery/*"),
+}
 _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -178,7 +172,8 @@ def _own_code() -> str:
     root = Path(__file__).resolve().parents[1]
     for package, modules in _CODE.items():
         for module in modules:
-            digest.update((root / package / f"{module}.py").read_bytes())
+            for path in sorted((root / package).glob(f"{module}.py")):
+                digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

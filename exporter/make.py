@@ -12,7 +12,7 @@ from exporter.build import BuildOptions, versions
 from exporter.graph.checkpoint import Checkpoint
 from exporter.graph.graph import Graph
 from exporter.graph.partition import Granularity, partition
-from exporter.segments.artifacts import Pieces, working_on
+from exporter.segments.artifacts import Artifacts, working_on
 from exporter.segments.pool import prepare, write_all
 from exporter.segments.progress import Progress
 from exporter.segments.writer import Writer
@@ -65,19 +65,19 @@ def make(options: BuildOptions, key: str, made_from: Mapping[str, Any], progress
     with working_on(options.folder) as pieces:
         writer = Writer(graph, engines, wanted, pieces)
         keys = {key for segment in bare for key in writer.keys(segment).values()}
-        _adopt_replaced(pieces, options.folder, keys)
-        pieces.forget_all_but(keys)
+        _reuse_replaced(pieces, options.folder, keys)
+        pieces.prune(keys)
         segments = write_all(writer, bare, options, progress)
         files = tuple(_copy_files(graph.parts.checkpoint, pieces.folder))
         manifest = _manifest(options, key, writer, segments, files)
         (pieces.folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
 
 
-def _adopt_replaced(pieces: Pieces, folder: Path, wanted: Container[str]) -> None:
+def _reuse_replaced(pieces: Artifacts, folder: Path, wanted: Container[str]) -> None:
     """What still holds of the bundle that is to be replaced need not be made again."""
     if folder.exists():
         try:
-            pieces.adopt(Bundle.open(folder), wanted)
+            pieces.reuse_from(Bundle.open(folder), wanted)
         except BundleError:  # it is none, or a damaged one
             return
 

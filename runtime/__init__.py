@@ -3,7 +3,7 @@
 from runtime.api import default_bundle, generate, load
 from runtime.diffusers_unet import UNet
 from runtime.errors import PlanError, RequestError
-from runtime.execution.executor import Executor, Network, StepRecord
+from runtime.execution.executor import Executor, LoadedBundle, StepRecord
 from runtime.pipeline import Generation, Pipeline
 from runtime.plans.plan import Plan, Rule, UNetRange
 from runtime.plans.presets import PRESETS, find_plan
@@ -13,7 +13,7 @@ __all__ = [
     "PRESETS",
     "Executor",
     "Generation",
-    "Network",
+    "LoadedBundle",
     "Pipeline",
     "Plan",
     "PlanError",

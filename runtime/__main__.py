@@ -139,7 +139,7 @@ def _explain(pipeline: Pipeline, options: Namespace, console: Console) -> None:
         pipeline.check_shape(options.images, height, width, guidance)
         rows = options.images * (2 if guidance > 1 else 1)
         sizes = {"batch": rows, "height": height // scale, "width": width // scale}
-        table, summary = explain(schedule, pipeline.networks, sizes, pipeline.residence)
+        table, summary = explain(schedule, pipeline.networks, sizes, pipeline.swapper)
         console.print(table)
         console.print(summary, soft_wrap=True)
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from engines import Bundle, Engine, Manifest
 from runtime.errors import RequestError
 from runtime.execution.executor import Executor, StepRecord
-from runtime.execution.graph_cache import Graphs
+from runtime.execution.graph_cache import CudaGraphCache
 from runtime.execution.siblings import companion
-from runtime.execution.swapping import Residence, free_bytes
-from runtime.images.initial_latents import Start, check_strength, from_noise, from_picture, timesteps_from
+from runtime.execution.swapping import Swapper, free_bytes
+from runtime.images.initial_latents import InitialState, check_strength, from_noise, from_picture, timesteps_from
 from runtime.images.pictures import Original, Picture, read_original, to_pictures
 from runtime.images.schedulers import make_scheduler
 from runtime.plans.plan import Plan
@@ -79,9 +79,9 @@ class Pipeline:
         for file in bundle.manifest.files:
             bundle.path(file)
         recorder = engine.recorder()
-        self.graphs = Graphs(recorder) if recorder else None
-        self.residence = Residence(bundle, engine, self.graphs, free)
-        self.networks = self.residence.networks
+        self.graphs = CudaGraphCache(recorder) if recorder else None
+        self.swapper = Swapper(bundle, engine, self.graphs, free)
+        self.networks = self.swapper.networks
         self.network = self.networks[bundle.manifest.variant]
         self._lock = threading.Lock()
         scheduler = json.loads((bundle.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
@@ -102,15 +102,15 @@ class Pipeline:
         names = dict.fromkeys(part.unet for part in plan.unets) or [self.manifest.variant]
         for name in names:
             if name not in self.networks:
-                self.residence.add(companion(self.bundle, name, plan, timesteps, self.engine))
+                self.swapper.add(companion(self.bundle, name, plan, timesteps, self.engine))
         unets = {name: self.networks[name].manifest for name in names}
         schedule = Schedule(plan, unets, timesteps, self._train_steps)
-        check_runs(schedule, self.residence.rebuild_command)
+        check_runs(schedule, self.swapper.rebuild_command)
         return schedule
 
     def executor(self, schedule: Schedule) -> Executor:
         """What runs a schedule's steps, for one call."""
-        return Executor(self.networks, schedule, self.graphs, self.residence)
+        return Executor(self.networks, schedule, self.graphs, self.swapper)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The text encoder's output (prompts, tokens, width); a prompt that is too long is cut with a warning."""
@@ -248,14 +248,14 @@ class Pipeline:
         return torch.cat([self.encode([negative_prompt]).expand(len(text), -1, -1), text])
 
     def _denoise(
-        self, start: Start, text: Tensor, noise: Any, schedule: Schedule, scale: float, callback: Callback | None
+        self, start: InitialState, text: Tensor, noise: Any, schedule: Schedule, scale: float, callback: Callback | None
     ) -> tuple[Tensor, list[StepRecord]]:
         """The denoising loop. The step index is counted here: schedulers may visit a timestep twice."""
-        with self.residence.turn(), closing(self.executor(schedule)) as executor:
+        with self.swapper.exclusive(), closing(self.executor(schedule)) as executor:
             return self._loop(executor, start, text, noise, scale, callback)
 
     def _loop(
-        self, executor: Executor, start: Start, text: Tensor, noise: Any, scale: float, callback: Callback | None
+        self, executor: Executor, start: InitialState, text: Tensor, noise: Any, scale: float, callback: Callback | None
     ) -> tuple[Tensor, list[StepRecord]]:
         records, latents = [], start.latents
         # The scheduler looks things up by timestep on the host; the UNet's copies are made here, for each would be waited for.

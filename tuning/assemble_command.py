@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from engines.support.files import replacing
+from engines.support.files import atomic_directory
 from tuning.checkpoints.find_source import check_apart, open_unet, place_of
 from tuning.checkpoints.folder import ASSEMBLY_NOTE, save_part, weights_sha256
 from tuning.errors import TuningError
@@ -42,7 +42,7 @@ def assemble_command(source: str, name: str, out: Path, precision: str, console:
     del teacher  # of a large model both are gigabytes, and writing takes as much again
     after = _parameters(student)
     note = {"source": source, "parameters": {"before": before, "after": after}, "recipe": wanted.model_dump(mode="json")}
-    with replacing(out) as folder:
+    with atomic_directory(out) as folder:
         save_part(student, folder / "unet", PRECISIONS[precision])
         for file in (folder / "unet").iterdir():
             file.rename(folder / file.name)

@@ -36,7 +36,7 @@ from exporter.segments.pool import DTYPE
 from exporter.verification.command import FP16_STEPS
 from exporter.verification.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE, compare_latents, verify
 from runtime import Executor, Pipeline, find_plan
-from runtime.execution.loaded_bundle import Network
+from runtime.execution.loaded_bundle import LoadedBundle
 from runtime.execution.swapping import free_bytes
 from runtime.images.schedulers import make_scheduler
 from runtime.plans.schedule import TEXT
@@ -208,8 +208,8 @@ def _memory(pipeline: Pipeline, plan: str, steps: int) -> tuple[int, int | None,
     text = torch.zeros(shapes[TEXT], dtype=DTYPES[manifest.features[TEXT].dtype], device=device)
     when = torch.tensor(timesteps, dtype=torch.float32, device=device)
 
-    def run(networks: Mapping[str, Network]) -> None:
-        executor = Executor(networks, schedule, residence=pipeline.residence)
+    def run(networks: Mapping[str, LoadedBundle]) -> None:
+        executor = Executor(networks, schedule, swapper=pipeline.swapper)
         for index in range(schedule.steps):
             # Always another one, so that adaptive rules compute afresh: there the most is held, and that is what is planned.
             executor.step(index, samples[index % 2], when[index : index + 1], text)
@@ -227,8 +227,8 @@ def _memory(pipeline: Pipeline, plan: str, steps: int) -> tuple[int, int | None,
     return planned, max(held) - before, peak
 
 
-def _watched(network: Network, look: Callable[[], None]) -> Network:
-    return Network(network.manifest, {name: _Watched(runner, look) for name, runner in network.runners.items()})  # type: ignore[misc]
+def _watched(network: LoadedBundle, look: Callable[[], None]) -> LoadedBundle:
+    return LoadedBundle(network.manifest, {name: _Watched(runner, look) for name, runner in network.runners.items()})  # type: ignore[misc]
 
 
 def _row(
@@ -333,7 +333,7 @@ def _check(
             references[plan] = latents
     left = free_bytes(engine.device)
     taken = None if free is None or left is None else free - left
-    found.memory[name] = Memory(pipeline.residence.bytes_of(bundle.manifest.variant), scratch, taken)
+    found.memory[name] = Memory(pipeline.swapper.bytes_of(bundle.manifest.variant), scratch, taken)
 
 
 def main(arguments: Sequence[str]) -> None:

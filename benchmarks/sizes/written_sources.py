@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tests.support.single_files import single_file_state
 from tuning.checkpoints.source import Source
-from tuning.checkpoints.weights import filled
+from tuning.checkpoints.weights import materialize
 
 __all__ = ["WRITERS", "write_file", "write_folder"]
 
@@ -36,7 +36,7 @@ def write_folder(source: Source, folder: Path) -> Path:
 
 
 def _part(source: Source, part: str) -> Any:
-    return filled(source.skeleton(part), source.weights(part), torch.float16)
+    return materialize(source.skeleton(part), source.weights(part), torch.float16)
 
 
 WRITERS: dict[str, Callable[[Source, Path], Path]] = {"file": write_file, "folder": write_folder}

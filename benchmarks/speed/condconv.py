@@ -33,7 +33,7 @@ from engines.bundle.shapes import resolve
 from engines.support.cli import run_command
 from exporter.graph.condconv import FORM
 from exporter.graph.partition import partition
-from exporter.graph.shapes_and_macs import measure
+from exporter.graph.shapes_and_macs import infer_shapes_and_macs
 from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, block_of, depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule, unit_module
 from exporter.segments.trace import trace
@@ -84,7 +84,7 @@ def students(unet: UNet2DConditionModel, tokens: int) -> dict[str, _Student]:
         units = topology(student)
         modules = {unit.name: unit_module(student, unit.name) for unit in units}
         with student.device:  # without weights, on the meta device, shapes are enough
-            made[name] = _Student(student, *measure(units, modules, inputs, {"height": side, "width": side}))
+            made[name] = _Student(student, *infer_shapes_and_macs(units, modules, inputs, {"height": side, "width": side}))
     return made
 
 

@@ -1,4 +1,4 @@
-"""One convolution at Stable Diffusion 1.5's shapes, plain and conditional in every form: for `python -m benchmarks.speed.condconv`."""
+"""One convolution at Stable Diffusion 1.5's shapes, plain and conditional in every form (see `benchmarks.speed.condconv`)."""
 
 import statistics
 import time

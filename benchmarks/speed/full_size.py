@@ -19,7 +19,7 @@ from engines.bundle.folder import MANIFEST_NAME, describe_file
 from engines.bundle.manifest import Compiled, Feature
 from engines.bundle.shapes import resolve
 from engines.ort.fuse_attention import fuse_attention
-from exporter.graph.shapes_and_macs import measure
+from exporter.graph.shapes_and_macs import infer_shapes_and_macs
 from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
 from exporter.graph.unit_modules import unit_module
 from exporter.segments.trace import trace
@@ -47,7 +47,7 @@ def measured_units(unet: UNet2DConditionModel, side: int) -> tuple[list[Unit], d
     """A UNet's units with their MACs at latents of ``side`` x ``side``, all features, and the module of each unit."""
     units = topology(unet)
     modules = {unit.name: unit_module(unet, unit.name) for unit in units}
-    measured, features = measure(units, modules, features_of(unet), {"height": side, "width": side})
+    measured, features = infer_shapes_and_macs(units, modules, features_of(unet), {"height": side, "width": side})
     return measured, features, modules
 
 

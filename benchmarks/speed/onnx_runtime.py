@@ -1,7 +1,8 @@
 """`python -m benchmarks.speed.onnx_runtime`: ONNX Runtime's settings on the CPU, at the size of Stable Diffusion 1.5.
 
-For each setting of attention, memory and threads, a process of its own loads the UNet of ``benchmarks.speed.partition`` as a chain of
-segments and runs steps; the most memory it held is read; then it loads the whole UNet in one ONNX file too, and both take turns.
+For each setting of attention, memory and threads, a process of its own loads the UNet of ``benchmarks.speed.partition`` as a
+chain of segments and runs steps; the most memory it held is read; then it loads the whole UNet in one ONNX file too, and both
+take turns.
 Processes of all settings take turns as well. Writes a JSON file and prints a table.
 """
 
@@ -28,7 +29,7 @@ from engines import Bundle
 from engines.ort.engine import OnnxRuntime
 from engines.support.cli import run_command
 from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP
-from runtime import Network
+from runtime import LoadedBundle
 from tuning.ranking.timing import clock
 
 __all__ = ["SETTINGS", "Setting", "main"]
@@ -91,7 +92,7 @@ def _measure(setting: Setting, bundles: tuple[Bundle, Bundle], side: int, rounds
     fitted, pieces = bundles if setting.fused else (_without_copies(bundles[0]), _without_copies(bundles[1]))
     engine = _Engine(setting)
     given = random_inputs((SAMPLE, TIMESTEP, TEXT), fitted.manifest.features, {"batch": 2, "height": side, "width": side})
-    network = Network.load(fitted, engine)
+    network = LoadedBundle.load(fitted, engine)
     cases = {"chain": lambda: network.compute("head", given)}
     seconds = take_turns(cases, rounds)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

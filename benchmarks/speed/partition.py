@@ -97,7 +97,7 @@ class Cases:
         engine = make_engine("onnxruntime")
         sizes = {"batch": rows, "height": side, "width": side}
         given = random_inputs((SAMPLE, TIMESTEP, TEXT), fitted.manifest.features, sizes)
-        self._network = runtime.Network.load(fitted, engine)
+        self._network = runtime.LoadedBundle.load(fitted, engine)
         self._given = given
         whole, merged = (engine.load(pieces, pieces.manifest.segment(name)) for name in ("whole", "merged"))
         (cached,) = set(merged.segment.inputs) - set(given)

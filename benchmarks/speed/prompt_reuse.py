@@ -1,4 +1,4 @@
-"""`python -m benchmarks.speed.prompt_reuse`: what it would save to compute the prompt's keys and values once per call, not per step.
+"""`python -m benchmarks.speed.prompt_reuse`: what computing the prompt's keys and values once per call would save.
 
 Every cross-attention projects the same text at every step of a call. Kept for the call, that would cost no quality. Here all of
 those projections together are timed against a step of the UNet: every unit of it, traced on its own, in ONNX Runtime on the CPU,

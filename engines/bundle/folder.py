@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from engines.bundle.manifest import MANIFEST_VERSION, File, Manifest
 from engines.errors import BundleError
 
-__all__ = ["MANIFEST_NAME", "Bundle", "describe_file", "is_whole", "sha256"]
+__all__ = ["MANIFEST_NAME", "Bundle", "describe_file", "is_intact", "sha256"]
 
 MANIFEST_NAME = "manifest.json"
 
@@ -31,7 +31,7 @@ def describe_file(folder: Path, path: Path) -> File:
     return File(path=path.relative_to(folder).as_posix(), sha256=sha256(path), bytes=path.stat().st_size)
 
 
-def is_whole(folder: Path, file: File, digest: Digest = sha256) -> bool:
+def is_intact(folder: Path, file: File, digest: Digest = sha256) -> bool:
     """Whether a file is there and is the one that the record describes."""
     path = folder / file.path
     return path.is_file() and path.stat().st_size == file.bytes and digest(path) == file.sha256
@@ -83,7 +83,7 @@ class Bundle:
         path = self.folder / file.path
         if not path.is_file():
             raise BundleError(f"bundle {self.folder} is damaged: {file.path} is missing; {_rebuild(self.folder)}")
-        if not is_whole(self.folder, file, digest):
+        if not is_intact(self.folder, file, digest):
             raise BundleError(
                 f"bundle {self.folder} is damaged: {file.path} is not the file that was built; {_rebuild(self.folder)}"
             )

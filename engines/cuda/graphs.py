@@ -14,7 +14,7 @@ import torch
 
 from engines.errors import EngineError, EngineMemoryError
 
-__all__ = ["CannotRecord", "CudaRecorder", "Recorder", "Recording", "beside", "current_recording"]
+__all__ = ["CannotRecord", "CudaRecorder", "Recorder", "Recording", "current_recording", "on_stream"]
 
 Outputs = TypeVar("Outputs")
 
@@ -44,19 +44,20 @@ def current_recording() -> Recording[Any] | None:
 class Recorder(ABC):
     """Makes recordings that take turns.
 
-    Those with ``passing`` outputs share memory: a replay of one may write over what others have made. What all others made stays.
+    Those with ``transient`` outputs share memory: a replay of one may write over what others have made. What all
+    others made stays.
     """
 
     @abstractmethod
-    def beside(self) -> AbstractContextManager[None]:
-        """Inside it, work goes to the recorder's own stream, in its turn (see ``beside``)."""
+    def on_stream(self) -> AbstractContextManager[None]:
+        """Inside it, work goes to the recorder's own stream, in its turn (see ``on_stream``)."""
 
     @abstractmethod
-    def _capture(self, work: Callable[[], Outputs], passing: bool) -> tuple[Callable[[], None], Outputs]:
+    def _capture(self, work: Callable[[], Outputs], transient: bool) -> tuple[Callable[[], None], Outputs]:
         """Record the work without doing it: what replays it, and its outputs."""
 
-    def record(self, work: Callable[[], Outputs], passing: bool = False) -> Recording[Outputs]:
-        """Do the work once, so that all that is made at first use is there, and record it. Call it inside ``beside``.
+    def record(self, work: Callable[[], Outputs], transient: bool = False) -> Recording[Outputs]:
+        """Do the work once, so that all that is made at first use is there, and record it. Call it inside ``on_stream``.
 
         Args:
             work: what to record.
@@ -71,7 +72,7 @@ class Recorder(ABC):
         try:
             work()
             try:
-                recording.replay, recording.outputs = self._capture(work, passing)
+                recording.replay, recording.outputs = self._capture(work, transient)
             except (torch.OutOfMemoryError, EngineMemoryError):
                 raise
             except (RuntimeError, EngineError) as error:
@@ -96,16 +97,16 @@ class CudaRecorder(Recorder):
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def beside(self) -> AbstractContextManager[None]:
-        """Inside it, work goes to the recorder's own stream, in its turn (see ``beside``)."""
-        return beside(self._stream)
+    def on_stream(self) -> AbstractContextManager[None]:
+        """Inside it, work goes to the recorder's own stream, in its turn (see ``on_stream``)."""
+        return on_stream(self._stream)
 
     def forget(self) -> None:
         """The next recordings share another pool: PyTorch takes none back into use whose graphs are gone but not all memory."""
         self._pool = torch.cuda.graph_pool_handle()
 
-    def _capture(self, work: Callable[[], Outputs], passing: bool) -> tuple[Callable[[], None], Outputs]:
-        graph, pool = torch.cuda.CUDAGraph(), self._pool if passing else None
+    def _capture(self, work: Callable[[], Outputs], transient: bool) -> tuple[Callable[[], None], Outputs]:
+        graph, pool = torch.cuda.CUDAGraph(), self._pool if transient else None
         # Other threads may allocate and wait meanwhile: only what this one does has to be fit for a graph.
         with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = work()
@@ -113,7 +114,7 @@ class CudaRecorder(Recorder):
 
 
 @contextmanager
-def beside(stream: torch.cuda.Stream) -> Iterator[None]:
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     """Inside it, work goes to ``stream``: after all that the current stream was given, and before what it gets next.
 
     The host waits for neither. Memory freed on one of the two streams may be given to the other's work at once.

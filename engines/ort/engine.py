@@ -16,7 +16,7 @@ import torch
 from engines.base import DTYPES, Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
-from engines.cuda.graphs import beside
+from engines.cuda.graphs import on_stream
 from engines.errors import EngineError
 from engines.tensorrt.kernel_cache import cache_places, card_name, writable
 
@@ -81,7 +81,7 @@ class OnnxRuntime(Engine):
         return str(self._ort.__version__)
 
     def compile(
-        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], beside: Path | None = None
+        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], cache_dir: Path | None = None
     ) -> list[Path]:
         """Write ``<segment>.ort.onnx`` beside the traced file, whose weights it shares; nothing if there is no attention to fuse.
 
@@ -249,7 +249,7 @@ class _BoundRunner(Runner):
         return outputs
 
     def _turn(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._stream is None else beside(self._stream)
+        return nullcontext() if self._stream is None else on_stream(self._stream)
 
     def _place(self, tensor: torch.Tensor) -> tuple[str, int, Any, list[int], int]:
         """Device, element type, shape and address of a tensor, in the order in which the bindings take them."""

@@ -6,23 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "take_place"]
+__all__ = ["atomic_directory", "swap_in"]
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def atomic_directory(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes ``folder``'s place at the end, and leaves no trace if anything fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         temporary.chmod(0o755)
         yield temporary
-        take_place(temporary, folder, temporary.with_name(f"{temporary.name}.old"))
+        swap_in(temporary, folder, temporary.with_name(f"{temporary.name}.old"))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def take_place(new: Path, folder: Path, aside: Path) -> None:
+def swap_in(new: Path, folder: Path, aside: Path) -> None:
     """Put a new folder in the place of another, if there is one; that one stays if the new one cannot go there.
 
     A rename cannot replace a full folder: for a moment the old one is ``aside``.

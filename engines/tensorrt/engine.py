@@ -20,7 +20,7 @@ from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.errors import EngineError, EngineMemoryError
 from engines.tensorrt.diagnostics import advise, is_out_of_memory
 from engines.tensorrt.kernel_cache import RuntimeCache, cache_places, card_name
-from engines.tensorrt.runner import Device, EngineRunner, ErrorLog
+from engines.tensorrt.runner import EngineRunner, ErrorLog, StreamWorkspace
 from engines.tensorrt.timing_cache import TimingCache
 
 __all__ = ["TensorRT", "TensorRTRTX"]
@@ -28,7 +28,7 @@ __all__ = ["TensorRT", "TensorRTRTX"]
 _FALLBACK = "--engine torch or --engine onnxruntime, which run without"
 
 
-class _Family(Engine):
+class _TensorRTBase(Engine):
     """What the two have in common.
 
     Args:
@@ -51,7 +51,7 @@ class _Family(Engine):
         self.device = device or torch.device("cuda")
         self._log = ErrorLog(self.trt)
         # The VAE works in more memory than the UNet, whose block is kept for each stream and as long as recordings refer to it.
-        self._unet, self._ends = Device(self.device), Device(self.device)
+        self._unet, self._ends = StreamWorkspace(self.device), StreamWorkspace(self.device)
 
     @classmethod
     def _import(cls) -> Any:
@@ -77,7 +77,7 @@ class _Family(Engine):
     # Compiling
 
     def compile(
-        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], beside: Path | None = None
+        self, traced: Traced, stem: Path, profile: Profile, targets: Sequence[str], cache_dir: Path | None = None
     ) -> list[Path]:
         """Write ``<stem>.engine``, for inputs between the profile's smallest and largest shapes.
 
@@ -90,7 +90,7 @@ class _Family(Engine):
             network, parser = self._parse(builder, traced)
             config = self._configure(builder, network, traced.segment, profile)
             self._set_targets(config, chosen)
-            plan = self._build(builder, network, config, beside)
+            plan = self._build(builder, network, config, cache_dir)
             del parser  # not earlier: the network's weights are the parser's memory until the engine is built
         if plan is None:
             reason = errors[0] if errors else "it gives no reason"
@@ -128,7 +128,7 @@ class _Family(Engine):
     def _set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
         """Nothing to set where an engine is for the GPU it is built on."""
 
-    def _build(self, builder: Any, network: Any, config: Any, beside: Path | None) -> Any:
+    def _build(self, builder: Any, network: Any, config: Any, cache_dir: Path | None) -> Any:
         """The engine's bytes; None where it cannot be built."""
         return builder.build_serialized_network(network, config)
 
@@ -173,10 +173,10 @@ class _Family(Engine):
         """Whether an engine was built for the GPU at hand."""
 
     def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
-        place, rebuild = self._place(bundle, segment), self._rebuild_advice(bundle, segment)
+        place, rebuild = self._workspace_for(bundle, segment), self._rebuild_advice(bundle, segment)
         return EngineRunner(segment, bundle.manifest.features, loaded, self._create_context, self._log, self.name, place, rebuild)
 
-    def _place(self, bundle: Bundle, segment: Segment) -> Device:
+    def _workspace_for(self, bundle: Bundle, segment: Segment) -> StreamWorkspace:
         return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._ends
 
     def scratch_bytes(self) -> int:
@@ -214,7 +214,7 @@ class _Family(Engine):
         return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
 
-class TensorRT(_Family):
+class TensorRT(_TensorRTBase):
     """TensorRT 10 and 11: engines for the GPU they are built on."""
 
     name = "tensorrt"
@@ -254,17 +254,17 @@ class TensorRT(_Family):
                 f"{self._rebuild_advice(bundle, segment)}"
             )
 
-    def _build(self, builder: Any, network: Any, config: Any, beside: Path | None) -> Any:
-        if beside is None:
-            return super()._build(builder, network, config, beside)
-        timings = TimingCache(beside / f"{self._cache_stem()}.timings")
+    def _build(self, builder: Any, network: Any, config: Any, cache_dir: Path | None) -> Any:
+        if cache_dir is None:
+            return super()._build(builder, network, config, cache_dir)
+        timings = TimingCache(cache_dir / f"{self._cache_stem()}.timings")
         cache = timings.attach(config)
-        plan = super()._build(builder, network, config, beside)
+        plan = super()._build(builder, network, config, cache_dir)
         timings.store(config, cache)
         return plan
 
 
-class TensorRTRTX(_Family):
+class TensorRTRTX(_TensorRTBase):
     """TensorRT for RTX: engines built ahead of time on any machine, one for all the compute capabilities named."""
 
     name = "tensorrt-rtx"
@@ -333,7 +333,11 @@ class TensorRTRTX(_Family):
             cache.attach(config)
             return engine.create_execution_context(config)
 
-        features, place, rebuild = bundle.manifest.features, self._place(bundle, segment), self._rebuild_advice(bundle, segment)
+        features, place, rebuild = (
+            bundle.manifest.features,
+            self._workspace_for(bundle, segment),
+            self._rebuild_advice(bundle, segment),
+        )
         return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, rebuild, cache.store)
 
     def _runtime_config(self, engine: Any) -> Any:

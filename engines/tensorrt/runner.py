@@ -12,12 +12,12 @@ import torch
 
 from engines.base import DTYPES, Runner
 from engines.bundle.manifest import Feature, Segment
-from engines.cuda.graphs import CannotRecord, beside, current_recording
+from engines.cuda.graphs import CannotRecord, current_recording, on_stream
 from engines.errors import EngineError, EngineMemoryError
 from engines.tensorrt.diagnostics import advise, is_out_of_memory
-from engines.tensorrt.workspace import Scratch
+from engines.tensorrt.workspace import Workspace
 
-__all__ = ["Device", "EngineRunner", "ErrorLog"]
+__all__ = ["EngineRunner", "ErrorLog", "StreamWorkspace"]
 
 _DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
 
@@ -69,7 +69,7 @@ class _Context:
     """The input shapes that it has run with."""
 
 
-class Device:
+class StreamWorkspace:
     """Where an engine's runners work, and what they share there.
 
     Args:
@@ -78,7 +78,7 @@ class Device:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.scratch = Scratch(device)
+        self.scratch = Workspace(device)
         self._lock = threading.Lock()
         self._own: torch.cuda.Stream | None = None
 
@@ -97,7 +97,7 @@ class Device:
             return
         with self._lock:
             self._own = self._own or torch.cuda.Stream(self.device)
-        with beside(self._own):
+        with on_stream(self._own):
             yield int(self._own.cuda_stream)
 
 
@@ -134,7 +134,7 @@ class EngineRunner(Runner):
         create_context: Callable[[Any], Any],
         log: ErrorLog,
         engine_name: str,
-        device: Device,
+        device: StreamWorkspace,
         rebuild: str = "build the bundle again",
         learned: Callable[[], None] = lambda: None,
     ) -> None:
@@ -144,8 +144,8 @@ class EngineRunner(Runner):
         self._create_context, self._learned, self._rebuild = create_context, learned, rebuild
         self._log = log
         self._engine_name = engine_name
-        self._place = device
-        self._place.scratch.reserve(self._engine.device_memory_size_v2)
+        self._workspace_for = device
+        self._workspace_for.scratch.reserve(self._engine.device_memory_size_v2)
         self._contexts: dict[int, _Context] = {}
         self._recorded: WeakKeyDictionary[object, dict[int, _Context]] = WeakKeyDictionary()
         self._growing = threading.Lock()
@@ -168,7 +168,7 @@ class EngineRunner(Runner):
                 self._refuse(f"its engine has no output {name}, only {', '.join(names)}; {self._rebuild}")
 
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-        with self._place.stream() as stream:
+        with self._workspace_for.stream() as stream:
             taken = {name: self._addressable(inputs[name]) for name in self._taken}
             self._check_limits(taken)
             context = self._context(stream)
@@ -262,7 +262,7 @@ class EngineRunner(Runner):
         )
 
     def _give_scratch(self, context: _Context, stream: int) -> None:
-        block = self._place.scratch.block(stream)
+        block = self._workspace_for.scratch.block(stream)
         if context.scratch is not block:
             context.handle.set_device_memory(block.data_ptr(), block.numel())
             context.scratch = block

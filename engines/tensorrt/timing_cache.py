@@ -19,7 +19,7 @@ class TimingCache:
     """
 
     def __init__(self, place: Path) -> None:
-        self._place = place
+        self._workspace_for = place
 
     def attach(self, config: Any) -> Any:
         """Let a builder's configuration use the cache as it is on disk; returns it, to be kept until the engine is built."""
@@ -37,10 +37,10 @@ class TimingCache:
         if others is not None:
             cache.combine(others, ignore_mismatch=False)
         with contextlib.suppress(OSError):
-            write_whole(self._place, bytes(cache.serialize()))
+            write_whole(self._workspace_for, bytes(cache.serialize()))
 
     def _read(self) -> bytes:
         try:
-            return self._place.read_bytes()
+            return self._workspace_for.read_bytes()
         except OSError:
             return b""

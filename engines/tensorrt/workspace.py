@@ -5,10 +5,10 @@ There are two for each stream that is used: that of the UNet's engines, and that
 
 import torch
 
-__all__ = ["Scratch"]
+__all__ = ["Workspace"]
 
 
-class Scratch:
+class Workspace:
     """One block of device memory for each stream, as large as the greatest need of any engine.
 
     A block that became too small is let go here; a context that was recorded with it keeps it.

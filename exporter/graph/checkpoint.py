@@ -1,4 +1,4 @@
-"""What a build reads: a Stable Diffusion checkpoint, with the UNet of a variant. Where sources lie is in `tuning.checkpoints.find_source`."""
+"""What a build reads: a Stable Diffusion checkpoint, with the UNet of a variant (see `tuning.checkpoints.find_source`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from exporter.errors import SourceError
 from tuning.checkpoints.find_source import MINI, find_source
 from tuning.checkpoints.folder import meta_unet, only_assembled, unet_weights
 from tuning.checkpoints.source import PARTS, FolderSource, RandomSource, Source, check_part
-from tuning.checkpoints.weights import Made, Renamed, Weights, filled, map_file, shapes_of
+from tuning.checkpoints.weights import ComputedWeights, RenamedWeights, Weights, materialize, mmap_safetensors, shapes_of
 from tuning.surgery.assembly import origins
 from tuning.surgery.changes import changes_of
 
@@ -99,7 +99,7 @@ class Checkpoint:
 
     def _whole(self, part: str, variant: str) -> Any:
         with _source_errors(self.name):
-            return filled(self.skeleton(part, variant), self.weights(part, variant))
+            return materialize(self.skeleton(part, variant), self.weights(part, variant))
 
     def _unet_folder(self, variant: str) -> Path | None:
         """The folder of a variant's own UNet; None where it is the source's UNet, or is cut out of that."""
@@ -126,9 +126,11 @@ class Checkpoint:
             return whole
         recipe = tuning.recipe(variant)
         if recipe.experts is None:
-            return Renamed(whole, origins(self._original(), recipe))
+            return RenamedWeights(whole, origins(self._original(), recipe))
         # What experts start from comes from several kernels of the original, or from none.
-        return Made(f"{self.name}, {variant}", shapes_of(unet), lambda: tuning.assemble(filled(self._original(), whole), recipe))
+        return ComputedWeights(
+            f"{self.name}, {variant}", shapes_of(unet), lambda: tuning.assemble(materialize(self._original(), whole), recipe)
+        )
 
     @contextmanager
     def _making(self, variant: str) -> Iterator[None]:
@@ -185,7 +187,7 @@ class Checkpoint:
         with _source_errors(self.name):
             for _, path in self.files(variant):
                 if path.suffix == ".safetensors":
-                    map_file(path)
+                    mmap_safetensors(path)
 
     def fingerprint(self, variant: str, digest: Callable[[Path], str] = sha256) -> str:
         """A hash of all those files, whose own are given by ``digest``; of a random source's name and seed as well."""

@@ -16,14 +16,14 @@ from exporter.graph.unit_modules import paths_of, unit_module
 if TYPE_CHECKING:
     from exporter.graph.checkpoint import Checkpoint
 
-__all__ = ["Parts"]
+__all__ = ["Components"]
 
 _ENDS = {TEXT: ("text_encoder", TextEncoder), VAE_DECODER: ("vae", VaeDecoder), VAE_ENCODER: ("vae", VaeEncoder)}
 """The units outside the UNet: the checkpoint's part that they belong to, and their module."""
 _VAE_PATHS = {VAE_DECODER: ("post_quant_conv", "decoder"), VAE_ENCODER: ("quant_conv", "encoder")}
 
 
-class Parts:
+class Components:
     """The UNet, text encoder and VAE of a checkpoint on the meta device.
 
     Args:

@@ -8,8 +8,8 @@ import torch
 
 from engines.bundle.manifest import Feature, Segment, Unit
 from exporter.errors import BuildError, SourceError
-from exporter.graph.components import Parts
-from exporter.graph.shapes_and_macs import measure
+from exporter.graph.components import Components
+from exporter.graph.shapes_and_macs import infer_shapes_and_macs
 from exporter.graph.text_vae import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER
 from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule
@@ -25,7 +25,7 @@ class Graph:
     """Units in an order in which they can run, what loads their weights, every feature, and the sizes that hold for all."""
 
     units: tuple[Unit, ...]
-    parts: Parts
+    parts: Components
     features: Mapping[str, Feature]
     depth: int
     """Latent height and width must be multiples of this."""
@@ -70,7 +70,7 @@ def load_graph(checkpoint: "Checkpoint", variant: str, dtype: torch.dtype, size:
         SourceError: the UNet is of another family, or the parts do not fit together.
         BuildError: the size is not a multiple of what the UNet's depth needs.
     """
-    parts = Parts(checkpoint, variant, dtype)
+    parts = Components(checkpoint, variant, dtype)
     unet: Any = parts.models["unet"]
     vae: Any = parts.models["vae"].config
     text: Any = parts.models["text_encoder"].config
@@ -83,7 +83,7 @@ def load_graph(checkpoint: "Checkpoint", variant: str, dtype: torch.dtype, size:
     chain = (first, *topology(unet), *last)
     sizes = {"height": size[0] // scale, "width": size[1] // scale}
     modules = parts.modules(unit.name for unit in chain)
-    units, features = measure(chain, modules, _inputs(unet.config, vae, text.max_position_embeddings, scale), sizes)
+    units, features = infer_shapes_and_macs(chain, modules, _inputs(unet.config, vae, text.max_position_embeddings, scale), sizes)
     return Graph(
         units=tuple(units),
         parts=parts,

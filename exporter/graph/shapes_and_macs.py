@@ -12,12 +12,12 @@ from engines import DTYPES
 from engines.bundle.manifest import Feature, Unit
 from engines.bundle.shapes import Shape, resolve
 
-__all__ = ["measure"]
+__all__ = ["infer_shapes_and_macs"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def measure(
+def infer_shapes_and_macs(
     units: Sequence[Unit], modules: Mapping[str, nn.Module], inputs: Mapping[str, Feature], sizes: Mapping[str, int]
 ) -> tuple[list[Unit], dict[str, Feature]]:
     """Fill in every unit's parameters and MACs and describe every feature.

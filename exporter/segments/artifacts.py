@@ -17,12 +17,12 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from engines import Bundle
-from engines.bundle.folder import describe_file, is_whole
+from engines.bundle.folder import describe_file, is_intact
 from engines.bundle.manifest import File
-from engines.support.files import take_place
+from engines.support.files import swap_in
 from exporter.errors import BuildError
 
-__all__ = ["Pieces", "key_of", "working_on"]
+__all__ = ["Artifacts", "key_of", "working_on"]
 
 _FILES = TypeAdapter(tuple[File, ...])
 
@@ -32,7 +32,7 @@ def key_of(made_from: Mapping[str, Any]) -> str:
     return sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
-class Pieces:
+class Artifacts:
     """A folder that is to become a bundle, and beside it the records of what in it is finished."""
 
     def __init__(self, place: Path) -> None:
@@ -51,7 +51,7 @@ class Pieces:
                 files = _FILES.validate_json(self._record(key).read_bytes())
             except (OSError, ValidationError):
                 return None
-            if not all(is_whole(self.folder, file) for file in files):
+            if not all(is_intact(self.folder, file) for file in files):
                 return None
             self._found[key] = files
         return self._found[key]
@@ -60,17 +60,17 @@ class Pieces:
         """Record a piece whose files have been written."""
         return self._note(key, tuple(describe_file(self.folder, path) for path in paths))
 
-    def adopt(self, bundle: Bundle, wanted: Container[str]) -> None:
+    def reuse_from(self, bundle: Bundle, wanted: Container[str]) -> None:
         """Take over a bundle's wanted pieces. It stays as it is: its files get a second name, or copies where they can't."""
         for segment in bundle.manifest.segments:
             made = [(segment.key, segment.onnx), *((compiled.key, compiled.files) for compiled in segment.engines.values())]
             for key, files in made:
-                if key in wanted and self.find(key) is None and all(is_whole(bundle.folder, file) for file in files):
+                if key in wanted and self.find(key) is None and all(is_intact(bundle.folder, file) for file in files):
                     for file in files:
                         _link(bundle.folder / file.path, self.folder / file.path)
                     self._note(key, files)
 
-    def forget_all_but(self, keys: Iterable[str]) -> None:
+    def prune(self, keys: Iterable[str]) -> None:
         """Remove every file that belongs to none of these pieces. What is written after that has no other name elsewhere."""
         found = [self.find(key) for key in keys]
         wanted = {self.folder / file.path for files in found for file in files or ()}
@@ -91,7 +91,7 @@ class Pieces:
 
 
 @contextmanager
-def working_on(folder: Path) -> Iterator[Pieces]:
+def working_on(folder: Path) -> Iterator[Artifacts]:
     """The pieces that are to become a bundle at ``folder``, in a hidden folder beside it.
 
     At the end they take the bundle's place. Where the work breaks off they stay, if any is finished, for the next build.
@@ -106,11 +106,11 @@ def working_on(folder: Path) -> Iterator[Pieces]:
         aside = place / "old"
         if aside.exists():  # a build was stopped between its two last moves
             shutil.rmtree(aside) if folder.exists() else aside.rename(folder)
-        pieces = Pieces(place)
+        pieces = Artifacts(place)
         done = False
         try:
             yield pieces
-            take_place(pieces.folder, folder, aside)
+            swap_in(pieces.folder, folder, aside)
             done = True
         finally:
             if done or not len(pieces):

@@ -19,9 +19,9 @@ from exporter.build import BuildOptions, targets_of
 from exporter.errors import BuildError
 from exporter.graph.checkpoint import open_source
 from exporter.graph.graph import Graph, check_size, load_graph
-from exporter.segments.artifacts import Pieces
+from exporter.segments.artifacts import Artifacts
 from exporter.segments.progress import Progress, Step, TimeLeft
-from exporter.segments.writer import Wanted, Writer
+from exporter.segments.writer import CompileSpec, Writer
 
 __all__ = ["DTYPE", "prepare", "write_all"]
 
@@ -32,7 +32,7 @@ _WORKER: list[Writer] = []
 """In a worker process: its writer."""
 
 
-def prepare(options: BuildOptions, made_from: Mapping[str, Any]) -> tuple[Graph, list[Engine], Wanted]:
+def prepare(options: BuildOptions, made_from: Mapping[str, Any]) -> tuple[Graph, list[Engine], CompileSpec]:
     """What a writer works with; everything that can be found out before anything is written is found out here.
 
     Raises:
@@ -47,7 +47,7 @@ def prepare(options: BuildOptions, made_from: Mapping[str, Any]) -> tuple[Graph,
     for size in sizes:
         check_size(size, graph.size_multiple)
     engines = [make_engine(name) for name in dict.fromkeys(options.engines)]
-    return graph, engines, Wanted(made_from, targets_of(options, engines), sizes, options.max_images, options.static)
+    return graph, engines, CompileSpec(made_from, targets_of(options, engines), sizes, options.max_images, options.static)
 
 
 def write_all(writer: Writer, segments: Sequence[Segment], options: BuildOptions, progress: Progress) -> list[Segment]:
@@ -125,7 +125,7 @@ def _start(options: BuildOptions, place: Path, made_from: Mapping[str, Any]) -> 
 
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // options.jobs))
-    _WORKER.append(Writer(*prepare(options, made_from), Pieces(place)))
+    _WORKER.append(Writer(*prepare(options, made_from), Artifacts(place)))
 
 
 def _write(segment: Segment) -> Segment:

@@ -6,13 +6,13 @@ graph's types at their word, so that the casts are written out; a compiler can m
 
 import onnx_ir as ir
 
-__all__ = ["WIDE", "widen"]
+__all__ = ["WIDE", "keep_in_float32"]
 
 WIDE = frozenset({"Softmax", "InstanceNormalization"})
 """Operators that compute in float32. A group norm is exported as an InstanceNormalization between two reshapes."""
 
 
-def widen(model: ir.Model) -> int:
+def keep_in_float32(model: ir.Model) -> int:
     """Put casts to float32 and back around every operator in ``WIDE`` that has half-precision inputs; returns how many."""
     nodes = [node for node in model.graph if node.op_type in WIDE and _is_half(node)]
     for node in nodes:

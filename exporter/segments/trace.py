@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from engines import DTYPES, Segment, Traced
 from engines.bundle.manifest import Feature
 from engines.bundle.shapes import resolve
-from exporter.segments.precision import widen
+from exporter.segments.precision import keep_in_float32
 
 __all__ = ["OPSET", "trace", "trace_program", "write_onnx"]
 
@@ -75,7 +75,7 @@ def write_onnx(program: ExportedProgram, segment: Segment, path: Path, opset: in
         weights = list(onnx.model.graph.initializers.values())
         onnx.optimize()
     _forget_where_from(onnx.model)
-    widen(onnx.model)
+    keep_in_float32(onnx.model)
     onnx.save(path, external_data=True)
     for value in (*weights, *onnx.model.graph.initializers.values()):
         value.const_value = None  # until the next export PyTorch's exporter holds on to the graph, and that to the weights

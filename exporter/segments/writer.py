@@ -13,10 +13,10 @@ from engines.bundle.manifest import Compiled, Feature
 from engines.bundle.shapes import resolve
 from exporter.graph.graph import Graph
 from exporter.graph.text_vae import IMAGE, TOKENS
-from exporter.segments.artifacts import Pieces, key_of
+from exporter.segments.artifacts import Artifacts, key_of
 from exporter.segments.trace import OPSET, trace_program, write_onnx
 
-__all__ = ["Wanted", "Writer", "profile_of"]
+__all__ = ["CompileSpec", "Writer", "profile_of"]
 
 _LARGE = 5_000_000
 """Parameters from which it is worth a look through all objects to be rid of a segment's weights before the next one's come."""
@@ -26,7 +26,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CompileSpec:
     """What is to be made of every segment.
 
     Args:
@@ -50,8 +50,8 @@ class Writer:
 
     graph: Graph
     engines: Sequence[Engine]
-    wanted: Wanted
-    pieces: Pieces
+    wanted: CompileSpec
+    pieces: Artifacts
 
     def keys(self, segment: Segment) -> dict[str, str]:
         """What the pieces of a segment are kept under: ``onnx``, and the name of each engine that compiles."""
@@ -97,8 +97,8 @@ class Writer:
         for engine in todo:
             report(f"compiling for {engine.name}")
             stem = self.pieces.folder / "engines" / engine.name / segment.name
-            targets, beside = self.wanted.targets[engine.name], self.pieces.place.parent
-            paths = engine.compile(traced, stem, self._profile(segment), targets, beside)
+            targets, cache_dir = self.wanted.targets[engine.name], self.pieces.place.parent
+            paths = engine.compile(traced, stem, self._profile(segment), targets, cache_dir)
             self.pieces.add(keys[engine.name], paths)
         compiled = {engine.name: self._compiled(engine, keys[engine.name]) for engine in self.engines if engine.compiles}
         seconds = round(time.perf_counter() - started, 1) if worked else 0.0

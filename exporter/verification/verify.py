@@ -21,7 +21,7 @@ from exporter.graph.graph import check_size
 from exporter.graph.text_vae import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER, TextEncoder
 from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP
 from exporter.verification.metrics import cosine, psnr, relative_error
-from runtime.execution.executor import Network
+from runtime.execution.executor import LoadedBundle
 from runtime.images.schedulers import make_scheduler
 from runtime.plans.plan import NOISE
 from tuning.surgery.units import unit_modules
@@ -142,7 +142,7 @@ def verify(
     for size in sizes:
         check_size(size, manifest.size_multiple)
     reference = reference or Reference.load(bundle)
-    network = Network.load(bundle, engine)
+    network = LoadedBundle.load(bundle, engine)
     for height, width in sizes or _sizes(manifest, engine):
         for images in _counts(manifest, engine):
             inputs = _inputs(manifest, engine, images, height, width)
@@ -167,7 +167,7 @@ def compare_latents(
         SourceError, BuildError: as ``verify``.
     """
     reference = reference or Reference.load(bundle)
-    network = Network.load(bundle, engine)
+    network = LoadedBundle.load(bundle, engine)
     inputs = _inputs(bundle.manifest, engine, _counts(bundle.manifest, engine)[0], *size)
     with torch.no_grad():
         text = reference.text(inputs[TOKENS])
@@ -222,7 +222,7 @@ def _inputs(manifest: Manifest, engine: Engine, images: int, height: int, width:
 
 
 def _errors(
-    network: Network, engine: Engine, inputs: Mapping[str, Tensor], features: Mapping[str, Tensor]
+    network: LoadedBundle, engine: Engine, inputs: Mapping[str, Tensor], features: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, float, float]]:
     manifest = network.manifest
     on_device = {name: tensor.to(engine.device, DTYPES[manifest.features[name].dtype]) for name, tensor in features.items()}

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-__all__ = ["Change"]
+__all__ = ["DeferredComparison"]
 
 
-class Change:
+class DeferredComparison:
     """Whether ``now`` differs from ``before`` by more than ``above``: the norm of the difference over the norm of ``before``.
 
     On a GPU the comparison is only put in the stream here, and its answer copied into pinned memory behind it. What is put in the

@@ -11,17 +11,17 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from runtime.execution.deferred_comparison import Change
+from runtime.execution.deferred_comparison import DeferredComparison
 from runtime.execution.device_events import Timer
-from runtime.execution.graph_cache import GraphedNetwork, Graphs
-from runtime.execution.loaded_bundle import Network
-from runtime.execution.swapping import Residence
+from runtime.execution.graph_cache import CudaGraphCache, GraphedNetwork
+from runtime.execution.loaded_bundle import LoadedBundle
+from runtime.execution.swapping import Swapper
 from runtime.plans.key_steps import Threshold
 from runtime.plans.plan import NOISE
 from runtime.plans.schedule import Schedule, Step
 from runtime.plans.subgraph import TEXT
 
-__all__ = ["Executor", "Network", "StepRecord"]
+__all__ = ["Executor", "LoadedBundle", "StepRecord"]
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Executor:
 
     def __init__(
         self,
-        networks: Mapping[str, Network],
+        networks: Mapping[str, LoadedBundle],
         schedule: Schedule,
-        graphs: Graphs | None = None,
-        residence: Residence | None = None,
+        graphs: CudaGraphCache | None = None,
+        swapper: Swapper | None = None,
     ) -> None:
-        self._networks, self._schedule, self._residence = networks, schedule, residence
+        self._networks, self._schedule, self._swapper = networks, schedule, swapper
         self._cache: dict[str, Tensor] = {}
         self._graphs = graphs if graphs is not None and graphs.take() else None
         self._release = weakref.finalize(self, self._graphs.release) if self._graphs else lambda: None
@@ -102,14 +102,14 @@ class Executor:
             BundleError, EngineError: the UNet has to be loaded again and cannot be.
         """
         unet = self._schedule.unet(index)
-        with self._residence.use(unet) if self._residence else nullcontext(0.0) as swap_seconds:
+        with self._swapper.pinned(unet) if self._swapper else nullcontext(0.0) as swap_seconds:
             prediction, record = self._step(index, sample, timestep, text)
         return prediction, replace(record, swap_seconds=swap_seconds)
 
     def _step(self, index: int, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, StepRecord]:
         timer = Timer(sample.device)
         given = {"sample": sample, "timestep": timestep, TEXT: text}
-        threshold = self._schedule.asked(index)
+        threshold = self._schedule.pending_threshold(index)
         start = _Start(self._schedule.decide(index)) if threshold is None else self._find_out(index, threshold, given)
         step, made = start.step, start.made
         network, work = self._network(step.unet), self._schedule.work(step, frozenset(made))
@@ -140,18 +140,18 @@ class Executor:
         While the answer is on its way from the device, what runs whatever it is has been started.
         """
         name, schedule = threshold.feature, self._schedule
-        network, probing = self._network(schedule.unet(index)), schedule.probing(index, threshold)
+        network, probe = self._network(schedule.unet(index)), schedule.probe(index, threshold)
         made: dict[str, Tensor] = {}
-        network.run_all(probing.segments, self._with_cached(given, probing.taken), made)
-        change = Change(self._cache[name], made[name], threshold.above)
+        network.run_all(probe.segments, self._with_cached(given, probe.taken), made)
+        change = DeferredComparison(self._cache[name], made[name], threshold.above)
         less, more = schedule.decide(index, changed=False), schedule.decide(index, changed=True)
-        ahead = schedule.either_way(index, frozenset(made))
+        ahead = schedule.common_prefix(index, frozenset(made))
         taken = more.inherited.intersection(name for segment in ahead for name in segment.inputs)
         network.run_all(ahead, self._with_cached(given, taken), made)
-        ran = tuple(segment.name for segment in (*probing.segments, *ahead))
-        return _Start(more if change else less, made, ran, probing.taken | taken)
+        ran = tuple(segment.name for segment in (*probe.segments, *ahead))
+        return _Start(more if change else less, made, ran, probe.taken | taken)
 
-    def _network(self, unet: str) -> Network | GraphedNetwork:
+    def _network(self, unet: str) -> LoadedBundle | GraphedNetwork:
         network = self._networks[unet]
         return self._graphs.of(unet, network) if self._graphs else network
 

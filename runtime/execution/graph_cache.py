@@ -16,11 +16,11 @@ from torch import Tensor
 from engines.bundle.manifest import Segment
 from engines.cuda.graphs import CannotRecord, Recorder, Recording
 from engines.errors import EngineMemoryError
-from runtime.execution.loaded_bundle import Network
+from runtime.execution.loaded_bundle import LoadedBundle
 from runtime.plans.plan import NOISE
-from runtime.plans.subgraph import TEXT, Work, read_by
+from runtime.plans.subgraph import TEXT, Subgraph, read_by
 
-__all__ = ["GraphedNetwork", "Graphs"]
+__all__ = ["CudaGraphCache", "GraphedNetwork"]
 
 _OWN = frozenset({"sample", "timestep", TEXT})
 """The inputs that come anew with every step, and are copied to where its recording reads them."""
@@ -36,7 +36,7 @@ class _Graph:
     inputs: Features
 
 
-class Graphs:
+class CudaGraphCache:
     """The recordings of a pipeline's UNets. They write to the same memory in every call, so one call has them at a time.
 
     Args:
@@ -67,7 +67,7 @@ class Graphs:
         self._graphs.clear()
         self._recorder.forget()
 
-    def of(self, unet: str, network: Network) -> "GraphedNetwork":
+    def of(self, unet: str, network: LoadedBundle) -> "GraphedNetwork":
         """What runs a network for the call that has the graphs."""
         return GraphedNetwork(unet, network, self)
 
@@ -76,7 +76,7 @@ class Graphs:
         kind: Hashable,
         inputs: Mapping[str, Tensor],
         work: Callable[[Mapping[str, Tensor]], Features],
-        passing: bool = False,
+        transient: bool = False,
     ) -> Features:
         """``work`` on the inputs, replayed from the second time on.
 
@@ -87,13 +87,13 @@ class Graphs:
             passing: whether the caller is done with the outputs before anything else is replayed.
 
         Returns:
-            The outputs, in memory that the same kind of work overwrites when it is done again; with ``passing``, any other may.
+            The outputs, in memory that the same kind of work overwrites when it is done again; with ``transient``, any other may.
         """
         if self._given_up or self._pausing:
             return work(inputs)
         try:
-            with self._recorder.beside():
-                graph = self._find(kind, inputs, work, passing)
+            with self._recorder.on_stream():
+                graph = self._find(kind, inputs, work, transient)
                 _fill(graph.inputs, inputs)
                 graph.recording.replay()
                 return graph.recording.outputs
@@ -106,7 +106,7 @@ class Graphs:
         return work(inputs)
 
     def _find(
-        self, kind: Hashable, inputs: Mapping[str, Tensor], work: Callable[[Mapping[str, Tensor]], Features], passing: bool
+        self, kind: Hashable, inputs: Mapping[str, Tensor], work: Callable[[Mapping[str, Tensor]], Features], transient: bool
     ) -> _Graph:
         key = kind, tuple((name, None if name in _OWN else x.data_ptr(), x.shape, x.dtype) for name, x in inputs.items())
         if key in self._graphs:
@@ -114,7 +114,7 @@ class Graphs:
             return self._graphs[key]
         fixed = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) if name in _OWN else x for name, x in inputs.items()}
         _fill(fixed, inputs)
-        graph = _Graph(self._recorder.record(lambda: _apart(work(fixed), fixed), passing), fixed)
+        graph = _Graph(self._recorder.record(lambda: _apart(work(fixed), fixed), transient), fixed)
         self._graphs[key] = graph
         if len(self._graphs) > self._limit:  # never before there is another: the pool of memory is theirs together
             self._graphs.popitem(last=False)
@@ -128,19 +128,19 @@ class Graphs:
 
 @dataclass(frozen=True)
 class GraphedNetwork:
-    """Does what a ``Network`` does, by replaying. Only what ``run`` returns as the noise prediction stays as it is."""
+    """Does what a ``LoadedBundle`` does, by replaying. Only what ``run`` returns as the noise prediction stays as it is."""
 
     unet: str
-    network: Network
-    graphs: Graphs
+    network: LoadedBundle
+    graphs: CudaGraphCache
 
-    def run(self, work: Work, given: Mapping[str, Tensor], made: Features | None = None) -> Features:
+    def run(self, work: Subgraph, given: Mapping[str, Tensor], made: Features | None = None) -> Features:
         """As ``Network.run``."""
         made = {} if made is None else made
         inputs = {name: given[name] if name in given else made[name] for name in work.read}
         kind = self.unet, work.ran, work.wanted
-        passing = work.wanted == {NOISE}
-        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(work, fixed, dict(made)), passing)
+        transient = work.wanted == {NOISE}
+        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(work, fixed, dict(made)), transient)
         # A scheduler may hold on to predictions.
         return result | {NOISE: result[NOISE].clone()} if NOISE in result else result
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from engines import Bundle, Engine, Manifest, Runner
 from engines.bundle.manifest import Segment
-from runtime.plans.subgraph import Work, lay_out
+from runtime.plans.subgraph import Subgraph, subgraph_for
 
-__all__ = ["Network", "unet_segments"]
+__all__ = ["LoadedBundle", "unet_segments"]
 
 
 def unet_segments(manifest: Manifest) -> tuple[Segment, ...]:
@@ -19,19 +19,19 @@ def unet_segments(manifest: Manifest) -> tuple[Segment, ...]:
 
 
 @dataclass(frozen=True)
-class Network:
+class LoadedBundle:
     """A manifest and a runner for each of its segments. Holds no state of a call, so calls can share it."""
 
     manifest: Manifest
     runners: Mapping[str, Runner]
 
     @classmethod
-    def load(cls, bundle: Bundle, engine: Engine) -> "Network":
+    def load(cls, bundle: Bundle, engine: Engine) -> "LoadedBundle":
         """Load every segment of a bundle; raises BundleError or EngineError as ``Engine.load`` does."""
         runners = {segment.name: engine.load(bundle, segment) for segment in bundle.manifest.segments}
         return cls(bundle.manifest, runners)
 
-    def run(self, work: Work, given: Mapping[str, Tensor], made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def run(self, work: Subgraph, given: Mapping[str, Tensor], made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Do the work on the ``given`` features; returns the wanted ones.
 
         What is given is never replaced. What is ``made`` already is let go, as are the features that are made here, when nobody
@@ -52,4 +52,4 @@ class Network:
 
     def compute(self, wanted: str, given: Mapping[str, Tensor]) -> Tensor:
         """One feature from the given ones, running only what it needs."""
-        return self.run(lay_out(self.manifest, frozenset({wanted}), frozenset(given)), given)[wanted]
+        return self.run(subgraph_for(self.manifest, frozenset({wanted}), frozenset(given)), given)[wanted]

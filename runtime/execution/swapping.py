@@ -12,10 +12,10 @@ from engines import Bundle, Engine, Runner
 from engines.bundle.folder import Digest, sha256
 from engines.bundle.manifest import File
 from engines.errors import EngineMemoryError
-from runtime.execution.graph_cache import Graphs
-from runtime.execution.loaded_bundle import Network, unet_segments
+from runtime.execution.graph_cache import CudaGraphCache
+from runtime.execution.loaded_bundle import LoadedBundle, unet_segments
 
-__all__ = ["Residence", "free_bytes"]
+__all__ = ["Swapper", "free_bytes"]
 
 _GROWTH = 1.2
 """Bytes on the device for each byte of an engine's files: a choice of our own, for what execution contexts add."""
@@ -39,7 +39,7 @@ class _Checked(Bundle):
         return super().path(file, lambda path: file.sha256)
 
 
-class Residence:
+class Swapper:
     """The loaded UNets of a pipeline; text encoder and VAE are the first bundle's, which stay.
 
     Swapping costs what the engine takes to load from files that the system still has in memory, and the recordings of the UNet
@@ -59,13 +59,13 @@ class Residence:
         self,
         bundle: Bundle,
         engine: Engine,
-        graphs: Graphs | None = None,
+        graphs: CudaGraphCache | None = None,
         free: Callable[[torch.device], int | None] = free_bytes,
     ) -> None:
         self._engine, self._graphs, self._free = engine, graphs, free
         name, manifest = bundle.manifest.variant, bundle.manifest
         self._runners = {name: {segment.name: engine.load(bundle, segment) for segment in manifest.segments}}
-        self.networks = {name: Network(manifest, self._runners[name])}
+        self.networks = {name: LoadedBundle(manifest, self._runners[name])}
         """By variant. Those of UNets that are not on the device have no runners of its segments."""
         self._bundles: dict[str, Bundle] = {name: _Checked(bundle.folder, manifest)}
         self._here = {name}
@@ -91,13 +91,13 @@ class Residence:
                 return
             runners: dict[str, Runner] = {}
             self._bundles[name], self._runners[name] = bundle, runners
-            self.networks[name] = Network(bundle.manifest, runners)
+            self.networks[name] = LoadedBundle(bundle.manifest, runners)
             if not self._has_room(int(self.bytes_of(name) * _GROWTH)):
                 self.swaps = True
             if not self._try(name):
                 self.swaps = True
                 self._release_all()
-                self._bring(name)
+                self._load(name)
 
     def _has_room(self, size: int) -> bool:
         """Whether so many bytes more fit onto the device, with what runners will work in and some to spare."""
@@ -107,7 +107,7 @@ class Residence:
     def _try(self, unet: str) -> bool:
         """Load a UNet beside those that are here; False where it turns out not to fit. With swaps, as ``_bring``."""
         try:
-            self._bring(unet)
+            self._load(unet)
         except (torch.OutOfMemoryError, EngineMemoryError):
             if self.swaps:
                 raise
@@ -127,16 +127,16 @@ class Residence:
         return self._engine.rebuild_command(self._bundles[unet])
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Where UNets are swapped, one call at a time; others wait for its end, and do not swap them back at every step."""
         with self._turn if self.swaps else nullcontext():
             yield
 
     @contextmanager
-    def use(self, unet: str) -> Iterator[float]:
+    def pinned(self, unet: str) -> Iterator[float]:
         """A step of a UNet, which stays on the device until the block ends; gives the seconds that it took to get it there."""
         with self._condition:
-            seconds = self._bring(unet)
+            seconds = self._load(unet)
             self._running += 1
         try:
             yield seconds
@@ -145,7 +145,7 @@ class Residence:
                 self._running -= 1
                 self._condition.notify_all()
 
-    def _bring(self, unet: str) -> float:
+    def _load(self, unet: str) -> float:
         if self.swaps:
             self._condition.wait_for(lambda: unet in self._here or not self._running)
         if unet in self._here:

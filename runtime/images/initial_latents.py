@@ -15,11 +15,11 @@ from torch import Tensor
 
 from runtime.errors import RequestError
 
-__all__ = ["Repaint", "Start", "check_strength", "from_noise", "from_picture", "timesteps_from"]
+__all__ = ["InitialState", "LatentBlend", "check_strength", "from_noise", "from_picture", "timesteps_from"]
 
 
 @dataclass(frozen=True)
-class Repaint:
+class LatentBlend:
     """Inpainting by latent blending: after every step, what the mask leaves out gets the original's latents back.
 
     ``mask`` is (1, 1, height, width) of zeros and ones, ``known`` and ``noise`` are (images, channels, height, width). The
@@ -39,12 +39,12 @@ class Repaint:
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialState:
     """The first latents (images, channels, height, width), the timesteps that run, and what inpainting keeps."""
 
     latents: Tensor
     timesteps: Tensor
-    repaint: Repaint | None = None
+    repaint: LatentBlend | None = None
 
 
 def check_strength(strength: float) -> None:
@@ -69,15 +69,15 @@ def timesteps_from(scheduler: Any, steps: int, strength: float) -> Tensor:
     return timesteps
 
 
-def from_noise(scheduler: Any, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Start:
+def from_noise(scheduler: Any, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> InitialState:
     """Start from nothing but noise. ``shape`` is (channels, height, width)."""
     (noise,) = _draws(shape, seeds, 1, device)
-    return Start(noise * scheduler.init_noise_sigma, scheduler.timesteps)
+    return InitialState(noise * scheduler.init_noise_sigma, scheduler.timesteps)
 
 
 def from_picture(
     scheduler: Any, distribution: Tensor, mask: Tensor | None, timesteps: Tensor, strength: float, seeds: Sequence[int]
-) -> Start:
+) -> InitialState:
     """Start from a picture's latents and noise.
 
     Args:
@@ -96,8 +96,10 @@ def from_picture(
     else:
         latents = scheduler.add_noise(known, noise, timesteps[:1])
     if mask is None:
-        return Start(latents, timesteps)
-    return Start(latents, timesteps, Repaint(mask.to(mean.device), known, noise, _levels(scheduler, timesteps, mean.device)))
+        return InitialState(latents, timesteps)
+    return InitialState(
+        latents, timesteps, LatentBlend(mask.to(mean.device), known, noise, _levels(scheduler, timesteps, mean.device))
+    )
 
 
 def _levels(scheduler: Any, timesteps: Tensor, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from runtime.execution.loaded_bundle import unet_segments
 from runtime.plans.demand import demand
 from runtime.plans.key_steps import Threshold
 from runtime.plans.plan import NOISE, Plan, Rule, inherited_features
-from runtime.plans.subgraph import TEXT, Work, lay_out, run_either_way
+from runtime.plans.subgraph import TEXT, Subgraph, common_prefix, subgraph_for
 
 __all__ = ["TEXT", "Schedule", "Step", "check_runs"]
 
@@ -56,7 +56,7 @@ class Schedule:
         self._features = {name: inherited_features(plan, unets[name].unet_units, name) for name in used}
         self._keys = [self._key_steps(number, rule) for number, rule in enumerate(plan.rules)]
         self._check_adaptive()
-        self._works: dict[tuple[str, frozenset[str], frozenset[str], frozenset[str]], Work] = {}
+        self._works: dict[tuple[str, frozenset[str], frozenset[str], frozenset[str]], Subgraph] = {}
         assumptions = (False, True) if self.adaptive else (True,)
         self._keep, self._read_later = self._kept(assumptions)
         steps = {a: tuple(self._step(i, self._keep[i], a) for i in range(self.steps)) for a in assumptions}
@@ -77,7 +77,7 @@ class Schedule:
         """The rule whose key steps are decided while running, if there is one."""
         return next((rule for rule in self.plan.rules if isinstance(rule.when, Threshold)), None)
 
-    def asked(self, index: int) -> Threshold | None:
+    def pending_threshold(self, index: int) -> Threshold | None:
         """What a step has to find out before it can be decided: whether the feature of an adaptive rule has changed."""
         for number, rule in enumerate(self.plan.rules):
             if isinstance(rule.when, Threshold) and not self._is_key(number, rule, index, False):
@@ -97,32 +97,32 @@ class Schedule:
         """Every step, taking adaptive rules to compute afresh always (or, where they may, never)."""
         return self._steps[assume_changed]
 
-    def work(self, step: Step, made: frozenset[str] = frozenset()) -> Work:
+    def work(self, step: Step, made: frozenset[str] = frozenset()) -> Subgraph:
         """What a step has to do beside what it has ``made`` already; laid out once for all steps of its kind."""
         return self._work(step.unet, step.wanted, step.inherited, made)
 
-    def probing(self, index: int, threshold: Threshold) -> Work:
+    def probe(self, index: int, threshold: Threshold) -> Subgraph:
         """What has to be done to have the feature that an adaptive rule asks for; what other rules inherit is inherited."""
         return self._work(*self._probe(index, threshold))
 
     def probes(self) -> set[tuple[str, frozenset[str], frozenset[str]]]:
         """UNet, wanted and inherited features of all that is done to decide steps."""
-        return {self._probe(index, threshold) for index in range(self.steps) if (threshold := self.asked(index))}
+        return {self._probe(index, threshold) for index in range(self.steps) if (threshold := self.pending_threshold(index))}
 
     def _probe(self, index: int, threshold: Threshold) -> tuple[str, frozenset[str], frozenset[str]]:
         return self._unet[index], frozenset({threshold.feature}), self._step(index, frozenset(), True).inherited
 
-    def either_way(self, index: int, made: frozenset[str]) -> tuple[Segment, ...]:
+    def common_prefix(self, index: int, made: frozenset[str]) -> tuple[Segment, ...]:
         """The segments that run at a step whatever is decided there, when it has ``made`` the feature that decides."""
         less, more = self.decide(index, changed=False), self.decide(index, changed=True)
-        return run_either_way(self.work(less, made), self.work(more, made), less.inherited - more.inherited)
+        return common_prefix(self.work(less, made), self.work(more, made), less.inherited - more.inherited)
 
     def _work(
         self, unet: str, wanted: frozenset[str], inherited: frozenset[str] = frozenset(), made: frozenset[str] = frozenset()
-    ) -> Work:
+    ) -> Subgraph:
         kind = unet, wanted, inherited, made
         if kind not in self._works:
-            self._works[kind] = lay_out(self.unets[unet], wanted, inherited=inherited, made=made)
+            self._works[kind] = subgraph_for(self.unets[unet], wanted, inherited=inherited, made=made)
         return self._works[kind]
 
     def _unets_by_step(self, train_steps: int) -> list[str]:
@@ -218,8 +218,8 @@ class Schedule:
 
     def _probed(self, index: int) -> frozenset[str]:
         """What is read from the cache to find out whether an adaptive rule's feature has changed."""
-        threshold = self.asked(index)
-        return frozenset() if threshold is None else self.probing(index, threshold).taken | {threshold.feature}
+        threshold = self.pending_threshold(index)
+        return frozenset() if threshold is None else self.probe(index, threshold).taken | {threshold.feature}
 
     def _sources(self, number: int, rule: Rule, index: int) -> list[int]:
         """The steps that may have computed what a rule inherits at a step: its last key step, or any where it is adaptive."""
@@ -326,11 +326,11 @@ def check_runs(schedule: Schedule, rebuild: Callable[[str], str] | None = None) 
 
 def _check_decided_first(schedule: Schedule, index: int, command: Callable[[str], str]) -> None:
     """What runs to decide a step must not make, on the way, what the step then makes from inherited features."""
-    threshold, less = schedule.asked(index), schedule.decide(index, changed=False)
+    threshold, less = schedule.pending_threshold(index), schedule.decide(index, changed=False)
     if threshold is None:
         return
-    manifest, probing = schedule.unets[less.unet], schedule.probing(index, threshold)
-    early = {name: segment.name for segment in probing.segments for name in segment.units}
+    manifest, probe = schedule.unets[less.unet], schedule.probe(index, threshold)
+    early = {name: segment.name for segment in probe.segments for name in segment.units}
     decided = less.inherited - schedule.decide(index, changed=True).inherited
     for unit in demand(manifest.units, less.wanted, less.inherited | {TEXT}):
         for feature in decided.intersection(unit.inputs):

@@ -7,14 +7,14 @@ from functools import cached_property
 from engines.bundle.manifest import Manifest, Segment
 from runtime.plans.demand import demand
 
-__all__ = ["TEXT", "Work", "lay_out", "read_by", "run_either_way"]
+__all__ = ["TEXT", "Subgraph", "common_prefix", "read_by", "subgraph_for"]
 
 TEXT = "text_encoder"
 """Graph input of the UNet, made by the text encoder once per prompt: (batch, tokens, width)."""
 
 
 @dataclass(frozen=True)
-class Work:
+class Subgraph:
     """The segments to run, in order, and what becomes of features meanwhile."""
 
     segments: tuple[Segment, ...]
@@ -37,13 +37,13 @@ class Work:
         return tuple(dict.fromkeys((*read_by(self.segments, self.taken), *sorted(self.wanted - made))))
 
 
-def lay_out(
+def subgraph_for(
     manifest: Manifest,
     wanted: frozenset[str],
     given: frozenset[str] = frozenset({TEXT}),
     inherited: frozenset[str] = frozenset(),
     made: frozenset[str] = frozenset(),
-) -> Work:
+) -> Subgraph:
     """What has to be done to have the ``wanted`` features.
 
     Args:
@@ -61,10 +61,10 @@ def lay_out(
     for name, maker in makers.items():
         if segments and name not in wanted:
             spent[last.get(name, maker)].append(name)
-    return Work(segments, wanted, inherited.intersection(read), tuple(map(tuple, spent)))
+    return Subgraph(segments, wanted, inherited.intersection(read), tuple(map(tuple, spent)))
 
 
-def run_either_way(one: Work, other: Work, apart: frozenset[str]) -> tuple[Segment, ...]:
+def common_prefix(one: Subgraph, other: Subgraph, apart: frozenset[str]) -> tuple[Segment, ...]:
     """The segments that both start with, up to the first that only one runs or that reads what is ``apart`` between them."""
 
     def alike() -> Iterator[Segment]:

@@ -9,7 +9,7 @@ from engines.bundle.manifest import Manifest
 from engines.bundle.shapes import resolve
 from runtime.plans.plan import NOISE
 from runtime.plans.schedule import Schedule
-from runtime.plans.subgraph import Work, lay_out
+from runtime.plans.subgraph import Subgraph, subgraph_for
 
 __all__ = ["feature_bytes", "from_to", "macs_of", "peak_bytes", "relative_macs"]
 
@@ -32,7 +32,7 @@ def relative_macs(schedule: Schedule, full: str | None = None, changed: bool = T
     reference = schedule.unets[full or steps[-1].unet]
     kinds = Counter((step.unet, schedule.work(step).ran) for step in steps)
     total = sum(count * macs_of(schedule.unets[unet], ran) for (unet, ran), count in kinds.items())
-    return total / (macs_of(reference, lay_out(reference, frozenset({NOISE})).ran) * len(steps))
+    return total / (macs_of(reference, subgraph_for(reference, frozenset({NOISE})).ran) * len(steps))
 
 
 def from_to(least: float, most: float, digits: int = 3) -> str:
@@ -73,16 +73,16 @@ def peak_bytes(schedule: Schedule, sizes: Mapping[str, int]) -> int:
 
 def _finding_out(schedule: Schedule, index: int, size: Callable[[str], int]) -> tuple[frozenset[str], int]:
     """What a step has made when it is decided, and its bytes: none of it is let go before."""
-    threshold = schedule.asked(index)
+    threshold = schedule.pending_threshold(index)
     if threshold is None:
         return frozenset(), 0
-    segments = schedule.probing(index, threshold).segments
+    segments = schedule.probe(index, threshold).segments
     probed = frozenset(name for segment in segments for name in segment.outputs)
-    made = probed.union(*(segment.outputs for segment in schedule.either_way(index, probed)))
+    made = probed.union(*(segment.outputs for segment in schedule.common_prefix(index, probed)))
     return made, sum(map(size, made))
 
 
-def _work_peak(work: Work, made: frozenset[str], size: Callable[[str], int]) -> int:
+def _work_peak(work: Subgraph, made: frozenset[str], size: Callable[[str], int]) -> int:
     """Go through a step's segments as ``Network.run`` does: a feature lives from its segment to its last reader."""
     alive = set(made)
     peak = sum(map(size, alive))

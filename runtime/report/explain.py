@@ -12,12 +12,12 @@ from rich.table import Table
 from engines import DTYPES
 from engines.bundle.shapes import resolve
 from runtime.errors import RequestError
-from runtime.execution.executor import Network
-from runtime.execution.swapping import Residence
+from runtime.execution.executor import LoadedBundle
+from runtime.execution.swapping import Swapper
 from runtime.plans.demand import demand
 from runtime.plans.plan import BRANCH, NOISE
 from runtime.plans.schedule import Schedule, Step
-from runtime.plans.subgraph import TEXT, lay_out
+from runtime.plans.subgraph import TEXT, subgraph_for
 from runtime.report.cost import from_to, macs_of, peak_bytes
 
 __all__ = ["explain", "in_order", "listed", "plot", "segment_seconds"]
@@ -26,10 +26,10 @@ _REPEATS = 5
 _MOST_NAMED = 5
 
 
-def segment_seconds(network: Network, sizes: Mapping[str, int]) -> dict[str, float]:
+def segment_seconds(network: LoadedBundle, sizes: Mapping[str, int]) -> dict[str, float]:
     """Median seconds of each UNet segment on random inputs of the given sizes (``batch``, ``height``, ``width``)."""
     manifest, seconds = network.manifest, {}
-    for segment in lay_out(manifest, frozenset({NOISE})).segments:
+    for segment in subgraph_for(manifest, frozenset({NOISE})).segments:
         inputs = {
             name: torch.randn(resolve(manifest.features[name].shape, sizes)).to(
                 network.runners[segment.name].device, DTYPES[manifest.features[name].dtype]
@@ -43,7 +43,7 @@ def segment_seconds(network: Network, sizes: Mapping[str, int]) -> dict[str, flo
 
 
 def explain(
-    schedule: Schedule, networks: Mapping[str, Network], sizes: Mapping[str, int], residence: Residence | None = None
+    schedule: Schedule, networks: Mapping[str, LoadedBundle], sizes: Mapping[str, int], swapper: Swapper | None = None
 ) -> tuple[Table, str]:
     """The table of steps, with MACs and time relative to running the last UNet whole, and lines that sum it up likewise.
 
@@ -53,7 +53,7 @@ def explain(
         schedule: a plan laid out.
         networks: loaded segments of its UNets, which are timed.
         sizes: ``batch`` (rows of a UNet call), and ``height`` and ``width`` of the latents.
-        residence: sees to it that a UNet is on the device; without one, all are.
+        swapper: sees to it that a UNet is on the device; without one, all are.
     """
     table = Table(title=f"plan {schedule.plan.name}", box=SIMPLE)
     for name in ("step", "UNet", "kind", "segments run", "inherited", "MACs", "time", "ms"):
@@ -61,10 +61,10 @@ def explain(
     steps = schedule.all_steps()
     seconds = {}
     for name in schedule.unets:
-        with residence.use(name) if residence else nullcontext():
+        with swapper.pinned(name) if swapper else nullcontext():
             seconds[name] = segment_seconds(networks[name], sizes)
     last = schedule.unets[steps[-1].unet]
-    whole = lay_out(last, frozenset({NOISE}))
+    whole = subgraph_for(last, frozenset({NOISE}))
     full_macs, full_seconds = macs_of(last, whole.ran), sum(seconds[steps[-1].unet][name] for name in whole.ran)
 
     def cost(step: Step) -> tuple[float, float]:
@@ -74,7 +74,7 @@ def explain(
 
     for step in steps:
         work, (macs, time) = schedule.work(step), cost(step)
-        kind = "as decided" if schedule.asked(step.index) else "key" if step.key else "inherit"
+        kind = "as decided" if schedule.pending_threshold(step.index) else "key" if step.key else "inherit"
         names = listed(work.ran, len(seconds[step.unet])), listed(sorted(work.taken))
         table.add_row(str(step.index), step.unet, kind, *names, f"{macs:.3f}", f"{time:.3f}", f"{1000 * time * full_seconds:.1f}")
     sums = [map(statistics.fmean, zip(*map(cost, schedule.all_steps(changed)), strict=True)) for changed in (False, True)]
@@ -83,13 +83,13 @@ def explain(
     return table, (
         f"UNet MACs {all_macs} and predicted time {all_time} of full; features between segments take at most "
         f"{peak_bytes(schedule, sizes) / 2**20:.2f} MiB at once, cached ones included; what an engine needs inside a segment "
-        f"comes on top{decided}{_swaps(steps, residence) if residence and residence.swaps else ''}"
+        f"comes on top{decided}{_swaps(steps, swapper) if swapper and swapper.swaps else ''}"
     )
 
 
-def _swaps(steps: tuple[Step, ...], residence: Residence) -> str:
+def _swaps(steps: tuple[Step, ...], swapper: Swapper) -> str:
     """What moves at each switch where the device cannot hold all UNets; the first of a call may be there from the last one."""
-    moves = [f"{name} ({residence.bytes_of(name) / 2**20:.0f} MiB) before step {index}" for index, name in _starts(steps)]
+    moves = [f"{name} ({swapper.bytes_of(name) / 2**20:.0f} MiB) before step {index}" for index, name in _starts(steps)]
     return f"\nthe UNets do not fit into the device's memory together and are swapped: {', '.join(moves)}"
 
 

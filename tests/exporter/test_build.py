@@ -310,9 +310,9 @@ def test_what_an_engine_keeps_for_other_builds_lies_beside_the_bundle(
     options: BuildOptions, fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compile_and_keep(
-        engine: object, traced: Traced, stem: Path, profile: Profile, targets: object, beside: Path
+        engine: object, traced: Traced, stem: Path, profile: Profile, targets: object, cache_dir: Path
     ) -> list[Path]:
-        with (beside / "kept").open("a") as kept:
+        with (cache_dir / "kept").open("a") as kept:
             kept.write(f"{traced.segment.name} ")
         return []
 

@@ -17,7 +17,7 @@ import runtime
 from engines import Bundle, BundleError, make_engine
 from engines.null import Null
 from runtime import Pipeline, Plan, Rule, StepRecord
-from runtime.execution.executor import Network
+from runtime.execution.executor import LoadedBundle
 from runtime.plans.key_steps import Explicit, Front
 from tests.support.reference import mini_text
 from tests.support.unets import relative_error
@@ -69,7 +69,7 @@ def counting(pipeline: Pipeline, rows: list[int]) -> Pipeline:
     counted = Pipeline.__new__(Pipeline)
     counted.__dict__.update(pipeline.__dict__)
     runners: Any = {**pipeline.network.runners, "stem": Counting(pipeline.network.runners["stem"])}
-    counted.network = Network(pipeline.manifest, runners)
+    counted.network = LoadedBundle(pipeline.manifest, runners)
     counted.networks = {"original": counted.network}
     return counted
 

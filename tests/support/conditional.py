@@ -1,7 +1,8 @@
 """Conditional convolutions computed by hand: for each sample alone, kernels summed one by one, then an ordinary convolution.
 
 A whole UNet by hand is the assembled twin, diffusers' own modules, run on one sample at a time: before each convolution its
-kernel is replaced by what the formula gives. None of this shares code with `tuning.surgery.condconv` or `exporter.graph.condconv`.
+kernel is replaced by what the formula gives. None of this shares code with
+`tuning.surgery.condconv` or `exporter.graph.condconv`.
 """
 
 from __future__ import annotations

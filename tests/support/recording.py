@@ -104,7 +104,7 @@ class FakeRecorder(Recorder):
         return len(self._tapes)
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
+    def on_stream(self) -> Iterator[None]:
         assert not self.inside
         self.inside = True
         try:
@@ -118,7 +118,7 @@ class FakeRecorder(Recorder):
         return shared[shared.index(tape) + 1 :] if tape in shared else []
 
     @torch.no_grad()
-    def _capture(self, work: Callable[[], Outputs], passing: bool) -> tuple[Callable[[], None], Outputs]:
+    def _capture(self, work: Callable[[], Outputs], transient: bool) -> tuple[Callable[[], None], Outputs]:
         assert self.inside
         if self.broken:
             raise self.broken
@@ -131,7 +131,7 @@ class FakeRecorder(Recorder):
             _TAPE.reset(token)
         tape.spoil(everything=True)
         self._tapes.add(tape)
-        if passing:
+        if transient:
             self._shared.append(weakref.ref(tape))
         self.recorded += 1
 

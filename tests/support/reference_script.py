@@ -1,7 +1,7 @@
 """An independent reference for any plan: a script says for each step which UNet runs and which modules inherit, and how.
 
-Like ``tests.support.reference`` it shares no code with exporter, runtime or tuning: everything is computed at every step by the diffusers
-UNet in one piece, and hooks put back what is inherited.
+Like ``tests.support.reference`` it shares no code with exporter, runtime or tuning: everything is computed at every step
+by the diffusers UNet in one piece, and hooks put back what is inherited.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from engines import Manifest, Segment
 from engines.bundle.manifest import Feature
 from engines.torch_program import ModuleRunner
 from exporter.graph.partition import Granularity, partition
-from exporter.graph.shapes_and_macs import measure
+from exporter.graph.shapes_and_macs import infer_shapes_and_macs
 from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule, unit_module
-from runtime.execution.executor import Network
+from runtime.execution.executor import LoadedBundle
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 
@@ -75,7 +75,7 @@ def manifest_of(
     names = [unit.name for unit in units]
     modules = {name: unit_module(unet, name) for name in names}
     side = unet.config.sample_size
-    measured, features = measure(units, modules, unet_inputs(unet), {"height": side, "width": side})
+    measured, features = infer_shapes_and_macs(units, modules, unet_inputs(unet), {"height": side, "width": side})
     return make_manifest(
         units=tuple(measured),
         segments=partition(units, granularity, [find_plan(plan) for plan in plans]),
@@ -115,13 +115,13 @@ def segment_module(unet: UNet2DConditionModel, manifest: Manifest, segment: Segm
     return SegmentModule(units, {name: unit_module(unet, name) for name in segment.units}, segment.inputs, segment.outputs)
 
 
-def live_network(unet: UNet2DConditionModel, manifest: Manifest) -> Network:
+def live_network(unet: UNet2DConditionModel, manifest: Manifest) -> LoadedBundle:
     """The UNet's segments as live torch modules."""
     runners = {
         segment.name: ModuleRunner(segment, manifest.features, segment_module(unet, manifest, segment))
         for segment in manifest.segments
     }
-    return Network(manifest, runners)
+    return LoadedBundle(manifest, runners)
 
 
 def relative_error(made: Tensor, reference: Tensor) -> float:

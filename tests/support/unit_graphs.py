@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engines import Manifest, Segment, Unit
 from engines.bundle.manifest import Feature
-from runtime import Network, Plan, Rule, Schedule, UNetRange
+from runtime import LoadedBundle, Plan, Rule, Schedule, UNetRange
 from runtime.plans.key_steps import Explicit
 from tests.support.unets import make_manifest
 
@@ -155,9 +155,9 @@ class ArithmeticRunner:
     def synchronize(self) -> None: ...
 
 
-def arithmetic_network(manifest: Manifest, log: list[str]) -> Network:
+def arithmetic_network(manifest: Manifest, log: list[str]) -> LoadedBundle:
     runners: Any = {segment.name: ArithmeticRunner(manifest, segment, log) for segment in manifest.segments}
-    return Network(manifest, runners)
+    return LoadedBundle(manifest, runners)
 
 
 def predictions_unit_by_unit(case: Case, other: Manifest | None = None) -> list[int]:

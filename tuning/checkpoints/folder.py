@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from engines.bundle.folder import sha256
-from tuning.checkpoints.weights import Filed, Weights, filled, map_file, shapes_of
+from tuning.checkpoints.weights import FileWeights, Weights, materialize, mmap_safetensors, shapes_of
 from tuning.errors import TuningError
 from tuning.surgery.changes import KEY, Changes, apply_changes
 
@@ -65,7 +65,7 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
         TuningError: the folder holds no UNet, its weights are pickled, damaged or others than its configuration needs.
     """
     unet = meta_unet(folder / "config.json")
-    return filled(unet, unet_weights(folder, unet))
+    return materialize(unet, unet_weights(folder, unet))
 
 
 def unet_weights(folder: Path, unet: nn.Module) -> Weights:
@@ -73,12 +73,12 @@ def unet_weights(folder: Path, unet: nn.Module) -> Weights:
     files = _files(folder)
 
     def open_files() -> dict[str, Tensor]:
-        return {name: tensor for file in files for name, tensor in map_file(file).items()}
+        return {name: tensor for file in files for name, tensor in mmap_safetensors(file).items()}
 
     shapes = shapes_of(unet)
     if unknown := sorted(open_files().keys() - shapes.keys()):
         raise TuningError(f"{folder}: the weights are not those of its config.json (it has no {unknown[0]}); get both again")
-    return Filed(str(folder), shapes, open_files)
+    return FileWeights(str(folder), shapes, open_files)
 
 
 def weights_sha256(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tuning.checkpoints.weights import Filed, Weights, map_file, shapes_of
+from tuning.checkpoints.weights import FileWeights, Weights, mmap_safetensors, shapes_of
 from tuning.errors import TuningError
 
 __all__ = ["GIVE_CONFIG", "check_single_file", "single_file_weights", "text_width"]
@@ -25,7 +25,7 @@ _NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 
 def check_single_file(path: Path) -> None:
     """Raise TuningError unless the file is a safetensors file that has a UNet in CompVis' layout."""
-    names = map_file(path)
+    names = mmap_safetensors(path)
     if any(name.startswith("conditioner.") for name in names):
         raise TuningError(f"source {path} is a checkpoint of SDXL; Stable Diffusion 1.x and 2.x are what this is for")
     if not any(name.startswith(_PREFIX["unet"]) for name in names):
@@ -43,7 +43,7 @@ def _what_else(names: Mapping[str, Tensor]) -> str:
 
 def text_width(path: Path) -> int | None:
     """The width of the text that the file's UNet reads, where it reads any."""
-    for name, tensor in map_file(path).items():
+    for name, tensor in mmap_safetensors(path).items():
         if name.startswith(_PREFIX["unet"]) and name.endswith(".attn2.to_k.weight"):
             return int(tensor.shape[1])
     return None
@@ -64,10 +64,10 @@ def single_file_weights(path: Path, part: str, module: nn.Module, configured_by:
     shapes = shapes_of(module)
 
     def open_file() -> dict[str, Tensor]:
-        mapped = {name: tensor for name, tensor in map_file(path).items() if name.startswith(_PREFIX[part])}
+        mapped = {name: tensor for name, tensor in mmap_safetensors(path).items() if name.startswith(_PREFIX[part])}
         return _CONVERT[part](mapped, module)
 
-    if not any(name.startswith(_PREFIX[part]) for name in map_file(path)):
+    if not any(name.startswith(_PREFIX[part]) for name in mmap_safetensors(path)):
         raise TuningError(f"source {path} has no {_NAMES[part]}: no tensor is called {_PREFIX[part]}*; give a whole checkpoint")
     try:
         found = open_file()
@@ -79,7 +79,7 @@ def single_file_weights(path: Path, part: str, module: nn.Module, configured_by:
             raise _misfit(path, part, configured_by, f"{name} {'is missing' if got is None else f'is {tuple(got)}'}")
     if part == "unet" and (unknown := sorted(found.keys() - shapes.keys())):
         raise _misfit(path, part, configured_by, f"it has no {unknown[0]}")
-    return Filed(str(path), shapes, open_file)
+    return FileWeights(str(path), shapes, open_file)
 
 
 def _misfit(path: Path, part: str, configured_by: Path, reason: str) -> TuningError:

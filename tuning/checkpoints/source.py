@@ -12,7 +12,7 @@ from torch import nn
 
 from tuning.checkpoints.folder import meta_unet, unet_weights
 from tuning.checkpoints.single_file import single_file_weights
-from tuning.checkpoints.weights import Library, Random, Weights, filled, shapes_of
+from tuning.checkpoints.weights import LoadedWeights, RandomWeights, Weights, materialize, shapes_of
 from tuning.errors import TuningError
 from tuning.surgery.assembly import assemble
 from tuning.surgery.recipes import RECIPES
@@ -69,7 +69,7 @@ class Source(ABC):
 
     def model(self, part: str) -> Any:
         """A whole part, float32, in evaluation mode. Raises TuningError as ``skeleton`` and ``weights`` do."""
-        return filled(self.skeleton(part), self.weights(part))
+        return materialize(self.skeleton(part), self.weights(part))
 
 
 class FolderSource(Source):
@@ -86,7 +86,7 @@ class FolderSource(Source):
             with reading(self.name, folder):
                 return _LOADERS[part](folder, dtype)
 
-        return Library(str(folder), shapes_of(skeleton), load)
+        return LoadedWeights(str(folder), shapes_of(skeleton), load)
 
     def files(self, part: str) -> Iterator[Path]:
         """All in the part's folder."""
@@ -132,7 +132,7 @@ class RandomSource(Source):
 
     def weights(self, part: str) -> Weights:
         """Drawn when they are taken."""
-        return Random(part, shapes_of(self.skeleton(part)), self.seed)
+        return RandomWeights(part, shapes_of(self.skeleton(part)), self.seed)
 
     def files(self, part: str) -> Iterator[Path]:
         """What configures the part."""

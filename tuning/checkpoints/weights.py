@@ -16,7 +16,17 @@ from torch import Size, Tensor, nn
 
 from tuning.errors import TuningError
 
-__all__ = ["Filed", "Library", "Made", "Random", "Renamed", "Weights", "filled", "map_file", "shapes_of"]
+__all__ = [
+    "ComputedWeights",
+    "FileWeights",
+    "LoadedWeights",
+    "RandomWeights",
+    "RenamedWeights",
+    "Weights",
+    "materialize",
+    "mmap_safetensors",
+    "shapes_of",
+]
 
 _MAPPED_AT_ONCE = 1 << 26
 """Bytes of files that count as this process's memory before the files are closed and opened again."""
@@ -60,7 +70,7 @@ class Weights(ABC):
         return tensor.detach().to(kind, copy=True, memory_format=torch.contiguous_format)
 
 
-class Filed(Weights):
+class FileWeights(Weights):
     """Tensors of safetensors files, which are mapped into memory only while they are copied.
 
     Args:
@@ -83,7 +93,7 @@ class Filed(Weights):
         return taken
 
 
-class Library(Weights):
+class LoadedWeights(Weights):
     """Those of a model that its own library loads, because that knows the older names of its tensors.
 
     Args:
@@ -100,7 +110,7 @@ class Library(Weights):
         return {name: self._copy(state, name, dtype) for name in names}
 
 
-class Random(Weights):
+class RandomWeights(Weights):
     """Random weights of sane size; each tensor depends on seed, part and name only, whichever are taken and in which order.
 
     Nothing is constant, so that no compiler can leave a norm's weight or a bias out, and one that is forgotten shows.
@@ -121,7 +131,7 @@ class Random(Weights):
         return drawn.normal_(1.0 if name.endswith("weight") else 0.0, 0.1, generator=generator)
 
 
-class Renamed(Weights):
+class RenamedWeights(Weights):
     """Another part's weights under other names: those of a UNet that was cut out of it.
 
     Args:
@@ -137,7 +147,7 @@ class Renamed(Weights):
         return {name: taken[self._names[name]] for name in names}
 
 
-class Made(Weights):
+class ComputedWeights(Weights):
     """Those of a model that has to be made as a whole; unlike the others it stays in memory, once something was taken."""
 
     def __init__(self, where: str, shapes: Mapping[str, Size], make: Callable[[], nn.Module]) -> None:
@@ -152,7 +162,7 @@ class Made(Weights):
         return {name: self._copy(self._state, name, dtype) for name in names}
 
 
-def map_file(path: Path) -> dict[str, Tensor]:
+def mmap_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped into memory: they are read when they are used, and unmapped with the last one.
 
     Raises:
@@ -171,7 +181,7 @@ def shapes_of(module: nn.Module) -> dict[str, Size]:
     return {name: value.shape for name, value in module.state_dict().items()}
 
 
-def filled(skeleton: Part, weights: Weights, dtype: torch.dtype = torch.float32) -> Part:
+def materialize(skeleton: Part, weights: Weights, dtype: torch.dtype = torch.float32) -> Part:
     """The module itself, with all of its weights instead of those on the meta device. Raises TuningError as ``take`` does."""
     skeleton.load_state_dict(weights.take(skeleton.state_dict(), dtype), assign=True)
     return skeleton

@@ -4,7 +4,7 @@ import dataclasses
 
 from torch import nn
 
-from tuning.surgery.pruning import keep, removed_units
+from tuning.surgery.pruning import removed_units, resolve_removals
 from tuning.surgery.recipes import Recipe
 from tuning.surgery.units import unit_modules
 from tuning.training.loop import LoopSettings
@@ -25,7 +25,7 @@ def next_removal(original: nn.Module, student: nn.Module, recipe: Recipe, stage:
     Raises:
         TuningError: the portions up to this one are no removal that leaves a whole UNet.
     """
-    kept = keep(original, _up_to(recipe, stage))
+    kept = resolve_removals(original, _up_to(recipe, stage))
     now = removed_units(original, _up_to(recipe, stage + 1))
     gone = tuple(unit for unit in unit_modules(student) if kept.origin(unit) in now)
     experts = recipe.experts if stages_of(recipe) == 1 else None

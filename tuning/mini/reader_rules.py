@@ -4,13 +4,13 @@ The background is the median of the border; what differs from it forms connected
 palette colour, its box gives size and place, and its shape is the template that overlaps best once both fill their box.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy import ndimage
 
 from tuning.mini.render import shape_mask
 from tuning.mini.scenes import COLOURS, PLACES, SHAPES, SIZES
@@ -71,7 +71,7 @@ def _shape(mask: npt.NDArray[np.bool_]) -> str:
     def score(shape: str) -> float:
         template = _templates()[shape]
         overlap = float((seen & template).sum() / max(1, (seen | template).sum()))
-        return overlap - 0.3 * abs(np.log(aspect / _aspects()[shape]))
+        return overlap - 0.3 * abs(math.log(aspect / _aspects()[shape]))
 
     return max(SHAPES, key=score)
 
@@ -89,6 +89,8 @@ def _size(extent: float) -> str:
 
 
 def _object(pixels: Pixels, part: npt.NDArray[np.bool_]) -> SeenObject:
+    from scipy import ndimage
+
     rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     height, width = part.shape
@@ -102,6 +104,8 @@ def _object(pixels: Pixels, part: npt.NDArray[np.bool_]) -> SeenObject:
 
 def _half_edge(part: npt.NDArray[np.bool_], distance: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
     """Moves a part's outline to where its own contrast has fallen to a half."""
+    from scipy import ndimage
+
     if part.mean() < _SMALLEST:
         return part
     inner = part & (distance > 0.5 * float(np.quantile(distance[part], 0.75)))
@@ -111,6 +115,8 @@ def _half_edge(part: npt.NDArray[np.bool_], distance: npt.NDArray[np.floating]) 
 
 def read(picture: Image.Image | Pixels) -> Seen:
     """Reads an RGB picture of any size (bytes of height x width x 3)."""
+    from scipy import ndimage
+
     pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
     edge = max(1, len(pixels) // 64)
     border = [pixels[:edge], pixels[-edge:], pixels[:, :edge], pixels[:, -edge:]]

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from tuning.errors import TuningError
 from tuning.surgery.assembly import assemble
 from tuning.surgery.changes import KEY, apply_changes, changes_of
-from tuning.surgery.pruning import keep
+from tuning.surgery.pruning import resolve_removals
 from tuning.surgery.recipes import Recipe
 from tuning.surgery.units import unit_modules
 
@@ -43,7 +43,7 @@ def recipe_of(remove: tuple[str, ...], name: str = "assembled") -> Recipe:
 
 def gone_units(unet: UNet2DConditionModel, recipe: Recipe) -> frozenset[str]:
     """The units that this recipe leaves out, a sampler that loses its stage among them. Raises TuningError if it does not fit."""
-    kept = keep(unet, recipe)
+    kept = resolve_removals(unet, recipe)
     stays = {kept.origin(unit) for unit in unit_modules(assemble(unet, recipe, share=True))}
     return frozenset(unit for unit in unit_modules(unet) if unit not in stays)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tuning.errors import TuningError
 from tuning.surgery.changes import KEY, Changes, apply_changes, changes_of
 from tuning.surgery.experts import add_experts
-from tuning.surgery.pruning import Kept, keep, removed_units
+from tuning.surgery.pruning import PruningPlan, removed_units, resolve_removals
 from tuning.surgery.recipes import Recipe
 from tuning.surgery.units import unit_modules
 
@@ -47,7 +47,7 @@ def assemble(unet: UNet2DConditionModel, recipe: Recipe, *, share: bool = False)
         raise TuningError(
             f"recipe {recipe.name}: this UNet has conditional convolutions already; assemble the UNet that it was made from"
         )
-    kept = keep(unet, recipe)
+    kept = resolve_removals(unet, recipe)
     student = _without_weights(unet, kept, recipe.name)
     source: dict[str, Tensor] = unet.state_dict()
     names = _origins(unet, student, kept, recipe.name)
@@ -66,11 +66,11 @@ def origins(unet: UNet2DConditionModel, recipe: Recipe) -> dict[str, str]:
 
     Raises TuningError as `assemble` does. A recipe with experts makes some of its weights, which come from no single one.
     """
-    kept = keep(unet, recipe)
+    kept = resolve_removals(unet, recipe)
     return _origins(unet, _without_weights(unet, kept, recipe.name), kept, recipe.name)
 
 
-def _without_weights(unet: UNet2DConditionModel, kept: Kept, name: str) -> UNet2DConditionModel:
+def _without_weights(unet: UNet2DConditionModel, kept: PruningPlan, name: str) -> UNet2DConditionModel:
     """The student on the meta device: its weights come from the given UNet, random ones would only cost time and memory."""
     from diffusers import UNet2DConditionModel
 
@@ -81,7 +81,7 @@ def _without_weights(unet: UNet2DConditionModel, kept: Kept, name: str) -> UNet2
     return student
 
 
-def _configuration(unet: UNet2DConditionModel, kept: Kept, name: str) -> tuple[dict[str, Any], Changes]:
+def _configuration(unet: UNet2DConditionModel, kept: PruningPlan, name: str) -> tuple[dict[str, Any], Changes]:
     """The student's configuration, and what no configuration says."""
     # diffusers would put defaults back for the names in _use_default_values.
     config: dict[str, Any] = {k: v for k, v in unet.config.items() if k not in ("_use_default_values", KEY)}
@@ -110,7 +110,7 @@ def _tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _without_attention(unet: UNet2DConditionModel, kept: Kept) -> set[str]:
+def _without_attention(unet: UNet2DConditionModel, kept: PruningPlan) -> set[str]:
     """The student's layers that have lost their attention, now or in an earlier assembly, as the student calls them."""
     theirs = unit_modules(unet)
     bare = set()
@@ -129,7 +129,7 @@ def _without_attention(unet: UNet2DConditionModel, kept: Kept) -> set[str]:
     return bare
 
 
-def _origins(teacher: nn.Module, student: nn.Module, kept: Kept, name: str) -> dict[str, str]:
+def _origins(teacher: nn.Module, student: nn.Module, kept: PruningPlan, name: str) -> dict[str, str]:
     """Names in the student's state -> names in the teacher's. Raises TuningError where a weight does not fit its new place."""
     source: dict[str, Tensor] = teacher.state_dict()
     theirs, ours = unit_modules(teacher), unit_modules(student)
@@ -145,7 +145,7 @@ def _origins(teacher: nn.Module, student: nn.Module, kept: Kept, name: str) -> d
     return found
 
 
-def _misfit(origin: str, source: dict[str, Tensor], value: Tensor, kept: Kept) -> str:
+def _misfit(origin: str, source: dict[str, Tensor], value: Tensor, kept: PruningPlan) -> str:
     shape = f"is {tuple(source[origin].shape)}" if origin in source else "does not exist"
     inner = ", or keep the innermost stages, whose widths are others" if kept.cut else ""
     return (

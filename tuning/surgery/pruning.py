@@ -10,14 +10,14 @@ from tuning.errors import TuningError
 from tuning.surgery.recipes import Recipe
 from tuning.surgery.units import unit_modules
 
-__all__ = ["Kept", "from_the_end", "keep", "removed_units"]
+__all__ = ["PruningPlan", "from_the_end", "removed_units", "resolve_removals"]
 
 _LAYER = re.compile(r"((?:down|up)\.\d+)\.layer\.(\d+)\.")
 _BLOCK = re.compile(r"(down|up)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Kept:
+class PruningPlan:
     """`layers`: teacher's block -> numbers of its kept layers; blocks of the `cut` innermost stages are not in it.
 
     `bare` are the kept layers (teacher's names) whose attention goes alone.
@@ -67,7 +67,7 @@ def _choices(pattern: str, units: dict[str, str]) -> str:
     return ", ".join(meant or dict.fromkeys(".".join(u.split(".")[: 1 if u.startswith("mid") else 2]) for u in units))
 
 
-def keep(unet: nn.Module, recipe: Recipe) -> Kept:
+def resolve_removals(unet: nn.Module, recipe: Recipe) -> PruningPlan:
     """What the recipe keeps of this UNet.
 
     Raises TuningError for a glob that names nothing, a ResNet without its attention, a skip connection left without its other
@@ -86,7 +86,7 @@ def keep(unet: nn.Module, recipe: Recipe) -> Kept:
     if mid:
         inside |= {u.removesuffix(".attention") for u in units if u.startswith("mid.")}
     gone = {f"down.{i}" for i in range(left, stages)} | {f"up.{i}" for i in range(cut)}
-    return Kept({b: n for b, n in layers.items() if b not in gone}, cut, mid, frozenset(bare & inside))
+    return PruningPlan({b: n for b, n in layers.items() if b not in gone}, cut, mid, frozenset(bare & inside))
 
 
 def _block_names(stages: int) -> list[str]:

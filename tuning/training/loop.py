@@ -139,7 +139,7 @@ class _Loop:
         raise TuningError(f"the {what} of {name} is not finite at step {state.step}; {advice}")
 
     @torch.no_grad()
-    def prove(self) -> None:
+    def check_finite(self) -> None:
         """Raises TuningError unless the last update left weights that give a finite loss, on the batch that made it."""
         state, loss = self.state, 0.0
         if self.trained:
@@ -166,7 +166,7 @@ class _Loop:
             self.state.save(self.checkpoint)
         self.saved = time.monotonic()
 
-    def look(self, *, measure: bool, draw: bool) -> dict[str, float]:
+    def evaluate(self, *, measure: bool, draw: bool) -> dict[str, float]:
         """Validates, writes and draws on the first worker, with the averaged weights; returns the figures.
 
         Of figures that are not finite nothing is written; all workers hear of it with the next loss.
@@ -186,7 +186,7 @@ class _Loop:
             self.validated = time.monotonic()
         return figures
 
-    def end(self) -> dict[str, float] | None:
+    def finish(self) -> dict[str, float] | None:
         """What is due when training ends or pauses; returns the last figures, or None when it pauses.
 
         The checkpoint comes last, when the weights that it is to hold are known to give finite losses.
@@ -194,12 +194,12 @@ class _Loop:
         figures = None
         if self.state.progress >= 1:
             self.report.finish(self.state)
-            figures = self.look(measure=True, draw=True)
-        self.prove()
+            figures = self.evaluate(measure=True, draw=True)
+        self.check_finite()
         self.save()
         return figures
 
-    def beside(self) -> None:
+    def periodic(self) -> None:
         """What falls due beside training after a step; the end of the run does the same once more."""
         settings, step, now = self.settings, self.state.step, time.monotonic()
         if step % settings.log_every == 0:
@@ -210,7 +210,7 @@ class _Loop:
         measure = by_time or (settings.validate_every is not None and step % settings.validate_every == 0)
         draw = measure if settings.sample_every is None else step % settings.sample_every == 0
         if measure or draw:
-            self.look(measure=measure, draw=draw)
+            self.evaluate(measure=measure, draw=draw)
 
 
 def run_loop(
@@ -237,11 +237,11 @@ def run_loop(
         raise TuningError("training needs a bound: give --steps, --minutes or --wall-minutes")
     loop = _Loop(task, settings, workers, checkpoint, Report(task.name, log, workers), sample)
     if measure_first and loop.state.step == 0:
-        loop.look(measure=True, draw=False)
+        loop.evaluate(measure=True, draw=False)
     while loop.state.progress < 1 and not (stop_at and stop_at(loop.state.step)):
         loop.train()
-        loop.beside()
-    figures = loop.end()
+        loop.periodic()
+    figures = loop.finish()
     task.module.load_state_dict(loop.state.average)
     workers.wait()
     return figures

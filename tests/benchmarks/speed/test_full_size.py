@@ -15,7 +15,7 @@ from benchmarks.speed.full_size import TOKENS, export, features_of, measured_uni
 from engines import Segment, make_engine
 from engines.bundle.manifest import Feature
 from engines.ort.engine import OnnxRuntime
-from exporter.graph.shapes_and_macs import measure
+from exporter.graph.shapes_and_macs import infer_shapes_and_macs
 from exporter.graph.topology import TEXT
 from exporter.segments.trace import trace
 from tests.support.unets import TEXT_WIDTH, small_unet
@@ -52,7 +52,9 @@ def test_macs_of_the_projections_are_those_that_are_counted() -> None:
             return torch.cat([tensor.flatten() for tensor in module(text)])[None]
 
     features = {TEXT: features_of(small_unet("uneven"))[TEXT]}
-    (unit,), _ = measure([Unit(name="all", kind="all", inputs=(TEXT,))], {"all": Joined()}, features, {"height": 8, "width": 8})
+    (unit,), _ = infer_shapes_and_macs(
+        [Unit(name="all", kind="all", inputs=(TEXT,))], {"all": Joined()}, features, {"height": 8, "width": 8}
+    )
     assert module.macs() == unit.macs
 
 

@@ -12,7 +12,7 @@ import torch
 from engines import EngineError
 from engines.cuda.graphs import CannotRecord, current_recording
 from engines.tensorrt.engine import TensorRTRTX
-from engines.tensorrt.runner import Device
+from engines.tensorrt.runner import StreamWorkspace
 from tests.engines.conftest import random_inputs, write_bundle
 from tests.support.fake_tensorrt import FakeCache
 from tests.support.recording import FakeRecorder
@@ -36,7 +36,7 @@ def test_all_contexts_of_a_stream_work_in_one_block_of_the_largest_need(load, fa
     front, back = load("front"), load("back")
     features = tiny.reference(random_inputs(1, 8, 8))
     for stream in (5, 6):
-        monkeypatch.setattr(Device, "stream", lambda self, stream=stream: nullcontext(stream))
+        monkeypatch.setattr(StreamWorkspace, "stream", lambda self, stream=stream: nullcontext(stream))
         front.run(features)
         back.run(features)
     memory = [context.memory for context in contexts_of(fake)]
@@ -74,7 +74,7 @@ def test_a_recording_reads_and_writes_the_same_memory_again(load, fake, tiny, re
         made = front.run(inputs)
         return {**made, **back.run({**inputs, **made})}
 
-    with recorder.beside():
+    with recorder.on_stream():
         recording = recorder.record(work)
         for seed in range(3):
             fresh = random_inputs(2, 16, 16, seed)
@@ -90,7 +90,7 @@ def test_each_recording_has_contexts_of_its_own_which_die_with_it(load, fake, ti
     front = load("front")
     small, large = random_inputs(1, 8, 8), random_inputs(2, 16, 16)
     front.run(small)
-    with recorder.beside():
+    with recorder.on_stream():
         recordings = [recorder.record(lambda inputs=inputs: front.run(inputs)) for inputs in (small, large)]
     (engine,) = fake.engines
     assert [context.recorded for context in engine.contexts] == [False, True, True]
@@ -106,7 +106,7 @@ def test_each_recording_has_contexts_of_its_own_which_die_with_it(load, fake, ti
 def test_a_recording_keeps_the_block_that_it_works_in(load, fake, tiny, recorder):
     features = tiny.reference(random_inputs(1, 8, 8))
     front = load("front")
-    with recorder.beside():
+    with recorder.on_stream():
         recording = recorder.record(lambda: front.run(features))
     block = weakref.ref(next(iter(front._place.scratch._blocks.values())))
     fake.files[b"back"] = replace(fake.files[b"back"], memory=65536)
@@ -115,7 +115,7 @@ def test_a_recording_keeps_the_block_that_it_works_in(load, fake, tiny, recorder
     fake.engines[0].contexts.clear()
     gc.collect()
     assert block() is not None, "the graph has its address"
-    with recorder.beside():
+    with recorder.on_stream():
         recording.replay()
     close(recording.outputs["down.0.sampler"], features["down.0.sampler"])
     del recording
@@ -126,7 +126,10 @@ def test_a_recording_keeps_the_block_that_it_works_in(load, fake, tiny, recorder
 def test_what_the_engine_cannot_run_in_a_graph_is_not_recorded(load, fake, tiny, recorder, kind):
     fake.files[b"front"] = replace(fake.files[b"front"], capturable=False)
     front, inputs = load("front"), random_inputs(1, 8, 8)
-    with recorder.beside(), pytest.raises(CannotRecord, match=rf"segment front: {kind.name} cannot run it inside a CUDA graph"):
+    with (
+        recorder.on_stream(),
+        pytest.raises(CannotRecord, match=rf"segment front: {kind.name} cannot run it inside a CUDA graph"),
+    ):
         recorder.record(lambda: front.run(inputs))
     close(front.run(inputs)["down.0.sampler"], tiny.reference(inputs)["down.0.sampler"])
 
@@ -134,14 +137,14 @@ def test_what_the_engine_cannot_run_in_a_graph_is_not_recorded(load, fake, tiny,
 def test_a_refusal_while_recording_is_no_users_mistake(load, fake, recorder):
     front, small, large = load("front"), random_inputs(1, 8, 8), random_inputs(2, 16, 16)
     turns = iter([small, large])
-    with recorder.beside(), pytest.raises(CannotRecord, match="the shapes are new, and a graph is being recorded"):
+    with recorder.on_stream(), pytest.raises(CannotRecord, match="the shapes are new, and a graph is being recorded"):
         recorder.record(lambda: front.run(next(turns)))
     assert current_recording() is None
 
 
 def test_a_mistake_before_recording_stays_one(load, recorder):
     front, inputs = load("front"), random_inputs(5, 8, 8)
-    with recorder.beside(), pytest.raises(EngineError, match="its engine was built for 1x4x8x8 to 4x4x32x32"):
+    with recorder.on_stream(), pytest.raises(EngineError, match="its engine was built for 1x4x8x8 to 4x4x32x32"):
         recorder.record(lambda: front.run(inputs))
 
 
@@ -184,7 +187,7 @@ def test_the_second_start_compiles_nothing(start, bundle, user_caches):
 def test_recordings_compile_once_too(fake, load, bundle, user_caches, recorder):
     runner = load("front")
     inputs = random_inputs(1, 8, 8)
-    with recorder.beside():
+    with recorder.on_stream():
         kept = [recorder.record(lambda: runner.run(inputs)) for _ in range(2)]
     assert len(fake.compiled) == 1
     del kept
@@ -203,7 +206,7 @@ def test_kernels_are_kept_once_for_all_contexts(fake, load, bundle, user_caches,
     runner, small, large = load("front"), random_inputs(1, 8, 8), random_inputs(2, 16, 16)
     for inputs in (small, small, large, small):
         runner.run(inputs)
-    with recorder.beside():
+    with recorder.on_stream():
         kept = [recorder.record(lambda inputs=inputs: runner.run(inputs)) for inputs in (small, large)]
     assert len(written) == 2
     assert len(fake.engines[0].contexts) == 1 + len(kept)

@@ -11,7 +11,7 @@ import torch
 from engines import EngineError
 from engines.errors import EngineMemoryError
 from engines.tensorrt.engine import TensorRT, TensorRTRTX
-from engines.tensorrt.runner import Device, EngineRunner
+from engines.tensorrt.runner import EngineRunner, StreamWorkspace
 from tests.engines.conftest import random_inputs, write_bundle
 from tests.support.fake_tensorrt import ALIGNMENT, DataType, EngineInvalidityDiagnostics
 
@@ -59,7 +59,7 @@ def test_what_needs_no_copy_is_not_copied(load):
 
 def test_one_context_serves_one_stream(load, fake, monkeypatch, kind):
     stream = [5]
-    monkeypatch.setattr(Device, "stream", lambda self: nullcontext(stream[0]))
+    monkeypatch.setattr(StreamWorkspace, "stream", lambda self: nullcontext(stream[0]))
     runner = load("front")
     runner.run(random_inputs(1, 8, 8))
     runner.run(random_inputs(2, 8, 8))
@@ -78,7 +78,7 @@ def test_one_context_serves_one_stream(load, fake, monkeypatch, kind):
 @pytest.mark.parametrize("streams", ["one", "one each"])
 def test_threads_may_share_a_runner(load, fake, tiny, monkeypatch, streams):
     if streams == "one each":
-        monkeypatch.setattr(Device, "stream", lambda self: nullcontext(threading.get_ident()))
+        monkeypatch.setattr(StreamWorkspace, "stream", lambda self: nullcontext(threading.get_ident()))
     runner = load("front")
     inputs = [random_inputs(1 + seed % 3, 8, 8 * (1 + seed % 2), seed) for seed in range(60)]
     with ThreadPoolExecutor(6) as pool:

@@ -23,7 +23,7 @@ def build(tiny, tmp_path):
         engine = kind(trt, torch.device("cpu"))
         for name in names:
             traced = Traced(tiny.segment(name), tmp_path / f"{name}.onnx")
-            engine.compile(traced, bundles / folder / name, Profile({}, {}, {}), (), beside=bundles)
+            engine.compile(traced, bundles / folder / name, Profile({}, {}, {}), (), cache_dir=bundles)
         return trt.measured
 
     return build

@@ -176,7 +176,7 @@ def test_a_bundle_is_verified(bundles: dict[Router, Bundle], router: Router) -> 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_bundle_is_what_it_is_by_hand(bundles: dict[Router, Bundle], router: Router) -> None:
     unet = conditional(router)
-    network = runtime.Network.load(bundles[router], make_engine("onnxruntime"))
+    network = runtime.LoadedBundle.load(bundles[router], make_engine("onnxruntime"))
     for rows, side in itertools.product((1, 3), (8, 12)):
         sample, timestep, text = inputs(rows, side)
         text = torch.cat([text, torch.zeros(rows, 32 - text.shape[1], 16)], dim=1)

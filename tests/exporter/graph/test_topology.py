@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 import tuning
 from engines.bundle.manifest import Feature
 from exporter import SourceError, topology
-from exporter.graph.shapes_and_macs import measure
+from exporter.graph.shapes_and_macs import infer_shapes_and_macs
 from exporter.graph.topology import block_of, depth_factor
 from exporter.graph.unit_modules import unit_module
 from tests.support.reference import MINI
@@ -114,7 +114,7 @@ def test_sd15_on_the_meta_device() -> None:
     assert sorted(owned) == sorted(map(id, unet.parameters())), "every parameter belongs to exactly one unit"
     inputs = unet_inputs(unet) | {"text_encoder": Feature(dtype="float32", shape=("batch", 77, 768))}
     with torch.device("meta"):
-        measured, features = measure(units, modules, inputs, {"height": 64, "width": 64})
+        measured, features = infer_shapes_and_macs(units, modules, inputs, {"height": 64, "width": 64})
     assert sum(unit.parameters for unit in measured) == 859_520_964
     for block, (parameters, macs) in SD15_BLOCKS.items():
         inside = [unit for unit in measured if block_of(unit.name) == block]

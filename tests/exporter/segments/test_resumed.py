@@ -19,7 +19,7 @@ from engines import Bundle, Segment, Traced
 from engines.bundle.manifest import Precision
 from exporter import BuildError, BuildOptions, build
 from exporter.build import DIGESTS
-from exporter.segments.artifacts import Pieces, working_on
+from exporter.segments.artifacts import Artifacts, working_on
 from exporter.segments.digests import Digests
 from exporter.segments.progress import Step
 from tests.exporter.conftest import names_in
@@ -229,16 +229,16 @@ def test_a_build_stopped_between_its_last_two_moves(tmp_path: Path) -> None:
 
 
 def test_pieces_are_found_by_another_process_or_not_at_all(tmp_path: Path) -> None:
-    pieces = Pieces(tmp_path)
+    pieces = Artifacts(tmp_path)
     path = pieces.folder / "a.onnx"
     path.write_bytes(b"whole")
     files = pieces.add("ab" * 32, [path])
-    assert Pieces(tmp_path).find("ab" * 32) == files
-    assert Pieces(tmp_path).find("cd" * 32) is None
+    assert Artifacts(tmp_path).find("ab" * 32) == files
+    assert Artifacts(tmp_path).find("cd" * 32) is None
     path.write_bytes(b"other")
-    assert Pieces(tmp_path).find("ab" * 32) is None
+    assert Artifacts(tmp_path).find("ab" * 32) is None
     next((tmp_path / "pieces").iterdir()).write_text("[{")
-    assert Pieces(tmp_path).find("ab" * 32) is None
+    assert Artifacts(tmp_path).find("ab" * 32) is None
 
 
 def test_nothing_is_hashed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def test_a_process_that_ends(tiny_source: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="one of 2 processes ended.*fewer --jobs; the same command goes on"):
         build(options, progress)
     assert not (tmp_path / "bundle").exists()
-    assert len(Pieces(tmp_path / ".bundle.building")), "what was finished is kept"
+    assert len(Artifacts(tmp_path / ".bundle.building")), "what was finished is kept"
 
 
 def test_progress_and_result_as_json(exporter: Command, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path) -> None:

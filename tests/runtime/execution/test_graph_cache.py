@@ -17,9 +17,9 @@ from engines import Manifest, Unit
 from engines.bundle.shapes import resolve
 from engines.cuda.graphs import CudaRecorder
 from engines.errors import EngineMemoryError
-from engines.tensorrt.runner import Device, EngineRunner, ErrorLog
-from runtime import Executor, Network, Plan, PlanError, Rule, Schedule, UNetRange, find_plan
-from runtime.execution.graph_cache import Graphs
+from engines.tensorrt.runner import EngineRunner, ErrorLog, StreamWorkspace
+from runtime import Executor, LoadedBundle, Plan, PlanError, Rule, Schedule, UNetRange, find_plan
+from runtime.execution.graph_cache import CudaGraphCache
 from runtime.plans.key_steps import Explicit, Threshold, Uniform
 from runtime.plans.schedule import check_runs
 from tests.support.fake_tensorrt import ALIGNMENT, FakeTensorRT, Program
@@ -52,7 +52,7 @@ PLANS = {
 }
 
 
-def fake_tensorrt_network(live: Network) -> Network:
+def fake_tensorrt_network(live: LoadedBundle) -> LoadedBundle:
     """The live modules as engines of the fake TensorRT, which reads and writes by address."""
     manifest, programs = live.manifest, {}
     sides = [{"batch": batch, "height": side, "width": side} for batch, side in ((1, 8), (4, 32))]
@@ -60,7 +60,7 @@ def fake_tensorrt_network(live: Network) -> Network:
         segment, module = manifest.segment(name), runner.module  # type: ignore[attr-defined]
         limits = {key: tuple(resolve(manifest.features[key].shape, sizes) for sizes in sides) for key in segment.inputs}
         programs[name.encode()] = Program(module, limits, segment.outputs)  # type: ignore[arg-type]
-    trt, place = FakeTensorRT(programs), Device(torch.device("cpu"))
+    trt, place = FakeTensorRT(programs), StreamWorkspace(torch.device("cpu"))
     runtime, log = trt.Runtime(trt.ILogger()), ErrorLog(trt)
     runners = {
         name: EngineRunner(
@@ -74,14 +74,14 @@ def fake_tensorrt_network(live: Network) -> Network:
         )
         for name in live.runners
     }
-    return Network(manifest, runners)
+    return LoadedBundle(manifest, runners)
 
 
 @pytest.fixture(params=[lambda live: live, fake_tensorrt_network], ids=["torch", "tensorrt"])
-def make(request: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Network], Network]:
+def make(request: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[LoadedBundle], LoadedBundle]:
     """What makes a network of the tested kind from one of live modules."""
     monkeypatch.setattr(EngineRunner, "ALIGNMENT", ALIGNMENT)
-    made: Callable[[Network], Network] = request.param
+    made: Callable[[LoadedBundle], LoadedBundle] = request.param
     return made
 
 
@@ -109,7 +109,7 @@ class Loop:
     """One call, step by step, without guidance. PNDM's scheduler holds on to predictions as they are."""
 
     def __init__(
-        self, networks: Mapping[str, Network], plan: Plan, start: tuple[Tensor, Tensor], graphs: Graphs | None = None
+        self, networks: Mapping[str, LoadedBundle], plan: Plan, start: tuple[Tensor, Tensor], graphs: CudaGraphCache | None = None
     ) -> None:
         self.noise = reference_scheduler("pndm", STEPS)
         timesteps = self.noise.timesteps.tolist()
@@ -141,7 +141,7 @@ def same(made: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("name", list(PLANS))
 def test_replayed_steps_are_steps(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, name: str) -> None:
-    plan, live, graphs = PLANS[name], live_network(unet, manifest), Graphs(recorder)
+    plan, live, graphs = PLANS[name], live_network(unet, manifest), CudaGraphCache(recorder)
     network = make(live_network(unet, manifest))
     recorded = []
     for seed in range(2):
@@ -156,7 +156,7 @@ def test_replayed_steps_are_steps(unet: Any, manifest: Manifest, recorder: FakeR
 
 def test_against_the_model_itself(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any) -> None:
     """Not only against ourselves: diffusers' UNet with hooks, from the same noise."""
-    graphs, network = Graphs(recorder), make(live_network(unet, manifest))
+    graphs, network = CudaGraphCache(recorder), make(live_network(unet, manifest))
     for seed in range(2):
         latents, text = inputs(seed)
         loop = Loop({"one": network}, PLANS["block:2"], (latents, text), graphs)
@@ -175,13 +175,13 @@ def test_a_switch_of_unets(manifest: Manifest, unet: Any, recorder: FakeRecorder
     ranges = (UNetRange(unet="one", start=0, stop=0.5), UNetRange(unet="two", start=0.5, stop=1))
     plan = Plan(name="s", unets=ranges, rules=(Rule(units=("up.1",), when=Explicit(steps=(0, 1, 6))),), carry=carry)
     lives = {"one": live_network(unet, manifest), "two": live_network(other, manifest)}
-    networks, graphs = {name: make(live) for name, live in lives.items()}, Graphs(recorder)
+    networks, graphs = {name: make(live) for name, live in lives.items()}, CudaGraphCache(recorder)
     for seed in range(2):
         same(Loop(networks, plan, inputs(seed), graphs).finish(), Loop(lives, plan, inputs(seed)).finish())
 
 
 def test_shapes_may_change_and_change_back(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any) -> None:
-    plan, live, graphs = PLANS["deepcache:3"], live_network(unet, manifest), Graphs(recorder)
+    plan, live, graphs = PLANS["deepcache:3"], live_network(unet, manifest), CudaGraphCache(recorder)
     network = make(live_network(unet, manifest))
     for number, shape in enumerate([(2, 8, 16), (1, 16, 8), (2, 8, 16), (4, 8, 8), (1, 16, 8)]):
         same(
@@ -196,7 +196,7 @@ def test_an_inherited_feature_is_read_where_the_key_step_wrote_it(
     unet: Any, manifest: Manifest, recorder: FakeRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(EngineRunner, "ALIGNMENT", ALIGNMENT)
-    graphs, network = Graphs(recorder), fake_tensorrt_network(live_network(unet, manifest))
+    graphs, network = CudaGraphCache(recorder), fake_tensorrt_network(live_network(unet, manifest))
     Loop({"one": network}, PLANS["block:2"], inputs(0), graphs).finish()
     written, read = set(), set()
     for runner in network.runners.values():
@@ -209,7 +209,7 @@ def test_an_inherited_feature_is_read_where_the_key_step_wrote_it(
 
 def test_two_calls_in_turns(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any) -> None:
     """The recordings' memory is one call's; another that runs meanwhile does without."""
-    plan, live, graphs = PLANS["block:2"], live_network(unet, manifest), Graphs(recorder)
+    plan, live, graphs = PLANS["block:2"], live_network(unet, manifest), CudaGraphCache(recorder)
     network = make(live_network(unet, manifest))
     Loop({"one": network}, plan, inputs(9), graphs).finish()
     loops = [Loop({"one": network}, plan, inputs(seed), graphs) for seed in range(2)]
@@ -222,7 +222,7 @@ def test_two_calls_in_turns(unet: Any, manifest: Manifest, recorder: FakeRecorde
 
 
 def test_calls_in_threads(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any) -> None:
-    plan, live, graphs = PLANS["block:2"], live_network(unet, manifest), Graphs(recorder)
+    plan, live, graphs = PLANS["block:2"], live_network(unet, manifest), CudaGraphCache(recorder)
     network = make(live_network(unet, manifest))
 
     def call(seed: int) -> Tensor:
@@ -238,7 +238,7 @@ def test_calls_in_threads(unet: Any, manifest: Manifest, recorder: FakeRecorder,
 def test_a_call_that_breaks_off_leaves_the_graphs_to_the_next(
     unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, how: str
 ) -> None:
-    plan, live, graphs = PLANS["deepcache:3"], live_network(unet, manifest), Graphs(recorder)
+    plan, live, graphs = PLANS["deepcache:3"], live_network(unet, manifest), CudaGraphCache(recorder)
     network = make(live_network(unet, manifest))
     Loop({"one": network}, plan, inputs(0), graphs).finish()
     broken = Loop({"one": network}, plan, inputs(1), graphs)
@@ -258,7 +258,7 @@ def test_a_call_that_breaks_off_leaves_the_graphs_to_the_next(
 
 
 def test_few_are_kept_where_few_may_be(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any) -> None:
-    plan, live, graphs = PLANS["two rules"], live_network(unet, manifest), Graphs(recorder, limit=2)
+    plan, live, graphs = PLANS["two rules"], live_network(unet, manifest), CudaGraphCache(recorder, limit=2)
     network = make(live_network(unet, manifest))
     for seed in range(2):
         same(Loop({"one": network}, plan, inputs(seed), graphs).finish(), Loop({"one": live}, plan, inputs(seed)).finish())
@@ -276,7 +276,7 @@ def test_what_cannot_be_recorded_runs_all_the_same(
     unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, before: int, error: Exception
 ) -> None:
     """From the start, or when the first steps of a call are recorded already, and later ones inherit from them."""
-    plan, live, graphs = PLANS["block:2"], live_network(unet, manifest), Graphs(recorder)
+    plan, live, graphs = PLANS["block:2"], live_network(unet, manifest), CudaGraphCache(recorder)
     network = make(live_network(unet, manifest))
     loop = Loop({"one": network}, plan, inputs(0), graphs)
     for _ in range(before):
@@ -304,7 +304,7 @@ def test_any_graph_any_cut_any_plan(case: Case) -> None:
         check_runs(schedule)
     except PlanError:
         assume(False)
-    graphs, network = Graphs(FakeRecorder()), arithmetic_network(case.manifest, [])
+    graphs, network = CudaGraphCache(FakeRecorder()), arithmetic_network(case.manifest, [])
     for _ in range(2):
         executor = Executor({"original": network}, case.schedule(), graphs)
         made = []
@@ -320,7 +320,7 @@ def test_an_inherited_feature_that_is_made_again_all_the_same() -> None:
     units.append(Unit(name="head", kind="unit", inputs=("a", "b")))
     plan = Plan(name="p", rules=(Rule(units=("a",), when=Explicit(steps=(0, 2))),))
     manifest = make_manifest(units=tuple(units), segments=cut(units, [units[:2], units[2:]]))
-    case, graphs = Case(manifest, plan, 4), Graphs(FakeRecorder())
+    case, graphs = Case(manifest, plan, 4), CudaGraphCache(FakeRecorder())
     executor, made = Executor({"original": arithmetic_network(manifest, [])}, case.schedule(), graphs), []
     for index in range(case.steps):
         own = inputs_of_step(index)
@@ -331,7 +331,7 @@ def test_an_inherited_feature_that_is_made_again_all_the_same() -> None:
 def test_uniform_steps_are_recorded_once_each(unet: Any, manifest: Manifest, recorder: FakeRecorder) -> None:
     """Key, inherit, and the last key step, from which nobody inherits."""
     plan = Plan(name="u", rules=(Rule(units=("up.1",), when=Uniform(every=STEPS)),))
-    graphs = Graphs(recorder)
+    graphs = CudaGraphCache(recorder)
     Loop({"one": live_network(unet, manifest)}, plan, inputs(0), graphs).finish()
     assert recorder.recorded == 3
     assert recorder.replayed == STEPS + 1
@@ -342,7 +342,7 @@ def test_uniform_steps_are_recorded_once_each(unet: Any, manifest: Manifest, rec
 def test_cuda_graphs(manifest: Manifest, name: str) -> None:
     """The real thing: as above, and nothing falls back."""
     live = live_network(small_unet("uneven").cuda(), manifest)
-    graphs = Graphs(CudaRecorder(torch.device("cuda")))
+    graphs = CudaGraphCache(CudaRecorder(torch.device("cuda")))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for seed in range(3):

@@ -12,7 +12,7 @@ from engines.torch_program import Torch
 from runtime import Pipeline, UNet
 from runtime import diffusers_unet as drop_in_module
 from runtime.execution.device_events import Timer
-from runtime.execution.graph_cache import Graphs
+from runtime.execution.graph_cache import CudaGraphCache
 from tests.conftest import build_shared
 from tests.support.recording import FakeRecorder
 from tests.support.reference import reference_scheduler
@@ -46,7 +46,7 @@ def pipelines(torch_bundle: Bundle) -> tuple[Pipeline, Pipeline, FakeRecorder]:
 
 def test_an_engine_that_records_gives_its_pipeline_graphs(pipelines: Any) -> None:
     recording, plain, _ = pipelines
-    assert isinstance(recording.graphs, Graphs)
+    assert isinstance(recording.graphs, CudaGraphCache)
     assert plain.graphs is None
 
 

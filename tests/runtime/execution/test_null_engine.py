@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from engines import Bundle, Manifest, make_engine
 from engines.null import Null
-from runtime import Executor, Network, Schedule, find_plan
+from runtime import Executor, LoadedBundle, Schedule, find_plan
 from runtime.plans.schedule import check_runs
 from tests.support.reference import MINI
 from tests.support.unets import manifest_of
@@ -40,7 +40,7 @@ def manifest() -> Manifest:
 def test_segments_that_run_at_each_step(manifest: Manifest, name: str) -> None:
     engine = make_engine("null")
     assert isinstance(engine, Null)
-    network = Network.load(Bundle(Path("nowhere"), manifest), engine)
+    network = LoadedBundle.load(Bundle(Path("nowhere"), manifest), engine)
     schedule = Schedule(find_plan(name), {"original": manifest}, [1000.0 - index for index in range(7)])
     check_runs(schedule)
     executor = Executor({"original": network}, schedule)
@@ -59,7 +59,7 @@ def manifest_shape(manifest: Manifest, name: str, rows: int) -> list[int]:
 
 def test_only_the_segments_wanted_are_run_for_the_text_and_the_picture(mini_bundle: Bundle) -> None:
     engine = Null()
-    network = Network.load(mini_bundle, engine)
+    network = LoadedBundle.load(mini_bundle, engine)
     text = network.compute("text_encoder", {"tokens": torch.zeros(3, 32, dtype=torch.int64)})
     pixels = network.compute("vae_decoder", {"latents": torch.zeros(2, 4, 8, 16)})
     assert engine.calls == ["text_encoder", "vae_decoder"]

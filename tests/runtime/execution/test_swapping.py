@@ -26,8 +26,8 @@ from engines.errors import EngineMemoryError
 from engines.tensorrt.engine import TensorRT
 from engines.tensorrt.runner import EngineRunner
 from runtime import Executor, Pipeline, Plan, Rule, Schedule, UNetRange, find_plan
-from runtime.execution.graph_cache import Graphs
-from runtime.execution.swapping import Residence, free_bytes
+from runtime.execution.graph_cache import CudaGraphCache
+from runtime.execution.swapping import Swapper, free_bytes
 from runtime.plans.key_steps import Explicit
 from tests.support.commands import command
 from tests.support.fake_tensorrt import ALIGNMENT, FakeTensorRT, Program
@@ -73,14 +73,14 @@ class World:
             segments.append(segment.model_copy(update={"engines": {"tensorrt": compiled}}))
         return Bundle(folder, manifest.model_copy(update={"variant": name, "segments": tuple(segments)}))
 
-    def residence(self, free: int | Callable[[TensorRT], int] | None, graphs: Graphs | None = None) -> Residence:
+    def swapper(self, free: int | Callable[[TensorRT], int] | None, graphs: CudaGraphCache | None = None) -> Swapper:
         """Both UNets, on a device with so much free memory."""
         self.trt = FakeTensorRT(self.programs)
         engine = TensorRT(self.trt, torch.device("cpu"))
         tell = free if callable(free) else lambda engine: free
-        residence = Residence(self.bundles["one"], engine, graphs, lambda device: tell(engine))
-        residence.add(self.bundles["two"])
-        return residence
+        swapper = Swapper(self.bundles["one"], engine, graphs, lambda device: tell(engine))
+        swapper.add(self.bundles["two"])
+        return swapper
 
 
 @pytest.fixture
@@ -116,31 +116,31 @@ SWAPS = [[0, 2], [0, 2], [0], [2], [], [0, 2], [], [0], [2], [0, 2]]
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_ten_calls_with_swaps_are_ten_calls_without(world: World, recorded: bool) -> None:
-    graphs = Graphs(FakeRecorder()) if recorded else None
-    residence = world.residence(0, graphs)
-    assert residence.swaps
+    graphs = CudaGraphCache(FakeRecorder()) if recorded else None
+    swapper = world.swapper(0, graphs)
+    assert swapper.swaps
     for seed, (name, expected) in enumerate(zip(ORDER, SWAPS, strict=True)):
-        made, swapped = call(residence.networks, name, seed, graphs, residence)
+        made, swapped = call(swapper.networks, name, seed, graphs, swapper)
         same(made, call(world.live, name, seed)[0])
         assert swapped == expected, (seed, name)
 
 
 @pytest.mark.parametrize("free", [None, 2**40])
 def test_what_fits_stays(world: World, free: int | None) -> None:
-    residence = world.residence(free)
-    assert not residence.swaps
+    swapper = world.swapper(free)
+    assert not swapper.swaps
     for seed, name in enumerate(ORDER):
-        made, swapped = call(residence.networks, name, seed, None, residence)
+        made, swapped = call(swapper.networks, name, seed, None, swapper)
         same(made, call(world.live, name, seed)[0])
         assert not swapped
 
 
 def test_how_much_has_to_be_free(world: World) -> None:
     size = sum(len(content) for content in world.programs if content.startswith(b"two"))
-    assert world.residence(2**40).bytes_of("two") == size
+    assert world.swapper(2**40).bytes_of("two") == size
     needed = size * 1.2 + 2**30 + 4096  # what the contexts of the first UNet will work in
-    assert not world.residence(int(needed) + 1).swaps
-    assert world.residence(int(needed) - 1).swaps
+    assert not world.swapper(int(needed) + 1).swaps
+    assert world.swapper(int(needed) - 1).swaps
     assert free_bytes(torch.device("cpu")) is None
 
 
@@ -150,11 +150,11 @@ def enlarge(world: World, name: str, memory: int) -> None:
     world.programs[key] = replace(world.programs[key], memory=memory)
 
 
-def right_and_swapped(world: World, residence: Residence) -> bool:
+def right_and_swapped(world: World, swapper: Swapper) -> bool:
     """Whether UNets are swapped; calls are right in any case."""
     swapped = []
     for seed, name in enumerate(ORDER):
-        made, steps = call(residence.networks, name, seed, None, residence)
+        made, steps = call(swapper.networks, name, seed, None, swapper)
         same(made, call(world.live, name, seed)[0])
         swapped += steps
     return bool(swapped)
@@ -164,18 +164,18 @@ def test_what_engines_will_work_in_counts(world: World) -> None:
     """The second UNet's need is known when it has been loaded: its files alone would fit."""
     size = sum(len(content) for content in world.programs if content.startswith(b"two"))
     free = int(size * 1.2) + 2**30 + 8192
-    assert not world.residence(free).swaps
+    assert not world.swapper(free).swaps
     enlarge(world, "mid", 2**20)
-    residence = world.residence(free)
-    assert residence.swaps
-    assert len(residence.networks["two"].runners) == len(world.bundles["two"].manifest.segments)
-    assert not residence.networks["one"].runners
-    assert right_and_swapped(world, residence)
-    assert not world.residence(free + 2**20).swaps
+    swapper = world.swapper(free)
+    assert swapper.swaps
+    assert len(swapper.networks["two"].runners) == len(world.bundles["two"].manifest.segments)
+    assert not swapper.networks["one"].runners
+    assert right_and_swapped(world, swapper)
+    assert not world.swapper(free + 2**20).swaps
 
 
 def test_memory_that_is_taken_already_is_not_counted_twice(world: World) -> None:
-    engine = world.residence(None)._engine
+    engine = world.swapper(None)._engine
     assert engine.scratch_bytes() == 4096 + 1
     runner = engine.load(world.bundles["one"], world.bundles["one"].manifest.segment("mid"))
     features = {name: torch.zeros(resolve(runner.features[name].shape, SMALLEST)) for name in runner.segment.inputs}
@@ -201,11 +201,11 @@ def test_a_second_unet_that_does_not_fit_after_all(world: World, monkeypatch: py
         return load(engine, bundle, segment)
 
     monkeypatch.setattr(TensorRT, "load", fail_once)
-    residence = world.residence(2**40)
+    swapper = world.swapper(2**40)
     assert failed
-    assert residence.swaps
-    assert not residence.networks["one"].runners
-    assert right_and_swapped(world, residence)
+    assert swapper.swaps
+    assert not swapper.networks["one"].runners
+    assert right_and_swapped(world, swapper)
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=list(OUT_OF_MEMORY))
@@ -219,40 +219,40 @@ def test_a_second_unet_that_fits_not_even_alone(world: World, monkeypatch: pytes
 
     monkeypatch.setattr(TensorRT, "load", fail)
     with pytest.raises(type(error), match="out of memory"):
-        world.residence(2**40)
+        world.swapper(2**40)
 
 
 def test_a_unet_that_goes_is_gone_and_so_are_its_recordings(world: World) -> None:
     recorder = FakeRecorder()
-    graphs = Graphs(recorder)
-    residence = world.residence(0, graphs)
+    graphs = CudaGraphCache(recorder)
+    swapper = world.swapper(0, graphs)
     gc.collect()
     gc.disable()
     try:
         for name, other in (("two", "one"), ("one", "two"), ("two", "one")):
-            call(residence.networks, name, 0, graphs, residence)
+            call(swapper.networks, name, 0, graphs, swapper)
             assert recorder.alive > 0
-            runners = [weakref.ref(runner) for runner in residence.networks[name].runners.values()]
+            runners = [weakref.ref(runner) for runner in swapper.networks[name].runners.values()]
             assert len(runners) == len(world.bundles[name].manifest.segments)
-            with residence.use(other) as seconds:
+            with swapper.pinned(other) as seconds:
                 assert seconds > 0
                 assert recorder.alive == 0
                 assert not any(runner() for runner in runners)
-                assert not residence.networks[name].runners
+                assert not swapper.networks[name].runners
     finally:
         gc.enable()
 
 
 def test_threads(world: World) -> None:
     """Some calls have their turn as a whole, as those of ``generate``, others, as those of ``UNet``, step by step."""
-    graphs = Graphs(FakeRecorder())
-    residence = world.residence(0, graphs)
+    graphs = CudaGraphCache(FakeRecorder())
+    swapper = world.swapper(0, graphs)
 
     def run(seed: int) -> Tensor:
         if seed % 3:
-            with residence.turn():
-                return call(residence.networks, ORDER[seed], seed, None, residence)[0]
-        return call(residence.networks, ORDER[seed], seed, None, residence)[0]
+            with swapper.exclusive():
+                return call(swapper.networks, ORDER[seed], seed, None, swapper)[0]
+        return call(swapper.networks, ORDER[seed], seed, None, swapper)[0]
 
     with ThreadPoolExecutor(5) as pool:
         made = list(pool.map(run, range(len(ORDER))))
@@ -261,46 +261,46 @@ def test_threads(world: World) -> None:
 
 
 def test_a_swap_waits_for_the_step_that_runs(world: World) -> None:
-    residence = world.residence(0)
+    swapper = world.swapper(0)
     swapped = threading.Event()
 
     def other() -> None:
-        with residence.use("one"):
+        with swapper.pinned("one"):
             swapped.set()
 
-    with residence.use("two"):
+    with swapper.pinned("two"):
         thread = threading.Thread(target=other)
         thread.start()
         assert not swapped.wait(0.2)
-        assert residence.networks["two"].runners
+        assert swapper.networks["two"].runners
     thread.join(10)
     assert swapped.is_set()
 
 
 def test_files_are_hashed_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    residence = world.residence(0)
+    swapper = world.swapper(0)
     monkeypatch.setattr(hashlib, "file_digest", lambda *given: pytest.fail("hashed again"))
     for name in ("one", "two", "one"):
-        with residence.use(name):
-            assert residence.networks[name].runners
+        with swapper.pinned(name):
+            assert swapper.networks[name].runners
 
 
 def test_a_file_that_went_is_an_error_and_what_is_there_goes_on(world: World) -> None:
-    residence = world.residence(0)
+    swapper = world.swapper(0)
     path = world.bundles["one"].folder / "mid.engine"
     content = path.read_bytes()
     path.unlink()
     with pytest.raises(BundleError, match="mid.engine is missing"):
-        call(residence.networks, "one", 0, None, residence)
-    same(call(residence.networks, "two", 1, None, residence)[0], call(world.live, "two", 1)[0])
+        call(swapper.networks, "one", 0, None, swapper)
+    same(call(swapper.networks, "two", 1, None, swapper)[0], call(world.live, "two", 1)[0])
     path.write_bytes(content)
-    same(call(residence.networks, "one", 2, None, residence)[0], call(world.live, "one", 2)[0])
+    same(call(swapper.networks, "one", 2, None, swapper)[0], call(world.live, "one", 2)[0])
 
 
 @pytest.mark.gpu
 def test_cuda_graphs_after_all_were_let_go() -> None:
     """What one of them wrote is still held, as an inherited feature is across a switch."""
-    graphs, start = Graphs(CudaRecorder(torch.device("cuda"))), torch.arange(4.0, device="cuda")
+    graphs, start = CudaGraphCache(CudaRecorder(torch.device("cuda"))), torch.arange(4.0, device="cuda")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first = graphs.run("one", {"sample": start}, lambda given: {"made": given["sample"] + 1})["made"]
@@ -357,7 +357,7 @@ def test_the_command_states_the_cost(
     explained = run(PROMPT, *options, "--explain")
     schedule = short.schedule(find_plan("switch:0.4"), [831.0, 665.0, 499.0, 333.0, 167.0, 1.0])
     switch = [schedule.unet(index) for index in range(6)].index("original")
-    sizes = {name: f"{short.residence.bytes_of(name) / 2**20:.0f} MiB" for name in short.networks}
+    sizes = {name: f"{short.swapper.bytes_of(name) / 2**20:.0f} MiB" for name in short.networks}
     assert explained.out[-1] == (
         "the UNets do not fit into the device's memory together and are swapped: "
         f"assembled ({sizes['assembled']}) before step 0, original ({sizes['original']}) before step {switch}"

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.images.initial_latents import Repaint, from_picture, timesteps_from
+from runtime.images.initial_latents import LatentBlend, from_picture, timesteps_from
 from runtime.images.schedulers import SCHEDULERS, make_scheduler
 from tests.support.reference import MINI
 
 STEPS = 7
 
 
-def started(name: str, strength: float) -> tuple[Any, torch.Tensor, Repaint]:
+def started(name: str, strength: float) -> tuple[Any, torch.Tensor, LatentBlend]:
     """A scheduler before its first step, the timesteps that run, and what inpainting of two pictures keeps."""
     scheduler = make_scheduler(name, MINI / "scheduler", STEPS)
     timesteps = timesteps_from(scheduler, STEPS, strength)

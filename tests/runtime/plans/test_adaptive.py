@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engines import Unit
-from runtime import Executor, Network, Plan, PlanError, Rule, Schedule, find_plan
+from runtime import Executor, LoadedBundle, Plan, PlanError, Rule, Schedule, find_plan
 from runtime.execution import executor as executor_module
-from runtime.execution.deferred_comparison import Change
+from runtime.execution.deferred_comparison import DeferredComparison
 from runtime.plans.key_steps import Explicit, Threshold, Uniform
 from runtime.plans.schedule import check_runs
 from tests.support.unets import make_manifest, manifest_of, small_unet
@@ -130,11 +130,11 @@ def test_what_runs_either_way_is_started_before_the_answer_is_read(
 
         def synchronize(self) -> None: ...
 
-    monkeypatch.setattr(executor_module, "Change", lambda before, now, above: Asked(log, answer))
+    monkeypatch.setattr(executor_module, "DeferredComparison", lambda before, now, above: Asked(log, answer))
     plan = Plan(name="a", rules=(Rule(units=("up.1",), when=Threshold(above=0.1)),))
     runners: Any = {segment.name: Runner(segment) for segment in manifest.segments}
     schedule = Schedule(plan, {"one": manifest}, [900.0, 600.0, 300.0])
-    executor = Executor({"one": Network(manifest, runners)}, schedule)
+    executor = Executor({"one": LoadedBundle(manifest, runners)}, schedule)
     executor.step(0, *torch.ones(3, 1))
     assert "decided" not in log  # a first step is a key step, whatever its features are
     log.clear()
@@ -196,7 +196,7 @@ def test_a_feature_that_another_rule_inherits_is_refused(name: str) -> None:
     first, second = plan.rules
     apart = Plan(name="p", rules=(first.model_copy(update={"stop": 0.5}), second.model_copy(update={"start": 0.5})))
     schedule = Schedule(apart, {"one": manifest}, [900.0, 600.0, 300.0, 0.0])
-    assert schedule.asked(1 if "adaptive" in name.partition("+")[0] else 3) is not None
+    assert schedule.pending_threshold(1 if "adaptive" in name.partition("+")[0] else 3) is not None
 
 
 @pytest.mark.parametrize("feature", ["text_encoder", "vae_decoder", "vae_encoder", "up.1.nothing"])
@@ -237,13 +237,13 @@ def test_plans_without_adaptive_rules_ask_nothing() -> None:
     manifest = manifest_of(small_unet("two stages"))
     plan = Plan(name="u", rules=(Rule(units=("up.0",), when=Uniform(every=2)),))
     schedule = Schedule(plan, {"one": manifest}, [900.0, 600.0])
-    assert [schedule.asked(index) for index in range(2)] == [None, None]
+    assert [schedule.pending_threshold(index) for index in range(2)] == [None, None]
     assert schedule.work(schedule.decide(1)) is schedule.work(schedule.decide(1))
 
 
 def change(now: float, above: float, device: str = "cpu") -> bool:
     before = torch.full((2, 3), 2.0, device=device)
-    return bool(Change(before, torch.full((2, 3), now, device=device), above))
+    return bool(DeferredComparison(before, torch.full((2, 3), now, device=device), above))
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_the_host_waits_for_the_answer_alone() -> None:
     """What was put in the stream behind the comparison goes on while the answer is read."""
     large = torch.randn(8192, 8192, device="cuda")
     torch.cuda.synchronize()
-    found = Change(large, large * 2, 0.5)
+    found = DeferredComparison(large, large * 2, 0.5)
     for _ in range(20):
         torch.mm(large, large)
     behind = torch.cuda.Event()

@@ -12,7 +12,7 @@ from torch import Tensor
 from engines import Bundle
 from exporter.graph.partition import Granularity
 from runtime import Executor, Pipeline, Plan, Rule, Schedule, find_plan
-from runtime.execution.executor import Network, StepRecord
+from runtime.execution.executor import LoadedBundle, StepRecord
 from runtime.plans.key_steps import Explicit
 from runtime.plans.schedule import check_runs
 from tests.support.reference import mini_pixels, mini_text, mini_unet, reference_denoise, reference_noise, reference_scheduler
@@ -105,7 +105,7 @@ def test_the_assembled_variant(assembled_bundle: Bundle) -> None:
     assert relative_error(made.latents, expected) < TOLERANCE
 
 
-def denoise(network: Network, noise: Any, latents: Tensor, text: Tensor, plan: Plan) -> tuple[Tensor, list[StepRecord]]:
+def denoise(network: LoadedBundle, noise: Any, latents: Tensor, text: Tensor, plan: Plan) -> tuple[Tensor, list[StepRecord]]:
     """The denoising loop without guidance, on the executor alone."""
     schedule = Schedule(plan, {"one": network.manifest}, noise.timesteps.tolist())
     check_runs(schedule)
@@ -225,7 +225,7 @@ def test_stages_of_an_inherit_step(mini_pipeline: Pipeline, unet: Any, plan: str
     recording: Any = {name: Recording(runner, log) for name, runner in network.runners.items()}
     latents, text = reference_noise(3, 2, 4, 8, 8), mini_text([NEGATIVE, PROMPT])
     noise, found = reference_scheduler("ddim", 3), find_plan(plan)
-    _, records = denoise(Network(network.manifest, recording), noise, latents, text, found)
+    _, records = denoise(LoadedBundle(network.manifest, recording), noise, latents, text, found)
     paths = STAGES[plan]
     _, seen = reference_denoise(
         unet, reference_scheduler("ddim", 3), latents, text, 1.0, {0}, inherited_paths(plan, "mini"), paths.values()

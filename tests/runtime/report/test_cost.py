@@ -14,7 +14,7 @@ from torch import Tensor
 from engines import Manifest
 from exporter.graph.partition import Granularity
 from runtime import Executor, Plan, Rule, Schedule
-from runtime.execution.executor import Network
+from runtime.execution.executor import LoadedBundle
 from runtime.pipeline import Pipeline
 from runtime.plans.key_steps import Uniform
 from runtime.plans.presets import find_plan
@@ -54,7 +54,7 @@ def measured_peak(schedule: Schedule, networks: dict[str, Any], samples: list[Te
     """The most bytes of features that were alive at once in a call that is given these samples."""
     ledger = {"now": 0, "peak": 0}
     counting = {
-        name: Network(network.manifest, {key: Counting(runner, ledger) for key, runner in network.runners.items()})  # type: ignore[misc]
+        name: LoadedBundle(network.manifest, {key: Counting(runner, ledger) for key, runner in network.runners.items()})  # type: ignore[misc]
         for name, network in networks.items()
     }
     shape = next(iter(networks.values())).manifest.features["text_encoder"].shape
@@ -116,7 +116,7 @@ def test_nothing_is_held_after_the_last_step_that_reads_it() -> None:
     unet, manifest = manifest_for(plan)
     ledger = {"now": 0, "peak": 0}
     counting: Any = {key: Counting(runner, ledger) for key, runner in live_network(unet, manifest).runners.items()}
-    executor = Executor({"one": Network(manifest, counting)}, Schedule(plan, {"one": manifest}, TIMESTEPS))
+    executor = Executor({"one": LoadedBundle(manifest, counting)}, Schedule(plan, {"one": manifest}, TIMESTEPS))
     sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, TOKENS, TEXT_WIDTH)
     held = []
     for index in range(len(TIMESTEPS)):

@@ -22,7 +22,7 @@ from tests.support.single_files import single_file_state, unet_state
 from tests.support.unets import small_unet
 from tuning.checkpoints.find_source import find_source, open_unet
 from tuning.checkpoints.folder import unet_weights
-from tuning.checkpoints.weights import Random, filled, map_file, shapes_of
+from tuning.checkpoints.weights import RandomWeights, materialize, mmap_safetensors, shapes_of
 from tuning.errors import TuningError
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -159,12 +159,12 @@ def test_files_are_opened_anew_before_too_much_of_them_is_mapped(monkeypatch: py
 
     def note(path: Path) -> dict[str, Tensor]:
         opened.append(path)
-        return map_file(path)
+        return mmap_safetensors(path)
 
     monkeypatch.setattr("tuning.checkpoints.folder.map_file", note)
     file = MINI / "unet" / "diffusion_pytorch_model.safetensors"
     skeleton: Any = find_source("mini").skeleton("unet")
-    made, original = filled(skeleton, unet_weights(file.parent, skeleton)), load_file(file)
+    made, original = materialize(skeleton, unet_weights(file.parent, skeleton)), load_file(file)
     assert len(opened) > 5
     assert all(torch.equal(weight, original[name].float()) for name, weight in made.state_dict().items())
 
@@ -187,18 +187,18 @@ def test_the_skeleton_with_its_weights_computes_what_the_model_does(originals: d
 
 def test_random_weights_depend_on_seed_part_and_name_only() -> None:
     shapes = shapes_of(find_source("mini").skeleton("unet"))
-    whole = Random("unet", shapes).take(shapes, torch.float32)
+    whole = RandomWeights("unet", shapes).take(shapes, torch.float32)
     names = list(shapes)[::7]
-    few = Random("unet", shapes).take(reversed(names), torch.float32)
+    few = RandomWeights("unet", shapes).take(reversed(names), torch.float32)
     assert all(torch.equal(few[name], whole[name]) for name in names)
-    for other in (Random("unet", shapes, seed=1), Random("vae", shapes)):
+    for other in (RandomWeights("unet", shapes, seed=1), RandomWeights("vae", shapes)):
         assert not torch.equal(other.take(["conv_in.weight"], torch.float32)["conv_in.weight"], whole["conv_in.weight"])
     assert not torch.equal(whole["conv_in.bias"], whole["down_blocks.0.resnets.0.norm1.bias"])
 
 
 def test_random_weights_have_sane_sizes_and_are_nowhere_constant() -> None:
     shapes = {"a.weight": torch.Size([64, 32, 3, 3]), "norm.weight": torch.Size([1000]), "a.bias": torch.Size([1000])}
-    drawn = Random("unet", shapes).take(shapes, torch.float32)
+    drawn = RandomWeights("unet", shapes).take(shapes, torch.float32)
     assert drawn["a.weight"].std().item() == pytest.approx((32 * 9) ** -0.5, rel=0.05)
     assert drawn["norm.weight"].mean().item() == pytest.approx(1, abs=0.02)
     assert drawn["a.bias"].mean().item() == pytest.approx(0, abs=0.02)
