@@ -18,7 +18,6 @@ from engines import Bundle, BundleError, UserError
 from engines.support.cli import Parser, parse_size, run_command
 from runtime.api import default_bundle, load
 from runtime.execution.executor import StepRecord
-from runtime.execution.loaded_bundle import unet_segments
 from runtime.images.initial_latents import check_strength, timesteps_from
 from runtime.images.schedulers import make_scheduler
 from runtime.pipeline import Generation, Pipeline
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     with console.status(f"loading {folder}"):
         pipeline = load(folder, options.engine)
     generation = _generate(pipeline, options, console)
-    console.print(_steps(generation, {name: len(unet_segments(network.manifest)) for name, network in pipeline.networks.items()}))
+    console.print(_steps(generation, {name: len(network.manifest.unet_segments) for name, network in pipeline.networks.items()}))
     for path, image in zip(_paths(options.out, len(generation.images)), generation.images, strict=True):
         _save(image, path, pipeline.manifest.source)
         console.print(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from engines import DTYPES, ENGINES, Bundle, Engine, EngineError, Runner, make_engine
+from engines.bundle.names import SAMPLE, TEXT
 from engines.bundle.shapes import resolve
 from engines.errors import EngineMemoryError, UserError
 from engines.ort.engine import OnnxRuntime
@@ -39,7 +40,6 @@ from runtime import Executor, Pipeline, find_plan
 from runtime.execution.loaded_bundle import LoadedBundle
 from runtime.execution.swapping import free_bytes
 from runtime.images.schedulers import make_scheduler
-from runtime.plans.schedule import TEXT
 from runtime.report.cost import peak_bytes
 
 __all__ = ["main"]
@@ -203,8 +203,8 @@ def _memory(pipeline: Pipeline, plan: str, steps: int) -> tuple[int, int | None,
     schedule = pipeline.schedule(find_plan(plan), timesteps)
     height, width = (side // manifest.vae_scale for side in manifest.sizes[0])
     sizes = {"batch": 2, "height": height, "width": width}
-    shapes = {name: resolve(manifest.features[name].shape, sizes) for name in ("sample", TEXT)}
-    samples = [torch.full(shapes["sample"], value, device=device) for value in (1.0, -1.0)]
+    shapes = {name: resolve(manifest.features[name].shape, sizes) for name in (SAMPLE, TEXT)}
+    samples = [torch.full(shapes[SAMPLE], value, device=device) for value in (1.0, -1.0)]
     text = torch.zeros(shapes[TEXT], dtype=DTYPES[manifest.features[TEXT].dtype], device=device)
     when = torch.tensor(timesteps, dtype=torch.float32, device=device)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
+from engines.bundle.names import OUTSIDE
 from engines.bundle.shapes import Shape
 
 __all__ = ["MANIFEST_VERSION", "Compiled", "Feature", "File", "Manifest", "Precision", "Segment", "Unit", "Variant", "is_variant"]
@@ -160,7 +161,13 @@ class Manifest(_Record):
     @property
     def unet_units(self) -> tuple[str, ...]:
         """Names of the UNet's units: those that a plan can name."""
-        return tuple(unit.name for unit in self.units if unit.kind not in {"text_encoder", "vae_decoder", "vae_encoder"})
+        return tuple(unit.name for unit in self.units if unit.kind not in OUTSIDE)
+
+    @property
+    def unet_segments(self) -> tuple[Segment, ...]:
+        """The segments of the UNet: all but the text encoder's and the VAE's."""
+        units = set(self.unet_units)
+        return tuple(segment for segment in self.segments if units.issuperset(segment.units))
 
     @property
     def all_files(self) -> Iterator[File]:

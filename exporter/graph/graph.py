@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engines.bundle.manifest import Feature, Segment, Unit
+from engines.bundle.names import IMAGE, LATENTS, OUTSIDE, SAMPLE, TEXT, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
 from exporter.errors import BuildError, SourceError
 from exporter.graph.components import Components
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
-from exporter.graph.text_vae import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER
-from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
+from exporter.graph.topology import depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Graph:
     @property
     def unet_units(self) -> tuple[Unit, ...]:
         """The units that a plan can name."""
-        return tuple(unit for unit in self.units if unit.name not in {TEXT, VAE_DECODER, VAE_ENCODER})
+        return tuple(unit for unit in self.units if unit.name not in OUTSIDE)
 
     def parameters(self, segment: Segment) -> int:
         """How many weights a segment has."""
