@@ -86,7 +86,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _build(given: object, console: Console) -> None:
-    from exporter.build import BuildOptions, build
+    from exporter.build import build
+    from exporter.options import BuildOptions
     from exporter.segments.progress_display import show_progress
     from exporter.tables import show_built
 

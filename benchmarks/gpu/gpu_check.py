@@ -33,7 +33,7 @@ from engines.ort.engine import OnnxRuntime
 from engines.support.cli import Parser, parse_size, run_command
 from engines.torch_program import Torch
 from exporter import BuildOptions, build
-from exporter.segments.pool import DTYPE
+from exporter.graph.graph import DTYPE
 from exporter.verification.command import FP16_STEPS
 from exporter.verification.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE, compare_latents, verify
 from runtime import Executor, Pipeline, find_plan

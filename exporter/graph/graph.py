@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engines.bundle.manifest import Feature, Segment, Unit
+from engines.bundle.manifest import Feature, Precision, Segment, Unit
 from engines.bundle.names import IMAGE, LATENTS, OUTSIDE, SAMPLE, TEXT, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
 from exporter.errors import BuildError, SourceError
 from exporter.graph.components import Components
@@ -17,7 +17,10 @@ from exporter.graph.unit_modules import SegmentModule
 if TYPE_CHECKING:
     from exporter.graph.checkpoint import Checkpoint
 
-__all__ = ["Graph", "check_size", "load_graph"]
+__all__ = ["DTYPE", "Graph", "check_size", "load_graph"]
+
+DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+"""Of weights, and of the features between segments."""
 
 
 @dataclass(frozen=True)
