@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from engines import ENGINES, Bundle, UserError
-from engines.support.cli import Parser, parse_size, run_command
+from engines.support.cli import Parser, parse_size, quiet_libraries, run_command
 
 _SOURCES = "mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG (default: %(default)s)"
 _BUILD = """A UNet in, a bundle out: ONNX segments and compiled engines that `python -m runtime` runs."""
@@ -20,7 +20,7 @@ def _parser() -> Parser:
     build.add_argument("--variant", default="original", help="original, assembled, bk-tiny, ... (default: %(default)s)")
     build.add_argument("--unet", type=Path, help="folder of the variant's UNet (default: the source's own, or made of it)")
     build.add_argument("--source", default="mini", help=_SOURCES)
-    build.add_argument("--config", type=Path, help="folder of configurations, for a .safetensors file of no usual shape")
+    build.add_argument("--config", type=Path, help="folder of configurations, for a .safetensors file that is not SD 1.x/2.x")
     build.add_argument("--engine", default="onnxruntime", help=f"one or more of {','.join(ENGINES)} (default: %(default)s)")
     build.add_argument("--granularity", help="largest segment: block, layer or unit (default: block, without --plan)")
     build.add_argument("--plan", action="append", default=[], help="segments as large as this plan allows; may be repeated")
@@ -41,16 +41,6 @@ def _parser() -> Parser:
     inspect = commands.add_parser("inspect", help="show what is in a bundle")
     inspect.add_argument("bundle", type=Path)
     return parser
-
-
-def _quiet_libraries() -> None:
-    """Keep the model libraries' notes and bars out of the command's output; errors still come through."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -77,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     elif options.command == "verify":
         from exporter.verification.command import verify_command
 
-        _quiet_libraries()
+        quiet_libraries()
         sizes = tuple(parse_size(size) for size in _names(options.sizes))
         if not verify_command(options.bundle, options.engine, sizes, options.steps, console):
             sys.exit(1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engines import Bundle, BundleError, UserError
 from engines.support.cli import Parser, parse_size, run_command
+from engines.support.files import atomic_file
 from runtime.api import default_bundle, load
 from runtime.execution.executor import StepRecord
 from runtime.images.initial_latents import check_strength, timesteps_from
@@ -185,14 +186,10 @@ def _plans(options: Namespace, console: Console) -> None:
 
 def _save(image: Image.Image, path: Path, source: str) -> None:
     """Write a picture whole or not at all; what was there before stays if it cannot be written. Its text names the source."""
-    temporary = path.with_name(f".{path.name}.part")
     text = PngInfo()
     text.add_text("source", source)
-    try:
+    with atomic_file(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _paths(out: Path, count: int) -> list[Path]:

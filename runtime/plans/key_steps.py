@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from engines.bundle.names import STEM
-from runtime.plans.record import Record
+from engines.support.records import Record
 
 __all__ = ["MODES", "Back", "Explicit", "Front", "Mode", "Quadratic", "Random", "Threshold", "Uniform"]
 

@@ -20,9 +20,9 @@ from pydantic_core import ErrorDetails
 
 from engines.bundle.manifest import Variant
 from engines.bundle.names import BRANCH
+from engines.support.records import Record
 from runtime.errors import PlanError
 from runtime.plans.key_steps import MODES, Mode, Threshold
-from runtime.plans.record import Record
 
 __all__ = ["Plan", "Rule", "UNetRange", "inherited_features", "matching"]
 

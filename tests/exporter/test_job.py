@@ -28,8 +28,6 @@ HARMLESS = {
     "exporter/segments/digests.py",
     "exporter/segments/pool.py",
     "exporter/segments/progress.py",
-    # the base of what is read from files
-    "runtime/plans/record.py",
 }
 """Files that a build imports and that do not decide what the bundle holds."""
 
