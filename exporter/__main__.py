@@ -40,6 +40,9 @@ def _parser() -> Parser:
     verify.add_argument("--steps", type=int, help="denoising steps to compare latents after (default: 20 for fp16, else none)")
     inspect = commands.add_parser("inspect", help="show what is in a bundle")
     inspect.add_argument("bundle", type=Path)
+    inspect.add_argument("--kernels", action="store_true", help="compile with TensorRT-RTX, GPU or none, and count its kernels")
+    inspect.add_argument("--target", help="compute capability to compile for, with --kernels (default: sm89)")
+    inspect.add_argument("--json", action="store_true", help="with --kernels: print JSON")
     return parser
 
 
@@ -71,9 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     console = Console(markup=False)
     if options.command == "inspect":
-        from exporter.tables import show_bundle
-
-        show_bundle(Bundle.open(options.bundle), console)
+        _inspect(options, console)
     elif options.command == "verify":
         from exporter.verification.command import verify_command
 
@@ -83,6 +84,20 @@ def main(arguments: Sequence[str]) -> None:
             sys.exit(1)
     else:
         _build(options, console)
+
+
+def _inspect(given: object, console: Console) -> None:
+    options = vars(given)
+    if not options["kernels"]:
+        if options["target"] or options["json"]:
+            raise UserError(f"--{'target' if options['target'] else 'json'} goes with --kernels; add that, or leave it out")
+        from exporter.tables import show_bundle
+
+        show_bundle(Bundle.open(options["bundle"]), console)
+        return
+    from exporter.kernels import DEFAULT_TARGET, show_kernels
+
+    show_kernels(Bundle.open(options["bundle"]), console, options["target"] or DEFAULT_TARGET, as_json=options["json"])
 
 
 def _build(given: object, console: Console) -> None:

@@ -20,6 +20,7 @@ from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.errors import EngineError, EngineMemoryError
 from engines.tensorrt.diagnostics import advise, is_out_of_memory
 from engines.tensorrt.kernel_cache import RuntimeCache, cache_places, card_name
+from engines.tensorrt.kernels import CompiledKernels, read_kernels
 from engines.tensorrt.runner import EngineRunner, ErrorLog, StreamWorkspace
 from engines.tensorrt.timing_cache import TimingCache
 
@@ -84,11 +85,33 @@ class _TensorRTBase(Engine):
         Raises:
             EngineError: a target is unknown, or the segment does not parse or build: with the first reason given.
         """
-        chosen = self.check_targets(targets)
+        plan = self._compile(traced, profile, self.check_targets(targets), cache_dir)
+        path = Path(f"{stem}.engine")  # not with_suffix: a stem such as down.0 has a dot of its own
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(plan)
+        return [path]
+
+    def kernels(self, traced: Traced, profile: Profile, targets: Sequence[str]) -> CompiledKernels:
+        """The kernels that a segment is compiled to at the profile's optimum, without keeping the engine.
+
+        Raises:
+            EngineError: as ``compile``.
+        """
+        only = Profile(profile.optimum, profile.optimum, profile.optimum)
+        with self._log.collect_all() as messages:
+            self._compile(traced, only, self.check_targets(targets), None, detailed=True)
+        return read_kernels(messages)
+
+    def _compile(
+        self, traced: Traced, profile: Profile, chosen: tuple[str, ...], cache_dir: Path | None, *, detailed: bool = False
+    ) -> Any:
+        """The engine's bytes; ``detailed`` makes the compiler log its kernels."""
         with self._log.collect() as errors:
             builder = self.trt.Builder(self._log.logger)
             network, parser = self._parse(builder, traced)
             config = self._configure(builder, network, traced.segment, profile)
+            if detailed:
+                config.profiling_verbosity = self.trt.ProfilingVerbosity.DETAILED
             self._set_targets(config, chosen)
             plan = self._build(builder, network, config, cache_dir)
             del parser  # not earlier: the network's weights are the parser's memory until the engine is built
@@ -98,10 +121,7 @@ class _TensorRTBase(Engine):
                 f"segment {traced.segment.name}: {self.name} {self.version()} cannot build it"
                 f"{' for ' + ', '.join(chosen) if chosen else ''}: {reason}{_advice(reason)}"
             )
-        path = Path(f"{stem}.engine")  # not with_suffix: a stem such as down.0 has a dot of its own
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(plan)
-        return [path]
+        return plan
 
     def _parse(self, builder: Any, traced: Traced) -> tuple[Any, Any]:
         # The flag is what makes 10 keep the types of the ONNX file; 11 always does and ignores it.

@@ -23,7 +23,7 @@ _DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
 
 
 class ErrorLog:
-    """What a TensorRT module logs as an error; everything milder is dropped."""
+    """Collects what a TensorRT module logs: its errors, or everything where that is asked for."""
 
     def __init__(self, trt: Any) -> None:
         self.logger = _logger(trt)
@@ -38,6 +38,16 @@ class ErrorLog:
         finally:
             del self.logger.listeners[id(collected)]
 
+    @contextmanager
+    def collect_all(self) -> Iterator[list[str]]:
+        """Every message logged until the block ends, as it comes: with detailed profiling, the kernels of an engine."""
+        collected: list[str] = []
+        self.logger.verbose[id(collected)] = collected
+        try:
+            yield collected
+        finally:
+            del self.logger.verbose[id(collected)]
+
 
 @cache
 def _logger(trt: Any) -> Any:
@@ -46,9 +56,11 @@ def _logger(trt: Any) -> Any:
 
     def start(self: Any) -> None:
         trt.ILogger.__init__(self)
-        self.listeners = {}
+        self.listeners, self.verbose = {}, {}
 
     def log(self: Any, severity: Any, message: str) -> None:
+        for listener in list(self.verbose.values()):
+            listener.append(message)
         if severity in wanted:
             for listener in list(self.listeners.values()):
                 listener.append(" ".join(message.split()))
