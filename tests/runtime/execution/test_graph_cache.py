@@ -67,7 +67,7 @@ def fake_tensorrt_network(live: LoadedBundle) -> LoadedBundle:
             manifest.segment(name),
             manifest.features,
             (runtime, runtime.deserialize_cuda_engine(name.encode())),
-            lambda engine: engine.create_execution_context("user managed"),
+            lambda engine: (engine.create_execution_context("user managed"), None),
             log,
             "fake",
             place,
