@@ -13,6 +13,7 @@ part, so that what is cut off leaves what was done.
 
 import argparse
 import gc
+import hashlib
 import json
 import re
 import subprocess
@@ -60,8 +61,6 @@ class _Check:
     device: torch.device
     console: Console
     found: Found = field(default_factory=Found)
-    references: dict[str, Tensor] = field(default_factory=dict)
-    """Latents of each plan."""
     began: float = field(default_factory=time.monotonic)
     model: Reference | None = None
 
@@ -72,6 +71,21 @@ class _Check:
             return True
         self.found.skipped[name] = f"the budget of {budget:g} minutes is used up"
         return False
+
+    def reference(self, plan: str, own: Tensor | None = None) -> Tensor | None:
+        """The latents that a plan's are compared with: the torch engine's first ones, which are kept with the bundles.
+
+        Args:
+            plan: the plan.
+            own: the torch engine's latents, to be kept where there are none.
+        """
+        options = self.options
+        asked = [options.source, options.variant, options.size, options.steps, plan, options.precision[0]]
+        path = Path(options.work) / f"reference-{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}.pt"
+        if own is not None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(own.cpu(), path)
+        return torch.load(path) if path.exists() else None
 
     def part(self, name: str, work: Callable[[], None]) -> None:
         """Do a part of the work; whatever becomes of it, what the others do is worth knowing, and what was found is written."""
@@ -165,10 +179,10 @@ def _compare(check: _Check, bundle: Bundle, engine: Engine, name: str) -> None:
 def _run_plans(check: _Check, pipeline: Pipeline, name: str, free: int | None) -> None:
     settings = Settings(check.options.steps, check.options.rounds)
     for plan in check.options.plans:
-        row, latents = measure_plan(pipeline, plan, check.references.get(plan), settings, free)
+        row, latents = measure_plan(pipeline, plan, check.reference(plan), settings, free)
         check.found.rows.append(row)
         if pipeline.engine.name == "torch":
-            check.references.setdefault(plan, latents)
+            check.reference(plan, latents)
         _write(check)
     check.found.ends[name] = measure_ends(pipeline, settings)
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         pipeline.generate(PROMPT, steps=options.steps, seed=1, plan=options.plan)
         mark()
     names = "import_seconds", "load_seconds", "first_seconds", "second_seconds"
-    print(json.dumps({name: round(b - a, 3) for name, a, b in zip(names, marks, marks[1:], strict=True)}))
+    print(json.dumps({name: round(b - a, 3) for name, a, b in zip(names, marks[:-1], marks[1:], strict=True)}))
 
 
 if __name__ == "__main__":

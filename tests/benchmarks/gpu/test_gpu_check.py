@@ -147,7 +147,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
 def checked(folder: Path, *arguments: str) -> dict[str, Any]:
     """What a check that finds fault, or nothing, has written."""
     with pytest.raises(SystemExit):
-        main(["--device", "cpu", "--precision", "fp32", "--plans", "full", "--only", "plans", "--out", str(folder), *arguments])
+        main(["--device", "cpu", "--precision", "fp32", "--plans", "full", "--only", "plans", "--out", str(folder),
+              "--work", str(folder / "work"), *arguments])  # fmt: skip
     found: dict[str, Any] = json.loads((folder / "gpu-cpu-mini-original.json").read_text())
     return found
 
@@ -172,7 +173,7 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path, stand_ins: StandIns)
 def test_an_engine_that_cannot_be_had_is_found_before_anything_is_built(tmp_path: Path, stand_ins: StandIns) -> None:
     main(
         ["--device", "cpu", "--engines", "torch,tensorrt", "--plans", "full", "--only", "plans", "--out", str(tmp_path),
-         "--precision", "fp16"]
+         "--precision", "fp16", "--work", str(tmp_path / "work")]
     )  # fmt: skip
     assert stand_ins.built == [("torch",)]
     found = json.loads((tmp_path / "gpu-cpu-mini-original.json").read_text())
