@@ -9,7 +9,7 @@ __all__ = ["DeferredComparison"]
 class DeferredComparison:
     """Whether ``now`` differs from ``before`` by more than ``above``: the norm of the difference over the norm of ``before``.
 
-    Norms are taken in float32: that of a large feature in half precision would be infinite.
+    Norms are taken in float32 at least: that of a large feature in half precision would be infinite.
 
     On a GPU the comparison is only put in the stream here, and its answer copied into pinned memory behind it. What is put in the
     stream afterwards does not wait for the host, and the host waits (in ``bool``) for the answer alone.
@@ -33,5 +33,5 @@ class DeferredComparison:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
     return norm
