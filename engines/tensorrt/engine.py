@@ -203,6 +203,10 @@ class _TensorRTBase(Engine):
         """What execution contexts will work in, as the engines say when they are loaded."""
         return self._unet.scratch.missing + self._ends.scratch.missing
 
+    def check_device(self) -> None:
+        """Raise EngineError unless there is a GPU, with its driver."""
+        self._require_gpu("to run")
+
     def recorder(self) -> Recorder | None:
         """CUDA graphs."""
         return CudaRecorder(self.device) if self.device.type == "cuda" else None
@@ -229,9 +233,9 @@ class _TensorRTBase(Engine):
         """Of a cache's file: what it is for."""
         return f"{self.name}-{self.version()}-{card_name(self.device)}"
 
-    def _create_context(self, engine: Any) -> Any:
-        """A context that is given the memory it works in: those of a stream share it."""
-        return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    def _create_context(self, engine: Any) -> tuple[Any, Any]:
+        """A context that is given the memory it works in (those of a stream share it), and what must outlive it."""
+        return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED), None
 
 
 class TensorRT(_TensorRTBase):
@@ -303,10 +307,13 @@ class TensorRTRTX(_TensorRTBase):
     def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
         """The targets named, each once; with none, ``DEFAULT_TARGETS``, or the GPU at hand where these leave it out.
 
+        The GPU at hand may always be named: the library builds for it also where it has no name for it.
+
         Raises:
             EngineError: a target is unknown to this version of TensorRT-RTX.
         """
-        allowed = self._allowed()
+        here = _card(self.device)
+        allowed = self._allowed(here)
         for target in targets:
             if target not in allowed:
                 raise EngineError(
@@ -315,29 +322,24 @@ class TensorRTRTX(_TensorRTBase):
                 )
         if targets:
             return tuple(dict.fromkeys(targets))
-        here = _card(self.device)
-        if here in allowed and here not in self.DEFAULT_TARGETS:
+        if here and here not in self.DEFAULT_TARGETS:
             return (here,)
         return tuple(target for target in self.DEFAULT_TARGETS if target in allowed)
 
-    def _allowed(self) -> list[str]:
-        """The targets that this version of TensorRT-RTX knows."""
+    def _allowed(self, here: str | None = None) -> list[str]:
+        """The targets that this version of TensorRT-RTX knows, and the GPU at hand."""
         known = self.trt.ComputeCapability.__members__
-        return [target for target in self.targets_allowed if target.upper() in known]
+        named = [target for target in self.targets_allowed if target.upper() in known]
+        return named if here is None or here in named else [*named, here]
 
     def _is_for_here(self, made: Compiled) -> bool:
         return _card(self.device) in made.targets
 
-    def _rebuild_advice(self, bundle: Bundle, segment: Segment) -> str:
-        here = _card(self.device)
-        if here and here not in self._allowed():
-            return f"{self.name} builds no engines for this GPU ({here}): choose --engine tensorrt, torch or onnxruntime"
-        return super()._rebuild_advice(bundle, segment)
-
     def _set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
         config.num_compute_capabilities = len(targets)
+        known = self.trt.ComputeCapability.__members__
         for index, target in enumerate(targets):
-            config.set_compute_capability(self.trt.ComputeCapability.__members__[target.upper()], index)
+            config.set_compute_capability(known.get(target.upper(), known.get("CURRENT")), index)
 
     def _configure(self, builder: Any, network: Any, segment: Segment, profile: Profile) -> Any:
         config = super()._configure(builder, network, segment, profile)
@@ -348,17 +350,23 @@ class TensorRTRTX(_TensorRTBase):
     def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
         cache = self._cache(bundle)
 
-        def create_context(engine: Any) -> Any:
+        def create_context(engine: Any) -> tuple[Any, Any]:
             config = self._runtime_config(engine)
-            cache.attach(config)
-            return engine.create_execution_context(config)
+            # NVIDIA: a cache that goes before its contexts takes them with it.
+            needs = config, cache.attach(config)
+            return engine.create_execution_context(config), needs
 
         features, place, rebuild = (
             bundle.manifest.features,
             self._workspace_for(bundle, segment),
             self._rebuild_advice(bundle, segment),
         )
-        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, rebuild, cache.store)
+        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, rebuild, cache.note)
+
+    def flush(self) -> None:
+        """Write the runtime caches that have grown."""
+        for cache in list(self._caches.values()):
+            cache.store()
 
     def _runtime_config(self, engine: Any) -> Any:
         config = engine.create_runtime_config()

@@ -3,8 +3,8 @@
 An "engine file" names a program: a torch function with typed, bounded inputs. Its context reads the inputs from memory by
 address and writes the outputs to memory by address, as a GPU would, so that a wrong address, shape or dtype shows as a wrong
 number. It is as strict as the real thing: bad shapes and misaligned addresses are refused and logged, a context used by two
-threads at once fails, and so does one that has no memory to work in, that is recorded before it ran with the same shapes, or
-that is changed after it was recorded.
+threads at once fails, and so does one that has no memory to work in, that is recorded before it ran with the same shapes, that
+is told shapes while it is recorded or changed after it was, or whose runtime configuration or cache is gone before it.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import ctypes
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
@@ -75,7 +76,7 @@ class FakeTensorRT:
     __version__ = "11.0.0"
     ILogger = ILogger
     EngineInvalidityDiagnostics = EngineInvalidityDiagnostics
-    ComputeCapability = SimpleNamespace(__members__={"SM86": 1, "SM89": 2})
+    ComputeCapability = SimpleNamespace(__members__={"CURRENT": 0, "SM86": 1, "SM89": 2})
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
     CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
@@ -92,6 +93,8 @@ class FakeTensorRT:
         """The networks whose kernels had to be measured while they were built: those that were in no timing cache."""
         self.builds = True
         """Whether the builder can build."""
+        self.segfaults: list[str] = []
+        """What went before a context that needed it."""
         self.trouble = 0
         """What is wrong with the machine, of EngineInvalidityDiagnostics: no engine can be loaded."""
 
@@ -249,8 +252,20 @@ class FakeEngine:
         strategy = config.strategy if isinstance(config, FakeConfig) else config
         assert strategy == "user managed"
         context = FakeContext(self, config)
+        if isinstance(config, FakeConfig):
+            for needed in (config, config.cache):
+                weakref.finalize(needed, _must_be_last, weakref.ref(context), self.trt.segfaults)
         self.contexts.append(context)
         return context
+
+    def compute(self, place: int, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
+        program = self.program
+        arguments = [_read(addresses[key], shapes[key], program.type_of(key)) for key in program.limits]
+        ctypes.memset(place, 0xFF, program.memory)
+        with torch.no_grad():
+            results = _as_tuple(program.function(*arguments))
+        for name, result in zip(program.outputs, results, strict=True):
+            _write(addresses[name], result)
 
 
 class FakeConfig:
@@ -307,17 +322,24 @@ class FakeTimingCache(FakeCache):
 class FakeContext:
     def __init__(self, engine: FakeEngine, config: Any) -> None:
         self.engine = engine
-        self.config = config
+        self._config = weakref.ref(config) if isinstance(config, FakeConfig) else lambda: config
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.launches: list[int] = []
         self.memory: tuple[int, int] | None = None
         self.known: set[str] = set()
+        self.shapings = 0
+        """How often it was told a shape."""
         self.recorded = False
         self.in_graph: dict[str, int] = {}
         """Addresses of the recorded launch."""
         self.fails = False
         self.user: int | None = None
+
+    @property
+    def config(self) -> Any:
+        """What it was made with; as the real thing, it does not hold on to it."""
+        return self._config()
 
     def _enter(self) -> None:
         """From its first binding to its launch, a context belongs to one thread."""
@@ -344,6 +366,9 @@ class FakeContext:
         self._enter()
         if self.recorded:
             return self._refuse("the context is in a graph")
+        if tape() is not None:
+            return self._refuse("a shape is set while a graph is recorded")
+        self.shapings += 1
         smallest, largest = self.engine.program.limits[name]
         if any(not low <= got <= high for low, got, high in zip(smallest, shape, largest, strict=True)):
             return self._refuse(f"{name}: {shape} is outside the profile")
@@ -370,17 +395,16 @@ class FakeContext:
         recording = tape()
         if recording is None:
             self._compile(kernels)
-            self._compute(self.memory[0], self.addresses, self.shapes)
+            self.engine.compute(self.memory[0], self.addresses, dict(self.shapes))
         elif kernels not in self.known:
             return self._refuse("the shapes are new, and a graph is being recorded")
         else:
-            place, addresses, shapes = self.memory[0], dict(self.addresses), dict(self.shapes)
-            recording.launches.append(lambda: self._compute(place, addresses, shapes))
+            engine, place, addresses, shapes = self.engine, self.memory[0], dict(self.addresses), dict(self.shapes)
+            recording.launches.append(lambda: engine.compute(place, addresses, shapes))  # a graph does not hold on to contexts
             self.recorded, self.in_graph = True, addresses
         self.launches.append(stream)
         # A launch uses the addresses of its own run only: what stays behind would hide a missing one in the next run.
         self.addresses.clear()
-        self.shapes.clear()
         self.user = None
         return True
 
@@ -392,14 +416,10 @@ class FakeContext:
             if cache is not None:
                 cache.kernels.append(kernels)
 
-    def _compute(self, place: int, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
-        program = self.engine.program
-        arguments = [_read(addresses[key], shapes[key], program.type_of(key)) for key in program.limits]
-        ctypes.memset(place, 0xFF, program.memory)
-        with torch.no_grad():
-            results = _as_tuple(program.function(*arguments))
-        for name, result in zip(program.outputs, results, strict=True):
-            _write(addresses[name], result)
+
+def _must_be_last(context: "weakref.ref[FakeContext]", segfaults: list[str]) -> None:
+    if context() is not None:
+        segfaults.append("a configuration or cache is gone before its context")
 
 
 def _as_tuple(result: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -197,15 +197,13 @@ def test_tensorrt_takes_an_engine_of_another_model_for_another_one(fake, bundle,
 
 
 @pytest.mark.parametrize("kind", [TensorRTRTX], indirect=True)
-def test_a_card_that_tensorrt_rtx_cannot_build_for(fake, bundle, kind, card):
+def test_a_card_that_tensorrt_rtx_has_no_name_for(fake, bundle, kind, card):
     card("NVIDIA H100", (9, 0))
     fake.card = "sm90"
     with pytest.raises(EngineError) as caught:
         kind(fake).load(bundle, bundle.manifest.segment("front"))
-    assert str(caught.value).endswith(
-        "it was built by 10.9 for sm86; tensorrt-rtx builds no engines for this GPU (sm90): "
-        "choose --engine tensorrt, torch or onnxruntime"
-    )
+    assert "it was built by 10.9 for sm86; build it for this one with: python -m exporter build" in str(caught.value)
+    assert kind(fake).check_targets([]) == kind(fake).check_targets(["sm90"]) == ("sm90",)
 
 
 def test_without_diagnostics_the_first_error_is_the_reason(load, fake, monkeypatch):
