@@ -143,7 +143,16 @@ class _TensorRTBase(Engine):
                 raise EngineError(f"segment {segment.name}: the profile has no shapes for input {name}; add them")
             shapes.set_shape(name, profile.minimum[name], profile.optimum[name], profile.maximum[name])
         config.add_optimization_profile(shapes)
+        self._set_formats(network)
         return config
+
+    def _set_formats(self, network: Any) -> None:
+        """Half-precision features with a multiple of 8 channels lie channels last, as convolutions take them: no transposes."""
+        inputs = (network.get_input(index) for index in range(network.num_inputs))
+        outputs = (network.get_output(index) for index in range(network.num_outputs))
+        for tensor in (*inputs, *outputs):
+            if len(tensor.shape) == 4 and tensor.shape[1] % 8 == 0 and tensor.dtype == self.trt.float16:
+                tensor.allowed_formats = 1 << int(self.trt.TensorFormat.HWC8)
 
     def _set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
         """Nothing to set where an engine is for the GPU it is built on."""

@@ -172,6 +172,7 @@ class EngineRunner(Runner):
         """The input shapes that some context has run with."""
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._check_tensors(names)
+        self._formats = {name: _memory_format(self._engine.get_tensor_format(name)) for name in names}
         # An input that nothing reads may be gone from the engine.
         self._taken = [name for name in segment.inputs if name in names]
         self._limits = {name: [tuple(dims) for dims in self._engine.get_tensor_profile_shape(name, 0)] for name in self._taken}
@@ -188,7 +189,7 @@ class EngineRunner(Runner):
 
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
         with self._workspace.stream() as stream:
-            taken = {name: self._addressable(inputs[name]) for name in self._taken}
+            taken = {name: self._addressable(inputs[name], self._formats[name]) for name in self._taken}
             self._check_limits(taken)
             context = self._context(stream)
             with self._log.collect() as errors, context.lock:
@@ -234,8 +235,8 @@ class EngineRunner(Runner):
         if current_recording() is not None and fit is not None and not fit(stream):
             raise CannotRecord(f"segment {self.segment.name}: {self._engine_name} cannot run it inside a CUDA graph")
 
-    def _addressable(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.contiguous()
+    def _addressable(self, tensor: torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+        tensor = tensor.contiguous(memory_format=memory_format)
         return tensor.clone() if tensor.data_ptr() % self.ALIGNMENT else tensor
 
     def _make_outputs(self, context: _Context) -> dict[str, torch.Tensor]:
@@ -243,8 +244,10 @@ class EngineRunner(Runner):
         if not context.outputs:
             context.outputs |= {name: tuple(context.handle.get_tensor_shape(name)) for name in self.segment.outputs}
         return {
-            name: torch.empty(context.outputs[name], dtype=DTYPES[self.features[name].dtype], device=self.device)
-            for name in self.segment.outputs
+            name: torch.empty(
+                shape, dtype=DTYPES[self.features[name].dtype], device=self.device, memory_format=self._formats[name]
+            )
+            for name, shape in context.outputs.items()
         }
 
     def _set_address(self, handle: Any, name: str, tensor: torch.Tensor, errors: Sequence[str]) -> None:
@@ -304,3 +307,8 @@ class EngineRunner(Runner):
 
 def _text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
+
+
+def _memory_format(tensor_format: Any) -> torch.memory_format:
+    """How a tensor of that TensorRT format lies in memory; the engines built here have no others."""
+    return torch.channels_last if tensor_format.name == "HWC8" else torch.contiguous_format

@@ -50,13 +50,12 @@ def shrink_scores(model: ir.Model) -> int:
         for side, scaled in enumerate(factors):
             (value,) = [value for value in scaled.inputs if value is not None and value.const_value is not None]
             assert value.const_value is not None
-            shrunk = _constant(
-                model, f"score_{number}_{side}", (value.const_value.numpy() / _SHRINK).astype(np.float16), value.name
-            )
+            smaller = (value.const_value.numpy() / _SHRINK).astype(np.float16)
+            shrunk = _constant(model, f"score_{number}_{side}", smaller, value.name)
             scaled.replace_input_with(list(scaled.inputs).index(value), shrunk)
         grown = _constant(model, f"score_{number}_back", np.array(_SHRINK**2, np.float32), wide.name)
         product = ir.node("Mul", [wide, grown])
-        product.outputs[0].dtype, product.outputs[0].shape = wide.dtype, wide.shape
+        product.outputs[0].dtype, product.outputs[0].shape = ir.DataType.FLOAT, wide.shape
         model.graph.insert_before(softmax, product)
         softmax.replace_input_with(0, product.outputs[0])
     return len(found)

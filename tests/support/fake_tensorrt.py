@@ -65,6 +65,8 @@ class Program:
     memory: int = 4096
     """Bytes to work in."""
     capturable: bool = True
+    channels_last: frozenset[str] = frozenset()
+    """Tensors whose channels lie together."""
 
     def type_of(self, name: str) -> DataType:
         return self.types.get(name, DataType.FLOAT)
@@ -111,7 +113,7 @@ class FakeTensorRT:
 class FakeNetwork:
     """What a builder knows of a network: the file that it was parsed from."""
 
-    num_inputs = 0
+    num_inputs = num_outputs = 0
     name = ""
 
 
@@ -232,6 +234,9 @@ class FakeEngine:
     def get_tensor_dtype(self, name: str) -> DataType:
         return self.program.type_of(name)
 
+    def get_tensor_format(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name="HWC8" if name in self.program.channels_last else "LINEAR")
+
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         assert profile == 0
         smallest, largest = self.program.limits[name]
@@ -260,12 +265,13 @@ class FakeEngine:
 
     def compute(self, place: int, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
         program = self.program
-        arguments = [_read(addresses[key], shapes[key], program.type_of(key)) for key in program.limits]
+        last = program.channels_last
+        arguments = [_read(addresses[key], shapes[key], program.type_of(key), key in last) for key in program.limits]
         ctypes.memset(place, 0xFF, program.memory)
         with torch.no_grad():
             results = _as_tuple(program.function(*arguments))
         for name, result in zip(program.outputs, results, strict=True):
-            _write(addresses[name], result)
+            _write(addresses[name], result.permute(0, 2, 3, 1) if name in last else result)
 
 
 class FakeConfig:
@@ -426,7 +432,10 @@ def _as_tuple(result: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tens
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
-def _read(address: int, shape: tuple[int, ...], kind: DataType) -> torch.Tensor:
+def _read(address: int, shape: tuple[int, ...], kind: DataType, channels_last: bool = False) -> torch.Tensor:
+    if channels_last:
+        n, c, h, w = shape
+        return _read(address, (n, h, w, c), kind).permute(0, 3, 1, 2)
     size = prod(shape) * torch.empty(0, dtype=kind.value).element_size()
     return torch.frombuffer(bytearray(ctypes.string_at(address, size)), dtype=kind.value).reshape(shape)
 

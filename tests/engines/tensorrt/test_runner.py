@@ -51,6 +51,24 @@ def test_views_are_read_as_what_they_show(load, tiny):
     close(found["down.0.resnet"], tiny.reference(inputs)["down.0.resnet"])
 
 
+def test_features_lie_as_the_engines_have_them(load, fake, tiny):
+    """Channels last between two engines, without a copy in between."""
+    for name, program in fake.files.items():
+        fake.files[name] = replace(program, channels_last=frozenset({"down.0.sampler", "down.0.resnet"}))
+    front, back = load("front"), load("back")
+    inputs = random_inputs(2, 16, 8)
+    made = front.run(inputs)
+    lie = {name: tensor.is_contiguous(memory_format=torch.channels_last) for name, tensor in made.items() if tensor.ndim == 4}
+    assert lie
+    assert all(lie.values())
+    assert all(back._addressable(made[name], torch.channels_last) is made[name] for name in lie)
+    features = {**inputs, **made, **back.run({**inputs, **made})}
+    for name, expected in tiny.reference(inputs).items():
+        close(features[name], expected)
+    plain = {name: tensor.contiguous() for name, tensor in made.items()}
+    close(back.run({**inputs, **plain}), back.run({**inputs, **made}))
+
+
 def test_what_needs_no_copy_is_not_copied(load):
     runner = load("front")
     tensor = torch.zeros(1, 4, 8, 8)
