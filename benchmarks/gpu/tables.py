@@ -36,7 +36,7 @@ def show_ends(console: Console, ends: Mapping[str, Ends]) -> None:
     """What comes before and after the UNet, and its kernels."""
     table = Table("engine", "text encoder ms", "VAE decoder ms", "kernels of a full step", box=SIMPLE)
     for name, one in ends.items():
-        table.add_row(name, _text(one.text_milliseconds), _text(one.vae_milliseconds), _text(one.kernels, "d"))
+        table.add_row(name, _text(one.text_milliseconds), _text(one.vae_milliseconds), _text(one.kernels, ".0f"))
     console.print(table)
 
 
