@@ -100,8 +100,10 @@ class Runner(ABC):
         except KeyError as error:
             raise EngineError(f"segment {self.segment.name}: no input tells size {error}, which an output needs") from error
 
-    def synchronize(self) -> None:  # noqa: B027 - most runners have nothing to wait for
-        """Wait until what ``run`` started has finished; nothing to do on a CPU."""
+    def synchronize(self) -> None:
+        """Wait until the work of ``run`` on the current stream has finished; nothing to do on a CPU."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def timed_run(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float]:
         """``run``, and the seconds it took until its outputs were there."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from engines import ENGINES, Bundle, UserError
-from engines.support.cli import Parser, parse_size, run_command
+from engines.support.cli import Parser, parse_size, quiet_libraries, run_command
 
 _SOURCES = "mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG (default: %(default)s)"
 _BUILD = """A UNet in, a bundle out: ONNX segments and compiled engines that `python -m runtime` runs."""
@@ -46,16 +46,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _quiet_libraries() -> None:
-    """Keep the model libraries' notes and bars out of the command's output; errors still come through."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -78,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     elif options.command == "verify":
         from exporter.verification.command import verify_command
 
-        _quiet_libraries()
+        quiet_libraries()
         sizes = tuple(parse_size(size) for size in _names(options.sizes))
         if not verify_command(options.bundle, options.engine, sizes, options.steps, console):
             sys.exit(1)
@@ -101,7 +91,8 @@ def _inspect(given: object, console: Console) -> None:
 
 
 def _build(given: object, console: Console) -> None:
-    from exporter.build import BuildOptions, build
+    from exporter.build import build
+    from exporter.options import BuildOptions
     from exporter.segments.progress_display import show_progress
     from exporter.tables import show_built
 

@@ -36,7 +36,7 @@ from engines import ENGINES, Bundle, Engine, EngineError
 from engines.errors import UserError
 from engines.support.cli import Parser, parse_size, run_command
 from exporter import BuildOptions, build
-from exporter.segments.pool import DTYPE
+from exporter.graph.graph import DTYPE
 from exporter.verification.command import FP16_STEPS
 from exporter.verification.verify import Reference, compare_latents, verify
 from runtime import Pipeline

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from benchmarks.gpu.found import Ends, Row
 from engines import DTYPES, Runner
+from engines.bundle.names import TEXT
 from engines.bundle.shapes import resolve
 from runtime import Executor, Pipeline, find_plan
 from runtime.execution.loaded_bundle import LoadedBundle
 from runtime.execution.swapping import free_bytes
 from runtime.images.schedulers import make_scheduler
-from runtime.plans.schedule import TEXT, Schedule
+from runtime.plans.schedule import Schedule
 from runtime.report.cost import peak_bytes
 
 __all__ = ["PROMPT", "Settings", "measure_ends", "measure_plan", "relative"]

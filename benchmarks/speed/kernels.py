@@ -22,11 +22,10 @@ from engines import Segment, Traced
 from engines.support.cli import Parser, parse_size, run_command
 from engines.tensorrt.engine import TensorRTRTX
 from exporter.graph.checkpoint import open_source
-from exporter.graph.graph import Graph, load_graph
+from exporter.graph.graph import DTYPE, Graph, load_graph
+from exporter.graph.segmentation import segments_of
 from exporter.kernels import DEFAULT_TARGET, KernelCounts, count_kernels, total
-from exporter.make import segments_of
 from exporter.segments import precision
-from exporter.segments.pool import DTYPE
 from exporter.segments.trace import trace_program, write_onnx
 from exporter.segments.writer import profile_of
 

@@ -18,8 +18,9 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Compiled, Segment
 from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.errors import EngineError, EngineMemoryError
+from engines.support.caches import cache_places, card_name
 from engines.tensorrt.diagnostics import advise, is_out_of_memory
-from engines.tensorrt.kernel_cache import RuntimeCache, cache_places, card_name
+from engines.tensorrt.kernel_cache import RuntimeCache
 from engines.tensorrt.kernels import CompiledKernels, read_kernels
 from engines.tensorrt.runner import EngineRunner, ErrorLog, StreamWorkspace
 from engines.tensorrt.timing_cache import TimingCache

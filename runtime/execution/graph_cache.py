@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from engines.bundle.manifest import Segment
+from engines.bundle.names import NOISE, SAMPLE, TEXT, TIMESTEP
 from engines.cuda.graphs import CannotRecord, Recorder, Recording
 from engines.errors import EngineMemoryError
 from runtime.execution.loaded_bundle import LoadedBundle
-from runtime.plans.plan import NOISE
-from runtime.plans.subgraph import TEXT, Subgraph, read_by
+from runtime.plans.subgraph import Subgraph, read_by
 
 __all__ = ["CudaGraphCache", "GraphedNetwork"]
 
-_OWN = frozenset({"sample", "timestep", TEXT})
+_OWN = frozenset({SAMPLE, TIMESTEP, TEXT})
 """The inputs that come anew with every step, and are copied to where its recording reads them."""
 
 Features = dict[str, Tensor]
