@@ -165,6 +165,12 @@ class Engine(ABC):
             BundleError: the files are damaged.
         """
 
+    def check_device(self) -> None:  # noqa: B027 - most run everywhere
+        """Raise EngineError unless this machine has what the engine runs on; to be called before anything else of it is used."""
+
+    def flush(self) -> None:  # noqa: B027 - most learn nothing
+        """Write down what runs have compiled, for the next start to find; called at the end of every call."""
+
     def scratch_bytes(self) -> int:
         """Device memory that the runners loaded so far will take beside their weights when they run; 0 where nobody can tell."""
         return 0

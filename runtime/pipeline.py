@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engines import Bundle, Engine, Manifest
 from engines.bundle.names import IMAGE, LATENTS, TEXT, TOKENS, VAE_DECODER, VAE_ENCODER
+from engines.cuda.streams import CallStreams
 from runtime.errors import RequestError
 from runtime.execution.executor import Executor, StepRecord
 from runtime.execution.graph_cache import CudaGraphCache
@@ -71,6 +72,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, engine: Engine, free: Callable[[torch.device], int | None] = free_bytes) -> None:
         from transformers import CLIPTokenizer
 
+        engine.check_device()
         self.bundle, self.engine = bundle, engine
         if bundle.manifest.is_random:
             warnings.warn(
@@ -84,6 +86,7 @@ class Pipeline:
         self.networks = self.swapper.networks
         self.network = self.networks[bundle.manifest.variant]
         self._lock = threading.Lock()
+        self._streams = CallStreams(engine.device)
         scheduler = json.loads((bundle.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
         self._train_steps: int = scheduler.get("num_train_timesteps", 1000)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(bundle.folder / "tokenizer", local_files_only=True)
@@ -204,15 +207,19 @@ class Pipeline:
         timesteps = timesteps_from(noise, steps, strength) if original else noise.timesteps
         found = find_plan(plan)
         schedule = self.schedule(found, timesteps.tolist())
-        text = self._text(prompts, num_images, negative_prompt, guidance_scale)
         seeds = range(seed, seed + images)
-        if original:
-            repainted = original.repainted(self.manifest.vae_scale)
-            start = from_picture(noise, self._distribution(original), repainted, timesteps, strength, seeds)
-        else:
-            start = from_noise(noise, self._latent_shape(height, width), seeds, self.engine.device)
-        latents, records = self._denoise(start, text, noise, schedule, guidance_scale, callback)
-        return Generation(self.decode(latents), latents, records, time.perf_counter() - started, found)
+        with self._streams.one():
+            text = self._text(prompts, num_images, negative_prompt, guidance_scale)
+            if original:
+                repainted = original.repainted(self.manifest.vae_scale)
+                start = from_picture(noise, self._distribution(original), repainted, timesteps, strength, seeds)
+            else:
+                start = from_noise(noise, self._latent_shape(height, width), seeds, self.engine.device)
+            latents, records = self._denoise(start, text, noise, schedule, guidance_scale, callback)
+            made = self.decode(latents)
+            self._streams.hand_over(latents)
+        self.engine.flush()
+        return Generation(made, latents, records, time.perf_counter() - started, found)
 
     def original(
         self, image: Picture | None, mask: Picture | None = None, height: int | None = None, width: int | None = None

@@ -13,7 +13,7 @@ __all__ = ["Parser", "parse_size", "quiet_libraries", "run_command"]
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
-_KEPT = "nothing half-written was kept; the same command goes on from what was finished"
+_KEPT = "nothing half-written was kept; the same command resumes from what was finished"
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +51,7 @@ def quiet_libraries() -> None:
 def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a command's main function on the arguments given and exit.
 
-    Exit codes: 0, 1 where the command itself says so, 2 for a user's mistake, a full disk or a place that cannot be written,
+    Exit codes: 0, 1 where the command itself says so, 2 for a user's mistake, a full disk or a path that cannot be written,
     130 when interrupted.
     """
     try:
@@ -63,7 +63,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
         if error.errno in _FULL:
             message = f"the disk is full ({error}); {_KEPT}, once there is space"
         elif error.errno in _NO_PLACE:
-            message = f"{error.filename} cannot be read or written ({error.strerror}); choose another place"
+            message = f"{error.filename} cannot be read or written ({error.strerror}); choose another path"
         else:
             raise
         print(f"error: {message}", file=sys.stderr)

@@ -23,19 +23,28 @@ class RuntimeCache:
         self._places = tuple(places)
         self._cache: Any = None
         self._stored = 0
+        self._grown = False
         self._lock = threading.Lock()
 
-    def attach(self, config: Any) -> None:
-        """Let a runtime configuration use the cache, which is read from disk the first time."""
+    def attach(self, config: Any) -> Any:
+        """Let a runtime configuration use the cache, which is read from disk the first time; the library's own object."""
         with self._lock:
             if self._cache is None:
                 self._cache = config.create_runtime_cache()
                 self._read()
         config.set_runtime_cache(self._cache)
+        return self._cache
+
+    def note(self) -> None:
+        """Some kernels may have been compiled: the next ``store`` is to look. To write them down takes time."""
+        self._grown = True
 
     def store(self) -> None:
         """Write the cache, if it has grown, at the first place that can be written."""
         with self._lock:
+            if not self._grown:
+                return
+            self._grown = False
             blob = None if self._cache is None else self._cache.serialize()
             data = b"" if blob is None else bytes(blob)
             if len(data) <= self._stored:
