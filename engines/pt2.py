@@ -11,16 +11,17 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["Program", "ProgramError", "read_program", "without_pickles"]
+from engines.program import Named, Node, Program, ProgramError, first_line
+
+__all__ = ["read_program", "without_pickles"]
 
 _DTYPES = {
     1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
@@ -31,8 +32,15 @@ _STRIDED = 7
 _ON_NUMBERS: dict[str, Callable[..., Any]] = {
     f"_operator.{name}": getattr(operator, name)
     for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pos", "eq", "ne", "lt", "le", "gt", "ge")
-} | {"torch.sym_max": max, "torch.sym_min": min, "torch.sym_float": float, "math.trunc": math.trunc}
-_ATEN = re.compile(r"torch\.ops\.aten\.([a-z][a-z0-9_]*[a-z0-9])\.([A-Za-z][A-Za-z0-9_]*)")
+} | {
+    "torch.sym_max": max,
+    "torch.sym_min": min,
+    "torch.sym_float": float,
+    "torch.sym_not": operator.not_,
+    "math.trunc": math.trunc,
+}
+_ATEN = re.compile(r"torch\.ops\.aten\.(_to_copy|_softmax|_unsafe_view|[a-z][a-z0-9_]*[a-z0-9])\.([A-Za-z][A-Za-z0-9_]*)")
+"""Not those that change their input (``add_``), nor others with a low line in front, which are PyTorch's own affair."""
 _CHECKS = re.compile(r"torch\.ops\.aten\.(_assert_\w+|sym_constrain_range\w*)\.\w+")
 """They compute nothing; the runner has checked its inputs' shapes."""
 _WORDS = frozenset({"none", "tanh", "constant", "reflect", "replicate", "circular", "floor", "trunc"})
@@ -40,65 +48,6 @@ _WORDS = frozenset({"none", "tanh", "constant", "reflect", "replicate", "circula
 _POSITIONAL = 1
 _SAMPLE_INPUTS = "data/sample_inputs/"
 """What the program was traced with, as a pickle. Nobody needs it."""
-
-
-class ProgramError(ValueError):
-    """A file holds no program that may be run."""
-
-
-@dataclass(frozen=True)
-class _Named:
-    """A value that an earlier node made, or an input."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _Node:
-    function: Callable[..., Any]
-    target: str
-    arguments: tuple[Any, ...]
-    keywords: Mapping[str, Any]
-    outputs: tuple[Any, ...]
-    """Names of values, or a tuple of names for a list of tensors."""
-    last: tuple[str, ...] = ()
-    """The values that nobody reads after this node."""
-
-
-class Program(nn.Module):
-    """A segment's operators in order. Takes tensors in the order of the program's inputs and returns its outputs.
-
-    Args:
-        nodes: what runs.
-        inputs: names of the inputs.
-        outputs: names of the outputs.
-        weights: by name, on the device where it runs.
-    """
-
-    def __init__(
-        self, nodes: Sequence[_Node], inputs: Sequence[str], outputs: Sequence[str], weights: Mapping[str, Tensor]
-    ) -> None:
-        super().__init__()
-        self._inputs, self._outputs, self._weights = tuple(inputs), tuple(outputs), dict(weights)
-        self._nodes = tuple(_with_last_uses(nodes, {*self._outputs, *self._weights}))
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run all operators; raises ProgramError where one cannot take what it is given."""
-        values: dict[str, Any] = {**self._weights, **dict(zip(self._inputs, tensors, strict=True))}
-        for node in self._nodes:
-            try:
-                result = node.function(
-                    *(_filled(value, values) for value in node.arguments),
-                    **{name: _filled(value, values) for name, value in node.keywords.items()},
-                )
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-                raise ProgramError(f"operator {node.target} fails: {_first_line(error)}") from error
-            _assign(values, node, result)
-            for name in node.last:
-                values.pop(name, None)
-        return tuple(values[name] for name in self._outputs)
 
 
 def read_program(path: Path, device: torch.device) -> Program:
@@ -117,7 +66,7 @@ def read_program(path: Path, device: torch.device) -> Program:
     except ProgramError:
         raise
     except Exception as error:  # which one depends on where the file differs from what is expected
-        raise ProgramError(_first_line(error) or type(error).__name__) from error
+        raise ProgramError(first_line(error) or type(error).__name__) from error
 
 
 class _Members:
@@ -149,7 +98,6 @@ def _read(members: _Members, device: torch.device) -> Program:
     tensors = {name: _tensor(members, stored, stored_name, flat, device) for name, stored_name in weights.items()}
     outputs = [_only(spec, "user_output")["arg"]["as_tensor"]["name"] for spec in signature["output_specs"]]
     nodes = [_node(node, device) for node in graph["nodes"] if not _CHECKS.fullmatch(node["target"])]
-    _check_order(nodes, {*inputs, *tensors}, outputs)
     return Program(nodes, inputs, outputs, tensors)
 
 
@@ -180,10 +128,10 @@ def _tensor(members: _Members, stored: Mapping[str, Any], name: str, flat: dict[
     return flat[file].as_strided(sizes, strides, meta["storage_offset"]["as_int"])
 
 
-def _node(node: Mapping[str, Any], device: torch.device) -> _Node:
+def _node(node: Mapping[str, Any], device: torch.device) -> Node:
     arguments = [entry for entry in node["inputs"] if entry["kind"] == _POSITIONAL]
     keywords = [entry for entry in node["inputs"] if entry["kind"] != _POSITIONAL]
-    return _Node(
+    return Node(
         _function(node["target"]),
         node["target"],
         tuple(_value(entry["arg"], device) for entry in arguments),
@@ -212,11 +160,11 @@ def _value(argument: Mapping[str, Any], device: torch.device) -> Any:
     if kind == "as_none":
         return None
     if kind == "as_tensor":
-        return _Named(value["name"])
+        return Named(value["name"])
     if kind in {"as_sym_int", "as_sym_float", "as_sym_bool"}:
         return _symbol(value)
     if kind in {"as_tensors", "as_sym_ints", "as_optional_tensors"}:
-        return [_Named(entry["name"]) if "name" in entry else _symbol(entry) for entry in value]
+        return [Named(entry["name"]) if "name" in entry else _symbol(entry) for entry in value]
     if kind == "as_string" and value in _WORDS:
         return value
     if kind == "as_scalar_type":
@@ -236,8 +184,8 @@ def _symbol(value: Mapping[str, Any]) -> Any:
     if kind == "as_none":
         return None
     if kind == "as_tensor":
-        return _Named(inner["name"])
-    return _Named(inner) if kind == "as_name" else inner
+        return Named(inner["name"])
+    return Named(inner) if kind == "as_name" else inner
 
 
 def _output(entry: Mapping[str, Any]) -> Any:
@@ -252,62 +200,6 @@ def _only(entry: Mapping[str, Any], wanted: str) -> Any:
     if kind != wanted:
         raise ProgramError(f"{kind!r} where {wanted!r} is expected")
     return value
-
-
-def _read_by(node: _Node) -> Iterator[str]:
-    for value in (*node.arguments, *node.keywords.values()):
-        for inner in value if isinstance(value, list) else [value]:
-            if isinstance(inner, _Named):
-                yield inner.name
-
-
-def _made_by(node: _Node) -> Iterator[str]:
-    for output in node.outputs:
-        yield from output if isinstance(output, tuple) else [output] if output else []
-
-
-def _check_order(nodes: Sequence[_Node], given: set[str], outputs: Sequence[str]) -> None:
-    known = set(given)
-    for node in nodes:
-        missing = [name for name in _read_by(node) if name not in known]
-        if missing:
-            raise ProgramError(f"operator {node.target} reads {missing[0]!r}, which nothing before it makes")
-        known.update(_made_by(node))
-    missing = [name for name in outputs if name not in known]
-    if missing:
-        raise ProgramError(f"nothing makes output {missing[0]!r}")
-
-
-def _with_last_uses(nodes: Sequence[_Node], kept: set[str]) -> Iterator[_Node]:
-    last = {name: number for number, node in enumerate(nodes) for name in (*_made_by(node), *_read_by(node))}
-    freed: dict[int, list[str]] = {}
-    for name, number in last.items():
-        if name not in kept:
-            freed.setdefault(number, []).append(name)
-    for number, node in enumerate(nodes):
-        yield _Node(node.function, node.target, node.arguments, node.keywords, node.outputs, tuple(freed.get(number, ())))
-
-
-def _filled(value: Any, values: Mapping[str, Any]) -> Any:
-    if isinstance(value, _Named):
-        return values[value.name]
-    if isinstance(value, list):
-        return [_filled(inner, values) for inner in value]
-    return value
-
-
-def _assign(values: dict[str, Any], node: _Node, result: Any) -> None:
-    if len(node.outputs) == 1:
-        result = (result,)
-    for output, made in zip(node.outputs, result, strict=True) if node.outputs else ():
-        if isinstance(output, tuple):
-            values.update(zip(output, made, strict=True))
-        elif output:
-            values[output] = made
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
 
 
 def without_pickles(saved: ZipFile, path: Path) -> None:

@@ -15,7 +15,8 @@ from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.cuda.tf32 import without_tf32
 from engines.errors import EngineError
-from engines.pt2 import ProgramError, read_program, without_pickles
+from engines.program import ProgramError
+from engines.pt2 import read_program, without_pickles
 
 __all__ = ["ModuleRunner", "Torch"]
 

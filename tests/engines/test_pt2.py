@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from engines.pt2 import ProgramError, read_program, without_pickles
+from engines.program import ProgramError
+from engines.pt2 import read_program, without_pickles
 
 CPU = torch.device("cpu")
 Members = dict[str, bytes]
