@@ -29,6 +29,7 @@ from runtime.images.schedulers import make_scheduler
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from runtime.plans.schedule import Schedule, check_runs
+from runtime.tokenizer import load_tokenizer
 
 __all__ = ["Callback", "Generation", "Pipeline"]
 
@@ -70,16 +71,14 @@ class Pipeline:
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, free: Callable[[torch.device], int | None] = free_bytes) -> None:
-        from transformers import CLIPTokenizer
-
         engine.check_device()
+        bundle.check_complete()
         self.bundle, self.engine = bundle, engine
         if bundle.manifest.is_random:
             warnings.warn(
                 f"{bundle.folder} has random weights ({bundle.manifest.source}), so its pictures are noise", stacklevel=2
             )
-        for file in bundle.manifest.files:
-            bundle.path(file)
+        self.tokenizer: Any = load_tokenizer(bundle)
         recorder = engine.recorder()
         self.graphs = CudaGraphCache(recorder) if recorder else None
         self.swapper = Swapper(bundle, engine, self.graphs, free)
@@ -89,7 +88,6 @@ class Pipeline:
         self._streams = CallStreams(engine.device)
         scheduler = json.loads((bundle.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
         self._train_steps: int = scheduler.get("num_train_timesteps", 1000)
-        self.tokenizer: Any = CLIPTokenizer.from_pretrained(bundle.folder / "tokenizer", local_files_only=True)
 
     @property
     def manifest(self) -> Manifest:

@@ -6,6 +6,7 @@ from shlex import quote
 
 from engines import Bundle, BundleError, Engine, Manifest
 from engines.bundle.manifest import Segment
+from engines.bundle.shared import shared_difference
 from runtime.errors import PlanError
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule, check_runs
@@ -59,7 +60,8 @@ def _difference(one: Bundle, other: Bundle) -> str | None:
         here, there = getattr(one.manifest, field), getattr(other.manifest, field)
         if here != there:
             return f"{field} is {here} in {one.folder.name} and {there} in {other.folder.name}"
-    return None
+    part = shared_difference(one.manifest, other.manifest)
+    return f"its {part} is not that of {one.folder.name}" if part else None
 
 
 def _command(bundle: Bundle, variant: str, plan: Plan, engine: Engine | None) -> str:
