@@ -1,4 +1,4 @@
-"""Bundles and a prompt in, images out: plans, the demand-driven executor, and the text-to-image pipeline."""
+"""Bundles and a prompt in, images out: plans, the demand-driven executor, and the pipeline."""
 
 from runtime.api import default_bundle, generate, load
 from runtime.diffusers_unet import UNet
@@ -8,6 +8,7 @@ from runtime.pipeline import Generation, Pipeline
 from runtime.plans.plan import Plan, Rule, UNetRange
 from runtime.plans.presets import PRESETS, find_plan
 from runtime.plans.schedule import Schedule
+from runtime.request import Request
 
 __all__ = [
     "PRESETS",
@@ -17,6 +18,7 @@ __all__ = [
     "Pipeline",
     "Plan",
     "PlanError",
+    "Request",
     "RequestError",
     "Rule",
     "Schedule",

@@ -1,4 +1,4 @@
-"""A bundle's UNet, run by a plan, in the place of a diffusers pipeline's own."""
+"""A bundle's UNet, run by a plan, instead of a diffusers pipeline's own."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +27,7 @@ class Prediction(NamedTuple):
 
 @dataclass
 class _Call:
-    """One denoising loop: the scheduler's timesteps, the place among them where it began, and where it has got to.
+    """One denoising loop: the scheduler's timesteps, the number of the first that ran, and of the one to run next.
 
     Holding on to the timesteps keeps the next call's from being put at the same address.
     """
@@ -79,7 +79,7 @@ class UNet:
 
     @cached_property
     def config(self) -> Any:
-        """What pipelines read of a UNet's configuration, as diffusers has it: by key or by attribute."""
+        """The part of a UNet's configuration that pipelines read, as diffusers has it: by key or by attribute."""
         from diffusers.configuration_utils import FrozenDict
 
         manifest = self._pipeline.manifest
@@ -106,7 +106,7 @@ class UNet:
 
     @property
     def steps(self) -> list[StepRecord]:
-        """What ran at each evaluation of the last call."""
+        """The segments that ran, and the features inherited, at each evaluation of the last call."""
         return list(self._call.records) if self._call else []
 
     def __call__(
@@ -149,30 +149,30 @@ class UNet:
 
     def _turn(self, shape: torch.Size, timestep: Tensor) -> tuple[_Call, int]:
         """The call that an evaluation belongs to, and the evaluation's number in it."""
-        timesteps, place = _all_timesteps(timestep)
+        timesteps, index = _all_timesteps(timestep)
         call = self._call
-        if call is None or call.timesteps.data_ptr() != timesteps.data_ptr() or call.shape != shape or _again(call, place):
+        if call is None or call.timesteps.data_ptr() != timesteps.data_ptr() or call.shape != shape or _again(call, index):
             if call is not None:
                 call.executor.close()
-            schedule = self._pipeline.schedule(self.plan, timesteps[place:].tolist())
+            schedule = self._pipeline.schedule(self.plan, timesteps[index:].tolist())
             executor = self._pipeline.executor(schedule)
-            call = self._call = _Call(timesteps, place, shape, executor, next=place)
-        elif place != call.next:
+            call = self._call = _Call(timesteps, index, shape, executor, next=index)
+        elif index != call.next:
             raise RequestError(
-                f"evaluation {place} of {len(timesteps)} (timestep {float(timesteps[place]):g}) is out of turn, expected number "
+                f"evaluation {index} of {len(timesteps)} (timestep {float(timesteps[index]):g}) is out of turn, expected number "
                 f"{call.next}: a plan counts one evaluation for each of scheduler.timesteps, in their order; "
                 "call scheduler.set_timesteps before each loop"
             )
-        return call, place - call.first
+        return call, index - call.first
 
 
-def _again(call: _Call, place: int) -> bool:
+def _again(call: _Call, index: int) -> bool:
     """Whether a loop runs over the same timesteps once more: it is where it began, or went back further than one step."""
-    return place == call.first != call.next or place < call.next - 1
+    return index == call.first != call.next or index < call.next - 1
 
 
 def _all_timesteps(timestep: Tensor) -> tuple[Tensor, int]:
-    """All timesteps in the memory that a timestep is a view of, and its place among them."""
+    """All timesteps in the memory that a timestep is a view of, and its number among them."""
     if not isinstance(timestep, Tensor):
         raise RequestError(
             f"timestep is a {type(timestep).__name__}; give an element of scheduler.timesteps, which tells the step's number"

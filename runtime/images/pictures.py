@@ -20,7 +20,7 @@ Picture = Image.Image | str | Path
 
 @dataclass(frozen=True)
 class Original:
-    """What image-to-image starts from: a picture in RGB, and with inpainting a mask in L of the same size; white is repainted."""
+    """The picture of image-to-image, in RGB, and with inpainting a mask in L of the same size, whose white is repainted."""
 
     image: Image.Image
     mask: Image.Image | None = None

@@ -6,7 +6,7 @@ from typing import Any
 
 from runtime.errors import RequestError
 
-__all__ = ["SCHEDULERS", "make_scheduler"]
+__all__ = ["SCHEDULERS", "check_scheduler", "make_scheduler"]
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -16,9 +16,15 @@ SCHEDULERS = {
     "heun": "HeunDiscreteScheduler",
 }
 
-# What Stable Diffusion's own PNDM configuration has. Without it (a folder written for another scheduler) diffusers starts with
+# Stable Diffusion's own PNDM configuration has this. Without it (a folder written for another scheduler) diffusers starts with
 # nine Runge-Kutta evaluations more, and cannot take fewer than four steps.
 _SETTINGS = {"pndm": {"skip_prk_steps": True}}
+
+
+def check_scheduler(name: str) -> None:
+    """Raise RequestError unless there is a scheduler of that name."""
+    if name not in SCHEDULERS:
+        raise RequestError(f"unknown scheduler {name!r:.60}; choose from: {', '.join(SCHEDULERS)}")
 
 
 def make_scheduler(name: str, folder: Path, steps: int) -> Any:
@@ -33,8 +39,7 @@ def make_scheduler(name: str, folder: Path, steps: int) -> Any:
     Raises:
         RequestError: unknown name, or a number of steps that the scheduler cannot take.
     """
-    if name not in SCHEDULERS:
-        raise RequestError(f"unknown scheduler {name!r}; choose from: {', '.join(SCHEDULERS)}")
+    check_scheduler(name)
     scheduler = getattr(import_module("diffusers"), SCHEDULERS[name]).from_pretrained(folder, **_SETTINGS.get(name, {}))
     # Timesteps lie a whole number apart: with more steps than half of those trained they would leave out the noisiest half.
     most = scheduler.config.num_train_timesteps // 2

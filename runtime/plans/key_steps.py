@@ -44,8 +44,8 @@ class Quadratic(Record):
         """Indices of the key steps of a range of ``steps`` steps."""
         count, center = math.ceil(steps / self.every), self.center * steps
         low, high = _signed_power(-center, 1 / self.power), _signed_power(steps - center, 1 / self.power)
-        places = (low + (high - low) * i / count for i in range(count))
-        return {0} | {min(steps - 1, max(0, int(_signed_power(x, self.power) + center + 1e-9))) for x in places}
+        points = (low + (high - low) * i / count for i in range(count))
+        return {0} | {min(steps - 1, max(0, int(_signed_power(x, self.power) + center + 1e-9))) for x in points}
 
 
 class Front(Record):
@@ -133,11 +133,11 @@ def _shares(steps: int, every: int) -> list[float]:
     return [i / count for i in range(count)]
 
 
-def _fill(places: list[float], steps: int) -> set[int]:
-    """Whole steps for increasing places, each at least one after the one before, as long as there are steps."""
+def _fill(positions: list[float], steps: int) -> set[int]:
+    """Whole steps for increasing positions, each at least one after the one before, as long as there are steps."""
     keys: list[int] = []
-    for place in places:
-        key = max(round(place), keys[-1] + 1 if keys else 0)
+    for position in positions:
+        key = max(round(position), keys[-1] + 1 if keys else 0)
         if key < steps:
             keys.append(key)
     return set(keys)

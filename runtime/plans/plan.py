@@ -64,7 +64,7 @@ class UNetRange(Record):
 
     @property
     def end(self) -> float:
-        """``stop``, or infinity where the range goes on to the end."""
+        """``stop``, or infinity where there is none."""
         return math.inf if self.stop is None else self.stop
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
     name: str = Field(pattern=r"^[^\x00-\x1f\x7f]*$")
     unets: tuple[UNetRange, ...] = ()
     switch_by: Literal["noise", "steps"] = "noise"
-    """What the ranges of ``unets`` count: shares of the noise schedule, or steps, of those that run; written if so."""
+    """Whether the ranges of ``unets`` count shares of the noise schedule or steps, of those that run; written if steps."""
     rules: tuple[Rule, ...] = ()
     _path: Path | None = PrivateAttr(default=None)
     carry: bool = False
@@ -109,7 +109,7 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
 
     @property
     def option(self) -> str:
-        """What to write after ``--plan``: its file, the presets that it is made of, or a placeholder where it has neither."""
+        """The argument of ``--plan`` that names it: its file, its presets joined, or a placeholder where it has neither."""
         if self._path is not None:
             return quote(str(self._path))
         return self.name if ":" in self.name else "FILE.json"
@@ -136,19 +136,19 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
             raise PlanError(f"plan {self.name}: switch_by 'steps' but no unets; list the UNets by range, or leave it out")
         at = 0.0
         for number, part in enumerate(self.unets):
-            place = f"plan {self.name}: unets.{number} covers {part}"
+            where = f"plan {self.name}: unets.{number} covers {part}"
             if self.switch_by == "steps" and not (part.start.is_integer() and (part.stop or 0.0).is_integer()):
-                raise PlanError(f"{place}; with switch_by 'steps' start and stop are whole numbers of steps")
+                raise PlanError(f"{where}; with switch_by 'steps' start and stop are whole numbers of steps")
             if self.switch_by == "noise" and (part.start >= 1 or (part.stop or 0.0) > 1):
                 raise PlanError(
-                    f"{place}; start and stop are shares of the noise schedule, from 0 to 1; for steps set switch_by to 'steps'"
+                    f"{where}; start and stop are shares of the noise schedule, from 0 to 1; for steps set switch_by to 'steps'"
                 )
             if part.start != at or part.end <= part.start:
                 raise PlanError(
-                    f"{place}, expected a range that starts at {at:g}: ranges follow each other without overlap or gap"
+                    f"{where}, expected a range that starts at {at:g}: ranges follow each other without overlap or gap"
                 )
             if part.stop is None and part is not self.unets[-1]:
-                raise PlanError(f"{place}, but is not the last; only the last range may leave stop out")
+                raise PlanError(f"{where}, but is not the last; only the last range may leave stop out")
             at = part.end
         if self.switch_by == "noise" and self.unets and at < 1:
             raise PlanError(f"plan {self.name}: unets end at {at:g}; the last range must end at 1")
@@ -162,11 +162,11 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
 def matching(pattern: str, units: Sequence[str]) -> list[str]:
     """The units that a pattern names: those it matches, and those inside a block or layer it matches."""
     parts = pattern.split(".")
-    for place in (1, 3):
-        if len(parts) > place and parts[place].startswith("-") and parts[place][1:].isdecimal():
-            before = ".".join(parts[:place])
-            numbers = {unit.split(".")[place] for unit in units if unit.startswith(f"{before}.") and unit.count(".") > place}
-            parts[place] = str(len([number for number in numbers if number.isdecimal()]) + int(parts[place]))
+    for depth in (1, 3):
+        if len(parts) > depth and parts[depth].startswith("-") and parts[depth][1:].isdecimal():
+            before = ".".join(parts[:depth])
+            numbers = {unit.split(".")[depth] for unit in units if unit.startswith(f"{before}.") and unit.count(".") > depth}
+            parts[depth] = str(len([number for number in numbers if number.isdecimal()]) + int(parts[depth]))
     wanted = ".".join(parts)
     return [unit for unit in units if any(fnmatchcase(part, wanted) for part in _ancestors(unit))]
 
@@ -201,24 +201,24 @@ def inherited_features(plan: Plan, units: Sequence[str], unet: str = "") -> list
     return found
 
 
-def _named(rule: Rule, units: Sequence[str], place: str) -> frozenset[str]:
+def _named(rule: Rule, units: Sequence[str], where: str) -> frozenset[str]:
     found: set[str] = set()
     for pattern in rule.units:
         named = matching(pattern, units)
         if not named:
             shown = ", ".join(unit for unit in units if not unit.endswith(BRANCH))
-            raise PlanError(f"{place}.units names {pattern!r}, which this UNet does not have; its units: {shown}")
-        found.update(named if rule.kind == "output" else _branches(pattern, named, units, place))
+            raise PlanError(f"{where}.units names {pattern!r}, which this UNet does not have; its units: {shown}")
+        found.update(named if rule.kind == "output" else _branches(pattern, named, units, where))
     return frozenset(found)
 
 
-def _branches(pattern: str, named: Sequence[str], units: Collection[str], place: str) -> set[str]:
+def _branches(pattern: str, named: Sequence[str], units: Collection[str], where: str) -> set[str]:
     branches = set()
     for unit in named:
         branch = unit if unit.endswith(BRANCH) else f"{unit}{BRANCH}"
         if branch not in units:
             raise PlanError(
-                f"{place}.units names {pattern!r} by residual, but {unit} has no residual branch: its input and output differ "
+                f"{where}.units names {pattern!r} by residual, but {unit} has no residual branch: its input and output differ "
                 "and there is no shortcut; choose ResNets and attentions, or kind output"
             )
         branches.add(branch)
@@ -230,9 +230,9 @@ _OWNERS: dict[object, type[Record]] = {"rules": Rule, "unets": UNetRange, **MODE
 
 def _explained(wrong: ErrorDetails) -> str:
     """One line about a field that pydantic refused: its name, why, what was got, and the fields that there are."""
-    place, kind = wrong["loc"], wrong["type"]
-    field = ".".join(str(part) for part in place) or "the file"
-    owner = next((_OWNERS[part] for part in reversed(place[:-1]) if part in _OWNERS), Plan)
+    location, kind = wrong["loc"], wrong["type"]
+    field = ".".join(str(part) for part in location) or "the file"
+    owner = next((_OWNERS[part] for part in reversed(location[:-1]) if part in _OWNERS), Plan)
     fields = f"the fields here are {', '.join(owner.model_fields)}"
     if kind == "extra_forbidden":
         return f"{field}: there is no such field; {fields}"

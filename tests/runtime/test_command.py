@@ -14,19 +14,10 @@ import pytest
 from PIL import Image
 
 from engines import Bundle
-from tests.support.commands import Command, assert_refused, command
+from tests.support.commands import Command, assert_refused
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red star on a blue background"
-
-
-@pytest.fixture
-def runtime(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """``python -m runtime`` in this process."""
-    from runtime.__main__ import main
-
-    monkeypatch.setenv("COLUMNS", "200")
-    return command(main, capfd, monkeypatch)
 
 
 @pytest.fixture(autouse=True)
