@@ -2,7 +2,7 @@
 
 from runtime.api import default_bundle, generate, load
 from runtime.diffusers_unet import UNet
-from runtime.errors import PlanError, RequestError
+from runtime.errors import NonFiniteError, PlanError, RequestError
 from runtime.execution.executor import Executor, LoadedBundle, StepRecord
 from runtime.pipeline import Generation, Pipeline
 from runtime.plans.plan import Plan, Rule, UNetRange
@@ -15,6 +15,7 @@ __all__ = [
     "Executor",
     "Generation",
     "LoadedBundle",
+    "NonFiniteError",
     "Pipeline",
     "Plan",
     "PlanError",

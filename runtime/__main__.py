@@ -53,6 +53,9 @@ def _parser() -> Parser:
         "--explain", action="store_true", help="print what the plan does and costs, step by step; make no picture"
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the plan, steps across and units down; make no picture")
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="write the picture, with a warning, where numbers became infinite or NaN"
+    )
     parser.add_argument("-o", "--out", type=Path, default=Path("out.png"), help="the PNG file to write (default: %(default)s)")
     return parser
 
@@ -65,7 +68,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.explain or options.plot:
         if options.plot:
             _check_png(options.plot)
-        _explain(load(options.bundle, options.engine), options, console)
+        request = _request(options)
+        _explain(load(options.bundle, options.engine), request, options, console)
         return
     if options.prompt == "plans":
         _plans(options, console)
@@ -90,8 +94,28 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check_png(path: Path) -> None:
     """Raise UserError unless a picture can be written there, before anything is loaded for it."""
+    advice = "give the name of a .png file in a folder that exists"
+    _check_text(path)
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: give the name of a .png file in a folder that exists")
+        raise UserError(f"cannot write {path!s:.200}: {advice}")
+    temporary = _part(path)
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path!s:.200} ({error.strerror}): {advice} and can be written to") from error
+
+
+def _check_text(path: Path) -> None:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"cannot write {str(path)!a:.200}: its name is no text in UTF-8; choose another") from error
+
+
+def _part(path: Path) -> Path:
+    """A picture's name while it is being written."""
+    return path.with_name(f".{path.name}.part")
 
 
 def _request(options: Namespace) -> Request:
@@ -111,6 +135,7 @@ def _request(options: Namespace) -> Request:
         image=options.image,
         strength=options.strength,
         mask=options.mask,
+        allow_nonfinite=options.allow_nonfinite,
     )
 
 
@@ -125,14 +150,13 @@ def _generate(pipeline: Pipeline, request: Request, console: Console) -> Generat
         return pipeline.generate(request, callback=callback)
 
 
-def _explain(pipeline: Pipeline, options: Namespace, console: Console) -> None:
-    prepared = pipeline.prepare(_request(options))
+def _explain(pipeline: Pipeline, request: Request, options: Namespace, console: Console) -> None:
+    prepared = pipeline.prepare(request)
     if options.plot:
         plot(prepared.schedule, options.plot)
         console.print(f"wrote {options.plot}", soft_wrap=True)
     if options.explain:
-        sizes = prepared.sizes(pipeline.manifest)
-        table, summary = explain(prepared.schedule, pipeline.networks, sizes, pipeline.swapper)
+        table, summary = explain(prepared.schedule, pipeline.networks, prepared.sizes, pipeline.swapper)
         console.print(table)
         console.print(summary, soft_wrap=True)
 
@@ -180,7 +204,7 @@ def _plans(options: Namespace, console: Console) -> None:
 
 def _save(image: Image.Image, path: Path, source: str) -> None:
     """Write a picture whole or not at all; what was there before stays if it cannot be written. Its text names the source."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = _part(path)
     text = PngInfo()
     text.add_text("source", source)
     try:

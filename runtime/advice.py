@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, count
 from shlex import quote
 
 from engines import Bundle
-from runtime.errors import PartitionError, SiblingError
+from runtime.errors import NonFiniteError, PartitionError, SiblingError
 from runtime.plans.plan import Plan
 
-__all__ = ["build_advice"]
+__all__ = ["add_precision_advice", "build_advice"]
 
 
 @contextmanager
@@ -34,6 +35,17 @@ def build_advice(plan: Plan, bundle: Bundle, engine: str, bundle_of: Callable[[s
     except SiblingError as error:
         error.add_note(f"build it with: {_sibling_command(bundle, error.variant, plan, engine)}")
         raise
+
+
+def add_precision_advice(error: NonFiniteError, bundle: Bundle, engine: str) -> None:
+    """Add to an error what keeps numbers finite: fp32, or other weights where they are in fp32 already."""
+    if bundle.manifest.precision == "fp32":
+        error.add_note("look at the weights and the guidance scale: fp32 has room for all that a sound model computes")
+        return
+    wider = replace(bundle, manifest=bundle.manifest.model_copy(update={"precision": "fp32"}))
+    error.add_note(
+        f"build the bundle in fp32: {wider.rebuild_command(engine)}; or take the picture as it is with allow_nonfinite"
+    )
 
 
 def _sibling_command(bundle: Bundle, variant: str, plan: Plan, engine: str) -> str:

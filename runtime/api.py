@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from engines import Bundle, BundleError, make_engine
+from runtime.errors import RequestError
 from runtime.images.pictures import Picture
 from runtime.pipeline import Callback, Generation, Pipeline
 from runtime.plans.plan import Plan
@@ -42,7 +43,11 @@ def load(bundle: str | Path | None = None, engine: str = "onnxruntime") -> Pipel
     Raises:
         BundleError: there is no bundle, or it is damaged or of another version.
         EngineError: the engine is unknown, not installed or not in the bundle.
+        RequestError: a name is no text.
     """
+    for name, value, kinds in (("bundle", bundle, str | Path | None), ("engine", engine, str)):
+        if not isinstance(value, kinds) or "\0" in str(value):
+            raise RequestError(f"{name} is a {type(value).__name__} ({value!r:.60}); give a name as text")
     folder = Path(bundle if bundle is not None else default_bundle()).resolve()
     return _loaded(folder, Bundle.open(folder).manifest.key, engine)
 

@@ -2,7 +2,7 @@
 
 from engines.errors import UserError
 
-__all__ = ["PartitionError", "PlanError", "RequestError", "SiblingError"]
+__all__ = ["NonFiniteError", "PartitionError", "PlanError", "RequestError", "SiblingError"]
 
 
 class PlanError(UserError):
@@ -24,6 +24,10 @@ class SiblingError(PlanError):
     def __init__(self, message: str, variant: str) -> None:
         super().__init__(message)
         self.variant = variant
+
+
+class NonFiniteError(UserError):
+    """Numbers became infinite or NaN on the way to a picture, as where they overflow in half precision."""
 
 
 class RequestError(UserError):

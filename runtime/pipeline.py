@@ -14,24 +14,27 @@ from PIL import Image
 from torch import Tensor
 
 from engines import Bundle, Engine, Manifest
-from runtime.advice import build_advice
-from runtime.errors import RequestError
+from runtime.advice import add_precision_advice, build_advice
+from runtime.defaults import on_cpu_by_default
+from runtime.errors import NonFiniteError, RequestError
 from runtime.execution.executor import Executor, StepRecord
 from runtime.execution.graph_cache import CudaGraphCache
+from runtime.execution.nonfinite import NonFinite, is_finite, watched
 from runtime.execution.siblings import find_sibling
 from runtime.execution.swapping import Swapper, free_bytes
 from runtime.images.initial_latents import InitialState, from_noise, from_picture, generators_of, timesteps_from
 from runtime.images.pictures import Original, read_original, to_pictures
-from runtime.images.schedulers import make_scheduler
+from runtime.images.schedulers import make_scheduler, step_options
+from runtime.memory import check_memory
 from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import TEXT, Schedule
-from runtime.prepared import Prepared, check_shape, latent_shape
+from runtime.prepared import Prepared, check_shape, latent_shape, sizes_of
 from runtime.request import Request
 
 __all__ = ["Callback", "Generation", "Pipeline"]
 
-_ENCODER = "vae_encoder"
+_ENCODER, _DECODER = "vae_encoder", "vae_decoder"
 
 Callback = Callable[[StepRecord, Tensor], None]
 """Called after every model evaluation with its record and the latents (images, channels, height, width).
@@ -123,18 +126,28 @@ class Pipeline:
         """
         manifest = self.manifest
         original = self._original(request)
-        height, width = original.size if original else (request.height, request.width)
-        height = manifest.sizes[0][0] if height is None else height
-        width = manifest.sizes[0][1] if width is None else width
+        height, width = self._size(request, original)
         guidance_scale = manifest.guidance_scale if request.guidance_scale is None else request.guidance_scale
         check_shape(manifest, self.engine, request.images, height, width, guidance_scale)
-        scheduler = make_scheduler(request.scheduler, self.bundle.folder / "scheduler", request.steps)
+        sizes = sizes_of(manifest, request.images, height, width, guidance_scale)
+        check_memory(manifest, self.engine.device, sizes)
+        inpainting = original is not None and original.mask is not None
+        scheduler = make_scheduler(request.scheduler, self.bundle.folder / "scheduler", request.steps, inpainting)
         timesteps = timesteps_from(scheduler, request.steps, request.strength) if original else scheduler.timesteps
         schedule = self.schedule(request.found_plan, timesteps.tolist())
-        return Prepared(request, height, width, guidance_scale, scheduler, timesteps, schedule, original)
+        check_memory(manifest, self.engine.device, sizes, schedule)
+        original = original and original.resized(height, width)
+        return Prepared(request, height, width, guidance_scale, sizes, scheduler, timesteps, schedule, original)
+
+    def _size(self, request: Request, original: Original | None) -> tuple[int, int]:
+        """Height and width in pixels: those asked for, or the picture's own, or the bundle's first."""
+        if original:
+            return original.fitting_size(request.height, request.width, self.manifest.size_multiple)
+        height, width = self.manifest.sizes[0]
+        return height if request.height is None else request.height, width if request.width is None else request.width
 
     def _original(self, request: Request) -> Original | None:
-        """The picture to start from, at the size asked for or else its own; None without one."""
+        """The picture to start from, at its own size; None without one."""
         original = read_original(request.image, request.mask)
         if original is None:
             return None
@@ -143,7 +156,7 @@ class Pipeline:
                 f"bundle {self.bundle.folder} has no segment {_ENCODER}, which image needs: an older version built it; "
                 f"build it anew: {self.bundle.rebuild_command(self.engine.name)}"
             )
-        return original.fitted(request.height, request.width, self.manifest.size_multiple)
+        return original
 
     def generate(
         self, prompt: Request | str | Sequence[str], negative_prompt: str | Sequence[str] = "", **options: Any
@@ -161,9 +174,14 @@ class Pipeline:
         callback = _checked_callback(options.pop("callback", None))
         request = prompt if isinstance(prompt, Request) else Request(prompt, negative_prompt, **options)
         started = time.perf_counter()
-        prepared = self.prepare(request)
-        latents, records = self._denoise(prepared, self._text(prepared), self._initial_state(prepared), callback)
-        images = self.decode(latents)
+        with on_cpu_by_default():
+            prepared = self.prepare(request)
+            text, start = self._text(prepared), self._initial_state(prepared)
+            latents, records = self._denoise(self.executor(prepared.schedule), prepared, text, start, callback)
+            pixels = self._pixels(latents)
+            if not (is_finite(latents) and is_finite(pixels)):
+                self._report_nonfinite(request)
+            images = to_pictures(pixels)
         return Generation(images, latents, records, time.perf_counter() - started, prepared.schedule.plan)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -181,7 +199,11 @@ class Pipeline:
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures from latents (images, channels, height, width)."""
-        return to_pictures(self.network.compute("vae_decoder", {"latents": latents}))
+        return to_pictures(self._pixels(latents))
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        """What the VAE makes of latents (images, 3, height, width), about in [-1, 1], float32 on the CPU."""
+        return self.network.compute(_DECODER, {"latents": latents}).float().cpu()
 
     def _text(self, prepared: Prepared) -> Tensor:
         """Text features of a UNet call: with guidance, the negative prompts' rows and then the prompts'."""
@@ -205,17 +227,49 @@ class Pipeline:
         return from_picture(prepared.scheduler, distribution, mask, prepared.timesteps, prepared.request.strength, generators)
 
     def _denoise(
-        self, prepared: Prepared, text: Tensor, start: InitialState, callback: Callback | None
+        self, executor: Executor, prepared: Prepared, text: Tensor, start: InitialState, callback: Callback | None
     ) -> tuple[Tensor, list[StepRecord]]:
         """The denoising loop. The step index is counted here: schedulers may visit a timestep twice."""
-        with self.swapper.exclusive(), closing(self.executor(prepared.schedule)) as executor:
+        with self.swapper.exclusive(), closing(executor):
             return self._loop(executor, prepared, text, start, callback)
+
+    def _report_nonfinite(self, request: Request) -> None:
+        """Raise NonFiniteError, or with ``allow_nonfinite`` warn; the call runs once more to find where it began."""
+        error = NonFiniteError(
+            f"{self._find_nonfinite(request)} gave numbers that are not finite ({self.manifest.precision}): the picture is lost"
+        )
+        add_precision_advice(error, self.bundle, self.engine.name)
+        if not request.allow_nonfinite:
+            raise error
+        warnings.warn("; ".join([str(error), *error.__notes__]), stacklevel=4)
+
+    def _find_nonfinite(self, request: Request) -> str:
+        """The first segment, and the step, whose output is not finite."""
+        prepared = self.prepare(request)
+        if not is_finite(text := self._text(prepared)):
+            return f"segment {TEXT}"
+        start, done = self._initial_state(prepared), list[int]()
+        if not is_finite(start.latents):
+            return f"segment {_ENCODER}" if prepared.original else "the scheduler, before the first step,"
+
+        def look(record: StepRecord, latents: Tensor) -> None:
+            if not is_finite(latents):
+                raise NonFinite("the scheduler")
+            done.append(record.index)
+
+        networks = {name: watched(network) for name, network in self.networks.items()}
+        try:
+            self._denoise(Executor(networks, prepared.schedule, None, self.swapper), prepared, text, start, look)
+        except NonFinite as found:
+            part = found.segment if found.segment == "the scheduler" else f"segment {found.segment}"
+            return f"step {len(done)} of {prepared.schedule.steps}: {part}"
+        return f"segment {_DECODER}"
 
     def _loop(
         self, executor: Executor, prepared: Prepared, text: Tensor, start: InitialState, callback: Callback | None
     ) -> tuple[Tensor, list[StepRecord]]:
         scheduler, scale = prepared.scheduler, prepared.guidance_scale
-        records, latents = [], start.latents
+        records, latents, options = [], start.latents, step_options(scheduler, start.generators)
         # The scheduler looks things up by timestep on the host; the UNet's copies are made here, for each would be waited for.
         when = start.timesteps.to(self.engine.device, torch.float32)
         for index, timestep in enumerate(start.timesteps):
@@ -225,7 +279,7 @@ class Pipeline:
             if prepared.guided:
                 negative, positive = prediction.chunk(2)
                 prediction = negative + scale * (positive - negative)
-            latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+            latents = scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
             if start.repaint is not None:
                 latents = start.repaint.blend(latents, index)
             records.append(record)

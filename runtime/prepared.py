@@ -1,5 +1,6 @@
 """A request fitted to a bundle: sizes and guidance filled in, and checked against what bundle and engine take."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,16 @@ __all__ = ["Prepared", "check_shape", "latent_shape"]
 class Prepared:
     """All that a call needs before anything runs.
 
-    ``scheduler`` has its timesteps set and was told where it begins; ``timesteps`` are those that run; ``schedule`` is the plan
-    laid out over them; ``original`` is the picture that image-to-image starts from, at the size of the call.
+    ``sizes`` are those in features' shapes (``sizes_of``). ``scheduler`` has its timesteps set and was told where it begins;
+    ``timesteps`` are those that run; ``schedule`` is the plan laid out over them; ``original`` is the picture that image-to-image
+    starts from, at the size of the call.
     """
 
     request: Request
     height: int
     width: int
     guidance_scale: float
+    sizes: Mapping[str, int]
     scheduler: Any
     timesteps: Tensor
     schedule: Schedule
@@ -36,10 +39,11 @@ class Prepared:
         """Whether there is classifier-free guidance, which doubles the rows of a UNet call."""
         return self.guidance_scale > 1
 
-    def sizes(self, manifest: Manifest) -> dict[str, int]:
-        """Values of ``batch``, ``images``, ``height`` and ``width`` (of latents) in the shapes of features."""
-        images, (_, height, width) = self.request.images, latent_shape(manifest, self.height, self.width)
-        return {"batch": images * (2 if self.guided else 1), "images": images, "height": height, "width": width}
+
+def sizes_of(manifest: Manifest, images: int, height: int, width: int, guidance_scale: float) -> dict[str, int]:
+    """Values of ``batch``, ``images``, ``height`` and ``width`` (of latents) in the shapes of features."""
+    _, rows, columns = latent_shape(manifest, height, width)
+    return {"batch": images * (2 if guidance_scale > 1 else 1), "images": images, "height": rows, "width": columns}
 
 
 def latent_shape(manifest: Manifest, height: int, width: int) -> tuple[int, int, int]:

@@ -45,6 +45,8 @@ class InitialState:
 
     latents: Tensor
     timesteps: Tensor
+    generators: list[torch.Generator]
+    """Of each picture, as far as they were drawn from: what the scheduler draws follows."""
     repaint: LatentBlend | None = None
 
 
@@ -72,7 +74,7 @@ def timesteps_from(scheduler: Any, steps: int, strength: float) -> Tensor:
 def from_noise(scheduler: Any, shape: Sequence[int], generators: list[torch.Generator], device: torch.device) -> InitialState:
     """Start from nothing but noise. ``shape`` is (channels, height, width)."""
     noise = _draw(shape, generators, device)
-    return InitialState(noise * scheduler.init_noise_sigma, scheduler.timesteps)
+    return InitialState(noise * scheduler.init_noise_sigma, scheduler.timesteps, generators)
 
 
 def from_picture(
@@ -95,21 +97,28 @@ def from_picture(
     """
     mean, deviation = distribution.chunk(2, dim=1)
     drawn, noise = (_draw(mean.shape[1:], generators, mean.device) for _ in range(2))
+    if (
+        mask is not None
+    ):  # diffusers' pipeline encodes the masked picture too, and draws for it, whether its UNet reads that or not
+        _draw(mean.shape[1:], generators, mean.device)
     known = mean + deviation * drawn
     if mask is not None and strength == 1:
         latents = noise * scheduler.init_noise_sigma
     else:
         latents = scheduler.add_noise(known, noise, timesteps[:1])
     if mask is None:
-        return InitialState(latents, timesteps)
+        return InitialState(latents, timesteps, generators)
     return InitialState(
-        latents, timesteps, LatentBlend(mask.to(mean.device), known, noise, _levels(scheduler, timesteps, mean.device))
+        latents,
+        timesteps,
+        generators,
+        LatentBlend(mask.to(mean.device), known, noise, _levels(scheduler, timesteps, mean.device)),
     )
 
 
 def _levels(scheduler: Any, timesteps: Tensor, device: torch.device) -> Tensor:
     """The factors of a picture's latents and of the noise that the scheduler adds after each of its steps: (steps, 2)."""
-    one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
+    one, zero = (torch.full((1,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
     begin = getattr(scheduler, "begin_index", None)
     levels = []
     for index, timestep in enumerate(timesteps[1:], 1):

@@ -10,11 +10,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from runtime.plans.record import Record
+from runtime.plans.record import Name, Record
 
 __all__ = ["MODES", "Back", "Explicit", "Front", "Mode", "Quadratic", "Random", "Threshold", "Uniform"]
 
-Every = Annotated[int, Field(ge=1)]
+_MOST_STEPS = 1_000_000
+"""Of a schedule: far more than any scheduler takes, and few enough to be laid out at once."""
+
+Every = Annotated[int, Field(ge=1, le=_MOST_STEPS)]
+Power = Annotated[float, Field(ge=1, le=20)]
 
 
 class Uniform(Record):
@@ -38,7 +42,7 @@ class Quadratic(Record):
     every: Every
     center: float = Field(default=0.3, ge=0, le=1)
     """As a share of the range."""
-    power: float = Field(default=1.4, ge=1)
+    power: Power = 1.4
 
     def keys(self, steps: int) -> set[int]:
         """Indices of the key steps of a range of ``steps`` steps."""
@@ -53,7 +57,7 @@ class Front(Record):
 
     mode: Literal["front"] = "front"
     every: Every
-    power: float = Field(default=2.0, ge=1)
+    power: Power = 2.0
 
     def keys(self, steps: int) -> set[int]:
         """Indices of the key steps of a range of ``steps`` steps."""
@@ -65,7 +69,7 @@ class Back(Record):
 
     mode: Literal["back"] = "back"
     every: Every
-    power: float = Field(default=2.0, ge=1)
+    power: Power = 2.0
 
     def keys(self, steps: int) -> set[int]:
         """Indices of the key steps of a range of ``steps`` steps."""
@@ -77,8 +81,8 @@ class Explicit(Record):
     """Key steps as listed; with ``of``, for a schedule of that many steps, and scaled to any other."""
 
     mode: Literal["explicit"] = "explicit"
-    steps: tuple[Annotated[int, Field(ge=0)], ...]
-    of: Annotated[int, Field(ge=1)] | None = None
+    steps: tuple[Annotated[int, Field(ge=0, lt=_MOST_STEPS)], ...] = Field(max_length=10_000)
+    of: Every | None = None
 
     def keys(self, steps: int) -> set[int]:
         """Indices of the key steps of a range of ``steps`` steps.
@@ -98,7 +102,7 @@ class Random(Record):
 
     mode: Literal["random"] = "random"
     every: Every
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
 
     def keys(self, steps: int) -> set[int]:
         """Indices of the key steps of a range of ``steps`` steps."""
@@ -113,8 +117,8 @@ class Threshold(Record):
     """
 
     mode: Literal["threshold"] = "threshold"
-    above: float = Field(ge=0)
-    feature: str = "stem"
+    above: float = Field(ge=0, allow_inf_nan=False)
+    feature: Name = "stem"
 
 
 Mode = Annotated[Uniform | Quadratic | Front | Back | Explicit | Random | Threshold, Field(discriminator="mode")]

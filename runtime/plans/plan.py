@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from pydantic_core import ErrorDetails
@@ -21,16 +21,18 @@ from pydantic_core import ErrorDetails
 from engines.bundle.manifest import Variant
 from runtime.errors import PlanError
 from runtime.plans.key_steps import MODES, Mode, Threshold
-from runtime.plans.record import Record
+from runtime.plans.record import Name, Record
 
-__all__ = ["BRANCH", "NOISE", "Plan", "Rule", "UNetRange", "inherited_features", "matching"]
+__all__ = ["BRANCH", "NOISE", "Plan", "Rule", "UNetRange", "inherited_features", "matching", "shown"]
 
 NOISE = "head"
 """The feature that a step is asked for: the noise prediction (or velocity), made by the UNet's head."""
 BRANCH = ".branch"
 """Ending of the feature that a ResNet or transformer adds to its input."""
-_MOST_SHOWN = 60
+_MOST_SHOWN = 100
 """Characters of a wrong value that a message shows."""
+_MOST_BYTES = 2**20
+"""Of a plan file."""
 
 
 class Rule(Record):
@@ -41,7 +43,7 @@ class Rule(Record):
     UNet. ``start`` and ``stop`` bound the rule to a part of the schedule, as shares of its steps.
     """
 
-    units: tuple[str, ...] = Field(min_length=1)
+    units: tuple[Name, ...] = Field(min_length=1, max_length=1000)
     kind: Literal["output", "residual"] = "output"
     when: Mode
     start: float = Field(default=0.0, ge=0, lt=1)
@@ -58,9 +60,9 @@ class UNetRange(Record):
     They are shares of the noise schedule (0: all noise, 1: none), or where the plan says so numbers of steps.
     """
 
-    unet: Variant
-    start: float = Field(ge=0)
-    stop: float | None = Field(default=None, gt=0)
+    unet: Annotated[Variant, Field(max_length=200)]
+    start: float = Field(ge=0, allow_inf_nan=False)
+    stop: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @property
     def end(self) -> float:
@@ -76,11 +78,11 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
     """UNets by range (none: the bundle's own all through), rules, and whether features are carried across a switch."""
 
     version: Literal[1] = 1
-    name: str = Field(pattern=r"^[^\x00-\x1f\x7f]*$")
-    unets: tuple[UNetRange, ...] = ()
+    name: Name
+    unets: tuple[UNetRange, ...] = Field(default=(), max_length=100)
     switch_by: Literal["noise", "steps"] = "noise"
     """Whether the ranges of ``unets`` count shares of the noise schedule or steps, of those that run; written if steps."""
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[Rule, ...] = Field(default=(), max_length=100)
     _path: Path | None = PrivateAttr(default=None)
     carry: bool = False
     """Whether rules go on inheriting across a switch; otherwise its first step is a key step of every rule."""
@@ -93,13 +95,9 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
             PlanError: the file is missing, is no JSON, or a field is wrong; the message names the field.
         """
         try:
-            plan = cls.model_validate(json.loads(path.read_text("utf-8"))).checked()
-        except OSError as error:
-            raise PlanError(f"plan file {path} cannot be read: {error.strerror}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise PlanError(f"plan file {path} is no JSON that can be read: {error}") from error
+            plan = cls.model_validate(_read_json(path)).checked()
         except ValidationError as error:
-            raise PlanError(f"plan file {path}, {_explained(error.errors()[0])}") from error
+            raise PlanError(f"plan file {shown(path)}, {_explained(error.errors()[0])}") from error
         plan._path = path
         return plan
 
@@ -225,18 +223,46 @@ def _branches(pattern: str, named: Sequence[str], units: Collection[str], where:
     return branches
 
 
+def _read_json(path: Path) -> Any:
+    try:
+        if path.exists() and not path.is_file():
+            raise PlanError(f"plan file {shown(path)} cannot be read: it is not a file")
+        if path.stat().st_size > _MOST_BYTES:
+            raise PlanError(f"plan file {shown(path)} cannot be read: it has more than {_MOST_BYTES} bytes")
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise PlanError(f"plan file {shown(path)} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(f"plan file {shown(path)} is no JSON that can be read: {shown(error)}") from error
+
+
+def shown(value: object) -> str:
+    """Anything as a message has it: on one line, without lone surrogates, and short."""
+    text = " ".join(str(value).split()).encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
 _OWNERS: dict[object, type[Record]] = {"rules": Rule, "unets": UNetRange, **MODES}
 
 
 def _explained(wrong: ErrorDetails) -> str:
     """One line about a field that pydantic refused: its name, why, what was got, and the fields that there are."""
     location, kind = wrong["loc"], wrong["type"]
-    field = ".".join(str(part) for part in location) or "the file"
+    field = shown(".".join(str(part) for part in location)) or "the file"
     owner = next((_OWNERS[part] for part in reversed(location[:-1]) if part in _OWNERS), Plan)
     fields = f"the fields here are {', '.join(owner.model_fields)}"
     if kind == "extra_forbidden":
         return f"{field}: there is no such field; {fields}"
     if kind == "missing":
         return f"{field}: it is missing; {fields}"
-    got = json.dumps(wrong["input"], default=str)
-    return f"{field}: {wrong['msg']}; got {got if len(got) <= _MOST_SHOWN else f'{got[:_MOST_SHOWN]}...'}"
+    return f"{field}: {shown(wrong['msg'])}; got {_written(wrong['input'])}"
+
+
+def _written(value: Any) -> str:
+    """A value as JSON has it, short; of a long number, that it is one."""
+    try:
+        return shown(json.dumps(value, default=str))
+    except (ValueError, RecursionError):  # numbers of more digits than Python writes, or what holds itself
+        return f"a {type(value).__name__} that is too long to show"

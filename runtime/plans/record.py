@@ -1,8 +1,15 @@
 """The base of everything that is read from a plan file."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
 
-__all__ = ["Record"]
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Name", "Record"]
+
+_CONTROL = "\x00-\x1f\x7f-\x9f\u2028\u2029"
+
+Name = Annotated[str, Field(max_length=200, pattern=f"^[^{_CONTROL}]*$")]
+"""Text that fits on a line of a message or a table."""
 
 
 class Record(BaseModel):
