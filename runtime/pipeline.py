@@ -24,7 +24,7 @@ from runtime.execution.siblings import find_sibling
 from runtime.execution.swapping import Swapper, free_bytes
 from runtime.images.initial_latents import InitialState, from_noise, from_picture, generators_of, timesteps_from
 from runtime.images.pictures import Original, read_original, to_pictures
-from runtime.images.schedulers import make_scheduler, step_options
+from runtime.images.schedulers import advance, make_scheduler, step_options
 from runtime.memory import check_memory
 from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
@@ -279,7 +279,7 @@ class Pipeline:
             if prepared.guided:
                 negative, positive = prediction.chunk(2)
                 prediction = negative + scale * (positive - negative)
-            latents = scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
+            latents = advance(scheduler, prediction, timestep, latents, options)
             if start.repaint is not None:
                 latents = start.repaint.blend(latents, index)
             records.append(record)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engines import BundleError
 from runtime.errors import RequestError
 
-__all__ = ["SCHEDULERS", "check_scheduler", "make_scheduler", "step_options"]
+__all__ = ["SCHEDULERS", "advance", "check_scheduler", "make_scheduler", "step_options"]
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -35,6 +36,9 @@ _OTHERS = (
     "UniPCMultistepScheduler",
 )
 """More that diffusers' pipelines take, by class name only. Not DPMSolverSDEScheduler: its noise has a seed of its own."""
+
+
+_STUMBLES = (IndexError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError, ArithmeticError)
 
 
 def check_scheduler(name: str) -> None:
@@ -64,15 +68,7 @@ def make_scheduler(name: str, folder: Path, steps: int, inpainting: bool = False
     with torch.device("cpu"):
         scheduler = _load(kind, folder)
         _correct(scheduler, inpainting)
-        # Timesteps lie a whole number apart: with more steps than half of those trained they would leave out the noisiest half.
-        most = max(1, scheduler.config.num_train_timesteps // 2)
-        if not 1 <= steps <= most:
-            raise RequestError(f"steps = {steps}; choose from 1 to {most}")
-        try:
-            scheduler.set_timesteps(steps)
-        except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise RequestError(f"{kind} cannot take steps = {steps} as {folder} configures it: {reason}") from error
+        _set_timesteps(scheduler, steps, folder)
     return scheduler
 
 
@@ -86,11 +82,31 @@ def _load(kind: str, folder: Path) -> Any:
         config = json.loads((folder / "scheduler_config.json").read_text("utf-8"))
         settings = {} if config.get("_class_name") == kind or "skip_prk_steps" in config else {"skip_prk_steps": True}
         return getattr(import_module("diffusers"), kind).from_pretrained(folder, **(settings if kind == "PNDMScheduler" else {}))
-    except (OSError, ValueError, TypeError, AttributeError, NotImplementedError, ImportError, RuntimeError) as error:
+    except Exception as error:  # a configuration may come from anybody, and schedulers check little of it
         reason = " ".join(str(error).split())
         raise BundleError(
             f"{folder / 'scheduler_config.json'} cannot be read as the configuration of {kind}: {reason}"
         ) from error
+
+
+def _set_timesteps(scheduler: Any, steps: int, folder: Path) -> None:
+    """Timesteps lie a whole number apart: with more steps than half of those trained they would leave out the noisiest half."""
+    most = scheduler.config.num_train_timesteps // 2
+    if not 1 <= steps <= most:
+        raise RequestError(f"steps = {steps}; choose from 1 to {most}")
+    try:
+        scheduler.set_timesteps(steps)
+        # Else the first step is looked up by its timestep, and the wrong one found where timesteps come twice.
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+    except Exception as error:  # as in _load
+        raise RequestError(
+            f"{type(scheduler).__name__} cannot take steps = {steps} as {folder} configures it: {_line(error)}"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _correct(scheduler: Any, inpainting: bool) -> None:
@@ -110,3 +126,15 @@ def _correct(scheduler: Any, inpainting: bool) -> None:
 def step_options(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
     """Arguments of ``scheduler.step`` by which all that it draws comes from the pictures' own generators."""
     return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+
+
+def advance(scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor, options: dict[str, Any]) -> Tensor:
+    """The latents after a step; raises RequestError where a scheduler stumbles over its own configuration."""
+    try:
+        following: Tensor = scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
+    except _STUMBLES as error:
+        raise RequestError(
+            f"{type(scheduler).__name__} fails at timestep {float(timestep):g} with its configuration: {_line(error)}; "
+            "choose another scheduler or number of steps"
+        ) from error
+    return following

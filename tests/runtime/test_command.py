@@ -281,7 +281,7 @@ def test_a_plan_file_that_a_bundle_cannot_run_is_named_as_a_file_to_build_with(
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path)
     assert_refused(outcome, f"plan {name} inherits")
     assert outcome.err[0].endswith(
-        "build a bundle that is cut there: python -m exporter build --variant original --source mini --precision fp32 "
+        "build a bundle that is partitioned there: python -m exporter build --variant original --source mini --precision fp32 "
         f"--engine onnxruntime --sizes 64x64 --batch 1..4 --force --out {mini_bundle.folder} --plan {quote(str(path))}"
     )
 
