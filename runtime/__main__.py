@@ -16,9 +16,9 @@ from torch import Tensor
 
 from engines import Bundle, BundleError, UserError
 from engines.support.cli import Parser, parse_size, run_command
+from engines.support.files import atomic_file
 from runtime.api import default_bundle, load
 from runtime.execution.executor import StepRecord
-from runtime.execution.loaded_bundle import unet_segments
 from runtime.pipeline import Generation, Pipeline
 from runtime.plans.presets import PRESETS
 from runtime.report.explain import explain, listed, plot
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
     with console.status(f"loading {folder}"):
         pipeline = load(folder, options.engine)
     generation = _generate(pipeline, request, console)
-    console.print(_steps(generation, {name: len(unet_segments(loaded.manifest)) for name, loaded in pipeline.networks.items()}))
+    console.print(_steps(generation, {name: len(loaded.manifest.unet_segments) for name, loaded in pipeline.networks.items()}))
     for path, image in zip(_paths(options.out, len(generation.images)), generation.images, strict=True):
         _save(image, path, pipeline.manifest.source)
         console.print(
@@ -98,7 +98,7 @@ def _check_png(path: Path) -> None:
     _check_text(path)
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise UserError(f"cannot write {path!s:.200}: {advice}")
-    temporary = _part(path)
+    temporary = path.with_name(f".{path.name}.part")
     try:
         temporary.touch()
         temporary.unlink()
@@ -111,11 +111,6 @@ def _check_text(path: Path) -> None:
         str(path).encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f"cannot write {str(path)!a:.200}: its name is no text in UTF-8; choose another") from error
-
-
-def _part(path: Path) -> Path:
-    """A picture's name while it is being written."""
-    return path.with_name(f".{path.name}.part")
 
 
 def _request(options: Namespace) -> Request:
@@ -204,14 +199,10 @@ def _plans(options: Namespace, console: Console) -> None:
 
 def _save(image: Image.Image, path: Path, source: str) -> None:
     """Write a picture whole or not at all; what was there before stays if it cannot be written. Its text names the source."""
-    temporary = _part(path)
     text = PngInfo()
     text.add_text("source", source)
-    try:
+    with atomic_file(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _paths(out: Path, count: int) -> list[Path]:

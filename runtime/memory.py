@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from engines import Manifest
+from engines.bundle.names import TEXT
 from engines.support.pictures import MOST_PIXELS
 from runtime.errors import RequestError
-from runtime.plans.schedule import TEXT, Schedule
+from runtime.plans.schedule import Schedule
 from runtime.report.cost import feature_bytes, peak_bytes
 
 __all__ = ["check_memory", "memory_bytes"]

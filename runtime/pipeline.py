@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from engines import Bundle, Engine, Manifest
+from engines.bundle.names import IMAGE, LATENTS, TEXT, TOKENS, VAE_DECODER, VAE_ENCODER
+from engines.cuda.streams import CallStreams
 from runtime.advice import add_precision_advice, build_advice
 from runtime.defaults import on_cpu_by_default
 from runtime.errors import NonFiniteError, RequestError
@@ -28,13 +30,12 @@ from runtime.images.schedulers import advance, make_scheduler, step_options
 from runtime.memory import check_memory
 from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
-from runtime.plans.schedule import TEXT, Schedule
+from runtime.plans.schedule import Schedule
 from runtime.prepared import Prepared, check_shape, latent_shape, sizes_of
 from runtime.request import Request
 
 __all__ = ["Callback", "Generation", "Pipeline"]
 
-_ENCODER, _DECODER = "vae_encoder", "vae_decoder"
 
 Callback = Callable[[StepRecord, Tensor], None]
 """Called after every model evaluation with its record and the latents (images, channels, height, width).
@@ -73,6 +74,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, engine: Engine, free: Callable[[torch.device], int | None] = free_bytes) -> None:
         from transformers import CLIPTokenizer
 
+        engine.check_device()
         self.bundle, self.engine = bundle, engine
         if bundle.manifest.is_random:
             warnings.warn(
@@ -86,6 +88,7 @@ class Pipeline:
         self.networks = self.swapper.networks
         self.network = self.networks[bundle.manifest.variant]
         self._lock = threading.Lock()
+        self._streams = CallStreams(engine.device)
         scheduler = json.loads((bundle.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
         self._train_steps: int = scheduler.get("num_train_timesteps", 1000)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(bundle.folder / "tokenizer", local_files_only=True)
@@ -151,9 +154,9 @@ class Pipeline:
         original = read_original(request.image, request.mask)
         if original is None:
             return None
-        if _ENCODER not in [segment.name for segment in self.manifest.segments]:
+        if VAE_ENCODER not in [segment.name for segment in self.manifest.segments]:
             raise RequestError(
-                f"bundle {self.bundle.folder} has no segment {_ENCODER}, which image needs: an older version built it; "
+                f"bundle {self.bundle.folder} has no segment {VAE_ENCODER}, which image needs: an older version built it; "
                 f"build it anew: {self.bundle.rebuild_command(self.engine.name)}"
             )
         return original
@@ -176,11 +179,14 @@ class Pipeline:
         started = time.perf_counter()
         with on_cpu_by_default():
             prepared = self.prepare(request)
-            text, start = self._text(prepared), self._initial_state(prepared)
-            latents, records = self._denoise(self.executor(prepared.schedule), prepared, text, start, callback)
-            pixels = self._pixels(latents)
-            if not (is_finite(latents) and is_finite(pixels)):
-                self._report_nonfinite(request)
+            with self._streams.one():
+                text, start = self._text(prepared), self._initial_state(prepared)
+                latents, records = self._denoise(self.executor(prepared.schedule), prepared, text, start, callback)
+                pixels = self._pixels(latents)
+                if not (is_finite(latents) and is_finite(pixels)):
+                    self._report_nonfinite(request)
+                self._streams.hand_over(latents)
+            self.engine.flush()
             images = to_pictures(pixels)
         return Generation(images, latents, records, time.perf_counter() - started, prepared.schedule.plan)
 
@@ -195,7 +201,7 @@ class Pipeline:
         for prompt, tokens in zip(prompts, whole, strict=True):
             if tokens > length:
                 warnings.warn(f"prompt cut to {length} tokens, it has {tokens}: {prompt!r:.200}", stacklevel=3)
-        return self.network.compute(TEXT, {"tokens": ids.to(self.engine.device)})
+        return self.network.compute(TEXT, {TOKENS: ids.to(self.engine.device)})
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures from latents (images, channels, height, width)."""
@@ -203,7 +209,7 @@ class Pipeline:
 
     def _pixels(self, latents: Tensor) -> Tensor:
         """What the VAE makes of latents (images, 3, height, width), about in [-1, 1], float32 on the CPU."""
-        return self.network.compute(_DECODER, {"latents": latents}).float().cpu()
+        return self.network.compute(VAE_DECODER, {LATENTS: latents}).float().cpu()
 
     def _text(self, prepared: Prepared) -> Tensor:
         """Text features of a UNet call: with guidance, the negative prompts' rows and then the prompts'."""
@@ -222,7 +228,7 @@ class Pipeline:
             shape = latent_shape(self.manifest, prepared.height, prepared.width)
             return from_noise(prepared.scheduler, shape, generators, device)
         # Means and standard deviations of the picture's latents (1, 2 * channels, height, width).
-        distribution = self.network.compute(_ENCODER, {"image": original.pixels().to(device)})
+        distribution = self.network.compute(VAE_ENCODER, {IMAGE: original.pixels().to(device)})
         mask = original.repainted(self.manifest.vae_scale)
         return from_picture(prepared.scheduler, distribution, mask, prepared.timesteps, prepared.request.strength, generators)
 
@@ -250,7 +256,7 @@ class Pipeline:
             return f"segment {TEXT}"
         start, done = self._initial_state(prepared), list[int]()
         if not is_finite(start.latents):
-            return f"segment {_ENCODER}" if prepared.original else "the scheduler, before the first step,"
+            return f"segment {VAE_ENCODER}" if prepared.original else "the scheduler, before the first step,"
 
         def look(record: StepRecord, latents: Tensor) -> None:
             if not is_finite(latents):
@@ -263,7 +269,7 @@ class Pipeline:
         except NonFinite as found:
             part = found.segment if found.segment == "the scheduler" else f"segment {found.segment}"
             return f"step {len(done)} of {prepared.schedule.steps}: {part}"
-        return f"segment {_DECODER}"
+        return f"segment {VAE_DECODER}"
 
     def _loop(
         self, executor: Executor, prepared: Prepared, text: Tensor, start: InitialState, callback: Callback | None

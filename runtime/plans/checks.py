@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
+from engines.bundle.names import TEXT
 from runtime.errors import PartitionError
 from runtime.plans.demand import demand
 from runtime.plans.schedule import Schedule
-from runtime.plans.subgraph import TEXT
 
 __all__ = ["check_runs"]
 

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from runtime.plans.record import Name, Record
+from engines.bundle.names import STEM
+from engines.support.records import Name, Record
 
 __all__ = ["MODES", "Back", "Explicit", "Front", "Mode", "Quadratic", "Random", "Threshold", "Uniform"]
 
@@ -118,7 +119,7 @@ class Threshold(Record):
 
     mode: Literal["threshold"] = "threshold"
     above: float = Field(ge=0, allow_inf_nan=False)
-    feature: Name = "stem"
+    feature: Name = STEM
 
 
 Mode = Annotated[Uniform | Quadratic | Front | Back | Explicit | Random | Threshold, Field(discriminator="mode")]

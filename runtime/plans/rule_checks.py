@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from engines.bundle.manifest import Feature
+from engines.bundle.names import TEXT
 from runtime.errors import PartitionError, PlanError
 from runtime.plans.demand import demand
 from runtime.plans.key_steps import Threshold
 from runtime.plans.layout import Layout
 from runtime.plans.plan import Rule
-from runtime.plans.subgraph import TEXT
 
 __all__ = ["check_adaptive", "check_carry"]
 
@@ -42,7 +42,7 @@ def _check_not_inherited(layout: Layout, number: int, rule: Rule, feature: str, 
 
 def _check_given_out(layout: Layout, unet: str, feature: str, where: str) -> None:
     manifest = layout.unets[unet]
-    outputs = [name for segment in manifest.segments for name in segment.outputs if name in manifest.unet_units]
+    outputs = [name for segment in manifest.unet_segments for name in segment.outputs]
     if feature in outputs:
         return
     message = f"{where}, which no segment of UNet {unet} gives out; choose from: {', '.join(outputs)}"

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from engines.bundle.manifest import Manifest, Segment
+from engines.bundle.names import NOISE
 from runtime.plans.key_steps import Threshold
 from runtime.plans.layout import Layout
-from runtime.plans.plan import NOISE, Plan, Rule
+from runtime.plans.plan import Plan, Rule
 from runtime.plans.rule_checks import check_adaptive, check_carry
-from runtime.plans.subgraph import TEXT, Subgraph, common_prefix, subgraph_for
+from runtime.plans.subgraph import Subgraph, common_prefix, subgraph_for
 
-__all__ = ["TEXT", "Schedule", "Step"]
+__all__ = ["Schedule", "Step"]
 
 
 @dataclass(frozen=True)
