@@ -15,6 +15,7 @@ from runtime.errors import RequestError
 from runtime.execution.executor import Executor, StepRecord
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
+from runtime.process import check_not_forked
 
 __all__ = ["Prediction", "UNet"]
 
@@ -128,12 +129,15 @@ class UNet:
             conditions: what else diffusers' UNets take; None for each.
 
         Raises:
-            RequestError: a condition that is not None, a timestep that is a number, or one that is out of turn.
+            RequestError: a shape that the bundle does not take, a condition that is not None, a timestep that is a number, or one
+                that is out of turn.
             PlanError: the bundle's segments cannot run the plan.
         """
         given = [name for name, value in conditions.items() if value is not None]
         if given:
             raise RequestError(f"the UNet of a bundle does not take {', '.join(given)}; leave it out, or use diffusers' own UNet")
+        check_not_forked()
+        self._check_inputs(sample, encoder_hidden_states)
         call, index = self._turn(sample.shape, timestep)
         device = self.device
         prediction, record = call.executor.step(
@@ -146,6 +150,26 @@ class UNet:
         call.next += 1
         prediction = prediction.to(sample.device, sample.dtype)
         return Prediction(prediction) if return_dict else (prediction,)
+
+    def _check_inputs(self, sample: Tensor, text: Tensor) -> None:
+        """Raise RequestError unless latents and text features have a shape that the bundle takes."""
+        manifest = self._pipeline.manifest
+        for name, tensor in (("sample", sample), ("encoder_hidden_states", text)):
+            if not isinstance(tensor, Tensor):
+                raise RequestError(f"{name} is a {type(tensor).__name__}; give a tensor")
+        multiple = manifest.size_multiple // manifest.vae_scale
+        shape = tuple(sample.shape)
+        if len(shape) != 4 or shape[1] != manifest.latent_channels or any(side < 1 or side % multiple for side in shape[2:]):
+            raise RequestError(
+                f"sample has shape {shape}; expected (rows, {manifest.latent_channels}, height, width) with height and width of "
+                f"latents in multiples of {multiple} (pictures in multiples of {manifest.size_multiple} pixels)"
+            )
+        expected = (shape[0], *manifest.features[TEXT].shape[1:])
+        if tuple(text.shape) != expected:
+            raise RequestError(
+                f"encoder_hidden_states has shape {tuple(text.shape)}; expected {expected}: a row for each of sample's, and "
+                f"{manifest.text_length} tokens, as this bundle's text encoder gives them"
+            )
 
     def _turn(self, shape: torch.Size, timestep: Tensor) -> tuple[_Call, int]:
         """The call that an evaluation belongs to, and the evaluation's number in it."""

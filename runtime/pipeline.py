@@ -17,7 +17,6 @@ from engines import Bundle, Engine, Manifest
 from engines.bundle.names import IMAGE, LATENTS, TEXT, TOKENS, VAE_DECODER, VAE_ENCODER
 from engines.cuda.streams import CallStreams
 from runtime.advice import add_precision_advice, build_advice
-from runtime.defaults import on_cpu_by_default
 from runtime.errors import NonFiniteError, RequestError
 from runtime.execution.executor import Executor, StepRecord
 from runtime.execution.graph_cache import CudaGraphCache
@@ -32,6 +31,7 @@ from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
 from runtime.prepared import Prepared, check_shape, latent_shape, sizes_of
+from runtime.process import check_not_forked, note_loaded, on_cpu_by_default
 from runtime.request import Request
 
 __all__ = ["Callback", "Generation", "Pipeline"]
@@ -74,6 +74,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, engine: Engine, free: Callable[[torch.device], int | None] = free_bytes) -> None:
         from transformers import CLIPTokenizer
 
+        note_loaded()
         engine.check_device()
         self.bundle, self.engine = bundle, engine
         if bundle.manifest.is_random:
@@ -176,6 +177,7 @@ class Pipeline:
         """
         callback = _checked_callback(options.pop("callback", None))
         request = prompt if isinstance(prompt, Request) else Request(prompt, negative_prompt, **options)
+        check_not_forked()
         started = time.perf_counter()
         with on_cpu_by_default():
             prepared = self.prepare(request)
