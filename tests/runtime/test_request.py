@@ -21,7 +21,8 @@ PROMPT = "a red star on a blue background"
 
 
 def test_harmless_differences_are_made_good() -> None:
-    request = Request([PROMPT], ["a ring"], steps=np.int64(4), seed=3.0, height=64.0, width=np.float32(64), guidance_scale=3)
+    given: dict[str, Any] = {"steps": np.int64(4), "seed": 3.0, "height": 64.0, "width": np.float32(64), "guidance_scale": 3}
+    request = Request([PROMPT], ["a ring"], **given)
     assert (request.steps, request.seed, request.height, request.width, request.guidance_scale) == (4, 3, 64, 64, 3.0)
     assert all(type(value) is int for value in (request.steps, request.seed, request.height, request.width))
     assert (request.prompts, request.negative_prompts, request.images) == ((PROMPT,), ("a ring",), 1)

@@ -16,7 +16,7 @@ from tests.support.diffusers_pipelines import mask, picture
 from tests.support.pictures import GREY_MODES, RGB_MODES, in_mode, sixteen_bits
 
 
-def levels(image: Image.Image) -> np.ndarray:  # type: ignore[type-arg]
+def levels(image: Image.Image) -> np.ndarray:
     return np.asarray(image, np.int32)
 
 
@@ -58,7 +58,7 @@ def test_sixteen_bits_are_divided_by_257_whatever_the_file(tmp_path: Path) -> No
         (np.array([[0.0, 200.0]], np.float32), [0, 200]),
     ],
 )
-def test_whole_and_floating_numbers_are_read_by_their_range(values: np.ndarray, expected: list[int]) -> None:  # type: ignore[type-arg]
+def test_whole_and_floating_numbers_are_read_by_their_range(values: np.ndarray, expected: list[int]) -> None:
     assert levels(to_grey(Image.fromarray(values))).tolist() == [expected]
 
 
@@ -69,7 +69,7 @@ def test_levels_that_no_picture_has_are_refused(values: list[list[float]]) -> No
         to_rgb(Image.fromarray(np.array(values, kind)))
 
 
-def bilevel(white: int) -> np.ndarray:  # type: ignore[type-arg]
+def bilevel(white: int) -> np.ndarray:
     return (levels(mask()) >= 128).astype(np.uint8) * white
 
 
