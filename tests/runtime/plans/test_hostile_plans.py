@@ -38,7 +38,7 @@ BASE: dict[str, Any] = {
 }
 LEAVES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 7, 2**31, 2**63, 2**64, 10**30, 10**400, -(10**30), 0.5, -0.0, 1e-320, 1e308, float("inf"),
-    float("nan"), "", " ", "up", "up.-1", "*", "[!a]*", "[", "a" * 100_000, "*a" * 5_000, "line\nbreak", "\u2028", "\ud800", "\x00",
+    float("nan"), "", " ", "up", "up.-1", "*", "[!a]*", "[", "a" * 100_000, "*a" * 5_000, "line\nbreak", "\u2028", "\ud800",
     [], {}, [[]], [0] * 20_000, {"mode": "uniform", "every": 10**30}, {"mode": "threshold"}, {"mode": []}, ["stem"] * 2_000,
 ]  # fmt: skip
 
@@ -97,7 +97,7 @@ def test_mutated_plans(tmp_path: Path, manifests: dict[str, Any]) -> None:
     while time.monotonic() < until or tried < 200:
         path.write_text(json.dumps(mutated(dice)), "utf-8")
         began = time.monotonic()
-        messages.add(run(path, manifests)[:60])
+        messages.add(run(path, manifests).rpartition(str(path))[2][:40])
         assert time.monotonic() - began < 20, "a plan that takes for ever"
         tried += 1
     assert len(messages) > 30, "of many kinds"
