@@ -18,9 +18,8 @@ from tuning.errors import TuningError
 from tuning.mini.autoencoder import AutoencoderTask, whiten
 from tuning.mini.data import batch
 from tuning.mini.diffusion import DiffusionTask
-from tuning.mini.folder import save_shell
 from tuning.mini.latents import LatentPools
-from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, scheduler
+from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, save_shell, scheduler
 from tuning.mini.settings import STAGES, MiniSettings
 from tuning.training.distributed import Workers
 from tuning.training.loop import Task, run_loop

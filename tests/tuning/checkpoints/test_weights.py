@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tests.support.reference import MINI
-from tests.support.single_files import single_file_state, unet_state
 from tests.support.unets import small_unet
+from tuning.checkpoints.compvis_layout import single_file_state, unet_state
 from tuning.checkpoints.find_source import find_source, open_unet
 from tuning.checkpoints.folder import unet_weights
 from tuning.checkpoints.weights import RandomWeights, materialize, mmap_safetensors, shapes_of
