@@ -20,7 +20,7 @@ __all__ = ["MINI", "RANDOM", "RANDOM_CONFIGS", "UNetSource", "check_apart", "fin
 _MODELS = Path(__file__).resolve().parents[2] / "models"
 MINI = _MODELS / "mini"
 RANDOM = "random:"
-"""What the name of a source with random weights starts with."""
+"""Prefix of the names of sources with random weights."""
 
 _FAMILIES = {768: "sd15", 1024: "sd21"}
 """By the width of the text that the UNet reads: the folder with the family's configurations."""

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 ASSEMBLY_NOTE = "assembly.json"
-"""What assembly leaves beside the weights: from what and by which recipe they were taken, and their hash."""
+"""The file that assembly writes beside the weights: from what and by which recipe they were taken, and their hash."""
 
 _WEIGHTS = "diffusion_pytorch_model"
 

@@ -16,7 +16,7 @@ from tuning.errors import TuningError
 __all__ = ["GIVE_CONFIG", "check_single_file", "single_file_weights", "text_width"]
 
 GIVE_CONFIG = "give --config DIR (python -m exporter build), a diffusers folder with the configurations of this model"
-"""What to do with weights that are of no known family."""
+"""Advice for weights that are of no known family."""
 
 _PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 _OPEN_CLIP = f"{_PREFIX['text_encoder']}model."
@@ -33,7 +33,7 @@ def check_single_file(path: Path) -> None:
 
 
 def _what_else(names: Mapping[str, Tensor]) -> str:
-    """What a file seems to be, and what to do with it."""
+    """A guess of what the file is, and advice."""
     if any("lora" in name for name in names):
         return "it is a LoRA): fuse it into its checkpoint with diffusers' fuse_lora, and save that with save_pretrained"
     if "down_blocks.0.resnets.0.conv1.weight" in names:

@@ -135,7 +135,7 @@ class RandomSource(Source):
         return RandomWeights(part, shapes_of(self.skeleton(part)), self.seed)
 
     def files(self, part: str) -> Iterator[Path]:
-        """What configures the part."""
+        """The part's configurations."""
         if part == "unet":
             yield self.unet_config
         else:

@@ -38,7 +38,7 @@ class UnitTimes:
 
 
 def clock(device: torch.device | None = None) -> Callable[[], float]:
-    """What seconds are read from, for work on this device (default: the processor)."""
+    """The clock for work on this device (default: the processor), in seconds."""
     if device is not None and device.type == "cuda":
 
         def perf_counter_after_synchronize() -> float:

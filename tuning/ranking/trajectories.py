@@ -1,4 +1,4 @@
-"""What a UNet is given while pictures are made: noisy latents, timesteps and text states along real denoising trajectories."""
+"""The inputs of a UNet while pictures are made: noisy latents, timesteps and text states along real denoising trajectories."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
