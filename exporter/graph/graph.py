@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engines.bundle.manifest import Feature, Segment, Unit
-from exporter.errors import BuildError, SourceError
+from exporter.errors import BuildError
 from exporter.graph.components import Components
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
 from exporter.graph.text_vae import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER
 from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule
+from tuning.checkpoints.configs import latent_size
 
 if TYPE_CHECKING:
     from exporter.graph.checkpoint import Checkpoint
@@ -74,9 +75,10 @@ def load_graph(checkpoint: "Checkpoint", variant: str, dtype: torch.dtype, size:
     unet: Any = parts.models["unet"]
     vae: Any = parts.models["vae"].config
     text: Any = parts.models["text_encoder"].config
-    _check_fit(checkpoint, unet.config, vae, text)
+    checkpoint.check_fit(unet.config, vae, text)
     scale, depth = 2 ** (len(vae.block_out_channels) - 1), depth_factor(unet)
-    size = size or (unet.config.sample_size * scale, unet.config.sample_size * scale)
+    height, width = latent_size(unet.config)
+    size = size or (height * scale, width * scale)
     check_size(size, scale * depth)
     ends = zip((TEXT, VAE_DECODER, VAE_ENCODER), (TOKENS, LATENTS, IMAGE), strict=True)
     first, *last = (Unit(name=name, kind=name, inputs=(given,)) for name, given in ends)
@@ -113,18 +115,3 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
     """Raise BuildError unless the UNet's depth divides a picture size (height, width) in pixels."""
     if any(side < multiple or side % multiple for side in size):
         raise BuildError(f"size {size[0]}x{size[1]}: height and width must be multiples of {multiple} pixels for this UNet")
-
-
-def _check_fit(checkpoint: "Checkpoint", unet: Any, vae: Any, text: Any) -> None:
-    name, wanted = checkpoint.name, unet.cross_attention_dim
-    if wanted != text.hidden_size:
-        raise SourceError(
-            f"source {name}: the UNet reads text of width {wanted}, the text encoder makes {text.hidden_size}; "
-            "give a source whose parts were trained together, or another --unet"
-        )
-    channels, latent = unet.in_channels, vae.latent_channels
-    if channels != latent:
-        raise SourceError(
-            f"source {name}: the UNet reads {channels} channels, the VAE makes {latent}: "
-            "inpainting and depth UNets are not supported"
-        )

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tuning.checkpoints.configs import check_channels, latent_size
 from tuning.checkpoints.find_source import RANDOM, UNetSource, open_unet
-from tuning.checkpoints.source import check_channels
 from tuning.errors import TuningError
 from tuning.ranking.candidates import candidates, check_plain, recipe_of
 from tuning.ranking.plot import plot_ranking
@@ -156,7 +156,7 @@ def _loaded(source: UNetSource, device: torch.device) -> UNet2DConditionModel:
 
 
 def _own_side(unet: UNet2DConditionModel) -> int:
-    return int(unet.config.sample_size or 32)
+    return min(latent_size(unet.config))
 
 
 def _side(options: RankOptions, unet: UNet2DConditionModel) -> int:

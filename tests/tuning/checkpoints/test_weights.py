@@ -161,7 +161,7 @@ def test_files_are_opened_anew_before_too_much_of_them_is_mapped(monkeypatch: py
         opened.append(path)
         return mmap_safetensors(path)
 
-    monkeypatch.setattr("tuning.checkpoints.folder.map_file", note)
+    monkeypatch.setattr("tuning.checkpoints.folder.mmap_safetensors", note)
     file = MINI / "unet" / "diffusion_pytorch_model.safetensors"
     skeleton: Any = find_source("mini").skeleton("unet")
     made, original = materialize(skeleton, unet_weights(file.parent, skeleton)), load_file(file)
