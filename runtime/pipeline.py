@@ -27,6 +27,7 @@ from runtime.images.schedulers import make_scheduler
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from runtime.plans.schedule import TEXT, Schedule, check_runs
+from runtime.textual_inversion import expand_words
 
 __all__ = ["Callback", "Generation", "Pipeline"]
 
@@ -116,9 +117,10 @@ class Pipeline:
         """The text encoder's output (prompts, tokens, width); a prompt that is too long is cut with a warning."""
         length = self.manifest.text_length
         with self._lock:  # padding and truncation are state of the tokenizer: two threads would change each other's
-            whole = [len(self.tokenizer(prompt).input_ids) for prompt in prompts]
+            words = [expand_words(prompt, self.tokenizer) for prompt in prompts]
+            whole = [len(self.tokenizer(prompt).input_ids) for prompt in words]
             ids = self.tokenizer(
-                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+                words, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             ).input_ids
         for prompt, tokens in zip(prompts, whole, strict=True):
             if tokens > length:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engines.bundle.manifest import Feature, Segment, Unit
-from exporter.errors import BuildError
+from exporter.errors import BuildError, SourceError
 from exporter.graph.components import Components
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
 from exporter.graph.text_vae import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER
@@ -85,7 +85,15 @@ def load_graph(checkpoint: "Checkpoint", variant: str, dtype: torch.dtype, size:
     chain = (first, *topology(unet), *last)
     sizes = {"height": size[0] // scale, "width": size[1] // scale}
     modules = parts.modules(unit.name for unit in chain)
-    units, features = infer_shapes_and_macs(chain, modules, _inputs(unet.config, vae, text.max_position_embeddings, scale), sizes)
+    inputs = _inputs(unet.config, vae, text.max_position_embeddings, scale)
+    try:
+        units, features = infer_shapes_and_macs(chain, modules, inputs, sizes)
+    except (TypeError, ValueError, RuntimeError, IndexError, ArithmeticError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SourceError(
+            f"source {checkpoint.name}: its models cannot be computed as they are configured ({reason}); "
+            "get its configurations again"
+        ) from error
     return Graph(
         units=tuple(units),
         parts=parts,

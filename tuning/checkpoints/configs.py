@@ -4,6 +4,8 @@ A model is made from its configuration before its weights are read, so numbers i
 no model is begun that has more layers than they, or wider ones.
 """
 
+import inspect
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Size
 
 from tuning.errors import TuningError
 
-__all__ = ["Extent", "check_channels", "check_extent", "check_fit", "latent_size", "text_width"]
+__all__ = ["Extent", "check_channels", "check_extent", "check_fit", "check_kinds", "latent_size", "text_width"]
 
 _USUAL_LATENTS = 64
 """Side in latents where a configuration names none, as diffusers' pipelines have it for Stable Diffusion."""
@@ -40,6 +42,7 @@ class Extent:
         return cls(len(shapes), max((side for shape in shapes.values() for side in shape), default=0))
 
 
+_KINDS: dict[type, str] = {bool: "neither true nor false", str: "no text", int: "no number", float: "no number"}
 _UNKNOWN = Extent(10_000, 1_000_000)
 """Where there are no files, as for random weights."""
 
@@ -59,6 +62,31 @@ def check_extent(config: Mapping[str, Any], extent: Extent | None) -> None:
     layers = blocks * max((n for name in _COUNTS for n in _numbers(config.get(name))), default=1)
     if blocks > extent.tensors or layers > 2 * extent.tensors:
         raise ValueError(f"it describes some {max(blocks, layers)} layers, and its weights are {extent.tensors} tensors")
+
+
+def check_kinds(config: Mapping[str, Any], made: type) -> None:
+    """Raise ValueError where a value is of another kind than the default of the diffusers class that takes it.
+
+    Most may be null, and a list of such values, one for each block; a number of floating point may be neither.
+    """
+    for name, parameter in inspect.signature(made.__init__).parameters.items():  # type: ignore[misc]
+        value, kind = config.get(name, parameter.default), type(parameter.default)
+        if kind not in _KINDS or (value is None and kind is not float):
+            continue
+        if not all(_is_of(kind, each) for each in ([value] if kind is float else _flat(value))):
+            raise ValueError(f"{name} is {value!r:.40}, {_KINDS[kind]}")
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    if kind in (bool, str) or isinstance(value, bool):
+        return isinstance(value, kind)
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _flat(value: Any) -> list[Any]:
+    """A value, or those in a list, at most two deep."""
+    outer = value if isinstance(value, list | tuple) else [value]
+    return [item for each in outer for item in (each if isinstance(each, list | tuple) else [each])]
 
 
 def _numbers(value: Any, depth: int = 0) -> Iterator[int]:

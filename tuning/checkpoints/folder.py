@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.bundle.folder import sha256
-from tuning.checkpoints.configs import Extent, check_extent
+from tuning.checkpoints.configs import Extent, check_extent, check_kinds
 from tuning.checkpoints.files import read_json
 from tuning.checkpoints.weight_files import find_weights
 from tuning.checkpoints.weights import FileWeights, Weights, materialize, mmap_safetensors, shapes_in, shapes_of
@@ -141,6 +141,7 @@ def unet_from(path: Path, extent: Extent | None = None) -> UNet2DConditionModel:
         kind = config.get("_class_name", "UNet2DConditionModel")
         if kind != "UNet2DConditionModel" or "cross_attention_dim" not in config:
             raise ValueError(f"it is that of {kind if '_class_name' in config else 'another kind of model'}")
+        check_kinds(config, UNet2DConditionModel)
         check_extent(config, extent)
         changes = Changes.model_validate(config.pop(KEY, None) or {})
         unet: UNet2DConditionModel = UNet2DConditionModel.from_config(config)

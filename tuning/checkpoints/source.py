@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Size, nn
 
-from tuning.checkpoints.configs import Extent, check_extent, check_fit
+from tuning.checkpoints.configs import Extent, check_extent, check_fit, check_kinds
 from tuning.checkpoints.files import check_file, read_json
 from tuning.checkpoints.folder import extent_of, meta_unet, unet_weights
 from tuning.checkpoints.single_file import shapes_in_file, single_file_weights
@@ -188,6 +188,7 @@ def _vae_skeleton(folder: Path, extent: Extent | None) -> nn.Module:
     config = read_json(folder / "config.json")
     if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise ValueError(f"it is {kind!r:.60}, and AutoencoderKL is the only kind of VAE that can be built")
+    check_kinds(config, AutoencoderKL)
     check_extent(config, extent)
     with torch.device("meta"):
         vae: nn.Module = AutoencoderKL.from_config(config)
