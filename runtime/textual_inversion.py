@@ -18,5 +18,5 @@ def expand_words(prompt: str, tokenizer: Any) -> str:
         while (following := f"{word}_{len(tokens)}") in added:
             tokens.append(following)
         if word in added and len(tokens) > 1:
-            prompt = re.sub(rf"{re.escape(word)}(?!_\d)", lambda _, whole=" ".join(tokens): whole, prompt)  # type: ignore[misc]
+            prompt = " ".join(tokens).join(re.split(rf"{re.escape(word)}(?!_\d)", prompt))
     return prompt

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure, print and write what was found."""
     parser = Parser(prog="python -m benchmarks.sizes.full_build", description=__doc__)
     parser.add_argument("--source", action="append", help=f"may be repeated (default: {', '.join(SOURCES)})")
-    parser.add_argument("--config", type=Path, help="folder of configurations, for a file of no usual shape")
+    parser.add_argument("--config", type=Path, help="folder of configurations, for a file that is not SD 1.x/2.x")
     parser.add_argument("--engine", default="tensorrt-rtx", help="compiled for (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/full-build"), help="where bundles go (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/full_build.json"))

@@ -148,5 +148,7 @@ def unet_from(path: Path, extent: Extent | None = None) -> UNet2DConditionModel:
         apply_changes(unet, changes)
     except Exception as error:  # of many kinds: diffusers checks few of the numbers that it computes with
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TuningError(f"{path.parent} holds no UNet in the diffusers layout ({reason}): it needs a config.json") from error
+        raise TuningError(
+            f"{path.parent} holds no UNet in the diffusers layout ({reason}); give the folder of one, with its config.json"
+        ) from error
     return unet

@@ -13,7 +13,7 @@ from torch import Size, nn
 from tuning.checkpoints.configs import Extent, check_extent, check_fit, check_kinds
 from tuning.checkpoints.files import check_file, read_json
 from tuning.checkpoints.folder import extent_of, meta_unet, unet_weights
-from tuning.checkpoints.single_file import shapes_in_file, single_file_weights
+from tuning.checkpoints.single_file import GIVE_CONFIG, shapes_in_file, single_file_weights
 from tuning.checkpoints.weight_files import PICKLES, find_weights
 from tuning.checkpoints.weights import (
     LoadedWeights,
@@ -130,6 +130,13 @@ class FileSource(Source):
     """One .safetensors file in CompVis' layout, ``path``; ``folder`` has no weights, or not these."""
 
     path: Path
+
+    def skeleton(self, part: str) -> nn.Module:
+        """As any source's. Raises TuningError also where the file is of a smaller model than the configuration's."""
+        try:
+            return super().skeleton(part)
+        except TuningError as error:
+            raise TuningError(f"{error}; {GIVE_CONFIG}") from error
 
     def weights(self, part: str) -> Weights:
         """From the file."""

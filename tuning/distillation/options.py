@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from engines.support.files import write_text
 from tuning.errors import TuningError
-from tuning.training.files import write_text
 
 if TYPE_CHECKING:
     from tuning.training.loop import LoopSettings
