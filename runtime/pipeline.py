@@ -33,6 +33,7 @@ from runtime.plans.schedule import Schedule
 from runtime.prepared import Prepared, check_shape, latent_shape, sizes_of
 from runtime.process import check_not_forked, note_loaded, on_cpu_by_default
 from runtime.request import Request
+from runtime.textual_inversion import expand_words
 from runtime.tokenizer import load_tokenizer
 
 __all__ = ["Callback", "Generation", "Pipeline"]
@@ -194,10 +195,9 @@ class Pipeline:
         """The text encoder's output (prompts, tokens, width); a prompt that is too long is cut with a warning."""
         length = self.manifest.text_length
         with self._lock:  # padding and truncation are state of the tokenizer: two threads would change each other's
-            whole = [len(self.tokenizer(prompt).input_ids) for prompt in prompts]
-            ids = self.tokenizer(
-                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            ).input_ids
+            words = [expand_words(prompt, self.tokenizer) for prompt in prompts]
+            whole = [len(self.tokenizer(prompt).input_ids) for prompt in words]
+            ids = self.tokenizer(words, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         for prompt, tokens in zip(prompts, whole, strict=True):
             if tokens > length:
                 warnings.warn(f"prompt cut to {length} tokens, it has {tokens}: {prompt!r:.200}", stacklevel=3)

@@ -45,7 +45,7 @@ class Pictures:
         self.captions = [self._caption(i, caption) for i, caption in enumerate(self._rows[text])]
 
     def _caption(self, number: int, caption: Any) -> str:
-        """What a row says, which must be text."""
+        """A row's caption, which must be text."""
         if isinstance(caption, str) and caption.strip():
             return caption
         blank = caption is None or isinstance(caption, str)
@@ -53,7 +53,7 @@ class Pictures:
         raise TuningError(f"data {self._path}: {self._name(self._rows[number])} has {found}; write one or take the picture out")
 
     def _name(self, row: dict[str, Any]) -> str:
-        """What to call a row's picture."""
+        """The name of a row's picture, for errors."""
         return str(row[self._column].get("path") or row.get("__key__")) if row[self._column] else str(row.get("__key__"))
 
     def read(self, numbers: list[int], size: int) -> Tensor:
