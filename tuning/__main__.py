@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from engines.support.cli import Parser, run_command
+from engines.support.cli import Parser, quiet_libraries, run_command
 from tuning.distillation.latents_command import add_arguments as add_latents_arguments
 from tuning.distillation.options import add_arguments as add_distill_arguments
 
@@ -39,20 +39,10 @@ def _parser() -> Parser:
     return parser
 
 
-def _quiet_libraries() -> None:
-    """Keep the model libraries' notes and bars out of the commands' output; errors still come through."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run one command; raises UserError for a user's mistake."""
     options = _parser().parse_args(arguments)
-    _quiet_libraries()
+    quiet_libraries()
     console = Console()
     if options.command == "assemble":
         from tuning.assemble_command import assemble_command

@@ -31,6 +31,7 @@ from benchmarks.quality.grid import draw
 from benchmarks.quality.plans_plot import front, plot
 from engines import UserError
 from engines.support.cli import run_command
+from engines.support.files import write_text
 from runtime.report.cost import macs_of
 from tuning.mini.scenes import held_back_prompts
 
@@ -75,9 +76,7 @@ class Kept:
     def add(self, name: str, line: Mapping[str, object]) -> None:
         """Add a line; the file takes the old one's place whole."""
         path = self.folder / f"{name}.jsonl"
-        temporary = path.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(each) + "\n" for each in [*self.lines(name), line]))
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(each) + "\n" for each in [*self.lines(name), line]))
 
     def pictures(self, plan: str) -> list[Image.Image]:
         """What ``put`` kept."""

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from engines.errors import UserError
 
-__all__ = ["Parser", "parse_size", "run_command"]
+__all__ = ["Parser", "parse_size", "quiet_libraries", "run_command"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
@@ -38,6 +38,16 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
+def quiet_libraries() -> None:
+    """Keep the model libraries' notes and bars out of a command's output; errors still come through."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
 def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a command's main function on the arguments given and exit.
 
@@ -47,7 +57,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error: " + "; ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno in _FULL:

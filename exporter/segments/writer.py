@@ -10,9 +10,9 @@ from typing import Any
 
 from engines import Engine, Profile, Segment, Traced
 from engines.bundle.manifest import Compiled, Feature
+from engines.bundle.names import IMAGE, TOKENS
 from engines.bundle.shapes import resolve
 from exporter.graph.graph import Graph
-from exporter.graph.text_vae import IMAGE, TOKENS
 from exporter.segments.artifacts import Artifacts, key_of
 from exporter.segments.trace import OPSET, trace_program, write_onnx
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from engines.bundle.names import BRANCH
 from exporter.graph.topology import topology
 from exporter.graph.unit_modules import paths_of
-from runtime.plans.plan import BRANCH
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "ARCHITECTURE.md").read_text()
