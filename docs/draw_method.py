@@ -15,12 +15,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from engines.bundle.manifest import Feature, Unit
+from engines.bundle.names import BRANCH, NOISE, SAMPLE, TEXT, TIMESTEP
 from exporter.graph.partition import partition
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
-from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, topology
+from exporter.graph.topology import topology
 from exporter.graph.unit_modules import unit_module
 from runtime.plans.demand import demand
-from runtime.plans.plan import BRANCH, NOISE, inherited_features
+from runtime.plans.plan import inherited_features
 from runtime.plans.presets import find_plan
 
 if TYPE_CHECKING:
