@@ -134,6 +134,7 @@ def _manifest(
         precision=options.precision,
         sizes=tuple(sizes),
         max_images=options.max_images,
+        vae_images=1,
         static=options.static,
         granularity=options.granularity,
         plans=options.plans,

@@ -129,8 +129,9 @@ class Pipeline:
         return self.network.compute(TEXT, {TOKENS: ids.to(self.engine.device)})
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures from latents (images, channels, height, width)."""
-        return to_pictures(self.network.compute(VAE_DECODER, {LATENTS: latents}))
+        """Pictures from latents (images, channels, height, width), as many at a time as the VAE's engines take."""
+        parts = latents.split(self.manifest.vae_images or len(latents))
+        return to_pictures(torch.cat([self.network.compute(VAE_DECODER, {LATENTS: part}) for part in parts]))
 
     def check_request(self, prompts: Sequence[str], images: int, height: int, width: int, guidance_scale: float) -> None:
         """Raise RequestError unless prompts, sizes and guidance are such as this bundle and engine take."""

@@ -29,13 +29,16 @@ from exporter.segments import precision
 from exporter.segments.trace import trace_program, write_onnx
 from exporter.segments.writer import profile_of
 
-WAYS: dict[str, tuple[int, frozenset[str]]] = {
-    "opset 18, casts round norms": (18, frozenset({"Softmax", "InstanceNormalization"})),
-    "opset 18": (18, frozenset({"Softmax"})),
-    "opset 20": (20, frozenset({"Softmax"})),
-    "opset 21": (21, frozenset({"Softmax"})),
+WAYS: dict[str, tuple[int, frozenset[str], bool]] = {
+    "opset 18, casts round norms": (18, frozenset({"Softmax", "InstanceNormalization"}), False),
+    "opset 18": (18, frozenset({"Softmax"}), False),
+    "opset 20": (20, frozenset({"Softmax"}), False),
+    "opset 21": (21, frozenset({"Softmax"}), False),
+    "opset 20, channels last": (20, frozenset({"Softmax"}), True),
 }
-"""Opset, and the operators that compute in float32 between casts."""
+"""Opset, the operators that compute in float32 between casts, and whether features between segments lie channels last."""
+BUILT = "opset 20, channels last"
+"""What builds do."""
 
 
 def measure(
@@ -46,8 +49,13 @@ def measure(
     profile = profile_of(segment, graph.features, [size], 1, graph.vae_scale)
     engine = TensorRTRTX()
     for way in ways:
-        opset, wide = WAYS[way]
-        with tempfile.TemporaryDirectory() as folder, patch.object(precision, "WIDE", wide):
+        opset, wide, channels_last = WAYS[way]
+        formats = TensorRTRTX._set_formats if channels_last else lambda engine, network: None
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            patch.object(precision, "WIDE", wide),
+            patch.object(TensorRTRTX, "_set_formats", formats),
+        ):
             path = Path(folder) / "segment.onnx"
             write_onnx(program, segment, path, opset)
             yield way, count_kernels(segment.name, path, engine.kernels(Traced(segment, path), profile, (target,)))
@@ -111,7 +119,7 @@ def main(arguments: Sequence[str]) -> None:
     whole: dict[str, KernelCounts] = {}
     if options.whole:
         (unet,) = [s for s in segments_of(graph, None) if "head" in s.units]
-        whole = dict(measure(graph, unet, options.size, options.target, ["opset 20"]))
+        whole = dict(measure(graph, unet, options.size, options.target, [BUILT]))
     rows = summary(graph, counts, whole)
     show(rows, console)
     segments = {way: [asdict(count) for count in found] for way, found in counts.items()}

@@ -122,6 +122,8 @@ class Manifest(Record):
     """Picture sizes (height, width) in pixels that engines with a profile were built for; the first is the default."""
     max_images: int
     """Images per call that engines with a profile were built for; guidance doubles the rows of a UNet call."""
+    vae_images: int | None = None
+    """Pictures that the VAE's engines take at a time; None in bundles built before they took one: up to ``max_images``."""
     static: bool = False
     """Whether engines with a profile take nothing but the first size and ``max_images`` images with guidance; written if so."""
     granularity: str | None = "block"
@@ -151,7 +153,8 @@ class Manifest(Record):
     def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
         defaults: dict[str, tuple[Any, ...]] = {
-            "unet": (None,), "config": (None,), "static": (False,), "granularity": ("block",), "plans": ((), []),
+            "unet": (None,), "config": (None,), "vae_images": (None,), "static": (False,), "granularity": ("block",),
+            "plans": ((), []),
         }  # fmt: skip
         return {key: value for key, value in written.items() if value not in defaults.get(key, ())}
 

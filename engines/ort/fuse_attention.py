@@ -1,6 +1,6 @@
 """Attention as one operator, for ONNX Runtime: ``com.microsoft.MultiHeadAttention`` in place of what attention is traced into.
 
-At opset 18 a scaled dot product attention is a dozen operators, which write the score of every query with every key into memory.
+Below opset 23 a scaled dot product attention is a dozen operators, which write the score of every query with every key.
 ONNX Runtime has one operator for all of them, which goes through the keys block by block (FlashAttention, arXiv 2205.14135) and
 keeps no scores. No other engine knows it, so the graph that has it is a copy, with the weights of the file that was traced.
 

@@ -1,6 +1,6 @@
 """Trace a segment to a program and write it as ONNX, with dynamic batch, height and width.
 
-Why opset 18, and attention as two matrix products and a softmax: docs/onnx.md.
+Why opset 20, and attention as two matrix products and a softmax: docs/onnx.md.
 """
 
 import logging
