@@ -61,4 +61,5 @@ def test_the_example_imports_nothing_of_ours() -> None:
 def test_without_arguments_it_says_which() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("give a bundle's folder and a prompt") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("give a bundle's folder and a prompt")
+    assert done.stderr.count("\n") == 1
