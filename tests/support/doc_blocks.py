@@ -135,7 +135,7 @@ class Reader:
     def _run(self, action: Callable[[], object], argv: list[str]) -> None:
         with self.patch.context() as patch, warnings.catch_warnings():
             patch.setattr(sys, "argv", argv)
-            code: object = None
+            code: object = 0
             try:
                 action()
             except SystemExit as leaving:
@@ -157,7 +157,7 @@ class Reader:
         _check_names(arguments)
 
     def _reuse(self, arguments: list[str]) -> None:
-        """Before an ordinary build of the embedded model, put what it would build in its place: little is left to do."""
+        """Before an ordinary build of the embedded model, put the finished bundle in its place: the build then finds it."""
         given = dict(zip(arguments[1::2], arguments[2::2], strict=False))
         if not set(given) <= {"--variant", "--source", "--out"} or given.get("--source", "mini") != "mini":
             return
