@@ -1,8 +1,8 @@
 """Code blocks of the documents, run as a reader would: in a folder with a fresh clone in it and nothing else.
 
-A block's language says what is done with it: `bash` and `python` are run, `json` is read as a plan or a recipe and saved under its
-name, `text` is left alone. `bash dry-run` and `python dry-run` are for what needs a GPU, a network, a checkpoint or hours: commands
-are parsed, imports are made, and nothing runs.
+A block's language says what is done with it: `bash` and `python` are run, `json` is read as a plan or a recipe and saved under
+its name, `text` is left alone. `bash dry-run` and `python dry-run` are for what needs a GPU, a network, a checkpoint or hours:
+commands are parsed, imports are made, and nothing runs.
 """
 
 from __future__ import annotations
@@ -135,10 +135,12 @@ class Reader:
     def _run(self, action: Callable[[], object], argv: list[str]) -> None:
         with self.patch.context() as patch, warnings.catch_warnings():
             patch.setattr(sys, "argv", argv)
+            code: object = 0
             try:
                 action()
             except SystemExit as leaving:
-                assert leaving.code in {0, None}, f"{shlex.join(argv)} ended with {leaving.code}"
+                code = leaving.code
+            assert code in {0, None}, f"{shlex.join(argv)} ended with {code}"
 
     def _parse(self, module: str, arguments: list[str]) -> None:
         """Let a command parse its arguments, and no more; then check the names that parsing leaves unchecked."""
@@ -155,7 +157,7 @@ class Reader:
         _check_names(arguments)
 
     def _reuse(self, arguments: list[str]) -> None:
-        """Before an ordinary build of the embedded model, put what it would build where it would: the build then has little to do."""
+        """Before an ordinary build of the embedded model, put the finished bundle in its place: the build then finds it."""
         given = dict(zip(arguments[1::2], arguments[2::2], strict=False))
         if not set(given) <= {"--variant", "--source", "--out"} or given.get("--source", "mini") != "mini":
             return
