@@ -19,7 +19,7 @@ SLOWER, WON = 1.05, 0.5
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table of a result, as the README shows it."""
+    """The table of a result, as docs/variants.md shows it."""
     pixels = result["settings"]["pixels"]
     columns = ("UNet", "parameters", "MACs", "time at 64 px", f"time at {pixels} px", "prompts shown", "Frechet distance")
     lines = [columns, ("---",) * len(columns)]

@@ -26,7 +26,7 @@ from engines.bundle.names import NOISE, SAMPLE, TEXT, TIMESTEP
 from engines.support.cli import run_command
 from exporter.graph.partition import partition
 from exporter.graph.unit_modules import SegmentModule
-from runtime.plans.schedule import check_runs
+from runtime.plans.checks import check_runs
 from tuning.checkpoints.find_source import random_unet
 from tuning.ranking.timing import clock
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from engines.support.pictures import PictureError, open_picture, to_rgb
 from tuning.errors import TuningError
 from tuning.training.extras import need
 
@@ -66,11 +67,11 @@ class Pictures:
         row = self._rows[number]
         held = row[self._column] or {}
         try:
-            with Image.open(io.BytesIO(held["bytes"]) if held["bytes"] else held["path"]) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, KeyError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+            picture = to_rgb(open_picture(io.BytesIO(held["bytes"]) if held["bytes"] else held["path"]))
+        except (PictureError, KeyError, TypeError) as error:
+            reason = error if isinstance(error, PictureError) else "it is missing"
             raise TuningError(
-                f"data {self._path}: {self._name(row)} cannot be read as a picture ({type(error).__name__}); "
+                f"data {self._path}: {self._name(row)} cannot be read as a picture ({reason}); "
                 "replace it or take it out, and start again"
             ) from error
         fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
