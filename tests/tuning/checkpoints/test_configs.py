@@ -130,7 +130,7 @@ def test_weights_of_another_size_are_seen_before_they_are_read(folder: Path, par
     kind: Any = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}[part]
     model = kind.from_pretrained(folder / part)
     model.save_pretrained(folder / "other")
-    wider: dict[str, Any] = {"vae": {"block_out_channels": [4, 4]}, "text_encoder": {"intermediate_size": 16}}[part]
+    wider: dict[str, Any] = {"block_out_channels": [4, 4]} if part == "vae" else {"intermediate_size": 16}
     change(folder, f"{part}/config.json", **wider)
     with pytest.raises(TuningError, match="the weights are not those of its configuration"):
         find_source(str(folder)).weights(part)
@@ -145,8 +145,10 @@ def test_every_committed_configuration_is_of_the_kinds_that_diffusers_has() -> N
 
 # A seeded campaign
 
-VALUES: tuple[Any, ...] = (None, True, 0, -1, 3, 10**9, 2**63, 10**30, 1.5, float("inf"), float("nan"), "", "x", "\ud800", [], [0, 0], [2**40] * 2,
-          [8, 8, 8, 8], ["a"], {}, {"a": 1}, [None], [[1]], [1] * 1000)  # fmt: skip
+VALUES: tuple[Any, ...] = (
+    None, True, 0, -1, 3, 10**9, 2**63, 10**30, 1.5, float("inf"), float("nan"), "", "x", "\ud800", [], [0, 0], [2**40] * 2,
+    [8, 8, 8, 8], ["a"], {}, {"a": 1}, [None], [[1]], [1] * 1000,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(4))
