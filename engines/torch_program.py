@@ -1,13 +1,13 @@
-"""The torch engine, reference and fallback: a segment's traced program, saved by ``torch.export`` and run as it is."""
+"""The torch engine, reference and fallback: a segment's traced program, its operators run one by one as they were traced."""
 
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from zipfile import ZipFile
 
 import torch
 from torch import nn
-from torch.export.passes import move_to_device_pass
 
 from engines.base import Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
@@ -15,6 +15,8 @@ from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.cuda.tf32 import without_tf32
 from engines.errors import EngineError
+from engines.program import ProgramError
+from engines.pt2 import read_program, without_pickles
 
 __all__ = ["ModuleRunner", "Torch"]
 
@@ -41,7 +43,10 @@ class ModuleRunner(Runner):
     @torch.no_grad()
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
         with without_tf32() if self._exact else nullcontext():
-            result = self.module(*(inputs[name] for name in self.segment.inputs))
+            try:
+                result = self.module(*(inputs[name] for name in self.segment.inputs))
+            except ProgramError as error:
+                raise EngineError(f"segment {self.segment.name}: {error}") from error
         outputs = (result,) if isinstance(result, torch.Tensor) else tuple(result)
         if len(outputs) != len(self.segment.outputs):
             raise EngineError(
@@ -85,7 +90,8 @@ class Torch(Engine):
         # Through memory: where PyTorch writes a file itself, a full disk ends the process.
         archive = io.BytesIO()
         torch.export.save(traced.program, archive)
-        path.write_bytes(archive.getbuffer())
+        with ZipFile(archive) as saved:
+            without_pickles(saved, path)
         return [path]
 
     def recorder(self) -> Recorder | None:
@@ -101,16 +107,11 @@ class Torch(Engine):
         """
         path, *_ = self.compiled_files(bundle, segment)
         try:
-            program = torch.export.load(path)
-        except Exception as error:  # which one depends on where the archive differs from what is expected
+            module = read_program(path, self.device)
+        except ProgramError as error:
             raise EngineError(
                 f"{path} cannot be read by PyTorch {self.version()}: {error}; it was made by PyTorch "
                 f"{segment.engines[self.name].version}; build it again with: {self.rebuild_command(bundle)}"
             ) from error
-        if self.device.type != "cpu":
-            program = move_to_device_pass(program, self.device)
-        # Tracing notes that no size was 1 in its example and would refuse the deepest features of small pictures, which are
-        # 1 x 1. Nothing in the program depends on it: `exporter verify` compares at that size.
-        module = program.module(check_guards=False)
         exact = self.device.type == "cuda" and bundle.manifest.precision == "fp32"
         return ModuleRunner(segment, bundle.manifest.features, module, self.device, exact)

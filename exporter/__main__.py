@@ -83,7 +83,9 @@ def _inspect(given: object, console: Console) -> None:
             raise UserError(f"--{'target' if options['target'] else 'json'} goes with --kernels; add that, or leave it out")
         from exporter.tables import show_bundle
 
-        show_bundle(Bundle.open(options["bundle"]), console)
+        bundle = Bundle.open(options["bundle"])
+        bundle.check_complete()
+        show_bundle(bundle, console)
         return
     from exporter.kernels import DEFAULT_TARGET, show_kernels
 

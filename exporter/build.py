@@ -19,7 +19,7 @@ from engines.bundle.manifest import File
 from exporter.errors import BuildError
 from exporter.job import BuildJob, open_writer
 from exporter.options import BuildOptions, versions
-from exporter.segments.artifacts import Artifacts, working_on
+from exporter.segments.artifacts import Artifacts, tidy, working_on
 from exporter.segments.digests import Digests
 from exporter.segments.progress import Progress
 
@@ -44,6 +44,7 @@ def build(options: BuildOptions, progress: Progress = lambda step: None) -> tupl
         EngineError: an engine is unknown, not installed, or refuses a segment or a target.
         PlanError: a plan to partition for is unknown or names a unit that the UNet does not have.
     """
+    tidy(options.folder)
     digests = Digests.load(options.folder / DIGESTS)
     job = BuildJob.resolve(options, digests, progress)
     existing = _existing(options, job.key, digests)

@@ -2,13 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from engines.bundle.checks import LARGEST_MANIFEST, ManifestError, check_complete, check_manifest
 from engines.bundle.manifest import MANIFEST_VERSION, File, Manifest
 from engines.errors import BundleError
 from engines.support.records import explain
@@ -59,18 +64,45 @@ class Bundle:
             raise BundleError(
                 f"no bundle at {folder} ({reason}); make one with: python -m exporter build --variant assembled --out {folder}"
             )
+        _check_place(folder, path)
         try:
-            data = json.loads(path.read_text("utf-8"))
+            data = _parsed(path)
             version = data.get("version") if isinstance(data, dict) else None
             if version != MANIFEST_VERSION:
                 raise BundleError(
-                    f"bundle {folder} has manifest version {version}, this program reads {MANIFEST_VERSION}; {_rebuild(folder)}"
+                    f"bundle {folder} has manifest version {str(version)[:20]}, this program reads {MANIFEST_VERSION}; "
+                    f"{_rebuild(folder)}"
                 )
-            return cls(folder, Manifest.model_validate(data))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME} is no JSON ({error}); {_rebuild(folder)}") from error
+            manifest = Manifest.model_validate(data)
+            check_manifest(manifest)
         except ValidationError as error:
             raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME}, {explain(error)}; {_rebuild(folder)}") from error
+        except ManifestError as error:
+            raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME}, {error}; {_rebuild(folder)}") from error
+        return cls(folder, manifest)
+
+    def check_complete(self) -> None:
+        """Raise BundleError unless the bundle has all that making pictures takes: text encoder, UNet and VAE decoder."""
+        try:
+            check_complete(self.manifest)
+        except ManifestError as error:
+            raise BundleError(f"bundle {self.folder} is damaged: {MANIFEST_NAME}, {error}; {_rebuild(self.folder)}") from error
+
+    @contextmanager
+    def settings(self) -> Iterator[Path]:
+        """A temporary folder with the tokenizer's and the scheduler's files that the manifest lists, and nothing else.
+
+        Libraries read every file that they know from a folder: what was put beside the listed ones does not exist for them.
+
+        Raises:
+            BundleError: a file is missing or damaged.
+        """
+        with TemporaryDirectory(prefix="unet-heirloom-") as temporary:
+            for file in self.manifest.files:
+                target = Path(temporary) / file.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.path(file), target)
+            yield Path(temporary)
 
     def path(self, file: File, digest: Digest = sha256) -> Path:
         """The absolute path of a file, after checking that it is whole; ``digest`` tells its SHA-256.
@@ -81,6 +113,7 @@ class Bundle:
         path = self.folder / file.path
         if not path.is_file():
             raise BundleError(f"bundle {self.folder} is damaged: {file.path} is missing; {_rebuild(self.folder)}")
+        _check_place(self.folder, path)
         if not is_intact(self.folder, file, digest):
             raise BundleError(
                 f"bundle {self.folder} is damaged: {file.path} is not the file that was built; {_rebuild(self.folder)}"
@@ -95,6 +128,38 @@ class Bundle:
         """Check every file of the bundle; raises BundleError as ``path`` does."""
         for file in self.manifest.all_files:
             self.path(file, digest)
+
+
+def _check_place(folder: Path, path: Path) -> None:
+    """Raise BundleError where a link leads out of the bundle, but for the hub's cache: there all files are links to its blobs."""
+    real, inside = path.resolve(), [folder.resolve()]
+    snapshots = next((parent for parent in folder.absolute().parents if parent.name == "snapshots"), None)
+    if snapshots is not None:
+        inside.append((snapshots.parent / "blobs").resolve())
+    if not any(real.is_relative_to(place) for place in inside):
+        raise BundleError(
+            f"bundle {folder}: {path.relative_to(folder)} is a link that leads out of the bundle; put the file in its place"
+        )
+
+
+def _parsed(path: Path) -> Any:
+    """The manifest's JSON, whose size and depth are bounded; raises BundleError."""
+    folder = path.parent
+    if path.stat().st_size > LARGEST_MANIFEST:
+        raise BundleError(
+            f"bundle {folder} is damaged: {MANIFEST_NAME} has more than {LARGEST_MANIFEST} bytes; {_rebuild(folder)}"
+        )
+    try:
+        data = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
+        json.dumps(data, ensure_ascii=False).encode("utf-8")  # text that is half a character cannot be written
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME} is no JSON ({reason}); {_rebuild(folder)}") from error
+    return data
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")
 
 
 def _rebuild(folder: Path) -> str:

@@ -5,13 +5,14 @@ of a UNet call: images, twice with guidance), ``images`` (rows of a VAE call), `
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["Dim", "Shape", "bind", "resolve"]
+__all__ = ["Dim", "Shape", "bind", "is_dim", "resolve"]
 
 Dim = int | str
 Shape = tuple[Dim, ...]
 
+_LONGEST = 40
 _FORM = re.compile(r"^(?:(\d+)\*)?([a-z]+)(?:/(\d+))?$")
 
 
@@ -21,6 +22,12 @@ def _parts(dim: str) -> tuple[int, str, int]:
         raise ValueError(f"{dim!r} is no dimension: expected an integer, 'name', 'name/4' or '8*name'")
     factor, name, divisor = found.groups()
     return int(factor or 1), name, int(divisor or 1)
+
+
+def is_dim(dim: str, names: Collection[str], largest: int) -> bool:
+    """Whether a text is a dimension of one of the ``names``, with factor and divisor of at least 1 and at most ``largest``."""
+    found = _FORM.fullmatch(dim) if len(dim) <= _LONGEST else None
+    return found is not None and found[2] in names and all(1 <= int(number or 1) <= largest for number in (found[1], found[3]))
 
 
 def resolve(shape: Sequence[Dim], sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -17,7 +17,8 @@ from engines.base import DTYPES, Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import on_stream
-from engines.errors import EngineError
+from engines.errors import BundleError, EngineError
+from engines.ort.external import external_files
 from engines.support.caches import cache_places, card_name, first_writable
 
 __all__ = ["OnnxRuntime"]
@@ -112,6 +113,7 @@ class OnnxRuntime(Engine):
         compiled = segment.engines.get(self.name)
         if compiled is not None and not self._tensorrt:  # TensorRT does not know the fused operator
             paths = [bundle.path(file) for file in compiled.files] + paths
+        _check_external(paths[0], bundle, {path.name for path in paths if path.parent == paths[0].parent})
         session = self._session(paths[0], segment, self._providers(bundle, segment))
         if self.device.type == "cpu":
             return _ArrayRunner(segment, bundle.manifest.features, session)
@@ -124,7 +126,7 @@ class OnnxRuntime(Engine):
             session = self._ort.InferenceSession(str(path), self._options(), providers=providers)
         except Exception as error:  # its exceptions have no base class of their own
             raise EngineError(
-                f"segment {segment.name}: ONNX Runtime {self.version()} refuses {path}: {error}; "
+                f"segment {segment.name}: ONNX Runtime {self.version()} refuses {path}: {' '.join(str(error).split())}; "
                 "install a newer onnxruntime, or build the bundle again"
             ) from error
         if cuda and _CUDA not in session.get_providers():
@@ -181,6 +183,19 @@ class OnnxRuntime(Engine):
             options.enable_cpu_mem_arena = False
         options.log_severity_level = 3
         return options
+
+
+def _check_external(path: Path, bundle: Bundle, listed: set[str]) -> None:
+    """Refuse weights in files that the manifest does not list for the segment: nobody has checked them."""
+    try:
+        found = external_files(path)
+    except ValueError as error:
+        raise EngineError(f"bundle {bundle.folder}: {path} cannot be read: {error}") from error
+    if strange := sorted(found - listed):
+        raise BundleError(
+            f"bundle {bundle.folder} is damaged: {path.name} takes weights from {strange[0][:200]!r}, which the manifest does "
+            "not list beside it; build the bundle again, or get it from somebody you trust"
+        )
 
 
 @cache

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,19 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from engines import Bundle
-from engines.bundle.folder import describe_file, is_intact
+from engines.bundle.folder import MANIFEST_NAME, describe_file, is_intact
+from engines.bundle.folder import sha256 as file_sha256
 from engines.bundle.manifest import File
-from engines.support.files import swap_in, write_bytes
+from engines.support.files import swap_in, write_bytes, write_text
 from exporter.errors import BuildError
 
-__all__ = ["Artifacts", "key_of", "working_on"]
+__all__ = ["Artifacts", "key_of", "tidy", "working_on"]
 
 _FILES = TypeAdapter(tuple[File, ...])
+_OLD = "old"
+"""The bundle that is replaced, for a moment, where two folders cannot be exchanged."""
+_WHOLE = "whole"
+"""Holds the hash of the finished bundle's manifest, from before the bundle is moved."""
 
 
 def key_of(made_from: Mapping[str, Any]) -> str:
@@ -96,24 +101,57 @@ def working_on(folder: Path) -> Iterator[Artifacts]:
     Raises:
         BuildError: another build is at work there.
     """
-    place = folder.parent / f".{folder.name}.building"
+    place = _place(folder)
     is_new = not folder.parent.exists()
     place.mkdir(parents=True, exist_ok=True)
     with _lock(place, folder):
-        aside = place / "old"
-        if aside.exists():  # a build was stopped between its two last moves
-            shutil.rmtree(aside) if folder.exists() else aside.rename(folder)
+        _recover(place, folder)
         pieces = Artifacts(place)
         done = False
         try:
             yield pieces
-            swap_in(pieces.folder, folder, aside)
+            write_text(place / _WHOLE, _manifest_hash(pieces.folder))
+            swap_in(pieces.folder, folder, place / _OLD)
             done = True
         finally:
             if done or not len(pieces):
                 shutil.rmtree(place)
             if is_new and not any(folder.parent.iterdir()):
                 folder.parent.rmdir()
+
+
+def tidy(folder: Path) -> None:
+    """Finish what a build that was killed in its last moves has left beside its bundle; others keep what they have finished."""
+    place = _place(folder)
+    if not place.is_dir():
+        return
+    with suppress(BuildError), _lock(place, folder):  # another build is at work there
+        _recover(place, folder)
+        if _is_in_place(place, folder):
+            shutil.rmtree(place)
+
+
+def _place(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.building"
+
+
+def _recover(place: Path, folder: Path) -> None:
+    """Where two moves were needed and a build was killed between them, the old bundle is put back."""
+    aside = place / _OLD
+    if aside.exists():
+        shutil.rmtree(aside) if folder.exists() else aside.rename(folder)
+
+
+def _is_in_place(place: Path, folder: Path) -> bool:
+    """Whether the bundle that was built in ``place`` is the one at ``folder``."""
+    whole = place / _WHOLE
+    return whole.is_file() and whole.read_text("utf-8") == _manifest_hash(folder) != ""
+
+
+def _manifest_hash(folder: Path) -> str:
+    """Of a bundle's manifest; empty where there is none."""
+    path = folder / MANIFEST_NAME
+    return file_sha256(path) if path.is_file() else ""
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 Why opset 20, and attention as two matrix products and a softmax: docs/onnx.md.
 """
 
+import errno
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -77,7 +79,12 @@ def write_onnx(program: ExportedProgram, segment: Segment, path: Path, opset: in
     ClearMetadataAndDocStringPass()(onnx.model)  # the lines of code that made each node name folders of the machine that builds
     keep_in_float32(onnx.model)
     shrink_scores(onnx.model)
-    onnx.save(path, external_data=True)
+    try:
+        onnx.save(path, external_data=True)
+    except OSError as error:
+        if error.errno is None:  # a tensor is written by NumPy, which only knows that less was written than there is
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({error})", str(path)) from error
+        raise
     for value in (*weights, *onnx.model.graph.initializers.values()):
         value.const_value = None  # until the next export PyTorch's exporter holds on to the graph, and that to the weights
     return [file for file in (path, path.with_name(f"{path.name}.data")) if file.exists()]

@@ -37,6 +37,7 @@ def verify_command(folder: Path, engine: str, sizes: Sequence[tuple[int, int]], 
         console: where to print.
     """
     bundle, runs = Bundle.open(folder), make_engine(engine)
+    bundle.check_complete()
     bundle.check()
     precision, reference = bundle.manifest.precision, Reference.load(bundle)
     found: list[Comparison] = []

@@ -21,8 +21,8 @@ from exporter.graph.graph import load_graph
 from exporter.graph.segmentation import segments_of
 from exporter.segments.progress import Step
 from runtime import Plan, PlanError, Rule, Schedule
+from runtime.plans.checks import check_runs
 from runtime.plans.key_steps import Uniform
-from runtime.plans.schedule import check_runs
 from tests.exporter.conftest import names_in
 from tests.support.commands import contents
 from tests.support.fake_tensorrt import FakeTensorRT

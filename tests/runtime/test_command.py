@@ -14,19 +14,10 @@ import pytest
 from PIL import Image
 
 from engines import Bundle
-from tests.support.commands import Command, assert_refused, command
+from tests.support.commands import Command, assert_refused
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red star on a blue background"
-
-
-@pytest.fixture
-def runtime(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """``python -m runtime`` in this process."""
-    from runtime.__main__ import main
-
-    monkeypatch.setenv("COLUMNS", "200")
-    return command(main, capfd, monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -290,7 +281,7 @@ def test_a_plan_file_that_a_bundle_cannot_run_is_named_as_a_file_to_build_with(
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path)
     assert_refused(outcome, f"plan {name} inherits")
     assert outcome.err[0].endswith(
-        "build a bundle that is cut there: python -m exporter build --variant original --source mini --precision fp32 "
+        "build a bundle that is partitioned there: python -m exporter build --variant original --source mini --precision fp32 "
         f"--engine onnxruntime --sizes 64x64 --batch 1..4 --force --out {mini_bundle.folder} --plan {quote(str(path))}"
     )
 

@@ -15,11 +15,33 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tuning.mini.scenes import caption, sample_scene
 
-__all__ = ["TEXT_LENGTH", "load_tokenizer", "new_text_encoder", "new_unet", "new_vae", "scheduler", "train_tokenizer"]
+__all__ = [
+    "TEXT_LENGTH",
+    "load_tokenizer",
+    "new_text_encoder",
+    "new_unet",
+    "new_vae",
+    "save_shell",
+    "scheduler",
+    "train_tokenizer",
+]
 
 TEXT_LENGTH = 32
 VOCABULARY = 650
 _SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 
 
 def new_vae(widths: tuple[int, ...] = (16, 32, 64, 64)) -> AutoencoderKL:
@@ -113,3 +135,11 @@ def train_tokenizer(folder: Path, captions: int = 4000) -> CLIPTokenizer:
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """Loads a tokenizer folder."""
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def save_shell(folder: Path) -> None:
+    """Writes what of a model folder has no weights: the pipeline's index, the tokenizer and the scheduler's configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
+    scheduler().save_pretrained(folder / "scheduler")
+    train_tokenizer(folder / "tokenizer")

@@ -28,7 +28,7 @@ def test_a_build_is_measured_killed_and_gone_on_with(tmp_path: Path, capsys: pyt
     assert list(folder.iterdir()) == [], "neither weights nor bundles are left"
     rows = {row["what"]: row for row in json.loads(out.read_text())["sources"][source]}
     assert {what: row["exit"] for what, row in rows.items()} == {
-        "build": 0, "again, nothing changed": 0, "verify": 0, "killed in the middle": -9, "gone on with": 0
+        "build": 0, "again, nothing changed": 0, "verify": 0, "killed in the middle": -9, "resumed": 0
     }  # fmt: skip
     assert rows["again, nothing changed"]["seconds"] < rows["build"]["seconds"]
     phases = rows["build"]["phases"]

@@ -17,7 +17,7 @@ from exporter.errors import SourceError
 from exporter.graph.checkpoint import Checkpoint, open_source
 from tests.support.commands import Command
 from tests.support.reference import MINI
-from tests.support.single_files import single_file_state
+from tuning.checkpoints.compvis_layout import single_file_state
 from tuning.checkpoints.folder import save_part
 
 

@@ -1,4 +1,4 @@
-"""A build that is stopped, at any moment and in any way, is gone on with: nothing twice, nothing half."""
+"""A build that is stopped, at any moment and in any way, is resumed: nothing twice, nothing half."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 
 from engines import Bundle, Segment, Traced
 from engines.bundle.manifest import Precision
+from engines.support import files
 from exporter import BuildError, BuildOptions, build
 from exporter.build import DIGESTS
 from exporter.segments.artifacts import Artifacts, working_on
@@ -27,6 +28,7 @@ from tests.support.commands import Command, contents
 
 FakeTrace = Callable[..., list[str]]
 FORK = multiprocessing.get_context("fork")
+EXCHANGE = files._exchange
 
 
 @pytest.fixture
@@ -171,7 +173,7 @@ def test_another_engine_leaves_the_segments_as_they_are(options: BuildOptions, f
     assert names_in(bundle.folder.parent) == ["bundle"]
 
 
-def test_a_replacement_that_was_stopped_is_gone_on_with(options: BuildOptions, fake_trace: FakeTrace) -> None:
+def test_a_replacement_that_was_stopped_is_resumed(options: BuildOptions, fake_trace: FakeTrace) -> None:
     """The old bundle, whose pieces have the same names and hold no more, is there all the while."""
     fake_trace()
     build(options)
@@ -226,6 +228,81 @@ def test_a_build_stopped_between_its_last_two_moves(tmp_path: Path) -> None:
         (pieces.folder / "manifest.json").write_text("new")
     assert (tmp_path / "bundle" / "manifest.json").read_text() == "new"
     assert names_in(tmp_path) == ["bundle"]
+
+
+def killed_in_its_last_moves(options: BuildOptions, exchange: Callable[[Path, Path], bool]) -> None:
+    """Build in a process that ends where ``exchange`` ends it."""
+
+    def run() -> None:
+        files._exchange = exchange  # type: ignore[assignment]
+        build(options)
+
+    child = FORK.Process(target=run)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+def die(*given: Path) -> bool:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return True
+
+
+def exchange_and_die(one: Path, other: Path) -> bool:
+    assert files._exchange is not die
+    assert EXCHANGE(one, other), "this system can exchange folders"
+    return die()
+
+
+def die_at_the_second_rename(one: Path, other: Path) -> bool:
+    """As on a system that cannot exchange folders."""
+    rename = Path.rename
+
+    def move(path: Path, target: Path) -> Path:
+        if path == one:
+            die()
+        return rename(path, target)
+
+    Path.rename = move  # type: ignore[assignment, method-assign]
+    return False
+
+
+@pytest.mark.parametrize(("exchange", "is_new"), [(die, False), (exchange_and_die, True), (die_at_the_second_rename, False)])
+def test_a_replacement_that_is_killed_in_its_last_moves(
+    options: BuildOptions, fake_trace: FakeTrace, exchange: Callable[[Path, Path], bool], is_new: bool
+) -> None:
+    fake_trace()
+    folder = folder_of(options)
+    old = build(options)[0]
+    forced = replace(options, precision="fp16", force=True)
+    killed_in_its_last_moves(forced, exchange)
+    if exchange is die_at_the_second_rename:
+        assert not folder.exists()
+    else:
+        there = Bundle.open(folder)
+        there.check()
+        assert (there.manifest.precision == "fp16") == is_new
+        assert (there.manifest == old.manifest) != is_new
+    traced = fake_trace()
+    bundle, built = build(forced)
+    assert (built, traced) == (not is_new, []), "all pieces were finished"
+    assert bundle.manifest.precision == "fp16"
+    bundle.check()
+    assert names_in(folder.parent) == ["bundle"]
+
+
+def test_what_a_finished_build_left_is_no_other_builds_concern(options: BuildOptions, fake_trace: FakeTrace) -> None:
+    """A build of other options was stopped: its pieces stay when the bundle in place is found up to date."""
+    fake_trace()
+    build(options)
+    fake_trace(fail_at="mid", error=KeyboardInterrupt())
+    forced = replace(options, precision="fp16", force=True)
+    with pytest.raises(KeyboardInterrupt):
+        build(forced)
+    assert not build(options)[1]
+    traced = fake_trace()
+    build(forced)
+    assert traced[0] == "mid"
 
 
 def test_pieces_are_found_by_another_process_or_not_at_all(tmp_path: Path) -> None:

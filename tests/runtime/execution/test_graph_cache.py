@@ -20,8 +20,8 @@ from engines.errors import EngineMemoryError
 from engines.tensorrt.runner import EngineRunner, ErrorLog, StreamWorkspace
 from runtime import Executor, LoadedBundle, Plan, PlanError, Rule, Schedule, UNetRange, find_plan
 from runtime.execution.graph_cache import CudaGraphCache
+from runtime.plans.checks import check_runs
 from runtime.plans.key_steps import Explicit, Threshold, Uniform
-from runtime.plans.schedule import check_runs
 from tests.support.fake_tensorrt import ALIGNMENT, FakeTensorRT, Program
 from tests.support.recording import FakeRecorder
 from tests.support.reference import reference_denoise, reference_scheduler

@@ -16,7 +16,7 @@ from tuning.mini.autoencoder import reconstruct, whiten
 from tuning.mini.data import batch, to_bytes, to_tensor
 from tuning.mini.latents import LatentPools
 from tuning.mini.models import TEXT_LENGTH, load_tokenizer, new_vae
-from tuning.mini.reading import read_scenes
+from tuning.mini.reader_score import read_scenes
 from tuning.mini.scenes import held_back_prompts
 from tuning.mini.settings import STAGES, MiniSettings
 from tuning.mini.train import main, run_stage

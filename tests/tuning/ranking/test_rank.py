@@ -213,7 +213,7 @@ def test_what_was_asked_stands_beside_what_was_measured() -> None:
         return "\n".join(_asked(RankOptions(speedup=1.35), cast(Result, result)))
 
     short = said(1.32, "down.1", "up.0")
-    assert "asked for 1.35x: the choice went on until the units' shares of the time said 1.41x; sd15, measured whole" in short
+    assert "asked for 1.35x: the choice ended when the units' shares of the time said 1.41x; sd15, measured whole" in short
     assert "is 1.32x, 0.03 short of it\nwithout the innermost stage the mid block works on four times" in short
     assert said(1.4, "mid", "down.1", "up.0").endswith("measured whole, is 1.40x")
 

@@ -1,0 +1,45 @@
+"""The tokenizer of a bundle: from the files that its manifest lists and nothing else, and tried before anything is encoded."""
+
+from typing import Any
+
+from engines import Bundle, BundleError
+
+__all__ = ["load_tokenizer"]
+
+_TRIALS = ("", "a red star", "\u661f " * 100)
+
+
+def load_tokenizer(bundle: Bundle) -> Any:
+    """CLIP's tokenizer, as transformers has it.
+
+    Raises:
+        BundleError: its files are missing or damaged, or its numbers are none that the text encoder takes.
+    """
+    from transformers import CLIPTokenizer
+
+    listed = [file.path for file in bundle.manifest.files]
+    if "scheduler/scheduler_config.json" not in listed or not any(path.startswith("tokenizer/") for path in listed):
+        raise BundleError(f"bundle {bundle.folder} is damaged: its manifest lists no tokenizer or no scheduler; build it again")
+    with bundle.settings() as folder:
+        try:
+            tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            _check(tokenizer, bundle.manifest.text_length, bundle.manifest.vocabulary)
+        except BaseException as error:  # libraries raise what they like; panics of compiled code are no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise BundleError(
+                f"bundle {bundle.folder} is damaged: its folder tokenizer holds no tokenizer for it ({reason}); build it again"
+            ) from error
+    return tokenizer
+
+
+def _check(tokenizer: Any, length: int, vocabulary: int) -> None:
+    """Raise ValueError unless prompts become as many numbers as the text encoder reads, of those that it knows."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= largest < vocabulary:
+        raise ValueError(f"token numbers up to {largest}, expected up to {vocabulary - 1}")
+    for prompt in _TRIALS:
+        numbers = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
+        if len(numbers) != length or not all(0 <= number < vocabulary for number in numbers):
+            raise ValueError(f"a prompt becomes {len(numbers)} numbers, expected {length} from 0 to {vocabulary - 1}")
