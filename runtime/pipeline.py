@@ -1,6 +1,5 @@
 """Text to image and image to image: a bundle and a prompt in, pictures out."""
 
-import json
 import threading
 import time
 import warnings
@@ -25,7 +24,7 @@ from runtime.execution.siblings import find_sibling
 from runtime.execution.swapping import Swapper, free_bytes
 from runtime.images.initial_latents import InitialState, from_noise, from_picture, generators_of, timesteps_from
 from runtime.images.pictures import Original, read_original, to_pictures
-from runtime.images.schedulers import advance, make_scheduler, step_options
+from runtime.images.schedulers import advance, make_scheduler, read_train_steps, step_options
 from runtime.memory import check_memory
 from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
@@ -90,8 +89,7 @@ class Pipeline:
         self.network = self.networks[bundle.manifest.variant]
         self._lock = threading.Lock()
         self._streams = CallStreams(engine.device)
-        scheduler = json.loads((bundle.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
-        self._train_steps: int = scheduler.get("num_train_timesteps", 1000)
+        self._train_steps = read_train_steps(bundle.folder / "scheduler")
 
     @property
     def manifest(self) -> Manifest:

@@ -59,6 +59,8 @@ def _check_numbers(manifest: Manifest) -> None:
     for field, largest in _LIMITS.items():
         if not 1 <= getattr(manifest, field) <= largest:
             raise ManifestError(f"{field} is {_short(getattr(manifest, field))}, expected 1 to {largest}")
+    if manifest.vae_images is not None and not 1 <= manifest.vae_images <= _LIMITS["max_images"]:
+        raise ManifestError(f"vae_images is {_short(manifest.vae_images)}, expected 1 to {_LIMITS['max_images']}")
     if not (math.isfinite(manifest.guidance_scale) and abs(manifest.guidance_scale) <= 1000):
         raise ManifestError(f"guidance_scale is {manifest.guidance_scale}, expected -1000 to 1000")
     if manifest.size_multiple % manifest.vae_scale:

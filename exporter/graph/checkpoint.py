@@ -211,7 +211,9 @@ def _source_errors(name: str) -> Iterator[None]:
         raise SourceError(reason if reason.startswith(("source ", "unknown source ")) else f"source {name}: {reason}") from error
 
 
-def open_source(source: str, variant: str, unet: Path | None = None, config: Path | None = None) -> Checkpoint:
+def open_source(
+    source: str, variant: str, unet: Path | None = None, config: Path | None = None, variant_files: str | None = None
+) -> Checkpoint:
     """Find a checkpoint and check that a build can read it.
 
     Args:
@@ -219,6 +221,7 @@ def open_source(source: str, variant: str, unet: Path | None = None, config: Pat
         variant: the name of a recipe; with ``unet``, of any.
         unet: the folder of the variant's UNet, where it is not in the source's.
         config: a diffusers folder with configurations, for a single file of another family.
+        variant_files: of the weight files of a folder, such as ``fp16``.
 
     Raises:
         SourceError: unknown variant or source, a pickle, or a folder or file with parts missing.
@@ -228,7 +231,7 @@ def open_source(source: str, variant: str, unet: Path | None = None, config: Pat
     if not is_variant(variant):
         raise SourceError(f"variant {variant!r} is no name; write small letters, numbers and -, such as {', '.join(VARIANTS)}")
     with _source_errors(source):
-        found = find_source(source, config)
+        found = find_source(source, config, variant_files)
         if unet is not None:
             check_part(source, unet.parent, unet.name)
     return Checkpoint(found, unet)

@@ -16,7 +16,7 @@ from torch import Tensor
 from engines import BundleError
 from runtime.errors import RequestError
 
-__all__ = ["SCHEDULERS", "advance", "check_scheduler", "make_scheduler", "step_options"]
+__all__ = ["SCHEDULERS", "advance", "check_scheduler", "make_scheduler", "read_train_steps", "step_options"]
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -38,6 +38,7 @@ _OTHERS = (
 """More that diffusers' pipelines take, by class name only. Not DPMSolverSDEScheduler: its noise has a seed of its own."""
 
 
+_MOST_TRAIN_STEPS = 100_000
 _STUMBLES = (IndexError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError, ArithmeticError)
 
 
@@ -72,20 +73,33 @@ def make_scheduler(name: str, folder: Path, steps: int, inpainting: bool = False
     return scheduler
 
 
+def read_train_steps(folder: Path) -> int:
+    """The timesteps of the whole noise schedule, 1000 where the configuration does not say; raises BundleError."""
+    path = folder / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        count = config.get("num_train_timesteps", 1000)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read as a scheduler's configuration: {_line(error)}") from error
+    if type(count) is not int or not 2 <= count <= _MOST_TRAIN_STEPS:
+        raise BundleError(f"{path} has num_train_timesteps = {count!r:.60}; expected one from 2 to {_MOST_TRAIN_STEPS}")
+    return count
+
+
 def _load(kind: str, folder: Path) -> Any:
     """A scheduler with the configuration in a folder.
 
     A folder written for another scheduler does not say that PNDM should leave out its nine Runge-Kutta evaluations, as in Stable
     Diffusion's own configuration; without them it can take fewer than four steps.
     """
+    read_train_steps(folder)
     try:
         config = json.loads((folder / "scheduler_config.json").read_text("utf-8"))
         settings = {} if config.get("_class_name") == kind or "skip_prk_steps" in config else {"skip_prk_steps": True}
         return getattr(import_module("diffusers"), kind).from_pretrained(folder, **(settings if kind == "PNDMScheduler" else {}))
     except Exception as error:  # a configuration may come from anybody, and schedulers check little of it
-        reason = " ".join(str(error).split())
         raise BundleError(
-            f"{folder / 'scheduler_config.json'} cannot be read as the configuration of {kind}: {reason}"
+            f"{folder / 'scheduler_config.json'} cannot be read as the configuration of {kind}: {_line(error)}"
         ) from error
 
 

@@ -348,7 +348,8 @@ def test_a_forced_build_that_fails_keeps_the_old_bundle(
 def test_a_failure_at_the_very_end_keeps_the_old_bundle(
     options: BuildOptions, fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The old bundle has stepped aside and the new one cannot take its place."""
+    """The old bundle has stepped aside, where folders cannot be exchanged, and the new one cannot take its place."""
+    monkeypatch.setattr("engines.support.files._exchange", lambda one, other: False)
     fake_trace()
     build(options)
     before = contents(folder_of(options))

@@ -123,10 +123,25 @@ WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (["-o", "nowhere/out.png"], ["cannot write nowhere/out.png", "folder that exists"]),
     (["-o", "out.docx"], ["cannot write out.docx", ".png"]),
     (["--strength"], ["--strength", "--help"]),
+    (["--size", "9" * 4400], ["size '999", "is no picture size; write HEIGHTxWIDTH"]),
+    (["--size", "2147483648x64"], ["2147483648x64 take", "GiB of memory are there; ask for fewer or smaller ones"]),
+    (["--seed", "9" * 4400], ["--seed", "...; see: python -m runtime --help"]),
+    (["--seed", "0.5"], ["--seed", "0.5"]),
+    (["--guidance", "1e999"], ["guidance_scale = inf"]),
+    (["--images", "1000000000"], ["1000000000 image(s) of 64x64 take", "GiB at least"]),
+    (["--plan", "block:" + "9" * 4400], ["block takes a number of steps, such as 3"]),
+    (["--negative", "\udcff"], ["negative_prompt has a character that is no text, U+DCFF at position 0"]),
+    (["-o", "/proc/x.png"], ["cannot write /proc/x.png", "in a folder that exists and can be written"]),
+    (["-o", "a" * 300 + ".png"], ["cannot write aaa", "File name too long"]),
+    (["-o", "\udcff.png"], ["is no text in UTF-8"]),
+    (["--plot", "/proc/x.png"], ["cannot write /proc/x.png"]),
+    (["--plot", "nowhere/x.png"], ["cannot write nowhere/x.png"]),
+    (["--image", "/proc/self/environ"], ["image /proc/self/environ cannot be read"]),
+    (["--image", "/dev/zero"], ["image /dev/zero is not a file"]),
 ]
 
 
-@pytest.mark.parametrize(("options", "parts"), WRONG_OPTIONS, ids=" ".join)
+@pytest.mark.parametrize(("options", "parts"), WRONG_OPTIONS, ids=lambda words: ascii(" ".join(words))[:40])
 def test_wrong_options(runtime: Command, mini_bundle: Bundle, here: Path, options: list[str], parts: list[str]) -> None:
     assert_refused(runtime(PROMPT, "--bundle", mini_bundle.folder, *options), *parts)
     assert list(here.iterdir()) == []

@@ -6,6 +6,7 @@ no model is begun that has more layers than they, or wider ones.
 
 import inspect
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +102,8 @@ def _numbers(value: Any, depth: int = 0) -> Iterator[int]:
 def latent_size(unet: Any) -> tuple[int, int]:
     """Height and width in latents that a UNet was made for: its ``sample_size``, one number, two or none.
 
+    Of configurations written before diffusers 0.9 its pipelines take one number below 64 for 64, as they load them.
+
     Raises:
         TuningError: it is something else.
     """
@@ -110,7 +113,14 @@ def latent_size(unet: Any) -> tuple[int, int]:
         raise TuningError(
             f"the UNet's configuration has sample_size = {given!r:.60}; it is a side in latents, a pair of them, or null"
         )
+    if isinstance(given, int) and given < _USUAL_LATENTS and _is_before_0_9(getattr(unet, "_diffusers_version", None)):
+        return _USUAL_LATENTS, _USUAL_LATENTS
     return sides[0], sides[1]
+
+
+def _is_before_0_9(written: Any) -> bool:
+    found = re.match(r"(\d{1,4})\.(\d{1,4})", written) if isinstance(written, str) else None
+    return found is not None and (int(found[1]), int(found[2])) < (0, 9)
 
 
 def text_width(unet: Any) -> int:

@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 from tuning.checkpoints.weights import FileWeights, Weights, check_floating, mmap_safetensors, shapes_in, shapes_of
 from tuning.errors import TuningError
 
-__all__ = ["GIVE_CONFIG", "check_single_file", "shapes_in_file", "single_file_weights", "text_width_in_file"]
+__all__ = ["GIVE_CONFIG", "check_single_file", "misfit", "shapes_in_file", "single_file_weights", "text_width_in_file"]
 
 GIVE_CONFIG = "give --config DIR (python -m exporter build), a diffusers folder with the configurations of this model"
 """Advice for weights that are of no known family."""
@@ -78,17 +78,18 @@ def single_file_weights(path: Path, part: str, module: nn.Module, configured_by:
     try:
         found = open_file()
     except Exception as error:  # of many kinds: the converters check nothing
-        raise _misfit(path, part, configured_by, f"{type(error).__name__} {error}") from error
+        raise misfit(path, part, configured_by, f"{type(error).__name__} {error}") from error
     for name, wanted in shapes.items():
         got = found[name].shape if name in found else None
         if got != wanted:
-            raise _misfit(path, part, configured_by, f"{name} {'is missing' if got is None else f'is {tuple(got)}'}")
+            raise misfit(path, part, configured_by, f"{name} {'is missing' if got is None else f'is {tuple(got)}'}")
     if part == "unet" and (unknown := sorted(found.keys() - shapes.keys())):
-        raise _misfit(path, part, configured_by, f"it has no {unknown[0]}")
+        raise misfit(path, part, configured_by, f"it has no {unknown[0]}")
     return FileWeights(str(path), shapes, open_file)
 
 
-def _misfit(path: Path, part: str, configured_by: Path, reason: str) -> TuningError:
+def misfit(path: Path, part: str, configured_by: Path, reason: str) -> TuningError:
+    """The error that says that a part of the file is not what its configuration describes."""
     described = configured_by / part
     return TuningError(f"source {path}: its {_NAMES[part]} is not what {described} describes ({reason}); {GIVE_CONFIG}")
 

@@ -13,7 +13,7 @@ from torch import Size, nn
 from tuning.checkpoints.configs import Extent, check_extent, check_fit, check_kinds
 from tuning.checkpoints.files import check_file, read_json
 from tuning.checkpoints.folder import extent_of, meta_unet, unet_weights
-from tuning.checkpoints.single_file import GIVE_CONFIG, shapes_in_file, single_file_weights
+from tuning.checkpoints.single_file import misfit, shapes_in_file, single_file_weights
 from tuning.checkpoints.weight_files import PICKLES, find_weights
 from tuning.checkpoints.weights import (
     LoadedWeights,
@@ -136,7 +136,7 @@ class FileSource(Source):
         try:
             return super().skeleton(part)
         except TuningError as error:
-            raise TuningError(f"{error}; {GIVE_CONFIG}") from error
+            raise misfit(self.path, part, self.folder, str(error)) from error
 
     def weights(self, part: str) -> Weights:
         """From the file."""

@@ -135,4 +135,4 @@ def test_a_configuration_that_cannot_be_used_is_one_line(tmp_path: Path, config:
         message = str(error)
     # Some schedulers do not read what is wrong here; where one does, it is one line that names the file, or the steps.
     assert len(message.splitlines()) <= 1
-    assert not message or str(tmp_path) in message or "choose from 1 to 0" in message
+    assert not message or str(tmp_path) in message
