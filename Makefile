@@ -42,7 +42,7 @@ bench: $(VENV)/.installed-train ## how often generated images show what their pr
 table: $(VENV)/.installed-train ## what every variant of the embedded model's UNet costs, and what its pictures are worth
 	$(BIN)/python -m benchmarks.quality.variants
 
-plans: $(VENV)/.installed-train ## what plans cost and what they do to pictures, on bundles that are cut for all of them
+plans: $(VENV)/.installed-train ## what plans cost and what they do to pictures, on bundles that are partitioned for all of them
 	for variant in original assembled; do \
 	  $(BIN)/python -m exporter build --variant $$variant --out bundles/plans/$$variant --force \
 	    --plan block:2 --plan layer:2 --plan deepcache:2 --plan unit:2 --plan encoder:2 --plan adaptive:0.2; \

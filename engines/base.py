@@ -100,8 +100,10 @@ class Runner(ABC):
         except KeyError as error:
             raise EngineError(f"segment {self.segment.name}: no input tells size {error}, which an output needs") from error
 
-    def synchronize(self) -> None:  # noqa: B027 - most runners have nothing to wait for
-        """Wait until what ``run`` started has finished; nothing to do on a CPU."""
+    def synchronize(self) -> None:
+        """Wait until the work of ``run`` on the current stream has finished; nothing to do on a CPU."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def timed_run(self, inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float]:
         """``run``, and the seconds it took until its outputs were there."""
@@ -162,6 +164,12 @@ class Engine(ABC):
             EngineError: the bundle has no files of this engine for the segment, or they cannot run here.
             BundleError: the files are damaged.
         """
+
+    def check_device(self) -> None:  # noqa: B027 - most run everywhere
+        """Raise EngineError unless this machine has what the engine runs on; to be called before anything else of it is used."""
+
+    def flush(self) -> None:  # noqa: B027 - most learn nothing
+        """Write down what runs have compiled, for the next start to find; called at the end of every call."""
 
     def scratch_bytes(self) -> int:
         """Device memory that the runners loaded so far will take beside their weights when they run; 0 where nobody can tell."""

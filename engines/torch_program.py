@@ -50,11 +50,6 @@ class ModuleRunner(Runner):
             )
         return dict(zip(self.segment.outputs, outputs, strict=True))
 
-    def synchronize(self) -> None:
-        """Wait until the current stream has finished."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
 
 def _device_of(module: nn.Module) -> torch.device:
     parameter = next(module.parameters(), None)

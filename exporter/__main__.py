@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from engines import ENGINES, Bundle, UserError
-from engines.support.cli import Parser, parse_size, run_command
+from engines.support.cli import Parser, parse_size, quiet_libraries, run_command
 
 _SOURCES = "mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG (default: %(default)s)"
 _BUILD = """A UNet in, a bundle out: ONNX segments and compiled engines that `python -m runtime` runs."""
@@ -18,9 +18,9 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     build = commands.add_parser("build", help="make a bundle", description=_BUILD)
     build.add_argument("--variant", default="original", help="original, assembled, bk-tiny, ... (default: %(default)s)")
-    build.add_argument("--unet", type=Path, help="folder of the variant's UNet (default: the source's own, or made of it)")
+    build.add_argument("--unet", type=Path, help="folder of the variant's UNet (default: the source's, or made by the recipe)")
     build.add_argument("--source", default="mini", help=_SOURCES)
-    build.add_argument("--config", type=Path, help="folder of configurations, for a .safetensors file of no usual shape")
+    build.add_argument("--config", type=Path, help="folder of configurations, for a .safetensors file that is not SD 1.x/2.x")
     build.add_argument("--engine", default="onnxruntime", help=f"one or more of {','.join(ENGINES)} (default: %(default)s)")
     build.add_argument("--granularity", help="largest segment: block, layer or unit (default: block, without --plan)")
     build.add_argument("--plan", action="append", default=[], help="segments as large as this plan allows; may be repeated")
@@ -30,7 +30,7 @@ def _parser() -> Parser:
     build.add_argument("--static", action="store_true", help="build these engines for one size and --batch images with guidance")
     build.add_argument("--targets", default="", help="compute capabilities for engines built ahead of time, such as sm86,sm89")
     build.add_argument("--out", type=Path, help="the bundle's folder (default: bundles/SOURCE-VARIANT)")
-    build.add_argument("--force", action="store_true", help="replace a bundle that is there and differs")
+    build.add_argument("--force", action="store_true", help="replace an existing bundle that differs")
     build.add_argument("--jobs", type=int, default=1, help="segments worked on at once, each in a process (default: %(default)s)")
     build.add_argument("--json", action="store_true", help="print progress and result as lines of JSON")
     verify = commands.add_parser("verify", help="compare every segment and the chain with the torch model")
@@ -40,17 +40,10 @@ def _parser() -> Parser:
     verify.add_argument("--steps", type=int, help="denoising steps to compare latents after (default: 20 for fp16, else none)")
     inspect = commands.add_parser("inspect", help="show what is in a bundle")
     inspect.add_argument("bundle", type=Path)
+    inspect.add_argument("--kernels", action="store_true", help="compile with TensorRT-RTX, GPU or none, and count its kernels")
+    inspect.add_argument("--target", help="compute capability to compile for, with --kernels (default: sm89)")
+    inspect.add_argument("--json", action="store_true", help="with --kernels: print JSON")
     return parser
-
-
-def _quiet_libraries() -> None:
-    """Keep the model libraries' notes and bars out of the command's output; errors still come through."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -71,13 +64,11 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     console = Console(markup=False)
     if options.command == "inspect":
-        from exporter.tables import show_bundle
-
-        show_bundle(Bundle.open(options.bundle), console)
+        _inspect(options, console)
     elif options.command == "verify":
         from exporter.verification.command import verify_command
 
-        _quiet_libraries()
+        quiet_libraries()
         sizes = tuple(parse_size(size) for size in _names(options.sizes))
         if not verify_command(options.bundle, options.engine, sizes, options.steps, console):
             sys.exit(1)
@@ -85,8 +76,23 @@ def main(arguments: Sequence[str]) -> None:
         _build(options, console)
 
 
+def _inspect(given: object, console: Console) -> None:
+    options = vars(given)
+    if not options["kernels"]:
+        if options["target"] or options["json"]:
+            raise UserError(f"--{'target' if options['target'] else 'json'} goes with --kernels; add that, or leave it out")
+        from exporter.tables import show_bundle
+
+        show_bundle(Bundle.open(options["bundle"]), console)
+        return
+    from exporter.kernels import DEFAULT_TARGET, show_kernels
+
+    show_kernels(Bundle.open(options["bundle"]), console, options["target"] or DEFAULT_TARGET, as_json=options["json"])
+
+
 def _build(given: object, console: Console) -> None:
-    from exporter.build import BuildOptions, build
+    from exporter.build import build
+    from exporter.options import BuildOptions
     from exporter.segments.progress_display import show_progress
     from exporter.tables import show_built
 

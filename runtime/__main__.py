@@ -16,9 +16,9 @@ from torch import Tensor
 
 from engines import Bundle, BundleError, UserError
 from engines.support.cli import Parser, parse_size, run_command
+from engines.support.files import atomic_file
 from runtime.api import default_bundle, load
 from runtime.execution.executor import StepRecord
-from runtime.execution.loaded_bundle import unet_segments
 from runtime.images.initial_latents import check_strength, timesteps_from
 from runtime.images.schedulers import make_scheduler
 from runtime.pipeline import Generation, Pipeline
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     with console.status(f"loading {folder}"):
         pipeline = load(folder, options.engine)
     generation = _generate(pipeline, options, console)
-    console.print(_steps(generation, {name: len(unet_segments(network.manifest)) for name, network in pipeline.networks.items()}))
+    console.print(_steps(generation, {name: len(network.manifest.unet_segments) for name, network in pipeline.networks.items()}))
     for path, image in zip(_paths(options.out, len(generation.images)), generation.images, strict=True):
         _save(image, path, pipeline.manifest.source)
         console.print(
@@ -186,14 +186,10 @@ def _plans(options: Namespace, console: Console) -> None:
 
 def _save(image: Image.Image, path: Path, source: str) -> None:
     """Write a picture whole or not at all; what was there before stays if it cannot be written. Its text names the source."""
-    temporary = path.with_name(f".{path.name}.part")
     text = PngInfo()
     text.add_text("source", source)
-    try:
+    with atomic_file(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _paths(out: Path, count: int) -> list[Path]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from engines import DTYPES
+from engines.bundle.names import TEXT
 from runtime.api import load
 from runtime.errors import RequestError
 from runtime.execution.executor import Executor, StepRecord
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
-from runtime.plans.schedule import TEXT
 
 __all__ = ["Prediction", "UNet"]
 

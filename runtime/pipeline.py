@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from engines import Bundle, Engine, Manifest
+from engines.bundle.names import IMAGE, LATENTS, TEXT, TOKENS, VAE_DECODER, VAE_ENCODER
+from engines.cuda.streams import CallStreams
 from runtime.errors import RequestError
 from runtime.execution.executor import Executor, StepRecord
 from runtime.execution.graph_cache import CudaGraphCache
@@ -26,11 +28,10 @@ from runtime.images.pictures import Original, Picture, read_original, to_picture
 from runtime.images.schedulers import make_scheduler
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
-from runtime.plans.schedule import TEXT, Schedule, check_runs
+from runtime.plans.schedule import Schedule, check_runs
 
 __all__ = ["Callback", "Generation", "Pipeline"]
 
-_ENCODER = "vae_encoder"
 _SEEDS = 2**63
 """PyTorch's generators take seeds of 64 bits."""
 
@@ -71,6 +72,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, engine: Engine, free: Callable[[torch.device], int | None] = free_bytes) -> None:
         from transformers import CLIPTokenizer
 
+        engine.check_device()
         self.bundle, self.engine = bundle, engine
         if bundle.manifest.is_random:
             warnings.warn(
@@ -84,6 +86,7 @@ class Pipeline:
         self.networks = self.swapper.networks
         self.network = self.networks[bundle.manifest.variant]
         self._lock = threading.Lock()
+        self._streams = CallStreams(engine.device)
         scheduler = json.loads((bundle.folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
         self._train_steps: int = scheduler.get("num_train_timesteps", 1000)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(bundle.folder / "tokenizer", local_files_only=True)
@@ -123,11 +126,12 @@ class Pipeline:
         for prompt, tokens in zip(prompts, whole, strict=True):
             if tokens > length:
                 warnings.warn(f"prompt cut to {length} tokens, it has {tokens}: {prompt!r}", stacklevel=3)
-        return self.network.compute(TEXT, {"tokens": ids.to(self.engine.device)})
+        return self.network.compute(TEXT, {TOKENS: ids.to(self.engine.device)})
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures from latents (images, channels, height, width)."""
-        return to_pictures(self.network.compute("vae_decoder", {"latents": latents}))
+        """Pictures from latents (images, channels, height, width), as many at a time as the VAE's engines take."""
+        parts = latents.split(self.manifest.vae_images or len(latents))
+        return to_pictures(torch.cat([self.network.compute(VAE_DECODER, {LATENTS: part}) for part in parts]))
 
     def check_request(self, prompts: Sequence[str], images: int, height: int, width: int, guidance_scale: float) -> None:
         """Raise RequestError unless prompts, sizes and guidance are such as this bundle and engine take."""
@@ -204,15 +208,19 @@ class Pipeline:
         timesteps = timesteps_from(noise, steps, strength) if original else noise.timesteps
         found = find_plan(plan)
         schedule = self.schedule(found, timesteps.tolist())
-        text = self._text(prompts, num_images, negative_prompt, guidance_scale)
         seeds = range(seed, seed + images)
-        if original:
-            repainted = original.repainted(self.manifest.vae_scale)
-            start = from_picture(noise, self._distribution(original), repainted, timesteps, strength, seeds)
-        else:
-            start = from_noise(noise, self._latent_shape(height, width), seeds, self.engine.device)
-        latents, records = self._denoise(start, text, noise, schedule, guidance_scale, callback)
-        return Generation(self.decode(latents), latents, records, time.perf_counter() - started, found)
+        with self._streams.one():
+            text = self._text(prompts, num_images, negative_prompt, guidance_scale)
+            if original:
+                repainted = original.repainted(self.manifest.vae_scale)
+                start = from_picture(noise, self._distribution(original), repainted, timesteps, strength, seeds)
+            else:
+                start = from_noise(noise, self._latent_shape(height, width), seeds, self.engine.device)
+            latents, records = self._denoise(start, text, noise, schedule, guidance_scale, callback)
+            made = self.decode(latents)
+            self._streams.hand_over(latents)
+        self.engine.flush()
+        return Generation(made, latents, records, time.perf_counter() - started, found)
 
     def original(
         self, image: Picture | None, mask: Picture | None = None, height: int | None = None, width: int | None = None
@@ -225,16 +233,16 @@ class Pipeline:
         original = read_original(image, mask)
         if original is None:
             return None
-        if _ENCODER not in [segment.name for segment in self.manifest.segments]:
+        if VAE_ENCODER not in [segment.name for segment in self.manifest.segments]:
             raise RequestError(
-                f"bundle {self.bundle.folder} has no segment {_ENCODER}, which image needs: an older version built it; "
+                f"bundle {self.bundle.folder} has no segment {VAE_ENCODER}, which image needs: an older version built it; "
                 f"build it anew: {self.engine.rebuild_command(self.bundle)}"
             )
         return original.fitted(height, width, self.manifest.size_multiple)
 
     def _distribution(self, original: Original) -> Tensor:
         """Means and standard deviations of a picture's latents (1, 2 * channels, height, width)."""
-        return self.network.compute(_ENCODER, {"image": original.pixels().to(self.engine.device)})
+        return self.network.compute(VAE_ENCODER, {IMAGE: original.pixels().to(self.engine.device)})
 
     def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         scale = self.manifest.vae_scale

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from engines.support.cli import Parser, run_command
+from engines.support.cli import Parser, quiet_libraries, run_command
 from tuning.distillation.latents_command import add_arguments as add_latents_arguments
 from tuning.distillation.options import add_arguments as add_distill_arguments
 
@@ -15,44 +15,34 @@ _SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, a .sa
 def _parser() -> Parser:
     parser = Parser(prog="python -m tuning", description="Make UNets smaller.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    assemble = commands.add_parser("assemble", help="leave out what a recipe names; every kept weight stays as it is")
+    assemble = commands.add_parser("assemble", help="remove what a recipe names; every kept weight stays as it is")
     assemble.add_argument("--recipe", default="assembled", help="a recipe's name or its .json file (default: %(default)s)")
     assemble.add_argument("--source", default="mini", help=f"{_SOURCE} (default: %(default)s)")
     assemble.add_argument("--precision", default="fp16", help="fp16 or fp32 (default: %(default)s)")
     assemble.add_argument("--out", type=Path, required=True, help="the folder of the new UNet")
-    rank = commands.add_parser("rank", help="measure what each removal saves and costs, and choose a recipe by it")
+    rank = commands.add_parser("rank", help="measure the time and the error of each removal, and choose a recipe")
     rank.add_argument("--source", default="mini", help=f"the UNet whose errors count: {_SOURCE} (default: %(default)s)")
     rank.add_argument("--times", help="the UNet whose time counts, such as random:sd15 (default: the source's)")
     rank.add_argument("--speedup", type=float, default=1.35, help="how fast the chosen recipe has to be (default: %(default)s)")
     rank.add_argument("--latents", type=int, default=0, help="side of the latents for timing (default: the UNet's, at most 32)")
-    rank.add_argument("--rows", type=int, default=2, help="of the batch for timing: two are a picture with guidance, the default")
+    rank.add_argument("--rows", type=int, default=2, help="rows of the batch for timing; 2 (default) is a picture with guidance")
     rank.add_argument("--rounds", type=int, default=5, help="rounds of timing (default: %(default)s)")
     rank.add_argument("--prompts", type=int, default=16, help="trajectories for the errors (default: %(default)s)")
-    rank.add_argument("--steps", type=int, default=8, help="steps of each (default: %(default)s)")
-    rank.add_argument("--guidance", type=float, default=3.0, help="guidance scale of each (default: %(default)s)")
+    rank.add_argument("--steps", type=int, default=8, help="denoising steps of each trajectory (default: %(default)s)")
+    rank.add_argument("--guidance", type=float, default=3.0, help="guidance scale of each trajectory (default: %(default)s)")
     rank.add_argument(
         "--device", choices=("cpu", "cuda"), help="where to measure (default: the NVIDIA GPU that torch sees, or cpu)"
     )
     rank.add_argument("--out", type=Path, default=Path("runs/rank"), help="folder for the results (default: %(default)s)")
-    add_distill_arguments(commands.add_parser("distill", help="teach a smaller UNet to do what its original does"))
+    add_distill_arguments(commands.add_parser("distill", help="teach a smaller UNet to predict what its original does"))
     add_latents_arguments(commands.add_parser("latents", help="encode pictures once, for many passes of distillation"))
     return parser
-
-
-def _quiet_libraries() -> None:
-    """Keep the model libraries' notes and bars out of the commands' output; errors still come through."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run one command; raises UserError for a user's mistake."""
     options = _parser().parse_args(arguments)
-    _quiet_libraries()
+    quiet_libraries()
     console = Console()
     if options.command == "assemble":
         from tuning.assemble_command import assemble_command

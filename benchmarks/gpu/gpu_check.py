@@ -1,292 +1,218 @@
 """`make gpu-check`: the whole of what runs on an NVIDIA GPU, on the one at hand: right, and how fast.
 
-For every engine that can be had and both precisions: error and cosine of each segment against the diffusers model, in half
-precision also the PSNR of the latents after twenty steps; for each plan, the error of the final latents against the torch engine
-in float32, run piece by piece; whether steps replayed as CUDA graphs give what they give piece by piece; memory; and the time of
-a picture's UNet steps both ways. Of memory, the planned bytes of features are compared with those held between segments, which
-must be within a tenth; what segments need inside, weights, scratch and what the device has lost in all are only reported. An
-engine that breaks off, while it is built, loaded or run, is a fault; the others go on. Writes
-benchmarks/results/gpu-CARD-SOURCE-VARIANT.json.
+One bundle for each precision, with every engine that can be had. For each engine and precision: error and cosine of each segment
+against the diffusers model, in half precision also the PSNR of the latents after twenty steps; for each plan, the error of the
+final latents against the reference (the torch engine, piece by piece, in the first precision that it runs in); whether steps
+replayed as CUDA graphs give what they give piece by piece; memory; the time of a picture's UNet steps both ways, of the first
+call, and of a whole picture; text encoder and VAE apart; kernels; a second process's start; and diffusers' own pipeline on the
+same card. Of memory, the planned bytes of features are compared with those held between segments, which must be within a tenth;
+what segments need inside, weights, scratch and what the device has lost in all are only reported. An engine that breaks off,
+while it is built, loaded or run, is a fault; the others go on. Writes benchmarks/results/gpu-CARD-SOURCE-VARIANT.json after each
+part, so that what is cut off leaves what was done.
 """
 
 import argparse
 import gc
+import hashlib
 import json
 import re
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.gpu.card import card_state, check_engines, device_named, engine_named
+from benchmarks.gpu.found import Fit, Found, Memory
+from benchmarks.gpu.plan_runs import Settings, measure_ends, measure_plan
+from benchmarks.gpu.tables import show_baselines, show_ends, show_memory, show_rows
 from benchmarks.machine import machine
-from engines import DTYPES, ENGINES, Bundle, Engine, EngineError, Runner, make_engine
-from engines.bundle.shapes import resolve
-from engines.errors import EngineMemoryError, UserError
-from engines.ort.engine import OnnxRuntime
+from engines import ENGINES, Bundle, Engine, EngineError
+from engines.errors import UserError
 from engines.support.cli import Parser, parse_size, run_command
-from engines.torch_program import Torch
 from exporter import BuildOptions, build
-from exporter.segments.pool import DTYPE
+from exporter.graph.graph import DTYPE
 from exporter.verification.command import FP16_STEPS
-from exporter.verification.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE, compare_latents, verify
-from runtime import Executor, Pipeline, find_plan
-from runtime.execution.loaded_bundle import LoadedBundle
+from exporter.verification.verify import Reference, compare_latents, verify
+from runtime import Pipeline
 from runtime.execution.swapping import free_bytes
-from runtime.images.schedulers import make_scheduler
-from runtime.plans.schedule import TEXT
-from runtime.report.cost import peak_bytes
 
 __all__ = ["main"]
 
-PROMPT = "a red star on a blue background"
-PLANNED = 0.1
-"""How far, relative to what is planned, the memory of features may be off."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A plan on an engine. Errors are the largest, relative to the largest value; None where there is nothing to measure."""
-
-    engine: str
-    precision: str
-    plan: str
-    error: float | None
-    """Of the final latents, run piece by piece, against the torch engine in float32; None where that did not run before."""
-    graphs_error: float | None
-    """Of the final latents with steps replayed, against the same piece by piece."""
-    milliseconds: float
-    """Of a picture's UNet steps, piece by piece; the median of the rounds."""
-    graphs_milliseconds: float | None
-    planned_bytes: int
-    """Of features at once, between segments; compared with the next."""
-    features_bytes: int | None
-    """Of features at once, as PyTorch's allocator has them after every segment."""
-    peak_bytes: int | None
-    """As it has them at any time: what PyTorch itself needs inside a segment is in it, but no other library's own memory."""
-
-    @property
-    def name(self) -> str:
-        """What was run."""
-        return f"{self.engine} {self.precision} {self.plan}"
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How near a segment comes to the diffusers model: the largest error, relative to the largest value, and the least cosine."""
-
-    error: float
-    cosine: float
-
-
-@dataclass(frozen=True)
-class Memory:
-    """An engine's memory beside features; compared with nothing."""
-
-    weights_bytes: int
-    """Of the UNet's files."""
-    scratch_bytes: int
-    """What the engine says that it works in, for each stream; 0 where it does not say."""
-    device_bytes: int | None
-    """What the whole device had less at the end than at the beginning, by its driver: with all that libraries keep."""
+PARTS = {
+    "plans": "time, memory and latents of each plan",
+    "segments": "each segment against the diffusers model",
+    "start": "a second process",
+    "baselines": "diffusers itself",
+}
+"""What ``--only`` chooses from."""
 
 
 @dataclass
-class Found:
-    """What the check has found, by engine and precision."""
+class _Check:
+    """A run of the check: what was asked, what is found, and what engines share."""
 
-    rows: list[Row] = field(default_factory=list)
-    segments: dict[str, dict[str, Fit]] = field(default_factory=dict)
-    psnr: dict[str, float] = field(default_factory=dict)
-    """Of half precision's latents, in decibels."""
-    memory: dict[str, Memory] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Why an engine could not be had."""
-    ended: dict[str, str] = field(default_factory=dict)
-    """How an engine broke off in the middle."""
+    options: argparse.Namespace
+    device: torch.device
+    console: Console
+    found: Found = field(default_factory=Found)
+    began: float = field(default_factory=time.monotonic)
+    model: Reference | None = None
 
-    def faults(self) -> list[str]:
-        """What is not as it must be. Errors of final latents depend on the plan and the model, and are only reported."""
-        faults = [f"{name}: broke off: {reason}" for name, reason in self.ended.items()]
-        for name, fits in self.segments.items():
-            allowed = TOLERANCE["fp16" if name.endswith("fp16") else "fp32"]
-            for segment, fit in fits.items():
-                if not (fit.error <= allowed and fit.cosine >= LEAST_COSINE):
-                    faults.append(f"{name}: segment {segment} is off by {fit.error:.1e}, its cosine by {1 - fit.cosine:.1e}")
-        for name, psnr in self.psnr.items():
-            if not psnr >= LEAST_PSNR:
-                faults.append(f"{name}: latents have a PSNR of {psnr:.1f} dB, not {LEAST_PSNR:g}")
-        # Replayed or not, the same kernels run; only what picks another kernel inside a graph can make a difference.
-        off = [row for row in self.rows if row.graphs_error is not None and not row.graphs_error <= 1e-3]
-        faults += [f"{row.name}: replayed steps are off by {row.graphs_error:.1e}" for row in off]
-        return faults + [
-            f"{row.name}: features of {row.planned_bytes} bytes are planned, {row.features_bytes} held"
-            for row in self.rows
-            if row.features_bytes is not None and abs(row.features_bytes - row.planned_bytes) > PLANNED * row.planned_bytes
-        ]
+    def has_time(self, name: str) -> bool:
+        """Whether the budget allows another part; noted where it does not."""
+        budget = self.options.budget
+        if budget is None or time.monotonic() - self.began < 60 * budget:
+            return True
+        self.found.skipped[name] = f"the budget of {budget:g} minutes is used up"
+        return False
 
+    def reference(self, plan: str, own: Tensor | None = None) -> Tensor | None:
+        """The latents that a plan's are compared with: the torch engine's first ones, which are kept with the bundles.
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        found = "it finds none" if torch.version.cuda else f"PyTorch {torch.__version__} is built without CUDA"
-        raise UserError(
-            f"the check needs an NVIDIA GPU and a PyTorch built for CUDA ({found}); run it where there is one, or try the "
-            "program itself, on the torch engine, with --device cpu --engines torch"
-        )
-    return torch.device(name)
+        Args:
+            plan: the plan.
+            own: the torch engine's latents, to be kept where there are none.
+        """
+        options = self.options
+        asked = [options.source, options.variant, options.size, options.steps, plan, options.precision[0]]
+        path = Path(options.work) / f"reference-{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}.pt"
+        if own is not None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(own.cpu(), path)
+        return torch.load(path) if path.exists() else None
 
-
-def _engine(name: str, device: torch.device) -> Engine:
-    if name == "torch":
-        return Torch(device)
-    if name == "onnxruntime":
-        return OnnxRuntime(device=device)
-    if device.type != "cuda":
-        raise EngineError(f"engine {name} runs on an NVIDIA GPU only; leave it out of --engines")
-    return make_engine(name)
+    def part(self, name: str, work: Callable[[], None]) -> None:
+        """Do a part of the work; whatever becomes of it, what the others do is worth knowing, and what was found is written."""
+        if not self.has_time(name):
+            return
+        self.console.print(f"[{time.monotonic() - self.began:.0f} s] {name}", highlight=False, markup=False)
+        try:
+            work()
+        except Exception as error:
+            if isinstance(error, UserError) and not isinstance(error, EngineError):
+                raise
+            self.console.print_exception()
+            self.found.ended[name] = f"{type(error).__name__}: {error}"
+        gc.collect()  # what an exception has held, and an engine's memory with it
+        self.found.cards[name] = card_state()
+        _write(self)
 
 
-def _relative(made: Tensor, reference: Tensor) -> float:
-    return float((made.float().cpu() - reference.float().cpu()).abs().max() / reference.float().abs().max().cpu())
+def _folder(options: argparse.Namespace, precision: str) -> Path:
+    name = f"{Path(options.source).name}-{options.variant}-{precision}".replace(":", "-")
+    return Path(options.work) / name
 
 
-def _bundle(options: argparse.Namespace, engine: str, precision: str) -> Bundle:
+def _bundle(options: argparse.Namespace, engines: Sequence[str], precision: str) -> Bundle:
     wanted = BuildOptions(
         variant=options.variant,
         source=options.source,
-        engines=(engine,),
+        engines=tuple(engines),
+        granularity=options.granularity,
         plans=tuple(options.plans),
         precision=precision,  # type: ignore[arg-type]
         sizes=(options.size,) if options.size else (),
         max_images=1,
-        out=options.work / f"{Path(options.source).name}-{options.variant}-{engine}-{precision}".replace(":", "-"),
+        targets=tuple(options.targets) if "tensorrt-rtx" in engines else (),
+        out=_folder(options, precision),
         force=True,
+        jobs=options.jobs,
     )
     return build(wanted)[0]
 
 
-def _run(pipeline: Pipeline, plan: str, options: argparse.Namespace) -> tuple[Tensor, float]:
-    """Final latents of a plan, and the median seconds of its steps over the rounds; the first round warms up and records."""
-    seconds = []
-    for _ in range(options.rounds + 1):
-        made = pipeline.generate(PROMPT, steps=options.steps, seed=1, plan=plan)
-        seconds.append(sum(record.seconds for record in made.steps))
-    return made.latents, statistics.median(seconds[1:])
+def _build(check: _Check, engines: Sequence[str], precision: str) -> None:
+    """One bundle for all engines; those that cannot be built for are left out of it."""
+    kept: list[str] = []
+    started = time.monotonic()
+    try:
+        _bundle(check.options, engines, precision)
+        kept = list(engines)
+    except EngineError as error:
+        check.console.print(f"not for all engines at once: {error}", highlight=False, markup=False, soft_wrap=True)
+        for name in engines:  # each adds what it needs to what is there
+            try:
+                _bundle(check.options, [*kept, name], precision)
+                kept.append(name)
+            except EngineError as error:
+                check.found.skipped[f"{name} {precision}"] = str(error)
+    check.found.build_seconds[precision] = round(time.monotonic() - started, 1)
 
 
-class _Watched:
-    """A runner after whose runs somebody looks at the memory that is held."""
-
-    def __init__(self, runner: Runner, look: Callable[[], None]) -> None:
-        self._runner, self._look = runner, look
-
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        outputs = self._runner.run(inputs)
-        self._look()
-        return outputs
-
-
-def _allocated(device: torch.device) -> int | None:
-    """Bytes that PyTorch's allocator has been asked for, not what it made of them; None where it does not count."""
-    return torch.cuda.memory_stats(device)["requested_bytes.all.current"] if device.type == "cuda" else None
-
-
-def _memory(pipeline: Pipeline, plan: str, steps: int) -> tuple[int, int | None, int | None]:
-    """Of the UNet's steps, run piece by piece: planned bytes of features, the most held between segments, and the most at all."""
-    manifest, device = pipeline.manifest, pipeline.engine.device
-    timesteps = make_scheduler("ddim", pipeline.bundle.folder / "scheduler", steps).timesteps.tolist()
-    schedule = pipeline.schedule(find_plan(plan), timesteps)
-    height, width = (side // manifest.vae_scale for side in manifest.sizes[0])
-    sizes = {"batch": 2, "height": height, "width": width}
-    shapes = {name: resolve(manifest.features[name].shape, sizes) for name in ("sample", TEXT)}
-    samples = [torch.full(shapes["sample"], value, device=device) for value in (1.0, -1.0)]
-    text = torch.zeros(shapes[TEXT], dtype=DTYPES[manifest.features[TEXT].dtype], device=device)
-    when = torch.tensor(timesteps, dtype=torch.float32, device=device)
-
-    def run(networks: Mapping[str, LoadedBundle]) -> None:
-        executor = Executor(networks, schedule, swapper=pipeline.swapper)
-        for index in range(schedule.steps):
-            # Always another one, so that adaptive rules compute afresh: there the most is held, and that is what is planned.
-            executor.step(index, samples[index % 2], when[index : index + 1], text)
-
-    run(pipeline.networks)  # contexts, scratch memory and the libraries' workspaces are made at first use
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    before, held = _allocated(device), list[int]()
-    run({name: _watched(network, lambda: held.append(_allocated(device) or 0)) for name, network in pipeline.networks.items()})
-    planned = peak_bytes(schedule, sizes)
-    if before is None:
-        return planned, None, None
-    peak = torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - before if device.type == "cuda" else None
-    return planned, max(held) - before, peak
+def _check_engine(check: _Check, name: str, precision: str) -> None:
+    """Everything about one engine at one precision."""
+    free = free_bytes(check.device)
+    bundle = Bundle.open(_folder(check.options, precision))
+    if name not in bundle.manifest.segments[0].engines and name != "onnxruntime":
+        return  # noted when it was built
+    pipeline = Pipeline(bundle, engine_named(name, check.device))
+    scratch = pipeline.engine.scratch_bytes()
+    if "segments" in check.options.only:
+        _compare(check, bundle, pipeline.engine, f"{name} {precision}")
+    if "plans" in check.options.only:
+        _run_plans(check, pipeline, f"{name} {precision}", free)
+    left = free_bytes(check.device)
+    weights = pipeline.swapper.bytes_of(bundle.manifest.variant)
+    taken = None if free is None or left is None else free - left
+    check.found.memory[f"{name} {precision}"] = Memory(weights, scratch, taken)
 
 
-def _watched(network: LoadedBundle, look: Callable[[], None]) -> LoadedBundle:
-    return LoadedBundle(network.manifest, {name: _Watched(runner, look) for name, runner in network.runners.items()})  # type: ignore[misc]
-
-
-def _row(
-    pipeline: Pipeline, precision: str, plan: str, references: dict[str, Tensor], options: argparse.Namespace
-) -> tuple[Row, Tensor]:
-    graphs, pipeline.graphs = pipeline.graphs, None
-    planned, held, peak = _memory(pipeline, plan, options.steps)
-    latents, seconds = _run(pipeline, plan, options)
-    pipeline.graphs = graphs
-    replayed = _run(pipeline, plan, options) if graphs else None
-    row = Row(
-        engine=pipeline.engine.name,
-        precision=precision,
-        plan=plan,
-        error=_relative(latents, references[plan]) if plan in references else None,
-        graphs_error=_relative(replayed[0], latents) if replayed else None,
-        milliseconds=round(1000 * seconds, 3),
-        graphs_milliseconds=round(1000 * replayed[1], 3) if replayed else None,
-        planned_bytes=planned,
-        features_bytes=held,
-        peak_bytes=peak,
-    )
-    return row, latents
-
-
-def _segments(bundle: Bundle, engine: Engine) -> dict[str, Fit]:
+def _compare(check: _Check, bundle: Bundle, engine: Engine, name: str) -> None:
     """How near each segment, and the chain, comes to the diffusers model."""
+    check.model = check.model or Reference.load(bundle)
     fits: dict[str, Fit] = {}
-    for one in verify(bundle, engine, bundle.manifest.sizes[:1]):
+    for one in verify(bundle, engine, bundle.manifest.sizes[:1], check.model):
         fit = fits.get(one.segment, Fit(0.0, 1.0))
         fits[one.segment] = Fit(max(one.error, fit.error), min(one.cosine, fit.cosine))
-    return fits
+    check.found.segments[name] = fits
+    if bundle.manifest.precision == "fp16":
+        found = compare_latents(bundle, engine, bundle.manifest.sizes[0], FP16_STEPS, check.model)
+        check.found.psnr[name] = round(found, 1)
 
 
-def _show(console: Console, rows: Sequence[Row]) -> None:
-    table = Table(
-        "engine", "precision", "plan", "error", "graphs: error", "ms", "graphs: ms", "MB planned", "held", "peak", box=SIMPLE
+def _run_plans(check: _Check, pipeline: Pipeline, name: str, free: int | None) -> None:
+    settings = Settings(check.options.steps, check.options.rounds)
+    for plan in check.options.plans:
+        row, latents = measure_plan(pipeline, plan, check.reference(plan), settings, free)
+        check.found.rows.append(row)
+        if pipeline.engine.name == "torch":
+            check.reference(plan, latents)
+        _write(check)
+    check.found.ends[name] = measure_ends(pipeline, settings)
+
+
+def _start_again(check: _Check, name: str, precision: str) -> None:
+    """A second process on the bundle that the first one has run."""
+    folder = _folder(check.options, precision)
+    if f"{name} {precision}" not in check.found.memory:
+        return
+    command = [sys.executable, "-m", "benchmarks.gpu.start", str(folder), "--engine", name, "--device", check.device.type]
+    done = subprocess.run(
+        [*command, "--steps", str(check.options.steps)], capture_output=True, text=True, timeout=300, check=False
     )
-
-    def text(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    for row in rows:
-        planned, held, peak = (
-            None if size is None else size / 1e6 for size in (row.planned_bytes, row.features_bytes, row.peak_bytes)
-        )
-        table.add_row(row.engine, row.precision, row.plan, text(row.error, ".1e"), text(row.graphs_error, ".1e"),
-                      text(row.milliseconds, ".2f"), text(row.graphs_milliseconds, ".2f"),
-                      text(planned, ".1f"), text(held, ".1f"), text(peak, ".1f"))  # fmt: skip
-    console.print(table)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    check.found.starts[f"{name} {precision}"] = json.loads(done.stdout.splitlines()[-1])
 
 
-def _show_memory(console: Console, memory: Mapping[str, Memory]) -> None:
-    table = Table("engine", "MB of the UNet's files", "scratch", "of the device", box=SIMPLE)
-    for name, one in memory.items():
-        sizes = (one.weights_bytes, one.scratch_bytes, one.device_bytes)
-        table.add_row(name, *("-" if size is None else f"{size / 1e6:.1f}" for size in sizes))
-    console.print(table)
+def _baselines(check: _Check, compiled: bool) -> None:
+    options, out = check.options, Path(check.options.work) / "baselines.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.baselines", "--source", options.source, "--variant", options.variant]
+    command += ["--device", check.device.type, "--steps", str(options.steps), "--rounds", str(options.rounds), "--out", str(out)]
+    command += ["--size", "x".join(map(str, options.size))] if options.size else []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        subprocess.run([*command, *(["--compiled"] if compiled else [])], timeout=300, check=True)
+    finally:
+        if out.exists():
+            check.found.baselines += json.loads(out.read_text())
+            out.unlink()
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -296,14 +222,20 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--variant", default="original")
     parser.add_argument("--engines", default="torch,tensorrt-rtx,tensorrt,onnxruntime", help="torch comes first: the reference")
     parser.add_argument("--precision", default="fp32,fp16")
-    parser.add_argument("--plans", default="full,deepcache:3,block:3,unit:3,adaptive:0.2")
+    parser.add_argument("--plans", default="full,deepcache:3,adaptive:0.2")
+    parser.add_argument("--only", default="plans,segments,start,baselines", help="parts, of: %(default)s")
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin nothing new after so long")
+    parser.add_argument("--granularity", help="largest segment of the bundle (default: as large as the plans allow)")
+    parser.add_argument("--targets", default="", help="of tensorrt-rtx, as for python -m exporter build")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that build side by side")
     parser.add_argument("--size", type=parse_size, help="of the picture (default: the model's own)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("bundles/gpu-check"), help="where bundles are built")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)
-    for name, allowed in (("engines", ENGINES), ("precision", DTYPE), ("plans", None)):
+    options.targets = [target for target in options.targets.split(",") if target]
+    for name, allowed in (("engines", ENGINES), ("precision", DTYPE), ("only", PARTS), ("plans", None)):
         chosen = getattr(options, name).split(",")
         for one in chosen:
             if allowed is not None and one not in allowed:
@@ -312,100 +244,58 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _check(
-    found: Found,
-    pipeline: Pipeline,
-    precision: str,
-    references: dict[str, Tensor],
-    options: argparse.Namespace,
-    free: int | None,
-) -> None:
-    """Everything about one engine at one precision; ``free`` are the device's bytes before it came."""
-    bundle, engine = pipeline.bundle, pipeline.engine
-    name, scratch = f"{engine.name} {precision}", engine.scratch_bytes()
-    found.segments[name] = _segments(bundle, engine)
-    if precision == "fp16":
-        found.psnr[name] = round(compare_latents(bundle, engine, bundle.manifest.sizes[0], FP16_STEPS), 1)
-    for plan in options.plans:
-        row, latents = _row(pipeline, precision, plan, references, options)
-        found.rows.append(row)
-        if name == "torch fp32":
-            references[plan] = latents
-    left = free_bytes(engine.device)
-    taken = None if free is None or left is None else free - left
-    found.memory[name] = Memory(pipeline.swapper.bytes_of(bundle.manifest.variant), scratch, taken)
-
-
 def main(arguments: Sequence[str]) -> None:
     """Check what runs on the GPU; raises UserError without one, exits with 1 where something is wrong."""
     options = _parse(arguments)
-    device, console = _device(options.device), Console(width=130)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    found = Found()
-    references: dict[str, Tensor] = {}
-    for name in options.engines:
-        for precision in options.precision:
-            console.print(f"{name}, {precision}", highlight=False)
-            _check_one(found, name, precision, device, references, options, console)
-            gc.collect()  # what an exception has held, and the engine's memory with it
-    _report(console, device, card, found, options)
+    check = _Check(options, device_named(options.device), Console(width=150))
+    engines, missing = check_engines(options.engines, check.device)
+    check.found.skipped |= missing
+    for precision in options.precision:
+        check.part(f"build {precision}", lambda precision=precision: _build(check, engines, precision))  # type: ignore[misc]
+    for precision in options.precision:
+        for name in engines:
+            if f"build {precision}" not in check.found.ended:
+                check.part(f"{name} {precision}", lambda n=name, p=precision: _check_engine(check, n, p))  # type: ignore[misc]
+    if "start" in options.only:
+        for name in engines:
+            last = options.precision[-1]
+            check.part(f"start {name} {last}", lambda n=name, p=last: _start_again(check, n, p))  # type: ignore[misc]
+    if "baselines" in options.only:
+        for compiled in (False, True):
+            name = "baselines, compiled" if compiled else "baselines"
+            check.part(name, lambda compiled=compiled: _baselines(check, compiled))  # type: ignore[misc]
+    _report(check)
 
 
-def _load(found: Found, name: str, precision: str, device: torch.device, options: argparse.Namespace) -> Pipeline | None:
-    """Build and load a bundle for an engine; None, and why, where the engine cannot be had."""
-    try:
-        return Pipeline(_bundle(options, name, precision), _engine(name, device))
-    except EngineMemoryError:  # it can be had, and more is wrong
-        raise
-    except EngineError as error:
-        found.skipped[f"{name} {precision}"] = str(error)
-        return None
-
-
-def _check_one(
-    found: Found,
-    name: str,
-    precision: str,
-    device: torch.device,
-    references: dict[str, Tensor],
-    options: argparse.Namespace,
-    console: Console,
-) -> None:
-    """Build, load and check an engine at a precision; whatever becomes of it, what the others do is worth knowing.
-
-    Raises:
-        UserError: there is nothing to load for any engine: the source, a plan or a size is wrong.
-    """
-    pipeline = None
-    try:
-        free = free_bytes(device)
-        pipeline = _load(found, name, precision, device, options)
-        if pipeline is not None:
-            _check(found, pipeline, precision, references, options, free)
-    except Exception as error:
-        if pipeline is None and isinstance(error, UserError) and not isinstance(error, EngineError):
-            raise
-        console.print_exception()
-        found.ended[f"{name} {precision}"] = f"{type(error).__name__}: {error}"
-
-
-def _report(console: Console, device: torch.device, card: str, found: Found, options: argparse.Namespace) -> None:
-    _show(console, found.rows)
-    _show_memory(console, found.memory)
+def _report(check: _Check) -> None:
+    found, console = check.found, check.console
+    show_rows(console, found.rows)
+    show_ends(console, found.ends)
+    show_memory(console, found.memory)
+    show_baselines(console, found.baselines)
     for name, reason in found.skipped.items():
-        console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True)
-    settings = {name: getattr(options, name) for name in ("source", "variant", "steps", "rounds", "size")}
+        console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True, markup=False)
+    for name, seconds in found.starts.items():
+        console.print(f"second start: {name}: {json.dumps(seconds)}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"wrote {_write(check)}", highlight=False)
     faults = found.faults()
-    report = {"card": card, "cuda": torch.version.cuda, "settings": settings, "faults": faults, **asdict(found)}
+    for fault in faults:
+        console.print(f"WRONG: {fault}", highlight=False, markup=False, soft_wrap=True)
+    if faults or not (found.rows or found.baselines):
+        raise SystemExit(1)
+
+
+def _write(check: _Check) -> Path:
+    """Write what has been found so far; returns the file."""
+    options, found = check.options, check.found
+    card = torch.cuda.get_device_name() if check.device.type == "cuda" else "cpu"
+    settings = {name: getattr(options, name) for name in ("source", "variant", "steps", "rounds", "size", "plans", "granularity")}
+    report = {"card": card, "cuda": torch.version.cuda, "driver": card_state(), "settings": settings, "faults": found.faults()}
     options.out.mkdir(parents=True, exist_ok=True)
     name = f"gpu-{card}-{Path(options.source).stem}-{options.variant}".lower()
-    path = options.out / f"{re.sub('[^a-z0-9-]', '-', name)}.json"
-    path.write_text(json.dumps(machine() | report, indent=2) + "\n")
-    console.print(f"wrote {path}", highlight=False)
-    for fault in faults:
-        console.print(f"WRONG: {fault}", highlight=False)
-    if faults or not found.rows:
-        raise SystemExit(1)
+    path = Path(options.out) / f"{re.sub('[^a-z0-9-]', '-', name)}.json"
+    path.write_text(json.dumps(machine() | report | asdict(replace(found)), indent=2) + "\n")
+    return path
 
 
 if __name__ == "__main__":

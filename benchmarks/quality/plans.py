@@ -31,6 +31,7 @@ from benchmarks.quality.grid import draw
 from benchmarks.quality.plans_plot import front, plot
 from engines import UserError
 from engines.support.cli import run_command
+from engines.support.files import write_text
 from runtime.report.cost import macs_of
 from tuning.mini.scenes import held_back_prompts
 
@@ -62,7 +63,7 @@ class Kept:
         self.folder = folder
         wanted, path = json.loads(json.dumps(settings)), folder / "settings.json"
         if path.exists() and json.loads(path.read_text()) != wanted:
-            raise UserError(f"{folder} holds a run with other settings; go on with those, remove it, or choose another --work")
+            raise UserError(f"{folder} holds a run with other settings; resume with those, remove it, or choose another --work")
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(wanted, indent=2) + "\n")
 
@@ -75,9 +76,7 @@ class Kept:
     def add(self, name: str, line: Mapping[str, object]) -> None:
         """Add a line; the file takes the old one's place whole."""
         path = self.folder / f"{name}.jsonl"
-        temporary = path.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(each) + "\n" for each in [*self.lines(name), line]))
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(each) + "\n" for each in [*self.lines(name), line]))
 
     def pictures(self, plan: str) -> list[Image.Image]:
         """What ``put`` kept."""
@@ -147,7 +146,7 @@ def _quality(plan: str, options: argparse.Namespace, kept: Kept) -> PlanRow:
 def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.plans", description=__doc__)
     parser.add_argument(
-        "--bundle", type=Path, default=Path("bundles/plans/original"), help="cut for all plans, as make plans builds it"
+        "--bundle", type=Path, default=Path("bundles/plans/original"), help="partitioned for all plans, as make plans builds it"
     )
     parser.add_argument("--count", type=int, default=500, help="prompts, 8 or more (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: %(default)s)")

@@ -2,7 +2,7 @@
 
 Each line is a command as a user would give it, in a process of its own, with its seconds and its peak of resident memory: a build
 with TensorRT-RTX engines ahead of time (and what its phases need), the same again with nothing changed, one that is killed in the
-middle (SIGKILL) and gone on with, and `verify` at one small size. The weights are random: nothing here depends on what they are.
+middle (SIGKILL) and resumed, and `verify` at one small size. The weights are random: nothing here depends on what they are.
 `file of random:sd15` is those of that source in one .safetensors file in half precision, `folder of random:sd15` as diffusers
 writes them: both are made for the measurement and removed after it.
 """
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure, print and write what was found."""
     parser = Parser(prog="python -m benchmarks.sizes.full_build", description=__doc__)
     parser.add_argument("--source", action="append", help=f"may be repeated (default: {', '.join(SOURCES)})")
-    parser.add_argument("--config", type=Path, help="folder of configurations, for a file of no usual shape")
+    parser.add_argument("--config", type=Path, help="folder of configurations, for a file that is not SD 1.x/2.x")
     parser.add_argument("--engine", default="tensorrt-rtx", help="compiled for (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/full-build"), help="where bundles go (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/full_build.json"))

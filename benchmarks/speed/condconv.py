@@ -29,12 +29,13 @@ from benchmarks.speed.condconv_forms import CHANNELS, EXPERTS, layers, ratios, s
 from benchmarks.speed.condconv_page import update
 from engines import Segment
 from engines.bundle.manifest import Feature, Unit
+from engines.bundle.names import SAMPLE, TEXT, TIMESTEP
 from engines.bundle.shapes import resolve
 from engines.support.cli import run_command
 from exporter.graph.condconv import FORM
 from exporter.graph.partition import partition
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
-from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, block_of, depth_factor, topology
+from exporter.graph.topology import block_of, depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule, unit_module
 from exporter.segments.trace import trace
 from tuning.surgery.changes import changes_of

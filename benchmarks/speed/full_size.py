@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from engines import DTYPES, Bundle, Manifest, Segment, Unit, make_engine
 from engines.bundle.folder import MANIFEST_NAME, describe_file
 from engines.bundle.manifest import Compiled, Feature
+from engines.bundle.names import SAMPLE, TEXT, TIMESTEP
 from engines.bundle.shapes import resolve
 from engines.ort.fuse_attention import fuse_attention
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
-from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
+from exporter.graph.topology import depth_factor, topology
 from exporter.graph.unit_modules import unit_module
 from exporter.segments.trace import trace
 from tuning.ranking.timing import clock

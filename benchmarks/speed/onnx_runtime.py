@@ -26,9 +26,9 @@ from benchmarks.machine import machine
 from benchmarks.speed.full_size import random_inputs, spread, take_turns
 from benchmarks.speed.partition import PLAN, make_bundles
 from engines import Bundle
+from engines.bundle.names import NOISE, SAMPLE, TEXT, TIMESTEP
 from engines.ort.engine import OnnxRuntime
 from engines.support.cli import run_command
-from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP
 from runtime import LoadedBundle
 from tuning.ranking.timing import clock
 
@@ -93,12 +93,12 @@ def _measure(setting: Setting, bundles: tuple[Bundle, Bundle], side: int, rounds
     engine = _Engine(setting)
     given = random_inputs((SAMPLE, TIMESTEP, TEXT), fitted.manifest.features, {"batch": 2, "height": side, "width": side})
     network = LoadedBundle.load(fitted, engine)
-    cases = {"chain": lambda: network.compute("head", given)}
+    cases = {"chain": lambda: network.compute(NOISE, given)}
     seconds = take_turns(cases, rounds)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     if whole:
         runner = engine.load(pieces, pieces.manifest.segment("whole"))
-        seconds = take_turns(cases | {"whole": lambda: runner.run(given)["head"]}, rounds)
+        seconds = take_turns(cases | {"whole": lambda: runner.run(given)[NOISE]}, rounds)
     return {"seconds": seconds, "gigabytes": held, "clock": clock().__name__}
 
 

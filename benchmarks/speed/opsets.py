@@ -23,9 +23,8 @@ from engines import EngineError, Segment, Traced, make_engine
 from engines.ort.fuse_attention import fuse_attention
 from engines.support.cli import Parser, run_command
 from exporter.graph.checkpoint import open_source
-from exporter.graph.graph import Graph, load_graph
-from exporter.make import segments_of
-from exporter.segments.pool import DTYPE
+from exporter.graph.graph import DTYPE, Graph, load_graph
+from exporter.graph.segmentation import segments_of
 from exporter.segments.trace import trace_program, write_onnx
 from exporter.segments.writer import profile_of
 

@@ -23,9 +23,9 @@ import runtime
 from benchmarks.machine import machine
 from benchmarks.speed.full_size import Traceable, export, measured_units, random_inputs, spread, take_turns
 from engines import Bundle, Segment, UserError, make_engine
+from engines.bundle.names import NOISE, SAMPLE, TEXT, TIMESTEP
 from engines.support.cli import run_command
 from exporter.graph.partition import partition
-from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP
 from exporter.graph.unit_modules import SegmentModule
 from runtime.plans.schedule import check_runs
 from tuning.checkpoints.find_source import random_unet
@@ -82,8 +82,8 @@ def make_bundles(source: str, side: int, folder: Path) -> tuple[Bundle, Bundle]:
         ]
         cached = segments[-1].inputs[0]
         pieces: list[Traceable] = [
-            (Segment(name="whole", units=(), inputs=(SAMPLE, TIMESTEP, TEXT), outputs=("head",)), Whole(unet)),
-            (Segment(name="merged", units=(), inputs=(SAMPLE, TIMESTEP, TEXT, cached), outputs=("head",)), Shallow(unet)),
+            (Segment(name="whole", units=(), inputs=(SAMPLE, TIMESTEP, TEXT), outputs=(NOISE,)), Whole(unet)),
+            (Segment(name="merged", units=(), inputs=(SAMPLE, TIMESTEP, TEXT, cached), outputs=(NOISE,)), Shallow(unet)),
         ]
         for place, parts in zip(places, (fitted, pieces), strict=True):
             export(place, unet, parts, units, features)
@@ -103,9 +103,9 @@ class Cases:
         (cached,) = set(merged.segment.inputs) - set(given)
         inputs = given | {cached: self._network.compute(cached, given)}
         self.cases: dict[str, Callable[[], Tensor]] = {
-            "whole": lambda: whole.run(given)["head"],
+            "whole": lambda: whole.run(given)[NOISE],
             "full": self._steps("full", steps),
-            "merged": lambda: merged.run(inputs)["head"],
+            "merged": lambda: merged.run(inputs)[NOISE],
             "inherit": self._steps(PLAN, steps),
         }
 

@@ -23,9 +23,9 @@ from benchmarks.machine import machine
 from benchmarks.speed.full_size import TOKENS, Traceable, export, measured_units, random_inputs, spread, take_turns
 from engines import Segment, Unit, make_engine
 from engines.bundle.manifest import Feature
+from engines.bundle.names import TEXT
 from engines.bundle.shapes import resolve
 from engines.support.cli import run_command
-from exporter.graph.topology import TEXT
 from tuning.checkpoints.find_source import random_unet
 from tuning.ranking.timing import clock
 

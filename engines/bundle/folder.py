@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from engines.bundle.manifest import MANIFEST_VERSION, File, Manifest
 from engines.errors import BundleError
+from engines.support.records import explain
 
 __all__ = ["MANIFEST_NAME", "Bundle", "describe_file", "is_intact", "sha256"]
 
@@ -69,10 +70,7 @@ class Bundle:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME} is no JSON ({error}); {_rebuild(folder)}") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            reason = f"{MANIFEST_NAME}, {place}: {first['msg']}"
-            raise BundleError(f"bundle {folder} is damaged: {reason}; {_rebuild(folder)}") from error
+            raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME}, {explain(error)}; {_rebuild(folder)}") from error
 
     def path(self, file: File, digest: Digest = sha256) -> Path:
         """The absolute path of a file, after checking that it is whole; ``digest`` tells its SHA-256.

@@ -11,9 +11,11 @@ from pathlib import PurePosixPath
 from shlex import quote
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
+from engines.bundle.names import OUTSIDE
 from engines.bundle.shapes import Shape
+from engines.support.records import Record
 
 __all__ = ["MANIFEST_VERSION", "Compiled", "Feature", "File", "Manifest", "Precision", "Segment", "Unit", "Variant", "is_variant"]
 
@@ -31,11 +33,7 @@ def is_variant(name: str) -> bool:
     return re.fullmatch(_VARIANT, name) is not None
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class File(_Record):
+class File(Record):
     """A file of the bundle: path relative to the bundle, SHA-256 in hexadecimal, size in bytes."""
 
     path: str
@@ -51,14 +49,14 @@ class File(_Record):
         return path
 
 
-class Feature(_Record):
+class Feature(Record):
     """A tensor between units: dtype and symbolic shape (see ``engines.bundle.shapes``)."""
 
     dtype: DType
     shape: Shape
 
 
-class Unit(_Record):
+class Unit(Record):
     """The smallest thing that can be skipped: a stem, ResNet, transformer, down- or upsampler, head, text encoder or VAE.
 
     Its output is the feature of the same name. ``macs`` are multiply-accumulates of one row at the bundle's first size.
@@ -76,7 +74,7 @@ class Unit(_Record):
         return (self.name,)
 
 
-class Compiled(_Record):
+class Compiled(Record):
     """What one engine made of one segment: its files, its version, and the GPUs it was made for (empty: any).
 
     ``key`` is a hash of what it was made from.
@@ -88,7 +86,7 @@ class Compiled(_Record):
     key: str = ""
 
 
-class Segment(_Record):
+class Segment(Record):
     """Units that run together: one ONNX file (first in ``onnx``; its weights follow) and one compiled engine per kind."""
 
     name: str
@@ -103,7 +101,7 @@ class Segment(_Record):
     """How long it took to trace and compile; 0 where all of it was there already."""
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """All that a bundle knows. Segments stand in an order in which they can run."""
 
     version: Literal[1] = MANIFEST_VERSION
@@ -124,6 +122,8 @@ class Manifest(_Record):
     """Picture sizes (height, width) in pixels that engines with a profile were built for; the first is the default."""
     max_images: int
     """Images per call that engines with a profile were built for; guidance doubles the rows of a UNet call."""
+    vae_images: int | None = None
+    """Pictures that the VAE's engines take at a time; None in bundles built before they took one: up to ``max_images``."""
     static: bool = False
     """Whether engines with a profile take nothing but the first size and ``max_images`` images with guidance; written if so."""
     granularity: str | None = "block"
@@ -153,14 +153,21 @@ class Manifest(_Record):
     def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
         defaults: dict[str, tuple[Any, ...]] = {
-            "unet": (None,), "config": (None,), "static": (False,), "granularity": ("block",), "plans": ((), []),
+            "unet": (None,), "config": (None,), "vae_images": (None,), "static": (False,), "granularity": ("block",),
+            "plans": ((), []),
         }  # fmt: skip
         return {key: value for key, value in written.items() if value not in defaults.get(key, ())}
 
     @property
     def unet_units(self) -> tuple[str, ...]:
         """Names of the UNet's units: those that a plan can name."""
-        return tuple(unit.name for unit in self.units if unit.kind not in {"text_encoder", "vae_decoder", "vae_encoder"})
+        return tuple(unit.name for unit in self.units if unit.kind not in OUTSIDE)
+
+    @property
+    def unet_segments(self) -> tuple[Segment, ...]:
+        """The segments of the UNet: all but the text encoder's and the VAE's."""
+        units = set(self.unet_units)
+        return tuple(segment for segment in self.segments if units.issuperset(segment.units))
 
     @property
     def all_files(self) -> Iterator[File]:

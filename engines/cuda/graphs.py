@@ -4,6 +4,7 @@ A recording holds addresses: it reads its inputs' memory as it is when replayed 
 it keeps the inputs alive and puts new values where the old ones were.
 """
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,7 +15,7 @@ import torch
 
 from engines.errors import EngineError, EngineMemoryError
 
-__all__ = ["CannotRecord", "CudaRecorder", "Recorder", "Recording", "current_recording", "on_stream"]
+__all__ = ["CannotRecord", "CudaRecorder", "Recorder", "Recording", "current_recording", "on_stream", "without_collection"]
 
 Outputs = TypeVar("Outputs")
 
@@ -61,7 +62,7 @@ class Recorder(ABC):
 
         Args:
             work: what to record.
-            passing: whether its outputs are done with before another recording is replayed.
+            transient: whether its outputs are done with before another recording is replayed.
 
         Raises:
             CannotRecord: the work can be done, but not recorded.
@@ -80,6 +81,9 @@ class Recorder(ABC):
         finally:
             _CURRENT.reset(token)
         return recording
+
+    def wait(self) -> None:  # noqa: B027 - where replays are done at once there is nothing to wait for
+        """Wait until no replay is under way: what one reads and writes may be let go then."""
 
     def forget(self) -> None:  # noqa: B027 - most have nothing to forget
         """All recordings have been let go; called before there is another."""
@@ -101,16 +105,39 @@ class CudaRecorder(Recorder):
         """Inside it, work goes to the recorder's own stream, in its turn (see ``on_stream``)."""
         return on_stream(self._stream)
 
+    def wait(self) -> None:
+        """Wait for the recorder's own stream, on which all replays run."""
+        self._stream.synchronize()
+
     def forget(self) -> None:
         """The next recordings share another pool: PyTorch takes none back into use whose graphs are gone but not all memory."""
         self._pool = torch.cuda.graph_pool_handle()
 
     def _capture(self, work: Callable[[], Outputs], transient: bool) -> tuple[Callable[[], None], Outputs]:
         graph, pool = torch.cuda.CUDAGraph(), self._pool if transient else None
-        # Other threads may allocate and wait meanwhile: only what this one does has to be fit for a graph.
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = work()
+        before = torch.cuda.current_stream(self._stream.device)
+        try:
+            # Other threads may allocate and wait meanwhile: only what this one does has to be fit for a graph.
+            with (
+                torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+                without_collection(),
+            ):
+                outputs = work()
+        finally:
+            torch.cuda.set_stream(before)  # PyTorch leaves its own where a capture fails
         return graph.replay, outputs
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Inside it, Python collects no garbage: what it frees might belong to CUDA, and to free that ends a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import on_stream
 from engines.errors import EngineError
-from engines.tensorrt.kernel_cache import cache_places, card_name, writable
+from engines.support.caches import cache_places, card_name, first_writable
 
 __all__ = ["OnnxRuntime"]
 
@@ -151,7 +151,7 @@ class OnnxRuntime(Engine):
         It tells engines apart by the graph, not by the weights: each segment of each bundle has a folder of its own.
         """
         name = f"onnxruntime-{self.version()}-{card_name(self.device)}/{segment.name}"
-        folder = writable(cache_places(bundle.folder, bundle.manifest.key, name))
+        folder = first_writable(cache_places(bundle.folder, bundle.manifest.key, name))
         if folder is None:
             return {}
         return {
@@ -255,11 +255,6 @@ class _BoundRunner(Runner):
         """Device, element type, shape and address of a tensor, in the order in which the bindings take them."""
         element = torch.empty(0, dtype=tensor.dtype).numpy().dtype
         return self.device.type, self.device.index or 0, element, list(tensor.shape), tensor.data_ptr()
-
-    def synchronize(self) -> None:
-        """Wait until what PyTorch has started on its stream has finished."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
 
 
 def _input_names(session: Any) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """Attention as one operator, for ONNX Runtime: ``com.microsoft.MultiHeadAttention`` in place of what attention is traced into.
 
-At opset 18 a scaled dot product attention is a dozen operators, which write the score of every query with every key into memory.
+Below opset 23 a scaled dot product attention is a dozen operators, which write the score of every query with every key.
 ONNX Runtime has one operator for all of them, which goes through the keys block by block (FlashAttention, arXiv 2205.14135) and
 keeps no scores. No other engine knows it, so the graph that has it is a copy, with the weights of the file that was traced.
 
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MultiHeadAttention
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,17 @@ def fuse_attention(path: Path, copy: Path) -> int:
     return int(fused)
 
 
-def _traced(op: Any, query: Any, key: Any, value: Any, query_factor: Any, key_factor: Any) -> Any:
+def _traced(op: Any, query: Any, key: Any, value: Any, query_factor: Any, key_factor: Any, score_factor: Any) -> Any:
     """What torch's exporter makes of ``scaled_dot_product_attention``: projections (batch, tokens, channels) in and out.
 
-    In half precision the softmax may be computed in single precision, between two casts.
+    In half precision the softmax is computed in single precision, between two casts, and the scores are multiplied there by what
+    queries and keys were divided by.
     """
     flat = op.Reshape(_heads(op, key, "keys"), pattern.ANY_VALUE)
     turned = op.Reshape(op.Transpose(flat, perm=[0, 2, 1]), pattern.ANY_VALUE)
     scores = op.MatMul(op.Mul(_heads(op, query, "queries"), query_factor), op.Mul(turned, key_factor))
-    weights = op.Softmax(pattern.OrValue([op.Cast(scores), scores]), axis=-1)
+    wide = op.Cast(scores)
+    weights = op.Softmax(pattern.OrValue([op.Mul(wide, score_factor), wide, scores]), axis=-1)
     mixed = op.MatMul(pattern.OrValue([op.Cast(weights), weights]), _heads(op, value, "values"))
     return op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), pattern.ANY_VALUE)
 
@@ -63,9 +66,10 @@ def _is_known(_context: Any, queries: ir.Value, query_factor: ir.Value, key_fact
 
 def _fused(
     op: Any, query: ir.Value, key: ir.Value, value: ir.Value, queries: ir.Value, query_factor: ir.Value, key_factor: ir.Value,
-    **_rest: Any,
+    score_factor: ir.Value | None = None, **_rest: Any,
 ) -> Any:  # fmt: skip
-    scale = (_constant(query_factor) or 0.0) * (_constant(key_factor) or 0.0)  # both multiply by the scale's square root
+    factors = [query_factor, key_factor, *([] if score_factor is None else [score_factor])]
+    scale = math.prod(_constant(factor) or 0.0 for factor in factors)  # the first two multiply by the scale's square root
     heads = _number_of_heads(queries)
     return op.MultiHeadAttention(query, key, value, num_heads=heads, scale=scale, _domain="com.microsoft")
 

@@ -8,12 +8,12 @@ from typing import NoReturn
 
 from engines.errors import UserError
 
-__all__ = ["Parser", "parse_size", "run_command"]
+__all__ = ["Parser", "parse_size", "quiet_libraries", "run_command"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
-_KEPT = "nothing half-written was kept; the same command goes on from what was finished"
+_KEPT = "nothing half-written was kept; the same command resumes from what was finished"
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,22 +38,32 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
+def quiet_libraries() -> None:
+    """Keep the model libraries' notes and bars out of a command's output; errors still come through."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
 def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a command's main function on the arguments given and exit.
 
-    Exit codes: 0, 1 where the command itself says so, 2 for a user's mistake, a full disk or a place that cannot be written,
+    Exit codes: 0, 1 where the command itself says so, 2 for a user's mistake, a full disk or a path that cannot be written,
     130 when interrupted.
     """
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error: " + "; ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno in _FULL:
             message = f"the disk is full ({error}); {_KEPT}, once there is space"
         elif error.errno in _NO_PLACE:
-            message = f"{error.filename} cannot be read or written ({error.strerror}); choose another place"
+            message = f"{error.filename} cannot be read or written ({error.strerror}); choose another path"
         else:
             raise
         print(f"error: {message}", file=sys.stderr)

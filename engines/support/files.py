@@ -1,21 +1,57 @@
-"""A folder that takes its place whole or not at all."""
+"""Files and folders that are there whole or as they were before, whenever a program is stopped.
 
+What is still being written has a hidden name in the same folder, ``.NAME-1a2b3c4d.partial`` and the suffix. Several may write the
+same file at once: the last one stays.
+"""
+
+import ctypes
+import os
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 
-__all__ = ["atomic_directory", "swap_in"]
+__all__ = ["atomic_directory", "atomic_file", "swap_in", "write_bytes", "write_text"]
+
+_HERE = -100  # AT_FDCWD: relative paths are those of the process
+_EXCHANGE = 2  # RENAME_EXCHANGE
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path to write to, with the suffix of ``path``, which it replaces in one move at the end.
+
+    If anything fails, ``path`` stays as it was.
+    """
+    temporary = _beside(path, path.suffix)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write or replace a file in one move, and make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a text file, in UTF-8, as ``write_bytes`` does."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes ``folder``'s place at the end, and leaves no trace if anything fails."""
+    """A temporary folder that replaces ``folder`` at the end, and leaves no trace if anything fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = _beside(folder)
+    temporary.mkdir()
     try:
-        temporary.chmod(0o755)
         yield temporary
         swap_in(temporary, folder, temporary.with_name(f"{temporary.name}.old"))
     finally:
@@ -23,17 +59,36 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
 
 
 def swap_in(new: Path, folder: Path, aside: Path) -> None:
-    """Put a new folder in the place of another, if there is one; that one stays if the new one cannot go there.
+    """Put a new folder where another is, if there is one, which is removed; it stays if the new one cannot go there.
 
-    A rename cannot replace a full folder: for a moment the old one is ``aside``.
+    Where the system can exchange two folders in one step (Linux), there is one at ``folder`` all the while. Elsewhere the old one
+    is ``aside`` for a moment: whoever finds it there and none at ``folder`` moves it back.
     """
     if not folder.exists():
         new.rename(folder)
-        return
-    folder.rename(aside)
-    try:
-        new.rename(folder)
-    except BaseException:
-        aside.rename(folder)
-        raise
-    shutil.rmtree(aside)
+    elif _exchange(new, folder):
+        new.rename(aside)
+    else:
+        folder.rename(aside)
+        try:
+            new.rename(folder)
+        except BaseException:
+            aside.rename(folder)
+            raise
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def _beside(path: Path, suffix: str = "") -> Path:
+    return path.with_name(f".{path.name.removesuffix(suffix)}-{token_hex(4)}.partial{suffix}")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Give two paths each other's content in one step; whether it could be done."""
+    if not sys.platform.startswith("linux"):
+        return False
+    with suppress(OSError, AttributeError):  # a C library without it
+        rename = ctypes.CDLL(None).renameat2
+        # Not every file system can.
+        return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0)
+    return False

@@ -18,8 +18,10 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Compiled, Segment
 from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.errors import EngineError, EngineMemoryError
+from engines.support.caches import cache_places, card_name
 from engines.tensorrt.diagnostics import advise, is_out_of_memory
-from engines.tensorrt.kernel_cache import RuntimeCache, cache_places, card_name
+from engines.tensorrt.kernel_cache import RuntimeCache
+from engines.tensorrt.kernels import CompiledKernels, read_kernels
 from engines.tensorrt.runner import EngineRunner, ErrorLog, StreamWorkspace
 from engines.tensorrt.timing_cache import TimingCache
 
@@ -84,11 +86,33 @@ class _TensorRTBase(Engine):
         Raises:
             EngineError: a target is unknown, or the segment does not parse or build: with the first reason given.
         """
-        chosen = self.check_targets(targets)
+        plan = self._compile(traced, profile, self.check_targets(targets), cache_dir)
+        path = Path(f"{stem}.engine")  # not with_suffix: a stem such as down.0 has a dot of its own
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(plan)
+        return [path]
+
+    def kernels(self, traced: Traced, profile: Profile, targets: Sequence[str]) -> CompiledKernels:
+        """The kernels that a segment is compiled to at the profile's optimum, without keeping the engine.
+
+        Raises:
+            EngineError: as ``compile``.
+        """
+        only = Profile(profile.optimum, profile.optimum, profile.optimum)
+        with self._log.collect_all() as messages:
+            self._compile(traced, only, self.check_targets(targets), None, detailed=True)
+        return read_kernels(messages)
+
+    def _compile(
+        self, traced: Traced, profile: Profile, chosen: tuple[str, ...], cache_dir: Path | None, *, detailed: bool = False
+    ) -> Any:
+        """The engine's bytes; ``detailed`` makes the compiler log its kernels."""
         with self._log.collect() as errors:
             builder = self.trt.Builder(self._log.logger)
             network, parser = self._parse(builder, traced)
             config = self._configure(builder, network, traced.segment, profile)
+            if detailed:
+                config.profiling_verbosity = self.trt.ProfilingVerbosity.DETAILED
             self._set_targets(config, chosen)
             plan = self._build(builder, network, config, cache_dir)
             del parser  # not earlier: the network's weights are the parser's memory until the engine is built
@@ -98,10 +122,7 @@ class _TensorRTBase(Engine):
                 f"segment {traced.segment.name}: {self.name} {self.version()} cannot build it"
                 f"{' for ' + ', '.join(chosen) if chosen else ''}: {reason}{_advice(reason)}"
             )
-        path = Path(f"{stem}.engine")  # not with_suffix: a stem such as down.0 has a dot of its own
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(plan)
-        return [path]
+        return plan
 
     def _parse(self, builder: Any, traced: Traced) -> tuple[Any, Any]:
         # The flag is what makes 10 keep the types of the ONNX file; 11 always does and ignores it.
@@ -123,7 +144,16 @@ class _TensorRTBase(Engine):
                 raise EngineError(f"segment {segment.name}: the profile has no shapes for input {name}; add them")
             shapes.set_shape(name, profile.minimum[name], profile.optimum[name], profile.maximum[name])
         config.add_optimization_profile(shapes)
+        self._set_formats(network)
         return config
+
+    def _set_formats(self, network: Any) -> None:
+        """Half-precision features with a multiple of 8 channels lie channels last, as convolutions take them: no transposes."""
+        inputs = (network.get_input(index) for index in range(network.num_inputs))
+        outputs = (network.get_output(index) for index in range(network.num_outputs))
+        for tensor in (*inputs, *outputs):
+            if len(tensor.shape) == 4 and tensor.shape[1] % 8 == 0 and tensor.dtype == self.trt.float16:
+                tensor.allowed_formats = 1 << int(self.trt.TensorFormat.HWC8)
 
     def _set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
         """Nothing to set where an engine is for the GPU it is built on."""
@@ -183,6 +213,10 @@ class _TensorRTBase(Engine):
         """What execution contexts will work in, as the engines say when they are loaded."""
         return self._unet.scratch.missing + self._ends.scratch.missing
 
+    def check_device(self) -> None:
+        """Raise EngineError unless there is a GPU, with its driver."""
+        self._require_gpu("to run")
+
     def recorder(self) -> Recorder | None:
         """CUDA graphs."""
         return CudaRecorder(self.device) if self.device.type == "cuda" else None
@@ -209,9 +243,9 @@ class _TensorRTBase(Engine):
         """Of a cache's file: what it is for."""
         return f"{self.name}-{self.version()}-{card_name(self.device)}"
 
-    def _create_context(self, engine: Any) -> Any:
-        """A context that is given the memory it works in: those of a stream share it."""
-        return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    def _create_context(self, engine: Any) -> tuple[Any, Any]:
+        """A context that is given the memory it works in (those of a stream share it), and what must outlive it."""
+        return engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED), None
 
 
 class TensorRT(_TensorRTBase):
@@ -283,10 +317,13 @@ class TensorRTRTX(_TensorRTBase):
     def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
         """The targets named, each once; with none, ``DEFAULT_TARGETS``, or the GPU at hand where these leave it out.
 
+        The GPU at hand may always be named: the library builds for it also where it has no name for it.
+
         Raises:
             EngineError: a target is unknown to this version of TensorRT-RTX.
         """
-        allowed = self._allowed()
+        here = _card(self.device)
+        allowed = self._allowed(here)
         for target in targets:
             if target not in allowed:
                 raise EngineError(
@@ -295,29 +332,24 @@ class TensorRTRTX(_TensorRTBase):
                 )
         if targets:
             return tuple(dict.fromkeys(targets))
-        here = _card(self.device)
-        if here in allowed and here not in self.DEFAULT_TARGETS:
+        if here and here not in self.DEFAULT_TARGETS:
             return (here,)
         return tuple(target for target in self.DEFAULT_TARGETS if target in allowed)
 
-    def _allowed(self) -> list[str]:
-        """The targets that this version of TensorRT-RTX knows."""
+    def _allowed(self, here: str | None = None) -> list[str]:
+        """The targets that this version of TensorRT-RTX knows, and the GPU at hand."""
         known = self.trt.ComputeCapability.__members__
-        return [target for target in self.targets_allowed if target.upper() in known]
+        named = [target for target in self.targets_allowed if target.upper() in known]
+        return named if here is None or here in named else [*named, here]
 
     def _is_for_here(self, made: Compiled) -> bool:
         return _card(self.device) in made.targets
 
-    def _rebuild_advice(self, bundle: Bundle, segment: Segment) -> str:
-        here = _card(self.device)
-        if here and here not in self._allowed():
-            return f"{self.name} builds no engines for this GPU ({here}): choose --engine tensorrt, torch or onnxruntime"
-        return super()._rebuild_advice(bundle, segment)
-
     def _set_targets(self, config: Any, targets: tuple[str, ...]) -> None:
         config.num_compute_capabilities = len(targets)
+        known = self.trt.ComputeCapability.__members__
         for index, target in enumerate(targets):
-            config.set_compute_capability(self.trt.ComputeCapability.__members__[target.upper()], index)
+            config.set_compute_capability(known.get(target.upper(), known.get("CURRENT")), index)
 
     def _configure(self, builder: Any, network: Any, segment: Segment, profile: Profile) -> Any:
         config = super()._configure(builder, network, segment, profile)
@@ -328,17 +360,23 @@ class TensorRTRTX(_TensorRTBase):
     def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
         cache = self._cache(bundle)
 
-        def create_context(engine: Any) -> Any:
+        def create_context(engine: Any) -> tuple[Any, Any]:
             config = self._runtime_config(engine)
-            cache.attach(config)
-            return engine.create_execution_context(config)
+            # NVIDIA: a cache that goes before its contexts takes them with it.
+            needs = config, cache.attach(config)
+            return engine.create_execution_context(config), needs
 
         features, place, rebuild = (
             bundle.manifest.features,
             self._workspace_for(bundle, segment),
             self._rebuild_advice(bundle, segment),
         )
-        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, rebuild, cache.store)
+        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, rebuild, cache.note)
+
+    def flush(self) -> None:
+        """Write the runtime caches that have grown."""
+        for cache in list(self._caches.values()):
+            cache.store()
 
     def _runtime_config(self, engine: Any) -> Any:
         config = engine.create_runtime_config()

@@ -23,7 +23,7 @@ _DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
 
 
 class ErrorLog:
-    """What a TensorRT module logs as an error; everything milder is dropped."""
+    """Collects what a TensorRT module logs: its errors, or everything where that is asked for."""
 
     def __init__(self, trt: Any) -> None:
         self.logger = _logger(trt)
@@ -38,6 +38,16 @@ class ErrorLog:
         finally:
             del self.logger.listeners[id(collected)]
 
+    @contextmanager
+    def collect_all(self) -> Iterator[list[str]]:
+        """Every message logged until the block ends, as it comes: with detailed profiling, the kernels of an engine."""
+        collected: list[str] = []
+        self.logger.verbose[id(collected)] = collected
+        try:
+            yield collected
+        finally:
+            del self.logger.verbose[id(collected)]
+
 
 @cache
 def _logger(trt: Any) -> Any:
@@ -46,9 +56,11 @@ def _logger(trt: Any) -> Any:
 
     def start(self: Any) -> None:
         trt.ILogger.__init__(self)
-        self.listeners = {}
+        self.listeners, self.verbose = {}, {}
 
     def log(self: Any, severity: Any, message: str) -> None:
+        for listener in list(self.verbose.values()):
+            listener.append(message)
         if severity in wanted:
             for listener in list(self.listeners.values()):
                 listener.append(" ".join(message.split()))
@@ -63,8 +75,14 @@ class _Context:
     """An execution context, and the lock that must be held from its first binding to its launch."""
 
     handle: Any
+    needs: Any = None
+    """What must outlive the handle. Fields are let go in their order."""
     scratch: torch.Tensor | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The input shapes that it is set to; a context keeps them."""
+    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """The shapes that it writes then."""
     launched: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
     """The input shapes that it has run with."""
 
@@ -112,7 +130,8 @@ class EngineRunner(Runner):
         segment: the segment.
         features: the manifest's features.
         loaded: the TensorRT runtime and the engine that it made; kept together, for the engine needs the runtime.
-        create_context: makes an execution context of the engine, without memory to work in; None where it cannot.
+        create_context: makes an execution context of the engine, without memory to work in, or None where it cannot; and what
+            must outlive it.
         log: where the engine's errors arrive.
         engine_name: the name that errors use.
         device: where it runs.
@@ -131,7 +150,7 @@ class EngineRunner(Runner):
         segment: Segment,
         features: Mapping[str, Feature],
         loaded: tuple[Any, Any],
-        create_context: Callable[[Any], Any],
+        create_context: Callable[[Any], tuple[Any, Any]],
         log: ErrorLog,
         engine_name: str,
         device: StreamWorkspace,
@@ -144,8 +163,8 @@ class EngineRunner(Runner):
         self._create_context, self._learned, self._rebuild = create_context, learned, rebuild
         self._log = log
         self._engine_name = engine_name
-        self._workspace_for = device
-        self._workspace_for.scratch.reserve(self._engine.device_memory_size_v2)
+        self._workspace = device
+        self._workspace.scratch.reserve(self._engine.device_memory_size_v2)
         self._contexts: dict[int, _Context] = {}
         self._recorded: WeakKeyDictionary[object, dict[int, _Context]] = WeakKeyDictionary()
         self._growing = threading.Lock()
@@ -153,6 +172,7 @@ class EngineRunner(Runner):
         """The input shapes that some context has run with."""
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._check_tensors(names)
+        self._formats = {name: _memory_format(self._engine.get_tensor_format(name)) for name in names}
         # An input that nothing reads may be gone from the engine.
         self._taken = [name for name in segment.inputs if name in names]
         self._limits = {name: [tuple(dims) for dims in self._engine.get_tensor_profile_shape(name, 0)] for name in self._taken}
@@ -168,8 +188,8 @@ class EngineRunner(Runner):
                 self._refuse(f"its engine has no output {name}, only {', '.join(names)}; {self._rebuild}")
 
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-        with self._workspace_for.stream() as stream:
-            taken = {name: self._addressable(inputs[name]) for name in self._taken}
+        with self._workspace.stream() as stream:
+            taken = {name: self._addressable(inputs[name], self._formats[name]) for name in self._taken}
             self._check_limits(taken)
             context = self._context(stream)
             with self._log.collect() as errors, context.lock:
@@ -187,12 +207,20 @@ class EngineRunner(Runner):
         if current_recording() is None:
             self._give_scratch(context, stream)
         for name, tensor in taken.items():
-            self._expect(handle.set_input_shape(name, tuple(tensor.shape)), f"shape {_text(tensor.shape)} of {name}", errors)
+            self._set_shape(context, name, tuple(tensor.shape), errors)
             self._set_address(handle, name, tensor, errors)
-        outputs = self._make_outputs(handle)
+        outputs = self._make_outputs(context)
         for name, tensor in outputs.items():
             self._set_address(handle, name, tensor, errors)
         return outputs
+
+    def _set_shape(self, context: _Context, name: str, shape: tuple[int, ...], errors: Sequence[str]) -> None:
+        """Only where it is new: a context that is told one computes anew what depends on it, which no recording may hold."""
+        if context.shapes.get(name) == shape:
+            return
+        context.outputs.clear()
+        self._expect(context.handle.set_input_shape(name, shape), f"shape {_text(shape)} of {name}", errors)
+        context.shapes[name] = shape
 
     def _note_shapes(self, context: _Context, taken: Mapping[str, torch.Tensor], stream: int) -> None:
         """At the first launch with some shapes, what was compiled for them is kept, and a recording learns whether it can be."""
@@ -207,15 +235,19 @@ class EngineRunner(Runner):
         if current_recording() is not None and fit is not None and not fit(stream):
             raise CannotRecord(f"segment {self.segment.name}: {self._engine_name} cannot run it inside a CUDA graph")
 
-    def _addressable(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.contiguous()
+    def _addressable(self, tensor: torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+        tensor = tensor.contiguous(memory_format=memory_format)
         return tensor.clone() if tensor.data_ptr() % self.ALIGNMENT else tensor
 
-    def _make_outputs(self, handle: Any) -> dict[str, torch.Tensor]:
+    def _make_outputs(self, context: _Context) -> dict[str, torch.Tensor]:
         """Empty outputs, of the shapes that the engine will write."""
+        if not context.outputs:
+            context.outputs |= {name: tuple(context.handle.get_tensor_shape(name)) for name in self.segment.outputs}
         return {
-            name: torch.empty(tuple(handle.get_tensor_shape(name)), dtype=DTYPES[self.features[name].dtype], device=self.device)
-            for name in self.segment.outputs
+            name: torch.empty(
+                shape, dtype=DTYPES[self.features[name].dtype], device=self.device, memory_format=self._formats[name]
+            )
+            for name, shape in context.outputs.items()
         }
 
     def _set_address(self, handle: Any, name: str, tensor: torch.Tensor, errors: Sequence[str]) -> None:
@@ -245,10 +277,10 @@ class EngineRunner(Runner):
             contexts = self._contexts if recording is None else self._recorded.setdefault(recording, {})
             if stream not in contexts:
                 with self._log.collect() as errors:
-                    handle = self._create_context(self._engine)
+                    handle, needs = self._create_context(self._engine)
                 if handle is None:
                     self._refuse_context(errors)
-                contexts[stream] = _Context(handle)
+                contexts[stream] = _Context(handle, needs)
                 self._give_scratch(contexts[stream], stream)
             return contexts[stream]
 
@@ -262,7 +294,7 @@ class EngineRunner(Runner):
         )
 
     def _give_scratch(self, context: _Context, stream: int) -> None:
-        block = self._workspace_for.scratch.block(stream)
+        block = self._workspace.scratch.block(stream)
         if context.scratch is not block:
             context.handle.set_device_memory(block.data_ptr(), block.numel())
             context.scratch = block
@@ -275,3 +307,8 @@ class EngineRunner(Runner):
 
 def _text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
+
+
+def _memory_format(tensor_format: Any) -> torch.memory_format:
+    """How a tensor of that TensorRT format lies in memory; the engines built here have no others."""
+    return torch.channels_last if tensor_format.name == "HWC8" else torch.contiguous_format

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from engines.tensorrt.kernel_cache import write_whole
+from engines.support.files import write_bytes
 
 __all__ = ["TimingCache"]
 
@@ -37,7 +37,7 @@ class TimingCache:
         if others is not None:
             cache.combine(others, ignore_mismatch=False)
         with contextlib.suppress(OSError):
-            write_whole(self._workspace_for, bytes(cache.serialize()))
+            write_bytes(self._workspace_for, bytes(cache.serialize()))
 
     def _read(self) -> bytes:
         try:

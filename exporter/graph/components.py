@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from exporter.graph.text_vae import VAE_DECODER, VAE_ENCODER, TextEncoder, VaeDecoder, VaeEncoder
-from exporter.graph.topology import TEXT
+from engines.bundle.names import TEXT, VAE_DECODER, VAE_ENCODER
+from exporter.graph.text_vae import TextEncoder, VaeDecoder, VaeEncoder
 from exporter.graph.unit_modules import paths_of, unit_module
 
 if TYPE_CHECKING:

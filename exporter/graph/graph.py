@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engines.bundle.manifest import Feature, Segment, Unit
+from engines.bundle.manifest import Feature, Precision, Segment, Unit
+from engines.bundle.names import IMAGE, LATENTS, OUTSIDE, SAMPLE, TEXT, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
 from exporter.errors import BuildError, SourceError
 from exporter.graph.components import Components
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
-from exporter.graph.text_vae import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER
-from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
+from exporter.graph.topology import depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule
 
 if TYPE_CHECKING:
     from exporter.graph.checkpoint import Checkpoint
 
-__all__ = ["Graph", "check_size", "load_graph"]
+__all__ = ["DTYPE", "Graph", "check_size", "load_graph"]
+
+DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+"""Of weights, and of the features between segments."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Graph:
     @property
     def unet_units(self) -> tuple[Unit, ...]:
         """The units that a plan can name."""
-        return tuple(unit for unit in self.units if unit.name not in {TEXT, VAE_DECODER, VAE_ENCODER})
+        return tuple(unit for unit in self.units if unit.name not in OUTSIDE)
 
     def parameters(self, segment: Segment) -> int:
         """How many weights a segment has."""

@@ -11,11 +11,12 @@ from itertools import chain, combinations, takewhile
 from typing import Literal, get_args
 
 from engines.bundle.manifest import Segment, Unit
+from engines.bundle.names import BRANCH, NOISE, TIME
 from exporter.graph.topology import block_of
 from runtime.errors import PlanError
 from runtime.plans.demand import demand
 from runtime.plans.key_steps import Threshold
-from runtime.plans.plan import BRANCH, NOISE, Plan, inherited_features
+from runtime.plans.plan import Plan, inherited_features
 
 __all__ = ["GRANULARITIES", "Granularity", "partition"]
 
@@ -28,7 +29,7 @@ _MOST_AT_ONCE = 12
 _GROUP: dict[Granularity | None, Callable[[str], str]] = {
     None: lambda unit: "",
     "block": block_of,
-    "layer": lambda unit: block_of(unit) if unit == "time" else ".".join(unit.split(".")[:_LAYER_PARTS]),
+    "layer": lambda unit: block_of(unit) if unit == TIME else ".".join(unit.split(".")[:_LAYER_PARTS]),
     "unit": lambda unit: unit.removesuffix(BRANCH),
 }
 
@@ -166,7 +167,7 @@ def _segments(units: Sequence[Unit], groups: list[list[Unit]], probed: set[str])
 
 def _name(group: list[Unit], units: Sequence[Unit]) -> str:
     """What a group is called: its block where that is whole, else its unit or layer, or its first and last block."""
-    names = [unit.name.removesuffix(BRANCH).split(".") for unit in group if unit.name != "time"] or [["time"]]
+    names = [unit.name.removesuffix(BRANCH).split(".") for unit in group if unit.name != TIME] or [[TIME]]
     first, last = block_of(".".join(names[0])), block_of(".".join(names[-1]))
     if first != last:
         return f"{first}-{last}"

@@ -8,16 +8,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-__all__ = ["IMAGE", "LATENTS", "TOKENS", "VAE_DECODER", "VAE_ENCODER", "TextEncoder", "VaeDecoder", "VaeEncoder"]
-
-TOKENS = "tokens"
-"""Graph input: token numbers (batch, text length), int64."""
-LATENTS = "latents"
-"""Graph input of the VAE decoder: denoised latents (images, channels, height, width), float32."""
-VAE_DECODER = "vae_decoder"
-IMAGE = "image"
-"""Graph input of the VAE encoder: a picture in [-1, 1] (images, 3, pixels, pixels), float32."""
-VAE_ENCODER = "vae_encoder"
+__all__ = ["TextEncoder", "VaeDecoder", "VaeEncoder"]
 
 _LOG_VARIANCE = (-30.0, 20.0)
 """Bounds that diffusers' DiagonalGaussianDistribution sets."""

@@ -8,23 +8,17 @@ push, every layer on the way up pops.
 from typing import TYPE_CHECKING
 
 from engines.bundle.manifest import Unit
+from engines.bundle.names import BRANCH, SAMPLE, STEM, TEXT, TIME, TIMESTEP
 from exporter.errors import SourceError
 from exporter.graph.unit_modules import kind_of
-from runtime.plans.plan import BRANCH
-from runtime.plans.schedule import TEXT
 from tuning.surgery.units import unit_modules
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-__all__ = ["SAMPLE", "TEXT", "TIMESTEP", "block_of", "check_family", "depth_factor", "topology"]
+__all__ = ["block_of", "check_family", "depth_factor", "topology"]
 
-SAMPLE = "sample"
-"""Graph input: noisy latents (batch, channels, height, width), float32."""
-TIMESTEP = "timestep"
-"""Graph input: one timestep for the whole batch (1,), float32."""
-
-_CONDITION = {"resnet": "time", "attention": TEXT}
+_CONDITION = {"resnet": TIME, "attention": TEXT}
 """Units with a residual branch, and what the branch reads beside the unit's input."""
 
 _BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D"}
@@ -59,7 +53,7 @@ def topology(unet: "UNet2DConditionModel") -> tuple[Unit, ...]:
         SourceError: the UNet is of another family, or its skip connections do not match.
     """
     check_family(unet)
-    units = [Unit(name="time", kind="time", inputs=(TIMESTEP,))]
+    units = [Unit(name=TIME, kind=TIME, inputs=(TIMESTEP,))]
     skips: list[str] = []
     x = SAMPLE
     for name in unit_modules(unet):
@@ -75,7 +69,7 @@ def topology(unet: "UNet2DConditionModel") -> tuple[Unit, ...]:
             inputs = (*inputs, branch)
         units.append(Unit(name=name, kind=kind, inputs=inputs))
         x = name
-        if block == "stem" or (block == "down" and kind != "attention"):
+        if block == STEM or (block == "down" and kind != "attention"):
             skips.append(name)
         elif block == "down":
             skips[-1] = name
@@ -87,8 +81,8 @@ def topology(unet: "UNet2DConditionModel") -> tuple[Unit, ...]:
 def block_of(unit: str) -> str:
     """The block a unit belongs to: ``down.0`` for ``down.0.layer.1.resnet``; the time embedding goes with the stem."""
     parts = unit.split(".")
-    if unit == "time":
-        return "stem"
+    if unit == TIME:
+        return STEM
     return ".".join(parts[:2]) if parts[0] in {"down", "up"} else parts[0]
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from engines.bundle.manifest import Unit
+from engines.bundle.names import BRANCH, NOISE, TIME
 from exporter.graph.condconv import FORM, Form, exported
-from runtime.plans.plan import BRANCH
 from tuning.surgery.condconv import CondConvResnet
 from tuning.surgery.units import unit_modules
 
@@ -151,18 +151,18 @@ class Head(nn.Module):
 
 def paths_of(unet: "UNet2DConditionModel", name: str) -> tuple[str, ...]:
     """The UNet's submodules that the unit of that name is made of."""
-    if name == "time":
+    if name == TIME:
         return ("time_embedding",)
-    if name == "head":
+    if name == NOISE:
         return "conv_norm_out", "conv_out"
     return (unit_modules(unet)[name.removesuffix(BRANCH)],)
 
 
 def unit_module(unet: "UNet2DConditionModel", name: str) -> nn.Module:
     """The module that computes the unit of that name; it shares the UNet's weights."""
-    if name == "time":
+    if name == TIME:
         return Time(unet)
-    if name == "head":
+    if name == NOISE:
         return Head(unet)
     is_branch = name.endswith(BRANCH)
     module: nn.Module = unet.get_submodule(*paths_of(unet, name))

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from engines import Bundle
 from engines.bundle.folder import describe_file, is_intact
 from engines.bundle.manifest import File
-from engines.support.files import swap_in
+from engines.support.files import swap_in, write_bytes
 from exporter.errors import BuildError
 
 __all__ = ["Artifacts", "key_of", "working_on"]
@@ -42,7 +42,7 @@ class Artifacts:
             folder.mkdir(parents=True, exist_ok=True)
 
     def __len__(self) -> int:
-        return len(list(self._records.glob("*.json")))
+        return len(list(self._records.glob("[!.]*.json")))
 
     def find(self, key: str) -> tuple[File, ...] | None:
         """The files of a piece, if it is finished and all of them are whole."""
@@ -82,10 +82,7 @@ class Artifacts:
         return self._records / f"{key}.json"
 
     def _note(self, key: str, files: tuple[File, ...]) -> tuple[File, ...]:
-        record = self._record(key)
-        partial = record.with_suffix(".partial")
-        partial.write_bytes(_FILES.dump_json(files))
-        partial.replace(record)
+        write_bytes(self._record(key), _FILES.dump_json(files))
         self._found[key] = files
         return files
 

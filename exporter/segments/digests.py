@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engines.bundle.folder import sha256
+from engines.support.files import write_text
 
 __all__ = ["Digests"]
 
@@ -36,7 +37,7 @@ class Digests:
 
     def save(self, path: Path) -> None:
         """Write them down."""
-        path.write_text(json.dumps(self._known, indent=1, sort_keys=True) + "\n", "utf-8")
+        write_text(path, json.dumps(self._known, indent=1, sort_keys=True) + "\n")
 
     def __call__(self, path: Path) -> str:
         """SHA-256 of a file, in hexadecimal."""

@@ -3,67 +3,50 @@
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context, parent_process
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from engines import Engine, Segment, make_engine
-from engines.bundle.manifest import Precision
-from exporter.build import BuildOptions, targets_of
+from engines import Segment
 from exporter.errors import BuildError
-from exporter.graph.checkpoint import open_source
-from exporter.graph.graph import Graph, check_size, load_graph
-from exporter.segments.artifacts import Artifacts
 from exporter.segments.progress import Progress, Step, TimeLeft
-from exporter.segments.writer import CompileSpec, Writer
+from exporter.segments.writer import Writer
 
-__all__ = ["DTYPE", "prepare", "write_all"]
+__all__ = ["write_all"]
 
-DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 _PARAMETERS = 1e8
 """So many take about as long as one unit more, in the blocks of Stable Diffusion 1.5's UNet: for estimates of the time left."""
 _WORKER: list[Writer] = []
 """In a worker process: its writer."""
 
 
-def prepare(options: BuildOptions, made_from: Mapping[str, Any]) -> tuple[Graph, list[Engine], CompileSpec]:
-    """What a writer works with; everything that can be found out before anything is written is found out here.
-
-    Raises:
-        SourceError: the source cannot be read, is damaged, or its parts do not fit together.
-        BuildError: a size is none that the UNet takes.
-    """
-    checkpoint = open_source(options.source, options.variant, options.unet, options.config)
-    checkpoint.check_weights(options.variant)
-    first = options.sizes[0] if options.sizes else None
-    graph = load_graph(checkpoint, options.variant, DTYPE[options.precision], first)
-    sizes = options.sizes or (graph.size,)
-    for size in sizes:
-        check_size(size, graph.size_multiple)
-    engines = [make_engine(name) for name in dict.fromkeys(options.engines)]
-    return graph, engines, CompileSpec(made_from, targets_of(options, engines), sizes, options.max_images, options.static)
-
-
-def write_all(writer: Writer, segments: Sequence[Segment], options: BuildOptions, progress: Progress) -> list[Segment]:
+def write_all(
+    writer: Writer, segments: Sequence[Segment], progress: Progress, jobs: int = 1, reopen: Callable[[], Writer] | None = None
+) -> list[Segment]:
     """Write every segment; returns them with their files, in the order given.
+
+    Args:
+        writer: of the bundle.
+        segments: to write.
+        progress: told before every step.
+        jobs: how many processes work side by side.
+        reopen: gives each of several processes a writer of its own; a function that can be pickled.
 
     Raises:
         BuildError: one of several processes has ended.
     """
     tell = _Teller(progress, len(segments), TimeLeft(_weights(writer, segments)))
-    if options.jobs == 1:
+    if jobs == 1 or reopen is None:
         written = []
         for segment in segments:
             written.append(writer.write(segment, partial(tell, segment.name)))
             tell.finish(segment.name)
     else:
-        written = _side_by_side(writer, segments, options, tell)
+        written = _side_by_side(writer, segments, jobs, reopen, tell)
     tell("", "done")
     return written
 
@@ -89,11 +72,12 @@ class _Teller:
         self._left.finish(segment)
 
 
-def _side_by_side(writer: Writer, segments: Sequence[Segment], options: BuildOptions, tell: _Teller) -> list[Segment]:
+def _side_by_side(
+    writer: Writer, segments: Sequence[Segment], jobs: int, reopen: Callable[[], Writer], tell: _Teller
+) -> list[Segment]:
     written = {}
-    tell("", f"starting {options.jobs} processes")
-    given = options, writer.pieces.place, writer.wanted.made_from
-    with ProcessPoolExecutor(options.jobs, get_context("spawn"), _start, given) as pool:
+    tell("", f"starting {jobs} processes")
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _start, (jobs, reopen)) as pool:
         try:
             # The largest first: what is done last should be short.
             order = sorted(segments, key=lambda segment: -writer.graph.parameters(segment))
@@ -104,8 +88,8 @@ def _side_by_side(writer: Writer, segments: Sequence[Segment], options: BuildOpt
                 tell(started[future], "written")
         except BrokenProcessPool as error:
             raise BuildError(
-                f"one of {options.jobs} processes ended, most likely for want of memory; give fewer --jobs; "
-                "the same command goes on from what was finished"
+                f"one of {jobs} processes ended, most likely for want of memory; give fewer --jobs; "
+                "the same command resumes from what was finished"
             ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -113,7 +97,7 @@ def _side_by_side(writer: Writer, segments: Sequence[Segment], options: BuildOpt
     return [written[segment.name] for segment in segments]
 
 
-def _start(options: BuildOptions, place: Path, made_from: Mapping[str, Any]) -> None:
+def _start(jobs: int, reopen: Callable[[], Writer]) -> None:
     """In a new process: open what it needs, and see to it that it does not outlive the build."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the build stops its processes itself
     parent = parent_process()
@@ -124,8 +108,8 @@ def _start(options: BuildOptions, place: Path, made_from: Mapping[str, Any]) -> 
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    torch.set_num_threads(max(1, torch.get_num_threads() // options.jobs))
-    _WORKER.append(Writer(*prepare(options, made_from), Artifacts(place)))
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    _WORKER.append(reopen())
 
 
 def _write(segment: Segment) -> Segment:

@@ -10,9 +10,9 @@ from typing import Any
 
 from engines import Engine, Profile, Segment, Traced
 from engines.bundle.manifest import Compiled, Feature
+from engines.bundle.names import TOKENS
 from engines.bundle.shapes import resolve
 from exporter.graph.graph import Graph
-from exporter.graph.text_vae import IMAGE, TOKENS
 from exporter.segments.artifacts import Artifacts, key_of
 from exporter.segments.trace import OPSET, trace_program, write_onnx
 
@@ -132,7 +132,8 @@ def profile_of(
     """The input shapes an engine must take: one row at the smallest size up to guidance for all images at the largest.
 
     It is optimised for one image with guidance (two rows of the UNet) at the first size. A static one takes guidance for all
-    images at the first size and nothing else; but prompts come with as many rows as they are, and pictures one by one.
+    images at the first size and nothing else; but prompts come with as many rows as they are. The VAE takes pictures one by one,
+    so that the memory that it works in does not grow with their number.
 
     Args:
         segment: whose inputs.
@@ -145,10 +146,10 @@ def profile_of(
 
     def shapes(images: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
         rows = 1 if images == 0 else 2 * images
-        dims = {"batch": rows, "images": max(images, 1), "height": height // vae_scale, "width": width // vae_scale}
+        dims = {"batch": rows, "images": 1, "height": height // vae_scale, "width": width // vae_scale}
         return {name: resolve(features[name].shape, dims) for name in segment.inputs}
 
-    if static and not {TOKENS, IMAGE}.intersection(segment.inputs):
+    if static and TOKENS not in segment.inputs:
         only = shapes(max_images, *sizes[0])
         return Profile(only, only, only)
     heights, widths = [size[0] for size in sizes], [size[1] for size in sizes]

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from engines import DTYPES, Bundle, Engine
 from engines.bundle.manifest import Manifest, Precision
+from engines.bundle.names import IMAGE, LATENTS, NOISE, SAMPLE, TEXT, TIME, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
 from engines.bundle.shapes import resolve
 from exporter.errors import BuildError
 from exporter.graph.graph import check_size
-from exporter.graph.text_vae import IMAGE, LATENTS, TOKENS, VAE_DECODER, VAE_ENCODER, TextEncoder
-from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP
+from exporter.graph.text_vae import TextEncoder
 from exporter.verification.metrics import cosine, psnr, relative_error
 from runtime.execution.executor import LoadedBundle
 from runtime.images.schedulers import make_scheduler
-from runtime.plans.plan import NOISE
 from tuning.surgery.units import unit_modules
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ class Reference:
                 ``image`` for the VAE: (images, channels, height, width) in latents and in pixels.
         """
         features = dict(inputs)
-        paths = {path: name for name, path in unit_modules(self.unet).items()} | {"time_embedding": "time"}
+        paths = {path: name for name, path in unit_modules(self.unet).items()} | {"time_embedding": TIME}
         hooks = [self.unet.get_submodule(path).register_forward_hook(_keep(features, name)) for path, name in paths.items()]
         try:
             with torch.no_grad():
@@ -102,7 +101,7 @@ class Reference:
         finally:
             for hook in hooks:
                 hook.remove()
-        features["time"] = features["time"][:1]  # the UNet repeats the one timestep for every row
+        features[TIME] = features[TIME][:1]  # the UNet repeats the one timestep for every row
         return features
 
     def _vae_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

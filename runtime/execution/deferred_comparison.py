@@ -9,12 +9,14 @@ __all__ = ["DeferredComparison"]
 class DeferredComparison:
     """Whether ``now`` differs from ``before`` by more than ``above``: the norm of the difference over the norm of ``before``.
 
+    Norms are taken in float32 at least: that of a large feature in half precision would be infinite.
+
     On a GPU the comparison is only put in the stream here, and its answer copied into pinned memory behind it. What is put in the
     stream afterwards does not wait for the host, and the host waits (in ``bool``) for the answer alone.
     """
 
     def __init__(self, before: Tensor, now: Tensor, above: float) -> None:
-        answer = (now - before).norm() > above * before.norm()
+        answer = _norm(now - before) > above * _norm(before)
         self._event: torch.cuda.Event | None = None
         if answer.is_cuda:
             self._answer = torch.empty((), dtype=torch.bool, pin_memory=True)
@@ -28,3 +30,8 @@ class DeferredComparison:
         if self._event is not None:
             self._event.synchronize()
         return bool(self._answer)
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return norm

@@ -11,15 +11,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from engines.bundle.names import NOISE, SAMPLE, TEXT, TIMESTEP
 from runtime.execution.deferred_comparison import DeferredComparison
 from runtime.execution.device_events import Timer
 from runtime.execution.graph_cache import CudaGraphCache, GraphedNetwork
 from runtime.execution.loaded_bundle import LoadedBundle
 from runtime.execution.swapping import Swapper
 from runtime.plans.key_steps import Threshold
-from runtime.plans.plan import NOISE
 from runtime.plans.schedule import Schedule, Step
-from runtime.plans.subgraph import TEXT
 
 __all__ = ["Executor", "LoadedBundle", "StepRecord"]
 
@@ -108,7 +107,7 @@ class Executor:
 
     def _step(self, index: int, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, StepRecord]:
         timer = Timer(sample.device)
-        given = {"sample": sample, "timestep": timestep, TEXT: text}
+        given = {SAMPLE: sample, TIMESTEP: timestep, TEXT: text}
         threshold = self._schedule.pending_threshold(index)
         start = _Start(self._schedule.decide(index)) if threshold is None else self._find_out(index, threshold, given)
         step, made = start.step, start.made

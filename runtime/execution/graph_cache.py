@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from engines.bundle.manifest import Segment
+from engines.bundle.names import NOISE, SAMPLE, TEXT, TIMESTEP
 from engines.cuda.graphs import CannotRecord, Recorder, Recording
 from engines.errors import EngineMemoryError
 from runtime.execution.loaded_bundle import LoadedBundle
-from runtime.plans.plan import NOISE
-from runtime.plans.subgraph import TEXT, Subgraph, read_by
+from runtime.plans.subgraph import Subgraph, read_by
 
 __all__ = ["CudaGraphCache", "GraphedNetwork"]
 
-_OWN = frozenset({"sample", "timestep", TEXT})
+_OWN = frozenset({SAMPLE, TIMESTEP, TEXT})
 """The inputs that come anew with every step, and are copied to where its recording reads them."""
 
 Features = dict[str, Tensor]
@@ -64,6 +64,7 @@ class CudaGraphCache:
 
     def clear(self) -> None:
         """Let go all recordings, as when the engines that they refer to are about to go; nobody may be in a step."""
+        self._recorder.wait()  # a replay under way reads and writes what goes now
         self._graphs.clear()
         self._recorder.forget()
 
@@ -84,7 +85,7 @@ class CudaGraphCache:
             kind: tells apart all that is done here to inputs of the same names, shapes and places.
             inputs: by name; those that are not a step's own must be outputs of earlier recordings.
             work: makes the outputs from the inputs; all that it reads must be among them.
-            passing: whether the caller is done with the outputs before anything else is replayed.
+            transient: whether the caller is done with the outputs before anything else is replayed.
 
         Returns:
             The outputs, in memory that the same kind of work overwrites when it is done again; with ``transient``, any other may.
@@ -117,6 +118,7 @@ class CudaGraphCache:
         graph = _Graph(self._recorder.record(lambda: _apart(work(fixed), fixed), transient), fixed)
         self._graphs[key] = graph
         if len(self._graphs) > self._limit:  # never before there is another: the pool of memory is theirs together
+            self._recorder.wait()
             self._graphs.popitem(last=False)
         return graph
 

@@ -9,13 +9,7 @@ from engines import Bundle, Engine, Manifest, Runner
 from engines.bundle.manifest import Segment
 from runtime.plans.subgraph import Subgraph, subgraph_for
 
-__all__ = ["LoadedBundle", "unet_segments"]
-
-
-def unet_segments(manifest: Manifest) -> tuple[Segment, ...]:
-    """The segments of the UNet: all but the text encoder's and the VAE's."""
-    units = set(manifest.unet_units)
-    return tuple(segment for segment in manifest.segments if units.issuperset(segment.units))
+__all__ = ["LoadedBundle"]
 
 
 @dataclass(frozen=True)

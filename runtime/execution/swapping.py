@@ -13,7 +13,7 @@ from engines.bundle.folder import Digest, sha256
 from engines.bundle.manifest import File
 from engines.errors import EngineMemoryError
 from runtime.execution.graph_cache import CudaGraphCache
-from runtime.execution.loaded_bundle import LoadedBundle, unet_segments
+from runtime.execution.loaded_bundle import LoadedBundle
 
 __all__ = ["Swapper", "free_bytes"]
 
@@ -117,7 +117,7 @@ class Swapper:
     def bytes_of(self, unet: str) -> int:
         """What moves when a UNet is loaded: the size of its engines' files, or of its weights where these are elsewhere."""
         total = 0
-        for segment in unet_segments(self.networks[unet].manifest):
+        for segment in self.networks[unet].manifest.unet_segments:
             compiled = segment.engines.get(self._engine.name)
             total += max(sum(file.bytes for file in files) for files in (segment.onnx, compiled.files if compiled else ()))
         return total
@@ -155,7 +155,7 @@ class Swapper:
         if self.swaps:
             self._release_all()
         bundle = self._bundles[unet]
-        loaded = {segment.name: self._engine.load(bundle, segment) for segment in unet_segments(bundle.manifest)}
+        loaded = {segment.name: self._engine.load(bundle, segment) for segment in bundle.manifest.unet_segments}
         self._runners[unet].update(loaded)
         self._bundles[unet] = _Checked(bundle.folder, bundle.manifest)
         self._here.add(unet)
@@ -167,7 +167,7 @@ class Swapper:
         if self._graphs is not None:
             self._graphs.clear()
         for name in self._here:
-            for segment in unet_segments(self.networks[name].manifest):
+            for segment in self.networks[name].manifest.unet_segments:
                 del self._runners[name][segment.name]
         self._here.clear()
         if self._engine.device.type == "cuda":

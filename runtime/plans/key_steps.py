@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from runtime.plans.record import Record
+from engines.bundle.names import STEM
+from engines.support.records import Record
 
 __all__ = ["MODES", "Back", "Explicit", "Front", "Mode", "Quadratic", "Random", "Threshold", "Uniform"]
 
@@ -114,7 +115,7 @@ class Threshold(Record):
 
     mode: Literal["threshold"] = "threshold"
     above: float = Field(ge=0)
-    feature: str = "stem"
+    feature: str = STEM
 
 
 Mode = Annotated[Uniform | Quadratic | Front | Back | Explicit | Random | Threshold, Field(discriminator="mode")]

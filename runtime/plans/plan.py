@@ -19,16 +19,13 @@ from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, Validati
 from pydantic_core import ErrorDetails
 
 from engines.bundle.manifest import Variant
+from engines.bundle.names import BRANCH
+from engines.support.records import Record
 from runtime.errors import PlanError
 from runtime.plans.key_steps import MODES, Mode, Threshold
-from runtime.plans.record import Record
 
-__all__ = ["BRANCH", "NOISE", "Plan", "Rule", "UNetRange", "inherited_features", "matching"]
+__all__ = ["Plan", "Rule", "UNetRange", "inherited_features", "matching"]
 
-NOISE = "head"
-"""The feature that a step is asked for: the noise prediction (or velocity), made by the UNet's head."""
-BRANCH = ".branch"
-"""Ending of the feature that a ResNet or transformer adds to its input."""
 _MOST_SHOWN = 60
 """Characters of a wrong value that a message shows."""
 

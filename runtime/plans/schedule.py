@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from engines.bundle.manifest import Feature, Manifest, Segment
+from engines.bundle.names import NOISE, TEXT
 from runtime.errors import PlanError
-from runtime.execution.loaded_bundle import unet_segments
 from runtime.plans.demand import demand
 from runtime.plans.key_steps import Threshold
-from runtime.plans.plan import NOISE, Plan, Rule, inherited_features
-from runtime.plans.subgraph import TEXT, Subgraph, common_prefix, subgraph_for
+from runtime.plans.plan import Plan, Rule, inherited_features
+from runtime.plans.subgraph import Subgraph, common_prefix, subgraph_for
 
-__all__ = ["TEXT", "Schedule", "Step", "check_runs"]
+__all__ = ["Schedule", "Step", "check_runs"]
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class Schedule:
 
     def _check_made_before(self, unet: str, feature: str, inherited: frozenset[str], where: str) -> None:
         manifest = self.unets[unet]
-        outputs = [name for segment in unet_segments(manifest) for name in segment.outputs]
+        outputs = [name for segment in manifest.unet_segments for name in segment.outputs]
         if feature not in outputs:
             cut = f"; {feature} would, in a bundle built with --plan {self.plan.option}" if feature in manifest.unet_units else ""
             raise PlanError(f"{where}, which no segment of UNet {unet} gives out; choose from: {', '.join(outputs)}{cut}")

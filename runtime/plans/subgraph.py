@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from engines.bundle.manifest import Manifest, Segment
+from engines.bundle.names import TEXT
 from runtime.plans.demand import demand
 
-__all__ = ["TEXT", "Subgraph", "common_prefix", "read_by", "subgraph_for"]
-
-TEXT = "text_encoder"
-"""Graph input of the UNet, made by the text encoder once per prompt: (batch, tokens, width)."""
+__all__ = ["Subgraph", "common_prefix", "read_by", "subgraph_for"]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from functools import partial
 
 from engines import DTYPES
 from engines.bundle.manifest import Manifest
+from engines.bundle.names import NOISE
 from engines.bundle.shapes import resolve
-from runtime.plans.plan import NOISE
 from runtime.plans.schedule import Schedule
 from runtime.plans.subgraph import Subgraph, subgraph_for
 

@@ -10,14 +10,14 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from engines import DTYPES
+from engines.bundle.names import BRANCH, NOISE, TEXT
 from engines.bundle.shapes import resolve
 from runtime.errors import RequestError
 from runtime.execution.executor import LoadedBundle
 from runtime.execution.swapping import Swapper
 from runtime.plans.demand import demand
-from runtime.plans.plan import BRANCH, NOISE
 from runtime.plans.schedule import Schedule, Step
-from runtime.plans.subgraph import TEXT, subgraph_for
+from runtime.plans.subgraph import subgraph_for
 from runtime.report.cost import from_to, macs_of, peak_bytes
 
 __all__ = ["explain", "in_order", "listed", "plot", "segment_seconds"]

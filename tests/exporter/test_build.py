@@ -18,7 +18,7 @@ from exporter import BuildError, BuildOptions, build
 from exporter.build import DIGESTS
 from exporter.graph.checkpoint import open_source
 from exporter.graph.graph import load_graph
-from exporter.make import segments_of
+from exporter.graph.segmentation import segments_of
 from exporter.segments.progress import Step
 from runtime import Plan, PlanError, Rule, Schedule
 from runtime.plans.key_steps import Uniform

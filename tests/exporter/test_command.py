@@ -225,7 +225,7 @@ def test_a_full_disk(exporter: Command, fake_trace: FakeTrace, tiny_source: Path
         outcome,
         "the disk is full",
         "mid.onnx.data",
-        "nothing half-written was kept; the same command goes on from what was finished",
+        "nothing half-written was kept; the same command resumes from what was finished",
     )
     assert names_in(folder) == [".bundle.building"]
 
@@ -251,7 +251,7 @@ def test_a_place_where_nothing_can_be_written(
     fake_trace()
     (tmp_path / "file").write_text("notes")
     assert_refused(
-        exporter("build", "--source", tiny_source, "--out", tmp_path / "file" / "bundle"), "file", "choose another place"
+        exporter("build", "--source", tiny_source, "--out", tmp_path / "file" / "bundle"), "file", "choose another path"
     )
     assert (tmp_path / "file").read_text() == "notes"
 

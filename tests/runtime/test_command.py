@@ -357,7 +357,7 @@ def test_a_full_disk_leaves_no_half_picture_and_keeps_the_old_one(
 def test_a_place_where_nothing_can_be_written(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
     (here / "folder.png").mkdir()
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--steps", 1, "-o", here / "folder.png")
-    assert_refused(outcome, "folder.png", "choose another place")
+    assert_refused(outcome, "folder.png", "choose another path")
     assert [path.name for path in here.iterdir()] == ["folder.png"]
 
 

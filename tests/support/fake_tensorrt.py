@@ -3,8 +3,8 @@
 An "engine file" names a program: a torch function with typed, bounded inputs. Its context reads the inputs from memory by
 address and writes the outputs to memory by address, as a GPU would, so that a wrong address, shape or dtype shows as a wrong
 number. It is as strict as the real thing: bad shapes and misaligned addresses are refused and logged, a context used by two
-threads at once fails, and so does one that has no memory to work in, that is recorded before it ran with the same shapes, or
-that is changed after it was recorded.
+threads at once fails, and so does one that has no memory to work in, that is recorded before it ran with the same shapes, that
+is told shapes while it is recorded or changed after it was, or whose runtime configuration or cache is gone before it.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import ctypes
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
@@ -64,6 +65,8 @@ class Program:
     memory: int = 4096
     """Bytes to work in."""
     capturable: bool = True
+    channels_last: frozenset[str] = frozenset()
+    """Tensors whose channels lie together."""
 
     def type_of(self, name: str) -> DataType:
         return self.types.get(name, DataType.FLOAT)
@@ -75,7 +78,7 @@ class FakeTensorRT:
     __version__ = "11.0.0"
     ILogger = ILogger
     EngineInvalidityDiagnostics = EngineInvalidityDiagnostics
-    ComputeCapability = SimpleNamespace(__members__={"SM86": 1, "SM89": 2})
+    ComputeCapability = SimpleNamespace(__members__={"CURRENT": 0, "SM86": 1, "SM89": 2})
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
     CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
@@ -92,6 +95,8 @@ class FakeTensorRT:
         """The networks whose kernels had to be measured while they were built: those that were in no timing cache."""
         self.builds = True
         """Whether the builder can build."""
+        self.segfaults: list[str] = []
+        """What went before a context that needed it."""
         self.trouble = 0
         """What is wrong with the machine, of EngineInvalidityDiagnostics: no engine can be loaded."""
 
@@ -108,7 +113,7 @@ class FakeTensorRT:
 class FakeNetwork:
     """What a builder knows of a network: the file that it was parsed from."""
 
-    num_inputs = 0
+    num_inputs = num_outputs = 0
     name = ""
 
 
@@ -229,6 +234,9 @@ class FakeEngine:
     def get_tensor_dtype(self, name: str) -> DataType:
         return self.program.type_of(name)
 
+    def get_tensor_format(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name="HWC8" if name in self.program.channels_last else "LINEAR")
+
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         assert profile == 0
         smallest, largest = self.program.limits[name]
@@ -249,8 +257,21 @@ class FakeEngine:
         strategy = config.strategy if isinstance(config, FakeConfig) else config
         assert strategy == "user managed"
         context = FakeContext(self, config)
+        if isinstance(config, FakeConfig):
+            for needed in (config, config.cache):
+                weakref.finalize(needed, _must_be_last, weakref.ref(context), self.trt.segfaults)
         self.contexts.append(context)
         return context
+
+    def compute(self, place: int, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
+        program = self.program
+        last = program.channels_last
+        arguments = [_read(addresses[key], shapes[key], program.type_of(key), key in last) for key in program.limits]
+        ctypes.memset(place, 0xFF, program.memory)
+        with torch.no_grad():
+            results = _as_tuple(program.function(*arguments))
+        for name, result in zip(program.outputs, results, strict=True):
+            _write(addresses[name], result.permute(0, 2, 3, 1) if name in last else result)
 
 
 class FakeConfig:
@@ -307,17 +328,24 @@ class FakeTimingCache(FakeCache):
 class FakeContext:
     def __init__(self, engine: FakeEngine, config: Any) -> None:
         self.engine = engine
-        self.config = config
+        self._config = weakref.ref(config) if isinstance(config, FakeConfig) else lambda: config
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.launches: list[int] = []
         self.memory: tuple[int, int] | None = None
         self.known: set[str] = set()
+        self.shapings = 0
+        """How often it was told a shape."""
         self.recorded = False
         self.in_graph: dict[str, int] = {}
         """Addresses of the recorded launch."""
         self.fails = False
         self.user: int | None = None
+
+    @property
+    def config(self) -> Any:
+        """What it was made with; as the real thing, it does not hold on to it."""
+        return self._config()
 
     def _enter(self) -> None:
         """From its first binding to its launch, a context belongs to one thread."""
@@ -344,6 +372,9 @@ class FakeContext:
         self._enter()
         if self.recorded:
             return self._refuse("the context is in a graph")
+        if tape() is not None:
+            return self._refuse("a shape is set while a graph is recorded")
+        self.shapings += 1
         smallest, largest = self.engine.program.limits[name]
         if any(not low <= got <= high for low, got, high in zip(smallest, shape, largest, strict=True)):
             return self._refuse(f"{name}: {shape} is outside the profile")
@@ -370,17 +401,16 @@ class FakeContext:
         recording = tape()
         if recording is None:
             self._compile(kernels)
-            self._compute(self.memory[0], self.addresses, self.shapes)
+            self.engine.compute(self.memory[0], self.addresses, dict(self.shapes))
         elif kernels not in self.known:
             return self._refuse("the shapes are new, and a graph is being recorded")
         else:
-            place, addresses, shapes = self.memory[0], dict(self.addresses), dict(self.shapes)
-            recording.launches.append(lambda: self._compute(place, addresses, shapes))
+            engine, place, addresses, shapes = self.engine, self.memory[0], dict(self.addresses), dict(self.shapes)
+            recording.launches.append(lambda: engine.compute(place, addresses, shapes))  # a graph does not hold on to contexts
             self.recorded, self.in_graph = True, addresses
         self.launches.append(stream)
         # A launch uses the addresses of its own run only: what stays behind would hide a missing one in the next run.
         self.addresses.clear()
-        self.shapes.clear()
         self.user = None
         return True
 
@@ -392,21 +422,20 @@ class FakeContext:
             if cache is not None:
                 cache.kernels.append(kernels)
 
-    def _compute(self, place: int, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
-        program = self.engine.program
-        arguments = [_read(addresses[key], shapes[key], program.type_of(key)) for key in program.limits]
-        ctypes.memset(place, 0xFF, program.memory)
-        with torch.no_grad():
-            results = _as_tuple(program.function(*arguments))
-        for name, result in zip(program.outputs, results, strict=True):
-            _write(addresses[name], result)
+
+def _must_be_last(context: "weakref.ref[FakeContext]", segfaults: list[str]) -> None:
+    if context() is not None:
+        segfaults.append("a configuration or cache is gone before its context")
 
 
 def _as_tuple(result: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
-def _read(address: int, shape: tuple[int, ...], kind: DataType) -> torch.Tensor:
+def _read(address: int, shape: tuple[int, ...], kind: DataType, channels_last: bool = False) -> torch.Tensor:
+    if channels_last:
+        n, c, h, w = shape
+        return _read(address, (n, h, w, c), kind).permute(0, 3, 1, 2)
     size = prod(shape) * torch.empty(0, dtype=kind.value).element_size()
     return torch.frombuffer(bytearray(ctypes.string_at(address, size)), dtype=kind.value).reshape(shape)
 

@@ -95,6 +95,9 @@ class FakeRecorder(Recorder):
         self._shared: list[weakref.ref[Tape]] = []
         self.inside = False
         self.broken: Exception | None = None
+        self.under_way = False
+        """Whether a replay may not be done yet: nothing that it reads may go."""
+        self.let_go_under_way = 0
         self.recorded = 0
         self.replayed = 0
 
@@ -111,6 +114,12 @@ class FakeRecorder(Recorder):
             yield
         finally:
             self.inside = False
+
+    def wait(self) -> None:
+        self.under_way = False
+
+    def _note_end(self) -> None:
+        self.let_go_under_way += self.under_way
 
     def _later(self, tape: Tape) -> list[Tape]:
         """The recordings after this one in the memory that it shares."""
@@ -131,6 +140,7 @@ class FakeRecorder(Recorder):
             _TAPE.reset(token)
         tape.spoil(everything=True)
         self._tapes.add(tape)
+        weakref.finalize(tape, self._note_end)
         if transient:
             self._shared.append(weakref.ref(tape))
         self.recorded += 1
@@ -144,6 +154,7 @@ class FakeRecorder(Recorder):
                 later.spoil(everything=True)
             for launch in tape.launches:
                 launch()
+            self.under_way = True
             self.replayed += 1
 
         return replay, outputs

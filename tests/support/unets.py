@@ -11,10 +11,11 @@ from torch import Tensor
 
 from engines import Manifest, Segment
 from engines.bundle.manifest import Feature
+from engines.bundle.names import SAMPLE, TEXT, TIMESTEP
 from engines.torch_program import ModuleRunner
 from exporter.graph.partition import Granularity, partition
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
-from exporter.graph.topology import SAMPLE, TEXT, TIMESTEP, depth_factor, topology
+from exporter.graph.topology import depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule, unit_module
 from runtime.execution.executor import LoadedBundle
 from runtime.plans.plan import Plan

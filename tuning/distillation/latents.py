@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
@@ -14,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engines.support.files import atomic_file, write_text
 from tuning.distillation.pictures import Pictures
 from tuning.errors import TuningError
 from tuning.training.distributed import Workers
-from tuning.training.files import write_text
 from tuning.training.teacher import Teacher
 
 __all__ = ["MANIFEST", "LatentFolder", "write_latents"]
@@ -140,10 +139,8 @@ def _write_shard(
         part = pictures.read(list(numbers[at : at + batch]), size).to(workers.device, memory_format=torch.channels_last)
         latents.append(teacher.encode(part).cpu().half())
     tokens = teacher.ids([pictures.captions[number] for number in numbers]).int()
-    partial = path.with_suffix(".partial")
     try:
-        save_file({"latents": torch.cat(latents).contiguous(), "tokens": tokens}, partial)
-        os.replace(partial, path)
+        with atomic_file(path) as partial:
+            save_file({"latents": torch.cat(latents).contiguous(), "tokens": tokens}, partial)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise TuningError(f"can't write {path} ({error}); the shards before it are kept: make room, run again") from error

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.support.files import write_text
 from tuning.errors import TuningError
-from tuning.training.files import write_text
 
 if TYPE_CHECKING:
     from tuning.training.loop import LoopSettings

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from engines.support.files import write_text
 from tuning.checkpoints.find_source import RANDOM, UNetSource, open_unet
 from tuning.checkpoints.source import check_channels
 from tuning.errors import TuningError
@@ -26,7 +27,6 @@ from tuning.ranking.trajectories import Points, trajectories
 from tuning.surgery.assembly import assemble
 from tuning.surgery.recipes import Recipe
 from tuning.training.extras import need
-from tuning.training.files import write_text
 
 __all__ = ["RankOptions", "rank_command"]
 

@@ -1,11 +1,11 @@
 """The plot of a ranking: time saved across, error up, a point for each removal, the chosen ones named."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.support.files import atomic_file
 from tuning.ranking.rank import NOTHING, Chosen, Ranked
 
 if TYPE_CHECKING:
@@ -67,9 +67,5 @@ def plot_ranking(ranked: Sequence[Ranked], chosen: Sequence[Chosen], path: Path,
     axes.set_ylabel("relative mean squared error of the prediction, before distillation")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
-    temporary = path.with_name(f".{path.name}")
-    try:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
+from engines.support.records import Record
 from tuning.surgery.condconv import CondConvResnet, Router
 from tuning.surgery.units import Removed, unit_modules
 
@@ -22,20 +23,16 @@ __all__ = ["KEY", "Changes", "PlacedExperts", "apply_changes", "changes_of"]
 KEY = "unet_heirloom"
 
 
-class PlacedExperts(BaseModel):
+class PlacedExperts(Record):
     """The ResNets whose two 3 x 3 convolutions are conditional, how many kernels each mixes, and what the router reads."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     resnets: tuple[str, ...] = Field(min_length=1)
     count: int = Field(4, ge=2)
     router: Router = "timestep"
 
 
-class Changes(BaseModel):
+class Changes(Record):
     """Attentions that were taken out of their layers, and conditional convolutions; names are the changed UNet's units."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
     removed: tuple[str, ...] = ()

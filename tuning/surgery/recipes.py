@@ -3,37 +3,34 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from engines.support.records import Record, explain
 from tuning.errors import TuningError
 
 __all__ = ["RECIPES", "Experts", "LossWeights", "Recipe", "recipe"]
 
 
-class LossWeights(BaseModel):
+class LossWeights(Record):
     """Weights of the distillation losses, 1 for each as in BK-SDM (arXiv 2305.15798); features are errors in shares."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     noise: float = Field(1.0, ge=0)
     output: float = Field(1.0, ge=0)
     features: float = Field(1.0, ge=0)
 
 
-class Experts(BaseModel):
+class Experts(Record):
     """Conditional convolutions (CondConv, arXiv 1904.04971): `count` kernels each, mixed by what the router reads.
 
     `units` are globs over the assembled UNet's ResNets; empty means those in layers whose neighbour was removed.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     units: tuple[str, ...] = ()
     count: int = Field(4, ge=2, le=16)
     router: Literal["timestep", "features"] = "timestep"
 
 
-class Recipe(BaseModel):
+class Recipe(Record):
     """A UNet's surgery by names.
 
     `remove` holds globs over units ("down.0.layer.1.attention"), layers ("down.0.layer.1") or blocks ("mid"). A block's
@@ -42,8 +39,6 @@ class Recipe(BaseModel):
     With `portions`, distillation removes so many of the globs at a time, in their order, and trains in between; assembly
     alone removes all at once.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
     name: str = Field(min_length=1)
@@ -66,8 +61,7 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate_json(path.read_text())
         except (OSError, UnicodeDecodeError, ValidationError) as error:
-            said = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-            reason = ": ".join([*(str(part) for part in said["loc"]), str(said["msg"]).splitlines()[0]])
+            reason = explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
             raise TuningError(f"{path} is no recipe ({reason}): write name, version 1 and remove as JSON") from error
 
 

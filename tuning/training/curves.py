@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engines.support.files import atomic_file
+
 __all__ = ["draw_curves", "write_grid"]
 
 _PARTS = ("loss", "noise", "output", "features")
@@ -28,10 +30,9 @@ def draw_curves(log: Path, path: Path) -> None:
         axis.set(title=name, xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0].legend()
-    temporary = path.with_suffix(".partial")
-    figure.savefig(temporary, format="png", dpi=100)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
     plt.close(figure)
-    temporary.replace(path)
 
 
 def write_grid(pictures: Tensor, path: Path, columns: int = 8) -> None:
@@ -43,6 +44,5 @@ def write_grid(pictures: Tensor, path: Path, columns: int = 8) -> None:
     filled = torch.cat([pictures, torch.ones(missing, *pictures.shape[1:])])
     rows = filled.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    Image.fromarray(((rows + 1) * 127.5).round().to(torch.uint8).numpy()).save(temporary, format="PNG")
-    temporary.replace(path)
+    with atomic_file(path) as temporary:
+        Image.fromarray(((rows + 1) * 127.5).round().to(torch.uint8).numpy()).save(temporary, format="PNG")

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
+from engines.support.files import write_text
 from tuning.errors import TuningError
 from tuning.training.distributed import Workers
-from tuning.training.files import write_text
 from tuning.training.state import State
 
 __all__ = ["Report"]

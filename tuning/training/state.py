@@ -1,7 +1,6 @@
 """Everything that a training's checkpoint holds: weights, their average, both optimizers, and how far the run is."""
 
 import math
-import os
 import pickle
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engines.support.files import atomic_file
 from tuning.errors import TuningError
 from tuning.training.optim import MuonAdamW
 
@@ -64,12 +64,10 @@ class State:
             "counters": {"step": self.step, "progress": self.progress, "cpu": self.cpu, "wall": self.wall},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
         try:
-            torch.save(state, temporary)
-            os.replace(temporary, path)
+            with atomic_file(path) as temporary:
+                torch.save(state, temporary)
         except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
-            temporary.unlink(missing_ok=True)
             raise TuningError(f"can't write {path} ({_line(error)}): the last checkpoint is kept; make room, go on") from error
 
     def load(self, path: Path) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu.gpu_check import Fit, Found, Row, main
+from benchmarks.gpu.found import Ends, Fit, Found, Row
+from benchmarks.gpu.gpu_check import main
 from engines import Runner, UserError
 from engines.errors import EngineMemoryError
 from tests.support.sources import save_source
@@ -52,7 +56,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
         held[0] -= size
 
     monkeypatch.setattr(Runner, "run", counting)
-    monkeypatch.setattr("benchmarks.gpu.gpu_check._allocated", lambda device: held[0])
+    monkeypatch.setattr("benchmarks.gpu.plan_runs.allocated", lambda device: held[0])
 
 
 @no_gpu
@@ -62,13 +66,16 @@ def test_the_program_itself_runs_on_a_cpu(tmp_path: Path, capsys: pytest.Capture
     source = save_source(tmp_path / "tiny")
     main(
         ["--device", "cpu", "--engines", "torch,tensorrt-rtx", "--precision", "fp32", "--plans",
-         "full,block:2,adaptive:0.2", "--source", str(source), "--steps", "3", "--rounds", "1",
+         "full,block:2,adaptive:0.2", "--source", str(source), "--steps", "3", "--rounds", "1", "--only", "plans,segments,start",
          "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     )  # fmt: skip
     found = json.loads((tmp_path / "gpu-cpu-tiny-original.json").read_text())
     assert found["faults"] == []
-    assert set(found["skipped"]) == {"tensorrt-rtx fp32"}
-    assert "runs on an NVIDIA GPU only" in found["skipped"]["tensorrt-rtx fp32"]
+    assert set(found["skipped"]) == {"tensorrt-rtx"}
+    assert "runs on an NVIDIA GPU only" in found["skipped"]["tensorrt-rtx"]
+    assert found["starts"]["torch fp32"].keys() == {"import_seconds", "load_seconds", "first_seconds", "second_seconds"}
+    assert found["ends"]["torch fp32"]["vae_milliseconds"] > 0
+    assert found["ends"]["torch fp32"]["kernels"] is None
     assert max(fit["error"] for fit in found["segments"]["torch fp32"].values()) < 1e-4
     assert min(fit["cosine"] for fit in found["segments"]["torch fp32"].values()) > 0.9999
     assert {"the chain", "stem", "vae_decoder"} <= set(found["segments"]["torch fp32"])
@@ -78,52 +85,99 @@ def test_the_program_itself_runs_on_a_cpu(tmp_path: Path, capsys: pytest.Capture
     assert rows["block:2"]["milliseconds"] > 0
     assert rows["full"]["error"] is None
     assert rows["full"]["graphs_error"] is None
+    assert rows["full"]["picture_seconds"] > 0
     assert found["memory"]["torch fp32"].keys() == {"weights_bytes", "scratch_bytes", "device_bytes"}
     assert found["memory"]["torch fp32"]["weights_bytes"] > 10_000
     assert found["memory"]["torch fp32"]["device_bytes"] is None
-    assert "left out: tensorrt-rtx fp32" in capsys.readouterr().out
+    assert "left out: tensorrt-rtx" in capsys.readouterr().out
 
 
 BREAKS = {
-    "_engine": ("torch", RuntimeError("CUDA driver error")),
-    "_bundle": ("torch", torch.OutOfMemoryError("CUDA out of memory")),
-    "Pipeline": ("torch", EngineMemoryError("segment mid: out of memory")),
-    "_check": ("torch", RuntimeError("an illegal memory access")),
+    "engine_named": RuntimeError("CUDA driver error"),
+    "Pipeline": EngineMemoryError("segment mid: out of memory"),
+    "measure_plan": torch.OutOfMemoryError("CUDA out of memory"),
+    "measure_ends": RuntimeError("an illegal memory access"),
 }
-"""Where the first of two engines breaks off."""
+"""Where the first of two engines breaks off, after both were found and built for."""
+
+
+class StandIns:
+    """Nothing is built, loaded or run; the torch engine breaks off at one place."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.built: list[Sequence[str]] = []
+        manifest = SimpleNamespace(variant="original", segments=[SimpleNamespace(engines={"torch": 1})])
+        self.Bundle = SimpleNamespace(open=lambda folder: SimpleNamespace(manifest=manifest))
+
+    def at(self, place: str, engine: str) -> None:
+        if (place, engine) == (self.place, "torch"):
+            raise BREAKS[place]
+
+    def _build(self, check: object, engines: Sequence[str], precision: str) -> None:
+        self.built.append(tuple(engines))
+
+    def engine_named(self, engine: str, device: torch.device) -> str:
+        self.at("engine_named", engine)
+        return engine
+
+    def Pipeline(self, bundle: object, engine: str) -> SimpleNamespace:
+        self.at("Pipeline", engine)
+        swapper = SimpleNamespace(bytes_of=lambda variant: 1)
+        return SimpleNamespace(engine=SimpleNamespace(name=engine, scratch_bytes=lambda: 0), swapper=swapper)
+
+    def measure_plan(self, pipeline: Any, *rest: object) -> tuple[Row, torch.Tensor]:
+        self.at("measure_plan", pipeline.engine.name)
+        return Row(pipeline.engine.name, "fp32", "full", None, None, 1.0, None, 1, None, None), torch.zeros(1)
+
+    def measure_ends(self, pipeline: Any, *rest: object) -> Ends:
+        self.at("measure_ends", pipeline.engine.name)
+        return Ends(1.0, 1.0, None)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> StandIns:
+    """In the place of what builds, loads and runs."""
+    made = StandIns(getattr(request, "param", "nowhere"))
+    for name in ("_build", "engine_named", "Pipeline", "Bundle", "measure_plan", "measure_ends"):
+        monkeypatch.setattr(f"benchmarks.gpu.gpu_check.{name}", getattr(made, name))
+    return made
+
+
+def checked(folder: Path, *arguments: str) -> dict[str, Any]:
+    """What a check that finds fault, or nothing, has written."""
+    with pytest.raises(SystemExit):
+        main(["--device", "cpu", "--precision", "fp32", "--plans", "full", "--only", "plans", "--out", str(folder),
+              "--work", str(folder / "work"), *arguments])  # fmt: skip
+    found: dict[str, Any] = json.loads((folder / "gpu-cpu-mini-original.json").read_text())
+    return found
 
 
 @no_gpu
-@pytest.mark.parametrize("place", BREAKS)
-def test_an_engine_that_breaks_off_does_not_lose_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    name, error = BREAKS[place]
-    row = Row("onnxruntime", "fp32", "full", None, None, 1.0, None, 1, None, None)
-
-    def engine(name: str, device: torch.device) -> str:
-        return breaking("_engine", name)
-
-    def bundle(options: object, name: str, precision: str) -> str:
-        return breaking("_bundle", name)
-
-    def pipeline(bundle: str, engine: str) -> str:
-        return breaking("Pipeline", engine)
-
-    def check(found: Found, pipeline: str, *rest: object) -> None:
-        breaking("_check", pipeline)
-        found.rows.append(row)
-
-    def breaking(at: str, engine: str) -> str:
-        if (at, engine) == (place, name):
-            raise error
-        return engine
-
-    for at, replacement in {"_engine": engine, "_bundle": bundle, "Pipeline": pipeline, "_check": check}.items():
-        monkeypatch.setattr(f"benchmarks.gpu.gpu_check.{at}", replacement)
-    with pytest.raises(SystemExit):
-        main(["--device", "cpu", "--engines", "torch,onnxruntime", "--precision", "fp32", "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "gpu-cpu-mini-original.json").read_text())
+@pytest.mark.parametrize("stand_ins", BREAKS, indirect=True)
+def test_an_engine_that_breaks_off_does_not_lose_the_others(tmp_path: Path, stand_ins: StandIns) -> None:
+    error = BREAKS[stand_ins.place]
+    found = checked(tmp_path, "--engines", "torch,onnxruntime")
     assert found["faults"] == [f"torch fp32: broke off: {type(error).__name__}: {error}"]
-    assert [one["engine"] for one in found["rows"]] == ["onnxruntime"]
+    assert [one["engine"] for one in found["rows"]] == ["torch"] * (stand_ins.place == "measure_ends") + ["onnxruntime"]
+
+
+@no_gpu
+def test_what_there_is_no_time_for_is_named(tmp_path: Path, stand_ins: StandIns) -> None:
+    found = checked(tmp_path, "--engines", "torch", "--budget", "0")
+    assert found["skipped"] == dict.fromkeys(["build fp32", "torch fp32"], "the budget of 0 minutes is used up")
+    assert found["rows"] == []
+
+
+@no_gpu
+def test_an_engine_that_cannot_be_had_is_found_before_anything_is_built(tmp_path: Path, stand_ins: StandIns) -> None:
+    main(
+        ["--device", "cpu", "--engines", "torch,tensorrt", "--plans", "full", "--only", "plans", "--out", str(tmp_path),
+         "--precision", "fp16", "--work", str(tmp_path / "work")]
+    )  # fmt: skip
+    assert stand_ins.built == [("torch",)]
+    found = json.loads((tmp_path / "gpu-cpu-mini-original.json").read_text())
+    assert "runs on an NVIDIA GPU only" in found["skipped"]["tensorrt"]
 
 
 @no_gpu

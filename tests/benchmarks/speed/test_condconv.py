@@ -149,7 +149,7 @@ def test_kernels_that_are_inherited_are_counted() -> None:
     random = {name: sum(not known(kernel) for kernel in layer.kernels) for name, layer in layers.items()}
     inherited = sum(len(layer.kernels) - 1 - random[name] for name, layer in layers.items())
     words = " ".join(PAGE.split())
-    assert f"{len(layers)} kernels that were there, {inherited} inherited and {sum(random.values())} random ones" in words
+    assert f"{len(layers)} kernels of their own, {inherited} of removed ResNets and {sum(random.values())} random ones" in words
     assert sum(count for name, count in random.items() if name.startswith("down_blocks.0.")) == 12
 
 

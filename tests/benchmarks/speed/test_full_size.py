@@ -14,9 +14,9 @@ from benchmarks.speed import full_size, onnx_runtime, partition, prompt_reuse
 from benchmarks.speed.full_size import TOKENS, export, features_of, measured_units, random_inputs, spread, take_turns
 from engines import Segment, make_engine
 from engines.bundle.manifest import Feature
+from engines.bundle.names import TEXT
 from engines.ort.engine import OnnxRuntime
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
-from exporter.graph.topology import TEXT
 from exporter.segments.trace import trace
 from tests.support.unets import TEXT_WIDTH, small_unet
 

@@ -4,6 +4,7 @@ import gc
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_a_recording_keeps_the_block_that_it_works_in(load, fake, tiny, recorder
     front = load("front")
     with recorder.on_stream():
         recording = recorder.record(lambda: front.run(features))
-    block = weakref.ref(next(iter(front._place.scratch._blocks.values())))
+    block = weakref.ref(next(iter(front._workspace.scratch._blocks.values())))
     fake.files[b"back"] = replace(fake.files[b"back"], memory=65536)
     load("back").run(features)
     front.run(features)
@@ -137,7 +138,7 @@ def test_what_the_engine_cannot_run_in_a_graph_is_not_recorded(load, fake, tiny,
 def test_a_refusal_while_recording_is_no_users_mistake(load, fake, recorder):
     front, small, large = load("front"), random_inputs(1, 8, 8), random_inputs(2, 16, 16)
     turns = iter([small, large])
-    with recorder.on_stream(), pytest.raises(CannotRecord, match="the shapes are new, and a graph is being recorded"):
+    with recorder.on_stream(), pytest.raises(CannotRecord, match="a shape is set while a graph is recorded"):
         recorder.record(lambda: front.run(next(turns)))
     assert current_recording() is None
 
@@ -164,6 +165,7 @@ def start(fake, bundle, cpu_alignment):
         fake.compiled.clear()
         for shape in shapes:
             runner.run(random_inputs(*shape))
+        engine.flush()
         return len(fake.compiled)
 
     return run
@@ -194,8 +196,8 @@ def test_recordings_compile_once_too(fake, load, bundle, user_caches, recorder):
 
 
 @rtx
-def test_kernels_are_kept_once_for_all_contexts(fake, load, bundle, user_caches, recorder, monkeypatch):
-    """To write them down takes time: what one context has compiled, others find."""
+def test_kernels_are_kept_once_for_all_contexts(fake, bundle, cpu_alignment, user_caches, recorder, monkeypatch):
+    """What one context has compiled, others find; and to write it down takes time, so that it is done at the end of a call."""
     written, serialize = [], FakeCache.serialize
 
     def counted(cache):
@@ -203,13 +205,41 @@ def test_kernels_are_kept_once_for_all_contexts(fake, load, bundle, user_caches,
         return serialize(cache)
 
     monkeypatch.setattr(FakeCache, "serialize", counted)
-    runner, small, large = load("front"), random_inputs(1, 8, 8), random_inputs(2, 16, 16)
+    engine = TensorRTRTX(fake, torch.device("cpu"))
+    runner, small, large = engine.load(bundle, bundle.manifest.segment("front")), random_inputs(1, 8, 8), random_inputs(2, 16, 16)
     for inputs in (small, small, large, small):
         runner.run(inputs)
     with recorder.on_stream():
         kept = [recorder.record(lambda inputs=inputs: runner.run(inputs)) for inputs in (small, large)]
-    assert len(written) == 2
+    assert written == []
+    for _ in range(3):
+        engine.flush()
+    assert len(written) == 1
     assert len(fake.engines[0].contexts) == 1 + len(kept)
+
+
+def test_a_context_is_told_a_shape_only_when_it_is_another(load, fake):
+    runner, small, large = load("front"), random_inputs(1, 8, 8), random_inputs(2, 16, 16)
+    for inputs in (small, small, large, large, small):
+        runner.run(inputs)
+    (context,) = fake.engines[0].contexts
+    assert context.shapings == 3 * len(context.shapes)
+
+
+def test_configuration_and_cache_go_after_their_contexts(load, fake, recorder):
+    """NVIDIA: the process ends where the cache goes first."""
+    runner, inputs = load("front"), random_inputs(1, 8, 8)
+    runner.run(inputs)
+    with recorder.on_stream():
+        recording = recorder.record(partial(runner.run, inputs))
+    contexts = [weakref.ref(context) for context in fake.engines[0].contexts]
+    gc.collect()
+    assert fake.segfaults == []
+    fake.engines[0].contexts.clear()
+    del recording, runner
+    gc.collect()
+    assert [context() for context in contexts] == [None, None]
+    assert fake.segfaults == []
 
 
 @rtx

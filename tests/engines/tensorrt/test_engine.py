@@ -97,7 +97,7 @@ def test_the_default_targets_where_there_is_no_gpu(monkeypatch):
     [
         ((8, 9), TensorRTRTX.DEFAULT_TARGETS),
         ((7, 5), ("sm75",)),  # the defaults leave Turing out; it gets an engine of its own
-        ((9, 0), TensorRTRTX.DEFAULT_TARGETS),  # cannot be named
+        ((9, 0), ("sm90",)),  # has no name, and is built for as the current one
     ],
 )
 def test_the_default_targets_cover_the_card_at_hand(card, capability, expected):

@@ -51,6 +51,24 @@ def test_views_are_read_as_what_they_show(load, tiny):
     close(found["down.0.resnet"], tiny.reference(inputs)["down.0.resnet"])
 
 
+def test_features_lie_as_the_engines_have_them(load, fake, tiny):
+    """Channels last between two engines, without a copy in between."""
+    for name, program in fake.files.items():
+        fake.files[name] = replace(program, channels_last=frozenset({"down.0.sampler", "down.0.resnet"}))
+    front, back = load("front"), load("back")
+    inputs = random_inputs(2, 16, 8)
+    made = front.run(inputs)
+    lie = {name: tensor.is_contiguous(memory_format=torch.channels_last) for name, tensor in made.items() if tensor.ndim == 4}
+    assert lie
+    assert all(lie.values())
+    assert all(back._addressable(made[name], torch.channels_last) is made[name] for name in lie)
+    features = {**inputs, **made, **back.run({**inputs, **made})}
+    for name, expected in tiny.reference(inputs).items():
+        close(features[name], expected)
+    plain = {name: tensor.contiguous() for name, tensor in made.items()}
+    close(back.run({**inputs, **plain}), back.run({**inputs, **made}))
+
+
 def test_what_needs_no_copy_is_not_copied(load):
     runner = load("front")
     tensor = torch.zeros(1, 4, 8, 8)
@@ -197,15 +215,13 @@ def test_tensorrt_takes_an_engine_of_another_model_for_another_one(fake, bundle,
 
 
 @pytest.mark.parametrize("kind", [TensorRTRTX], indirect=True)
-def test_a_card_that_tensorrt_rtx_cannot_build_for(fake, bundle, kind, card):
+def test_a_card_that_tensorrt_rtx_has_no_name_for(fake, bundle, kind, card):
     card("NVIDIA H100", (9, 0))
     fake.card = "sm90"
     with pytest.raises(EngineError) as caught:
         kind(fake).load(bundle, bundle.manifest.segment("front"))
-    assert str(caught.value).endswith(
-        "it was built by 10.9 for sm86; tensorrt-rtx builds no engines for this GPU (sm90): "
-        "choose --engine tensorrt, torch or onnxruntime"
-    )
+    assert "it was built by 10.9 for sm86; build it for this one with: python -m exporter build" in str(caught.value)
+    assert kind(fake).check_targets([]) == kind(fake).check_targets(["sm90"]) == ("sm90",)
 
 
 def test_without_diagnostics_the_first_error_is_the_reason(load, fake, monkeypatch):

@@ -290,7 +290,7 @@ def test_a_process_that_ends(tiny_source: Path, tmp_path: Path) -> None:
             for child in multiprocessing.active_children():
                 child.kill()
 
-    with pytest.raises(BuildError, match="one of 2 processes ended.*fewer --jobs; the same command goes on"):
+    with pytest.raises(BuildError, match="one of 2 processes ended.*fewer --jobs; the same command resumes"):
         build(options, progress)
     assert not (tmp_path / "bundle").exists()
     assert len(Artifacts(tmp_path / ".bundle.building")), "what was finished is kept"

@@ -67,7 +67,7 @@ def fake_tensorrt_network(live: LoadedBundle) -> LoadedBundle:
             manifest.segment(name),
             manifest.features,
             (runtime, runtime.deserialize_cuda_engine(name.encode())),
-            lambda engine: engine.create_execution_context("user managed"),
+            lambda engine: (engine.create_execution_context("user managed"), None),
             log,
             "fake",
             place,
@@ -265,6 +265,10 @@ def test_few_are_kept_where_few_may_be(unet: Any, manifest: Manifest, recorder: 
         gc.collect()
         assert recorder.alive == 2
     assert recorder.recorded > 4
+    graphs.clear()
+    gc.collect()
+    assert recorder.alive == 0
+    assert recorder.let_go_under_way == 0
 
 
 @pytest.mark.parametrize("before", [0, 1])

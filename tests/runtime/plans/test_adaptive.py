@@ -254,6 +254,14 @@ def test_a_change_is_relative_to_the_feature_before(device: str, now: float, abo
     assert change(now, above, device) is expected
 
 
+def test_norms_of_half_precision_are_taken_in_single() -> None:
+    """In half precision both would be infinite, and nothing exceeds that."""
+    before = torch.full((4, 320, 64, 64), 100.0, dtype=torch.float16)
+    assert before.norm().isinf()
+    assert bool(DeferredComparison(before, before * 1.5, 0.4))
+    assert not bool(DeferredComparison(before, before * 1.5, 0.6))
+
+
 @pytest.mark.gpu
 def test_the_host_waits_for_the_answer_alone() -> None:
     """What was put in the stream behind the comparison goes on while the answer is read."""

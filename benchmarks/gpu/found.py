@@ -1,0 +1,119 @@
+"""What the GPU check finds, and what of it is not as it must be."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from exporter.verification.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE
+
+__all__ = ["Ends", "Fit", "Found", "Memory", "Row"]
+
+PLANNED = 0.1
+"""How far, relative to what is planned, the memory of features may be off."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A plan on an engine. Errors are the largest, relative to the largest value; None where there is nothing to measure."""
+
+    engine: str
+    precision: str
+    plan: str
+    error: float | None
+    """Of the final latents, run piece by piece, against the reference; None of the reference itself."""
+    graphs_error: float | None
+    """Of the final latents with steps replayed, against the same piece by piece."""
+    milliseconds: float
+    """Of a picture's UNet steps, piece by piece; the median of the rounds."""
+    graphs_milliseconds: float | None
+    planned_bytes: int
+    """Of features at once, between segments; compared with the next."""
+    features_bytes: int | None
+    """Of features at once, as PyTorch's allocator has them after every segment."""
+    peak_bytes: int | None
+    """As it has them at any time: what PyTorch itself needs inside a segment is in it, but no other library's own memory."""
+    first_seconds: float | None = None
+    """Of the plan's first call, piece by piece: whatever is made at first use is made in it."""
+    graphs_first_seconds: float | None = None
+    """Of its first call with graphs: every kind of step is recorded in it."""
+    picture_seconds: float | None = None
+    """Of a picture from prompt to pixels, as the host sees it, with graphs where there are any; the median of the rounds."""
+    device_bytes: int | None = None
+    """What the whole device has less after the plan than before the engine, by its driver."""
+
+    @property
+    def name(self) -> str:
+        """What was run."""
+        return f"{self.engine} {self.precision} {self.plan}"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How near a segment comes to the diffusers model: the largest error, relative to the largest value, and the least cosine."""
+
+    error: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What comes before and after the UNet, in milliseconds; and how many kernels one full step of the UNet is."""
+
+    text_milliseconds: float
+    vae_milliseconds: float
+    kernels: int | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """An engine's memory beside features; compared with nothing."""
+
+    weights_bytes: int
+    """Of the UNet's files."""
+    scratch_bytes: int
+    """What the engine says that it works in, for each stream; 0 where it does not say."""
+    device_bytes: int | None
+    """What the whole device had less at the end than at the beginning, by its driver: with all that libraries keep."""
+
+
+@dataclass
+class Found:
+    """What the check has found, by engine and precision."""
+
+    rows: list[Row] = field(default_factory=list)
+    segments: dict[str, dict[str, Fit]] = field(default_factory=dict)
+    psnr: dict[str, float] = field(default_factory=dict)
+    """Of half precision's latents, in decibels."""
+    ends: dict[str, Ends] = field(default_factory=dict)
+    memory: dict[str, Memory] = field(default_factory=dict)
+    starts: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    """Seconds of a second process, which finds what the first one has compiled."""
+    baselines: list[Mapping[str, Any]] = field(default_factory=list)
+    """Diffusers' own pipeline on the same card."""
+    build_seconds: dict[str, float] = field(default_factory=dict)
+    cards: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    """The card's clocks, temperature, power and load when a part had ended."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Why an engine could not be had, or what there was no time for."""
+    ended: dict[str, str] = field(default_factory=dict)
+    """How an engine broke off in the middle."""
+
+    def faults(self) -> list[str]:
+        """What is not as it must be. Errors of final latents depend on the plan and the model, and are only reported."""
+        faults = [f"{name}: broke off: {reason}" for name, reason in self.ended.items()]
+        for name, fits in self.segments.items():
+            allowed = TOLERANCE["fp16" if name.endswith("fp16") else "fp32"]
+            for segment, fit in fits.items():
+                if not (fit.error <= allowed and fit.cosine >= LEAST_COSINE):
+                    faults.append(f"{name}: segment {segment} is off by {fit.error:.1e}, its cosine by {1 - fit.cosine:.1e}")
+        for name, psnr in self.psnr.items():
+            if not psnr >= LEAST_PSNR:
+                faults.append(f"{name}: latents have a PSNR of {psnr:.1f} dB, not {LEAST_PSNR:g}")
+        # Replayed or not, the same kernels run; only what picks another kernel inside a graph can make a difference.
+        off = [row for row in self.rows if row.graphs_error is not None and not row.graphs_error <= 1e-3]
+        faults += [f"{row.name}: replayed steps are off by {row.graphs_error:.1e}" for row in off]
+        return faults + [
+            f"{row.name}: features of {row.planned_bytes} bytes are planned, {row.features_bytes} held"
+            for row in self.rows
+            if row.features_bytes is not None and abs(row.features_bytes - row.planned_bytes) > PLANNED * row.planned_bytes
+        ]

@@ -1,0 +1,62 @@
+"""The GPU check's tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.gpu.found import Ends, Memory, Row
+
+__all__ = ["show_baselines", "show_ends", "show_memory", "show_rows"]
+
+
+def _text(value: float | None, form: str = ".2f", scale: float = 1.0) -> str:
+    return "-" if value is None else format(scale * value, form)
+
+
+def show_rows(console: Console, rows: Sequence[Row]) -> None:
+    """A line for each plan on each engine."""
+    columns = "engine", "precision", "plan", "error", "graphs: error", "ms", "graphs: ms", "first s", "pictures/s"
+    table = Table(*columns, "MB planned", "held", "peak", "device", box=SIMPLE)
+    for row in rows:
+        first = row.first_seconds if row.graphs_first_seconds is None else row.graphs_first_seconds
+        rate = 1 / row.picture_seconds if row.picture_seconds else None
+        sizes = row.planned_bytes, row.features_bytes, row.peak_bytes, row.device_bytes
+        table.add_row(
+            row.engine, row.precision, row.plan, _text(row.error, ".1e"), _text(row.graphs_error, ".1e"),
+            _text(row.milliseconds), _text(row.graphs_milliseconds), _text(first), _text(rate),
+            *(_text(size, ".1f", 1e-6) for size in sizes),
+        )  # fmt: skip
+    console.print(table)
+
+
+def show_ends(console: Console, ends: Mapping[str, Ends]) -> None:
+    """What comes before and after the UNet, and its kernels."""
+    table = Table("engine", "text encoder ms", "VAE decoder ms", "kernels of a full step", box=SIMPLE)
+    for name, one in ends.items():
+        table.add_row(name, _text(one.text_milliseconds), _text(one.vae_milliseconds), _text(one.kernels, ".0f"))
+    console.print(table)
+
+
+def show_memory(console: Console, memory: Mapping[str, Memory]) -> None:
+    """The memory of each engine beside features."""
+    table = Table("engine", "MB of the UNet's files", "scratch", "of the device", box=SIMPLE)
+    for name, one in memory.items():
+        sizes = (one.weights_bytes, one.scratch_bytes, one.device_bytes)
+        table.add_row(name, *(_text(size, ".1f", 1e-6) for size in sizes))
+    console.print(table)
+
+
+def show_baselines(console: Console, baselines: Sequence[Mapping[str, Any]]) -> None:
+    """Diffusers' own pipeline, in several ways."""
+    if not baselines:
+        return
+    table = Table("diffusers", "UNet steps ms", "pictures/s", "first s", "why not", box=SIMPLE)
+    for one in baselines:
+        rate = 1 / one["picture_seconds"] if one.get("picture_seconds") else None
+        table.add_row(
+            one["name"], _text(one.get("milliseconds")), _text(rate), _text(one.get("first_seconds")), one.get("reason", "")
+        )
+    console.print(table)

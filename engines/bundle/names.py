@@ -1,0 +1,50 @@
+"""The names of the graph: its inputs, the features that all packages speak of, and the units outside the UNet.
+
+A feature is named after the unit that makes it, so that ``TEXT`` is the text encoder and what it makes. All other units are the
+UNet's, and named after the modules that they come from (``down.0.layer.1.resnet``).
+"""
+
+__all__ = [
+    "BRANCH",
+    "IMAGE",
+    "LATENTS",
+    "NOISE",
+    "OUTSIDE",
+    "SAMPLE",
+    "STEM",
+    "TEXT",
+    "TIME",
+    "TIMESTEP",
+    "TOKENS",
+    "VAE_DECODER",
+    "VAE_ENCODER",
+]
+
+TOKENS = "tokens"
+"""Graph input: token numbers (batch, text length), int64."""
+SAMPLE = "sample"
+"""Graph input: noisy latents (batch, channels, height, width), float32."""
+TIMESTEP = "timestep"
+"""Graph input: one timestep for the whole batch (1,), float32."""
+LATENTS = "latents"
+"""Graph input of the VAE decoder: denoised latents (images, channels, height, width), float32."""
+IMAGE = "image"
+"""Graph input of the VAE encoder: a picture in [-1, 1] (images, 3, pixels, pixels), float32."""
+
+TEXT = "text_encoder"
+"""Made once per prompt, and read by the UNet's transformers: (batch, tokens, width)."""
+VAE_DECODER = "vae_decoder"
+"""A picture in [-1, 1] (images, 3, pixels, pixels), float32."""
+VAE_ENCODER = "vae_encoder"
+"""Means and standard deviations of a picture's latents (images, 2 * channels, height, width), float32."""
+OUTSIDE = frozenset({TEXT, VAE_DECODER, VAE_ENCODER})
+"""The units that are not the UNet's: no plan can name them."""
+
+TIME = "time"
+"""The timestep's embedding (1, width), read by every ResNet."""
+STEM = "stem"
+"""The UNet's first convolution."""
+NOISE = "head"
+"""The feature that a step is asked for: the noise prediction (or velocity), made by the UNet's head."""
+BRANCH = ".branch"
+"""Ending of the feature that a ResNet or transformer adds to its input."""

@@ -1,0 +1,44 @@
+"""Where caches lie: beside what they are for, or with the user's other caches where that cannot be written."""
+
+import contextlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+
+__all__ = ["cache_places", "card_name", "first_writable", "user_cache"]
+
+
+def user_cache() -> Path:
+    """The folder of caches that belong to a user, as the system has it (on Linux ``$XDG_CACHE_HOME``, or ``~/.cache``)."""
+    return user_cache_path("unet-heirloom", appauthor=False)
+
+
+def cache_places(bundle: Path, key: str, name: str) -> tuple[Path, ...]:
+    """The paths at which a bundle's cache may lie: beside its engines, or with the user's caches.
+
+    Args:
+        bundle: the bundle's folder.
+        key: the bundle's own, from its manifest.
+        name: of the file; it names the card and the version that the kernels are for.
+    """
+    return bundle / "cache" / name, user_cache() / key[:16] / name
+
+
+def card_name(device: torch.device) -> str:
+    """The GPU's name, fit for a file's."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def first_writable(folders: Sequence[Path]) -> Path | None:
+    """The first of these folders that can be made and written into, which is there afterwards; None if none can."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    return None

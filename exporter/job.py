@@ -1,0 +1,120 @@
+"""A build, resolved: the source opened, the engines made, the targets checked; once for all that works on it."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engines import Engine, make_engine
+from engines.bundle.manifest import MANIFEST_VERSION
+from exporter.options import BuildOptions, check_choices, check_static, targets_of, versions
+from exporter.segments.artifacts import key_of
+from exporter.segments.digests import Digests
+from exporter.segments.progress import Progress, Step
+
+if TYPE_CHECKING:
+    from exporter.graph.checkpoint import Checkpoint
+    from exporter.segments.artifacts import Artifacts
+    from exporter.segments.writer import Writer
+
+__all__ = ["CODE", "BuildJob", "open_writer"]
+
+CODE = {
+    "engines": ("bundle/manifest", "bundle/names", "bundle/shapes", "ort/*", "tensorrt/engine", "torch_program"),
+    "exporter": ("build", "graph/*", "job", "options", "segments/precision", "segments/trace", "segments/writer"),
+    "runtime": ("plans/demand", "plans/key_steps", "plans/plan", "plans/presets"),
+    "tuning": ("checkpoints/*", "surgery/*"),
+}
+"""The files that decide what a bundle holds. A test compares them with what the build imports."""
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """What a build works with.
+
+    ``targets`` are the compute capabilities by the name of the engine that builds for them; ``made_from`` is what all pieces of
+    the bundle depend on: weights, variant, precision, versions, code.
+    """
+
+    options: BuildOptions
+    checkpoint: "Checkpoint"
+    engines: tuple[Engine, ...]
+    targets: Mapping[str, tuple[str, ...]]
+    made_from: Mapping[str, Any]
+
+    @classmethod
+    def resolve(cls, options: BuildOptions, digests: Digests, progress: Progress) -> "BuildJob":
+        """Open the source, make the engines and check the options; ``digests`` remembers hashes of the source's files.
+
+        Raises:
+            BuildError: an option is not one of those allowed.
+            SourceError: the weights cannot be found or read.
+            EngineError: an engine is unknown or not installed, or a target is unknown to it.
+        """
+        from exporter.graph.checkpoint import open_source
+
+        check_choices(options)
+        checkpoint = open_source(options.source, options.variant, options.unet, options.config)
+        engines = tuple(make_engine(name) for name in dict.fromkeys(options.engines))
+        check_static(options, engines)
+        targets = targets_of(options, engines)
+        progress(Step(0, None, "", "reading the source"))
+        made_from = {
+            "versions": versions(),
+            "code": _own_code(),
+            "manifest": MANIFEST_VERSION,
+            "source": checkpoint.fingerprint(options.variant, digests),
+            "variant": options.variant,
+            "precision": options.precision,
+        }
+        return cls(options, checkpoint, engines, targets, made_from)
+
+    @property
+    def key(self) -> str:
+        """Hash of everything the bundle is made from: an equal key means that a new build would make the same bundle."""
+        made_by = {"engines": {engine.name: engine.version() for engine in self.engines}, "targets": self.targets}
+        return key_of({**self.options.made_from, **made_by, "made_from": self.made_from})
+
+    def writer(self, pieces: "Artifacts") -> "Writer":
+        """What writes the bundle's segments; everything that can be found out before anything is written is found out here.
+
+        Raises:
+            SourceError: the source cannot be read, is damaged, or its parts do not fit together.
+            BuildError: a size is none that the UNet takes.
+        """
+        from exporter.graph.graph import DTYPE, check_size, load_graph
+        from exporter.segments.writer import CompileSpec, Writer
+
+        options = self.options
+        self.checkpoint.check_weights(options.variant)
+        first = options.sizes[0] if options.sizes else None
+        graph = load_graph(self.checkpoint, options.variant, DTYPE[options.precision], first)
+        sizes = options.sizes or (graph.size,)
+        for size in sizes:
+            check_size(size, graph.size_multiple)
+        spec = CompileSpec(self.made_from, self.targets, sizes, options.max_images, options.static)
+        return Writer(graph, self.engines, spec, pieces)
+
+
+def open_writer(options: BuildOptions, made_from: Mapping[str, Any], folder: Path) -> "Writer":
+    """The writer of a build that another process has begun in ``folder``: it hashes nothing again."""
+    from exporter.graph.checkpoint import open_source
+    from exporter.segments.artifacts import Artifacts
+
+    checkpoint = open_source(options.source, options.variant, options.unet, options.config)
+    engines = tuple(make_engine(name) for name in dict.fromkeys(options.engines))
+    return BuildJob(options, checkpoint, engines, targets_of(options, engines), made_from).writer(Artifacts(folder))
+
+
+@cache
+def _own_code() -> str:
+    """A hash of the code that decides what is in a bundle: one made by an older checkout is not taken for a new one."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parents[1]
+    for package, modules in CODE.items():
+        for module in modules:
+            for path in sorted((root / package).glob(f"{module}.py")):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

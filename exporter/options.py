@@ -1,0 +1,110 @@
+"""Options of a build: which there are, which values they take, and what of them decides what a bundle holds."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from engines import ENGINES, Engine
+from engines.bundle.folder import sha256
+from engines.bundle.manifest import Precision, Variant
+from exporter.errors import BuildError
+from exporter.graph.partition import GRANULARITIES, Granularity
+
+__all__ = ["PRECISIONS", "BuildOptions", "check_choices", "check_static", "targets_of", "versions"]
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+_VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """The options of a build.
+
+    Without a ``granularity``, segments are as large as ``plans`` allow. ``unet`` is the folder of the
+    variant's UNet, where the source does not hold it; ``config`` the folder of configurations, where a source has none and is of
+    no usual shape. ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call; ``static``
+    engines take nothing less either. ``jobs`` processes work side by side.
+    """
+
+    variant: Variant = "original"
+    source: str = "mini"
+    unet: Path | None = None
+    config: Path | None = None
+    engines: tuple[str, ...] = ("onnxruntime",)
+    granularity: Granularity | None = "block"
+    plans: tuple[str, ...] = ()
+    precision: Precision = "fp32"
+    sizes: tuple[tuple[int, int], ...] = ()
+    max_images: int = 4
+    static: bool = False
+    targets: tuple[str, ...] = ()
+    out: Path | None = None
+    force: bool = False
+    jobs: int = 1
+
+    @property
+    def folder(self) -> Path:
+        """Where the bundle goes: ``out``, or a name under ``bundles`` made from source and variant."""
+        kind, _, name = self.source.rpartition(":")
+        parts = (kind, Path(name).name.removesuffix(".safetensors").removesuffix(".json"), self.variant)
+        return self.out or Path("bundles") / "-".join(re.sub(r"[^\w.]+", "-", part) for part in parts if part)
+
+    @property
+    def made_from(self) -> dict[str, object]:
+        """What of it decides what is in the bundle, in JSON's terms."""
+        options = asdict(self)
+        for name in ("out", "force", "jobs"):
+            del options[name]
+        options |= {name: None if options[name] is None else str(options[name]) for name in ("unet", "config")}
+        return options | {"plans": [sha256(Path(plan)) if Path(plan).is_file() else plan for plan in self.plans]}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the programs that make a bundle."""
+    return {name: version(name) for name in _VERSIONED}
+
+
+def check_choices(options: BuildOptions) -> None:
+    """Raise BuildError unless each option is one of those allowed."""
+    if options.granularity is None and not options.plans:
+        raise BuildError("no granularity and no plan: name a plan to cut for, or a granularity")
+    if options.granularity is not None and options.granularity not in GRANULARITIES:
+        raise BuildError(f"unknown granularity {options.granularity!r}; choose from: {', '.join(GRANULARITIES)}")
+    if options.precision not in PRECISIONS:
+        raise BuildError(f"unknown precision {options.precision!r}; choose from: {', '.join(PRECISIONS)}")
+    if not options.engines:
+        raise BuildError(f"no engine is named; choose from: {', '.join(ENGINES)}")
+    if options.jobs < 1:
+        raise BuildError(f"jobs {options.jobs}: at least 1 process must do the work")
+    if options.max_images < 1:
+        raise BuildError(f"batch {options.max_images}: a bundle must take at least 1 image")
+
+
+def check_static(options: BuildOptions, engines: Sequence[Engine]) -> None:
+    """Raise BuildError unless static engines are asked for one size and of an engine that has a profile."""
+    if not options.static:
+        return
+    if len(options.sizes) > 1:
+        sizes = ", ".join(f"{height}x{width}" for height, width in options.sizes)
+        raise BuildError(f"sizes {sizes}: static engines are built for one size; name one, or leave --static out")
+    if not any(engine.has_profile for engine in engines):
+        raise BuildError(
+            f"static: engine {', '.join(options.engines)} is built for no sizes; add tensorrt or tensorrt-rtx with --engine, "
+            "or leave --static out"
+        )
+
+
+def targets_of(options: BuildOptions, engines: Sequence[Engine]) -> dict[str, tuple[str, ...]]:
+    """The compute capabilities that each engine is to build for, by its name.
+
+    Raises:
+        BuildError: targets are named, but no engine takes any.
+        EngineError: a target is unknown to its engine.
+    """
+    if options.targets and not any(engine.has_profile for engine in engines):
+        raise BuildError(
+            f"targets {', '.join(options.targets)}: engine {', '.join(options.engines)} takes none; leave --targets out"
+        )
+    return {engine.name: engine.check_targets(options.targets if engine.has_profile else ()) for engine in engines}

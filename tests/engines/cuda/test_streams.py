@@ -1,0 +1,110 @@
+"""Streams for calls, and captures: with stand-ins for CUDA's streams and graphs."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from engines.cuda.graphs import CannotRecord, CudaRecorder
+from engines.cuda.streams import CallStreams
+
+CUDA = torch.device("cuda")
+
+
+class FakeStream:
+    """Knows what it waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.waited: list[FakeStream] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited.append(other)
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """CUDA as far as streams go: ``default`` and ``current``."""
+    default = FakeStream(CUDA)
+    state = SimpleNamespace(default=default, current=default)
+
+    @contextmanager
+    def use(stream: FakeStream) -> Iterator[None]:
+        before, state.current = state.current, stream
+        try:
+            yield
+        finally:
+            state.current = before
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(state, "current", stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state.current)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+    return state
+
+
+def test_calls_at_once_have_streams_of_their_own_and_the_next_takes_one_of_them(streams: SimpleNamespace) -> None:
+    pool = CallStreams(CUDA)
+    with pool.one():
+        first = streams.current
+        streams.current = streams.default  # another thread's
+        with pool.one():
+            second = streams.current
+        streams.current = first
+    assert len({id(stream) for stream in (first, second, streams.default)}) == 3
+    with pool.one():
+        assert streams.current in (first, second)
+    assert first.waited[0] is streams.default
+    assert first in streams.default.waited
+    assert streams.current is streams.default
+
+
+def test_a_stream_that_the_caller_chose_stays(streams: SimpleNamespace) -> None:
+    streams.current = chosen = FakeStream(CUDA)
+    with CallStreams(CUDA).one():
+        assert streams.current is chosen
+
+
+def test_without_cuda_there_are_none() -> None:
+    pool, x = CallStreams(torch.device("cpu")), torch.zeros(1)
+    with pool.one():
+        assert pool.hand_over(x) is x
+
+
+class FailingCapture:
+    """As PyTorch's own: where a capture fails, its stream stays the current one."""
+
+    def __init__(self, streams: SimpleNamespace, **given: Any) -> None:
+        self.streams, self.stream = streams, FakeStream(CUDA)
+
+    def __enter__(self) -> None:
+        self.streams.current = self.stream
+
+    def __exit__(self, *given: object) -> None:
+        raise RuntimeError("operation would make the legacy stream depend on a capturing blocking stream")
+
+
+def test_a_capture_that_fails_restores_the_stream_and_collection(
+    streams: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **given: FailingCapture(streams, **given))
+    recorder, collects = CudaRecorder(CUDA), []
+    with recorder.on_stream():
+        own = streams.current
+        with pytest.raises(CannotRecord, match="legacy stream"):
+            recorder.record(lambda: collects.append(gc.isenabled()))
+        assert streams.current is own
+    assert streams.current is streams.default
+    assert collects == [True, False], "done once, then recorded"
+    assert gc.isenabled()

@@ -1,0 +1,86 @@
+"""What TensorRT-RTX makes of segments, seen with no GPU: every attention and every group norm of a UNet is one kernel."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from engines import Bundle
+from engines.tensorrt.engine import TensorRTRTX
+from engines.tensorrt.kernels import Kernel, read_kernels
+from exporter import BuildOptions, build
+from exporter.kernels import KernelCounts, counts_of_bundle, total
+from tests.support.commands import Command
+from tests.support.sources import save_source
+from tests.support.unets import small_unet
+
+pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def wide_heads(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A small UNet whose heads are 32 and 64 channels wide, in half precision, at sizes where kernels are those of large ones."""
+    folder = tmp_path_factory.mktemp("kernels")
+    unet = small_unet("two stages", block_out_channels=(64, 128), cross_attention_dim=16)
+    source = save_source(folder / "source", unet)
+    return build(BuildOptions(source=str(source), precision="fp16", sizes=((128, 128),), out=folder / "bundle"))[0]
+
+
+@pytest.mark.parametrize("target", TensorRTRTX.DEFAULT_TARGETS)
+def test_every_attention_and_every_group_norm_is_one_kernel(wide_heads: Bundle, target: str) -> None:
+    unet = set(wide_heads.manifest.unet_units)
+    own = {segment.name for segment in wide_heads.manifest.segments if set(segment.units) <= unet}
+    counts = [count for count in counts_of_bundle(wide_heads, target) if count.segment in own]
+    assert {count.segment for count in counts} == own
+    for count in counts:
+        assert (count.fused_attentions, count.fused_norms) == (count.attentions, count.norms), count
+    whole = total("the UNet", counts)
+    assert whole.attentions == 8
+    assert whole.norms == 15
+    assert whole.bytes_moved == sum(count.bytes_moved for count in counts) > 0
+
+
+def test_the_command_prints_a_row_for_each_segment(wide_heads: Bundle, exporter: Command) -> None:
+    shown = exporter("inspect", wide_heads.folder, "--kernels")
+    assert shown.code == 0
+    assert [segment.name for segment in wide_heads.manifest.segments if not any(segment.name in line for line in shown.out)] == []
+    assert all(len(line) <= 80 for line in shown.out)
+    told = json.loads("\n".join(exporter("inspect", wide_heads.folder, "--kernels", "--json", "--target", "sm86").out))
+    assert told["target"] == "sm86"
+    counted = {row["segment"]: KernelCounts(**row) for row in told["segments"]}
+    assert counted.keys() == {segment.name for segment in wide_heads.manifest.segments}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--kernels", "--target", "sm1"), "unknown target 'sm1'; choose from: sm75"),
+        (("--target", "sm89"), "--target goes with --kernels"),
+        (("--json",), "--json goes with --kernels"),
+    ],
+)
+def test_mistakes_are_one_line(wide_heads: Bundle, exporter: Command, options: tuple[str, ...], reason: str) -> None:
+    done = exporter("inspect", wide_heads.folder, *options)
+    assert done.code == 2
+    assert reason in done.err[-1]
+
+
+LINE = (
+    "Name: __myl_SiluGnor_myl0_4, LayerType: kgen, Inputs: [ { Name: a, Dimensions: [2,8,4,4], Strides: [1], Datatype: Half }, "
+    "{ Name: b, Dimensions: [3], Datatype: Float }], Constants: [], "
+    "Outputs: [ { Name: c, Dimensions: [2,8,4,4], Datatype: Half }], "
+    "TacticName: t, StreamId: 0, Metadata: [ONNX Layer: node_norm][ONNX Layer: node_silu]"
+)
+
+
+def test_a_line_of_the_log() -> None:
+    wait = "Name: w, LayerType: wait, Inputs: [], Constants: [], Outputs: [], TacticName: , Metadata:"
+    log = ["Total Activation Memory: 512 bytes", f"Layers:\n{LINE}\n{wait}"]
+    found = read_kernels(log)
+    assert found.kernels == (Kernel("__myl_SiluGnor_myl0_4", "kgen", 512 + 12, 512, frozenset({"node_norm", "node_silu"})),)
+    assert found.scratch_bytes == 512
+    assert found.kernels[0].steps == ("Silu", "Gnor")
+    assert found.computing("node_norm") == found.kernels
+    with pytest.raises(ValueError, match="no list of kernels"):
+        read_kernels(["nothing"])
