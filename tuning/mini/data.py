@@ -1,4 +1,4 @@
-"""Training data: scenes, captions and pictures as a function of a seed, nothing stored."""
+"""Training data: scenes, captions and pictures as a function of a seed, nothing stored; `fetch` brings the emoji instead."""
 
 import random
 
@@ -31,3 +31,10 @@ def batch(count: int, key: str, *, held: bool = False) -> tuple[list[Scene], lis
     captions = [caption(scene, rng) for scene in scenes]
     pictures = render(scenes, np.random.default_rng(rng.getrandbits(64)))
     return scenes, captions, to_tensor(pictures)
+
+
+if __name__ == "__main__":
+    from engines.support.cli import run_command
+    from tuning.mini.emoji_fetch import main
+
+    run_command(main)

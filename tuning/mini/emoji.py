@@ -1,6 +1,6 @@
 """Emoji as training data: five open sets from the npm registry, which of their pictures are used, and captions for them.
 
-A picture is one concept (`cooked rice`) in one style (`twemoji`). Of some 150 concepts one style is held back, chosen by a stable
+A picture is one concept (`cooked rice`) in one style (`twitter`). Of some 150 concepts one style is held back, chosen by a stable
 hash: training sees the concept and the style, never together, and quality is measured on those pairs.
 """
 
@@ -9,16 +9,13 @@ import hashlib
 import json
 import random
 import re
-import subprocess
-import tarfile
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.errors import UserError
+from tuning.errors import TuningError
 
 __all__ = [
     "BACKGROUNDS",
@@ -29,7 +26,6 @@ __all__ = [
     "Drawing",
     "Icon",
     "caption",
-    "fetch",
     "held_back",
     "load_icons",
     "split",
@@ -49,14 +45,18 @@ class IconSet:
 
 SETS: dict[str, IconSet] = {
     "noto": IconSet(
-        "@iconify-json/noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad", "Apache-2.0", "Google"
+        "@iconify-json/noto",
+        "1.2.9",
+        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        "Apache-2.0",
+        "Google Inc",
     ),
     "fluent": IconSet(
         "@iconify-json/fluent-emoji-flat",
         "1.2.6",
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
         "MIT",
-        "Microsoft",
+        "Microsoft Corporation",
     ),
     "firefox": IconSet(
         "@iconify-json/fxemoji",
@@ -70,14 +70,14 @@ SETS: dict[str, IconSet] = {
         "1.2.5",
         "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
         "CC-BY-4.0",
-        "Twitter and contributors",
+        "Twitter, Inc and other contributors",
     ),
     "emojione": IconSet(
         "@iconify-json/emojione",
         "1.2.3",
         "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
         "CC-BY-4.0",
-        "Ranks.com and contributors",
+        "Emoji One",
     ),
 }
 """By the style's name in captions. OpenMoji (CC BY-SA 4.0) is left out: whether its share-alike clause reaches weights that
@@ -140,53 +140,19 @@ class Drawing:
     place: str = ""
 
 
-def fetch(folder: Path) -> None:
-    """Download the packages into a folder, as ``STYLE.json.gz``, and check their hashes; what is there already is kept.
-
-    Raises:
-        UserError: npm is missing or fails, or a file is not the one that was pinned.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for style, one in SETS.items():
-        target = folder / f"{style}.json.gz"
-        if target.exists():
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            archive = _pack(one, Path(scratch))
-            found = hashlib.sha256(archive.read_bytes()).hexdigest()
-            if found != one.sha256:
-                raise UserError(f"{one.package} {one.version} has the SHA-256 {found}, not {one.sha256}; nothing of it was kept")
-            with tarfile.open(archive) as tar:
-                parts = {name: json.load(tar.extractfile(f"package/{name}.json")) for name in ("icons", "metadata")}  # type: ignore[arg-type]
-            target.write_bytes(gzip.compress(json.dumps(parts).encode(), mtime=0))
-
-
-def _pack(one: IconSet, folder: Path) -> Path:
-    try:
-        done = subprocess.run(
-            ["npm", "pack", "--silent", f"{one.package}@{one.version}"], cwd=folder, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError as error:
-        raise UserError("npm is not installed, and the emoji come from its registry; install Node.js, then try again") from error
-    if done.returncode:
-        raise UserError(f"npm pack {one.package}@{one.version} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
-    (archive,) = folder.glob("*.tgz")
-    return archive
-
-
 def load_icons(folder: Path) -> list[Icon]:
     """The pictures that are used, of concepts that at least three sets draw; sorted by concept and style.
 
     Raises:
-        UserError: a set is missing.
+        TuningError: a set is missing or damaged.
     """
     bodies: dict[str, dict[str, str]] = defaultdict(dict)
     categories: dict[str, str] = {}
     for style in STYLES:
         path = folder / f"{style}.json.gz"
         if not path.is_file():
-            raise UserError(f"{path} is missing; fetch the emoji first: python -m tuning.mini.data fetch --out {folder}")
-        parts = json.loads(gzip.decompress(path.read_bytes()))
+            raise TuningError(f"{path} is missing; fetch the emoji first: python -m tuning.mini.data fetch")
+        parts = _read(path)
         for category, names in parts["metadata"].get("categories", {}).items():
             for name in names:
                 categories.setdefault(name, category)
@@ -200,6 +166,16 @@ def load_icons(folder: Path) -> list[Icon]:
         if len(found) >= _LEAST_STYLES and categories.get(name) in _CATEGORIES and not _LEFT_OUT.search(name)
     ]
     return [Icon(name.replace("-", " "), style, svg) for name in chosen for style, svg in sorted(bodies[name].items())]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        parts: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+        if not isinstance(parts["icons"]["icons"], dict) or not isinstance(parts["metadata"], dict):
+            raise ValueError("no icons")
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise TuningError(f"{path} cannot be read ({error}); delete it and run python -m tuning.mini.data fetch") from error
+    return parts
 
 
 def _join_squashed(bodies: dict[str, dict[str, str]]) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from tuning.checkpoints.folder import save_part
 from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, scheduler, train_tokenizer
 
-__all__ = ["save_random", "save_shell"]
+__all__ = ["INDEX", "save_random", "save_shell"]
 
-_INDEX = {
+INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
@@ -25,7 +25,7 @@ _INDEX = {
 def save_shell(folder: Path) -> None:
     """Writes what has no weights: the pipeline's index, the tokenizer and the scheduler's configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
     scheduler().save_pretrained(folder / "scheduler")
     train_tokenizer(folder / "tokenizer")
 
