@@ -1,11 +1,14 @@
-"""What a figure needs beside it: the machine and the versions that made it."""
+"""Results as files: figures with the machine and the versions that made them."""
 
 import importlib.metadata
+import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-__all__ = ["machine"]
+__all__ = ["machine", "write_results"]
 
 _PACKAGES = ("torch", "onnxruntime", "diffusers", "transformers", "numpy", "scipy")
 
@@ -29,3 +32,9 @@ def machine() -> dict[str, object]:
     """The processor, its cores, Python and the packages, under the keys "machine" and "versions"."""
     versions = {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := _version(p))}
     return {"machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()}, "versions": versions}
+
+
+def write_results(path: Path, figures: Mapping[str, Any], indent: int = 2) -> None:
+    """Writes figures, with the machine and the versions, as JSON; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**figures, **machine()}, indent=indent) + "\n")

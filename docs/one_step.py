@@ -11,6 +11,8 @@ import numpy as np
 import onnxruntime
 from transformers import CLIPTokenizer
 
+if len(sys.argv) != 3:
+    sys.exit("give a bundle's folder and a prompt: python docs/one_step.py bundles/mini-original 'a red star'")
 folder, prompt = Path(sys.argv[1]), sys.argv[2]
 manifest = json.loads((folder / "manifest.json").read_text())
 scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())

@@ -21,6 +21,7 @@ def _parser() -> Parser:
     build.add_argument("--unet", type=Path, help="folder of the variant's UNet (default: the source's, or made by the recipe)")
     build.add_argument("--source", default="mini", help=_SOURCES)
     build.add_argument("--config", type=Path, help="folder of configurations, for a .safetensors file that is not SD 1.x/2.x")
+    build.add_argument("--variant-files", help="which weight files of a folder or hub id, such as fp16 (default: those without)")
     build.add_argument("--engine", default="onnxruntime", help=f"one or more of {','.join(ENGINES)} (default: %(default)s)")
     build.add_argument("--granularity", help="largest segment: block, layer or unit (default: block, without --plan)")
     build.add_argument("--plan", action="append", default=[], help="segments as large as this plan allows; may be repeated")
@@ -104,6 +105,7 @@ def _build(given: object, console: Console) -> None:
         source=values["source"],
         unet=values["unet"],
         config=values["config"],
+        variant_files=values["variant_files"],
         engines=_names(values["engine"]),
         granularity=values["granularity"] or (None if values["plan"] else "block"),
         plans=tuple(values["plan"]),

@@ -113,7 +113,7 @@ def _reuse_replaced(pieces: Artifacts, folder: Path, wanted: Container[str]) -> 
 def _copy_files(source: Path, folder: Path) -> Iterator[File]:
     """Copy the tokenizer and the scheduler configuration."""
     for part in ("tokenizer", "scheduler"):
-        for path in sorted((source / part).iterdir()):
+        for path in sorted(path for path in (source / part).iterdir() if path.is_file()):
             target = folder / part / path.name
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
@@ -130,6 +130,7 @@ def _manifest(
         source=options.source,
         unet=made_from["unet"],
         config=made_from["config"],
+        variant_files=options.variant_files,
         source_sha256=job.made_from["source"],
         distilled=checkpoint.is_distilled(options.variant),
         precision=options.precision,

@@ -56,7 +56,7 @@ class BuildJob:
         from exporter.graph.checkpoint import open_source
 
         check_choices(options)
-        checkpoint = open_source(options.source, options.variant, options.unet, options.config)
+        checkpoint = open_source(options.source, options.variant, options.unet, options.config, options.variant_files)
         engines = tuple(make_engine(name) for name in dict.fromkeys(options.engines))
         check_static(options, engines)
         targets = targets_of(options, engines)
@@ -103,7 +103,7 @@ def open_writer(options: BuildOptions, made_from: Mapping[str, Any], folder: Pat
     from exporter.graph.checkpoint import open_source
     from exporter.segments.artifacts import Artifacts
 
-    checkpoint = open_source(options.source, options.variant, options.unet, options.config)
+    checkpoint = open_source(options.source, options.variant, options.unet, options.config, options.variant_files)
     engines = tuple(make_engine(name) for name in dict.fromkeys(options.engines))
     return BuildJob(options, checkpoint, engines, targets_of(options, engines), made_from).writer(Artifacts(folder))
 

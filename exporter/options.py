@@ -24,7 +24,8 @@ class BuildOptions:
 
     Without a ``granularity``, segments are as large as ``plans`` allow. ``unet`` is the folder of the
     variant's UNet, where the source does not hold it; ``config`` the folder of configurations, where a source has none and is of
-    no usual shape. ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call; ``static``
+    no usual shape; ``variant_files`` the variant of a folder's weight files, such as fp16.
+    ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call; ``static``
     engines take nothing less either. ``jobs`` processes work side by side.
     """
 
@@ -32,6 +33,7 @@ class BuildOptions:
     source: str = "mini"
     unet: Path | None = None
     config: Path | None = None
+    variant_files: str | None = None
     engines: tuple[str, ...] = ("onnxruntime",)
     granularity: Granularity | None = "block"
     plans: tuple[str, ...] = ()

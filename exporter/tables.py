@@ -11,9 +11,9 @@ from rich.table import Table
 from engines import Bundle, Manifest, Segment
 from runtime.errors import PlanError
 from runtime.execution.siblings import lay_out_part
+from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
 from runtime.plans.presets import PRESETS, find_plan
-from runtime.plans.schedule import check_runs
 from runtime.report.cost import from_to, relative_macs
 
 __all__ = ["show_built", "show_bundle", "show_segments"]

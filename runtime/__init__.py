@@ -1,22 +1,25 @@
-"""Bundles and a prompt in, images out: plans, the demand-driven executor, and the text-to-image pipeline."""
+"""Bundles and a prompt in, images out: plans, the demand-driven executor, and the pipeline."""
 
 from runtime.api import default_bundle, generate, load
 from runtime.diffusers_unet import UNet
-from runtime.errors import PlanError, RequestError
+from runtime.errors import NonFiniteError, PlanError, RequestError
 from runtime.execution.executor import Executor, LoadedBundle, StepRecord
 from runtime.pipeline import Generation, Pipeline
 from runtime.plans.plan import Plan, Rule, UNetRange
 from runtime.plans.presets import PRESETS, find_plan
 from runtime.plans.schedule import Schedule
+from runtime.request import Request
 
 __all__ = [
     "PRESETS",
     "Executor",
     "Generation",
     "LoadedBundle",
+    "NonFiniteError",
     "Pipeline",
     "Plan",
     "PlanError",
+    "Request",
     "RequestError",
     "Rule",
     "Schedule",

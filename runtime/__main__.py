@@ -19,12 +19,11 @@ from engines.support.cli import Parser, parse_size, run_command
 from engines.support.files import atomic_file
 from runtime.api import default_bundle, load
 from runtime.execution.executor import StepRecord
-from runtime.images.initial_latents import check_strength, timesteps_from
-from runtime.images.schedulers import make_scheduler
 from runtime.pipeline import Generation, Pipeline
-from runtime.plans.presets import PRESETS, find_plan
+from runtime.plans.presets import PRESETS
 from runtime.report.explain import explain, listed, plot
 from runtime.report.plan_table import list_plans
+from runtime.request import Request
 
 __all__ = ["main"]
 
@@ -54,6 +53,9 @@ def _parser() -> Parser:
         "--explain", action="store_true", help="print what the plan does and costs, step by step; make no picture"
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the plan, steps across and units down; make no picture")
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="write the picture, with a warning, where numbers became infinite or NaN"
+    )
     parser.add_argument("-o", "--out", type=Path, default=Path("out.png"), help="the PNG file to write (default: %(default)s)")
     return parser
 
@@ -66,7 +68,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.explain or options.plot:
         if options.plot:
             _check_png(options.plot)
-        _explain(load(options.bundle, options.engine), options, console)
+        request = _request(options)
+        _explain(load(options.bundle, options.engine), request, options, console)
         return
     if options.prompt == "plans":
         _plans(options, console)
@@ -76,11 +79,12 @@ def main(arguments: Sequence[str]) -> None:
             "no prompt; say what the picture shows, such as 'a red star on a blue background', or `plans` for a list of them"
         )
     _check_png(options.out)
+    request = _request(options)
     folder = options.bundle or default_bundle()
     with console.status(f"loading {folder}"):
         pipeline = load(folder, options.engine)
-    generation = _generate(pipeline, options, console)
-    console.print(_steps(generation, {name: len(network.manifest.unet_segments) for name, network in pipeline.networks.items()}))
+    generation = _generate(pipeline, request, console)
+    console.print(_steps(generation, {name: len(loaded.manifest.unet_segments) for name, loaded in pipeline.networks.items()}))
     for path, image in zip(_paths(options.out, len(generation.images)), generation.images, strict=True):
         _save(image, path, pipeline.manifest.source)
         console.print(
@@ -90,62 +94,70 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check_png(path: Path) -> None:
     """Raise UserError unless a picture can be written there, before anything is loaded for it."""
+    advice = "give the name of a .png file in a folder that exists"
+    _check_text(path)
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: give the name of a .png file in a folder that exists")
+        raise UserError(f"cannot write {path!s:.200}: {advice}")
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path!s:.200} ({error.strerror}): {advice} and can be written to") from error
 
 
-def _generate(pipeline: Pipeline, options: Namespace, console: Console) -> Generation:
+def _check_text(path: Path) -> None:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"cannot write {str(path)!a:.200}: its name is no text in UTF-8; choose another") from error
+
+
+def _request(options: Namespace) -> Request:
+    """The request that the options make; a plan is explained without a prompt, too."""
     height, width = (None, None) if options.size is None else parse_size(options.size)
+    return Request(
+        prompt="any" if options.prompt is None else options.prompt,
+        negative_prompt=options.negative,
+        steps=options.steps,
+        guidance_scale=options.guidance,
+        seed=options.seed,
+        height=height,
+        width=width,
+        num_images=options.images,
+        scheduler=options.scheduler,
+        plan=options.plan,
+        image=options.image,
+        strength=options.strength,
+        mask=options.mask,
+        allow_nonfinite=options.allow_nonfinite,
+    )
+
+
+def _generate(pipeline: Pipeline, request: Request, console: Console) -> Generation:
     columns = (TextColumn("{task.completed} steps"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        share = min(options.strength, 1) if options.image and options.strength > 0 else 1
-        task = bar.add_task("", total=options.steps * share)
+        task = bar.add_task("", total=request.steps * (request.strength if request.image else 1))
 
         def callback(record: StepRecord, latents: Tensor) -> None:
             bar.update(task, completed=record.index + 1)
 
-        return pipeline.generate(
-            options.prompt,
-            negative_prompt=options.negative,
-            steps=options.steps,
-            guidance_scale=options.guidance,
-            seed=options.seed,
-            height=height,
-            width=width,
-            num_images=options.images,
-            scheduler=options.scheduler,
-            plan=options.plan,
-            callback=callback,
-            image=options.image,
-            strength=options.strength,
-            mask=options.mask,
-        )
+        return pipeline.generate(request, callback=callback)
 
 
-def _explain(pipeline: Pipeline, options: Namespace, console: Console) -> None:
-    check_strength(options.strength)
-    scheduler = make_scheduler(options.scheduler, pipeline.bundle.folder / "scheduler", options.steps)
-    size = parse_size(options.size) if options.size else None
-    original = pipeline.original(options.image, options.mask, *(size or (None, None)))
-    timesteps = timesteps_from(scheduler, options.steps, options.strength) if original else scheduler.timesteps
-    schedule = pipeline.schedule(find_plan(options.plan), timesteps.tolist())
+def _explain(pipeline: Pipeline, request: Request, options: Namespace, console: Console) -> None:
+    prepared = pipeline.prepare(request)
     if options.plot:
-        plot(schedule, options.plot)
+        plot(prepared.schedule, options.plot)
         console.print(f"wrote {options.plot}", soft_wrap=True)
     if options.explain:
-        height, width = original.size if original else size or pipeline.manifest.sizes[0]
-        scale = pipeline.manifest.vae_scale
-        guidance = pipeline.manifest.guidance_scale if options.guidance is None else options.guidance
-        pipeline.check_shape(options.images, height, width, guidance)
-        rows = options.images * (2 if guidance > 1 else 1)
-        sizes = {"batch": rows, "height": height // scale, "width": width // scale}
-        table, summary = explain(schedule, pipeline.networks, sizes, pipeline.swapper)
+        table, summary = explain(prepared.schedule, pipeline.networks, prepared.sizes, pipeline.swapper)
         console.print(table)
         console.print(summary, soft_wrap=True)
 
 
 def _steps(generation: Generation, segments: Mapping[str, int]) -> Table:
-    """What ran at which step, given how many segments each UNet has."""
+    """A row for each step: the segments that ran, given how many each UNet has, and the features inherited."""
     table = Table(title=f"{len(generation.steps)} steps, {generation.seconds:.2f} s in all", box=SIMPLE)
     swapped = any(record.swap_seconds for record in generation.steps)
     switches = len({record.unet for record in generation.steps}) > 1
@@ -178,7 +190,8 @@ def _plans(options: Namespace, console: Console) -> None:
     examples = ", ".join(preset.example for preset in PRESETS.values() if preset.example != preset.form)
     console.print(
         f"N: one step in N is a key step, which computes everything. MACs: those of {examples} over {options.steps} steps, "
-        f"relative to full, with the UNet of {bundle.folder}. *: that bundle is cut for other plans; build one with --plan. "
+        f"relative to full, with the UNet of {bundle.folder}. "
+        "*: that bundle is partitioned for other plans; build one with --plan. "
         "-: not with this UNet, or there is no bundle of the other UNet beside it. "
         "With --plan PLAN --explain a prompt's steps are listed, and the time that they will take."
     )

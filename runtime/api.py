@@ -5,9 +5,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from engines import Bundle, BundleError, make_engine
+from runtime.errors import RequestError
 from runtime.images.pictures import Picture
 from runtime.pipeline import Callback, Generation, Pipeline
 from runtime.plans.plan import Plan
+from runtime.request import Request
 
 __all__ = ["default_bundle", "generate", "load"]
 
@@ -41,14 +43,18 @@ def load(bundle: str | Path | None = None, engine: str = "onnxruntime") -> Pipel
     Raises:
         BundleError: there is no bundle, or it is damaged or of another version.
         EngineError: the engine is unknown, not installed or not in the bundle.
+        RequestError: a name is no text.
     """
+    for name, value, kinds in (("bundle", bundle, str | Path | None), ("engine", engine, str)):
+        if not isinstance(value, kinds) or "\0" in str(value):
+            raise RequestError(f"{name} is a {type(value).__name__} ({value!r:.60}); give a name as text")
     folder = Path(bundle if bundle is not None else default_bundle()).resolve()
     return _loaded(folder, Bundle.open(folder).manifest.key, engine)
 
 
 def generate(
     prompt: str | Sequence[str],
-    negative_prompt: str = "",
+    negative_prompt: str | Sequence[str] = "",
     steps: int = 20,
     guidance_scale: float | None = None,
     seed: int = 0,
@@ -63,12 +69,13 @@ def generate(
     image: Picture | None = None,
     strength: float = 0.6,
     mask: Picture | None = None,
+    allow_nonfinite: bool = False,
 ) -> Generation:
     """Generate pictures from a prompt, or from a prompt and a picture.
 
     Args:
         prompt: what the picture shows; a list of prompts makes ``num_images`` of each in one batch.
-        negative_prompt: what it should not show; read only with guidance.
+        negative_prompt: what it should not show; read only with guidance. A list has one for each prompt.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance (arXiv 2207.12598); None for the bundle's own (7.5, and 3 for the embedded
             model); 1 or less turns it off and halves the work.
@@ -84,15 +91,29 @@ def generate(
         image: a picture to start from instead of noise (image-to-image): a PIL image or a file's path.
         strength: in (0, 1], the share of the steps that run, the last ones; read only with an image. Plans count those that run.
         mask: what to repaint of the image (inpainting), of its size: white is repainted, black is kept.
+        allow_nonfinite: whether numbers that are not finite (an overflow in half precision) are only warned of.
 
     Raises:
-        RequestError: an empty prompt, an image or mask that cannot be read or does not fit, or a size, strength, number of
-            steps or scheduler that cannot be had.
+        RequestError: an argument of a wrong type, an empty prompt, an image or mask that cannot be read or does not fit, or a
+            size, strength, number of steps or scheduler that cannot be had.
         PlanError: a plan that is unknown, malformed, or that the bundle's segments cannot run.
         BundleError: no bundle, or a damaged one.
         EngineError: an unknown engine, or one that is not installed or not in the bundle.
     """
-    return load(bundle, engine).generate(
-        prompt, negative_prompt, steps, guidance_scale, seed, height, width, num_images, scheduler, plan, callback,
-        image, strength, mask,
-    )  # fmt: skip
+    request = Request(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        height=height,
+        width=width,
+        num_images=num_images,
+        scheduler=scheduler,
+        plan=plan,
+        image=image,
+        strength=strength,
+        mask=mask,
+        allow_nonfinite=allow_nonfinite,
+    )
+    return load(bundle, engine).generate(request, callback=callback)

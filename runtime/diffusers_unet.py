@@ -1,4 +1,4 @@
-"""A bundle's UNet, run by a plan, in the place of a diffusers pipeline's own."""
+"""A bundle's UNet, run by a plan, instead of a diffusers pipeline's own."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +15,7 @@ from runtime.errors import RequestError
 from runtime.execution.executor import Executor, StepRecord
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
+from runtime.process import check_not_forked
 
 __all__ = ["Prediction", "UNet"]
 
@@ -27,7 +28,7 @@ class Prediction(NamedTuple):
 
 @dataclass
 class _Call:
-    """One denoising loop: the scheduler's timesteps, the place among them where it began, and where it has got to.
+    """One denoising loop: the scheduler's timesteps, the number of the first that ran, and of the one to run next.
 
     Holding on to the timesteps keeps the next call's from being put at the same address.
     """
@@ -79,7 +80,7 @@ class UNet:
 
     @cached_property
     def config(self) -> Any:
-        """What pipelines read of a UNet's configuration, as diffusers has it: by key or by attribute."""
+        """The part of a UNet's configuration that pipelines read, as diffusers has it: by key or by attribute."""
         from diffusers.configuration_utils import FrozenDict
 
         manifest = self._pipeline.manifest
@@ -106,7 +107,7 @@ class UNet:
 
     @property
     def steps(self) -> list[StepRecord]:
-        """What ran at each evaluation of the last call."""
+        """The segments that ran, and the features inherited, at each evaluation of the last call."""
         return list(self._call.records) if self._call else []
 
     def __call__(
@@ -128,12 +129,15 @@ class UNet:
             conditions: what else diffusers' UNets take; None for each.
 
         Raises:
-            RequestError: a condition that is not None, a timestep that is a number, or one that is out of turn.
+            RequestError: a shape that the bundle does not take, a condition that is not None, a timestep that is a number, or one
+                that is out of turn.
             PlanError: the bundle's segments cannot run the plan.
         """
         given = [name for name, value in conditions.items() if value is not None]
         if given:
             raise RequestError(f"the UNet of a bundle does not take {', '.join(given)}; leave it out, or use diffusers' own UNet")
+        check_not_forked()
+        self._check_inputs(sample, encoder_hidden_states)
         call, index = self._turn(sample.shape, timestep)
         device = self.device
         prediction, record = call.executor.step(
@@ -147,32 +151,52 @@ class UNet:
         prediction = prediction.to(sample.device, sample.dtype)
         return Prediction(prediction) if return_dict else (prediction,)
 
+    def _check_inputs(self, sample: Tensor, text: Tensor) -> None:
+        """Raise RequestError unless latents and text features have a shape that the bundle takes."""
+        manifest = self._pipeline.manifest
+        for name, tensor in (("sample", sample), ("encoder_hidden_states", text)):
+            if not isinstance(tensor, Tensor):
+                raise RequestError(f"{name} is a {type(tensor).__name__}; give a tensor")
+        multiple = manifest.size_multiple // manifest.vae_scale
+        shape = tuple(sample.shape)
+        if len(shape) != 4 or shape[1] != manifest.latent_channels or any(side < 1 or side % multiple for side in shape[2:]):
+            raise RequestError(
+                f"sample has shape {shape}; expected (rows, {manifest.latent_channels}, height, width) with height and width of "
+                f"latents in multiples of {multiple} (pictures in multiples of {manifest.size_multiple} pixels)"
+            )
+        expected = (shape[0], *manifest.features[TEXT].shape[1:])
+        if tuple(text.shape) != expected:
+            raise RequestError(
+                f"encoder_hidden_states has shape {tuple(text.shape)}; expected {expected}: a row for each of sample's, and "
+                f"{manifest.text_length} tokens, as this bundle's text encoder gives them"
+            )
+
     def _turn(self, shape: torch.Size, timestep: Tensor) -> tuple[_Call, int]:
         """The call that an evaluation belongs to, and the evaluation's number in it."""
-        timesteps, place = _all_timesteps(timestep)
+        timesteps, index = _all_timesteps(timestep)
         call = self._call
-        if call is None or call.timesteps.data_ptr() != timesteps.data_ptr() or call.shape != shape or _again(call, place):
+        if call is None or call.timesteps.data_ptr() != timesteps.data_ptr() or call.shape != shape or _again(call, index):
             if call is not None:
                 call.executor.close()
-            schedule = self._pipeline.schedule(self.plan, timesteps[place:].tolist())
+            schedule = self._pipeline.schedule(self.plan, timesteps[index:].tolist())
             executor = self._pipeline.executor(schedule)
-            call = self._call = _Call(timesteps, place, shape, executor, next=place)
-        elif place != call.next:
+            call = self._call = _Call(timesteps, index, shape, executor, next=index)
+        elif index != call.next:
             raise RequestError(
-                f"evaluation {place} of {len(timesteps)} (timestep {float(timesteps[place]):g}) is out of turn, expected number "
+                f"evaluation {index} of {len(timesteps)} (timestep {float(timesteps[index]):g}) is out of turn, expected number "
                 f"{call.next}: a plan counts one evaluation for each of scheduler.timesteps, in their order; "
                 "call scheduler.set_timesteps before each loop"
             )
-        return call, place - call.first
+        return call, index - call.first
 
 
-def _again(call: _Call, place: int) -> bool:
+def _again(call: _Call, index: int) -> bool:
     """Whether a loop runs over the same timesteps once more: it is where it began, or went back further than one step."""
-    return place == call.first != call.next or place < call.next - 1
+    return index == call.first != call.next or index < call.next - 1
 
 
 def _all_timesteps(timestep: Tensor) -> tuple[Tensor, int]:
-    """All timesteps in the memory that a timestep is a view of, and its place among them."""
+    """All timesteps in the memory that a timestep is a view of, and its number among them."""
     if not isinstance(timestep, Tensor):
         raise RequestError(
             f"timestep is a {type(timestep).__name__}; give an element of scheduler.timesteps, which tells the step's number"

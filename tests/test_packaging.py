@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,8 +32,16 @@ OPTIONAL = [
 ]
 # Text encoder, VAE and UNet are segments of a bundle: generating needs nobody's model code, and nothing that builds.
 MODEL_CODE = ["diffusers.models.unets", "diffusers.models.autoencoders", "transformers.models.clip.modeling_clip"]
-# Which of our packages each may import.
-ALLOWED = {"engines": set(), "runtime": {"engines"}, "tuning": {"engines"}, "exporter": {"engines", "runtime", "tuning"}}
+# Which of our packages each may import. Nothing imports tests.
+ALLOWED = {
+    "engines": set(),
+    "runtime": {"engines"},
+    "tuning": {"engines"},
+    "exporter": {"engines", "runtime", "tuning"},
+    "benchmarks": {"engines", "runtime", "tuning", "exporter"},
+}
+MOST_FILES = 13
+"""Python files in one folder of a package: more hide what lies there."""
 
 # Arguments: modules to import, packages to hide. Prints JSON: {"failed": {module: error}, "loaded": [every module]}.
 # Finders are wrapped rather than blocked by an exception, because libraries look for each other with find_spec().
@@ -91,6 +101,7 @@ def imported_names(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@pytest.mark.slow
 def test_every_module_imports_without_the_optional_packages() -> None:
     failed, loaded = import_in_subprocess([name for package in PACKAGES for name in modules_of(package)], OPTIONAL)
     assert not failed
@@ -104,9 +115,9 @@ def test_runtime_and_engines_load_no_model_code_and_nothing_that_builds() -> Non
     assert not [name for name in loaded if is_under(name, [*MODEL_CODE, "exporter", "tuning"])]
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", ALLOWED)
 def test_packages_import_only_what_lies_below_them(package: str) -> None:
-    refused = sorted(set(PACKAGES) - ALLOWED[package] - {package})
+    refused = sorted({*ALLOWED, "tests"} - ALLOWED[package] - {package})
     found = [
         f"{path.relative_to(ROOT)}: {name}"
         for path in files_of(package)
@@ -114,6 +125,51 @@ def test_packages_import_only_what_lies_below_them(package: str) -> None:
         if is_under(name, refused)
     ]
     assert not found
+
+
+@cache
+def ours() -> dict[str, Path]:
+    """Every module of ours -> its file."""
+    return {name: path for package in ALLOWED for name, path in zip(modules_of(package), files_of(package), strict=True)}
+
+
+def room_of(module: str) -> str:
+    """The folder of a package that a module lies in; a module at a package's root is a room of its own."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if len(parts) > 1 and (ROOT / parts[0] / parts[1]).is_dir() else module
+
+
+def imports_between(node_of: Callable[[str], str]) -> dict[str, set[str]]:
+    """Which nodes import which others; a name that is imported stands for the innermost module of ours that it lies in."""
+    found: dict[str, set[str]] = {}
+    for module, path in ours().items():
+        for name in imported_names(path):
+            while name and name not in ours():
+                name = name.rpartition(".")[0]
+            if name and node_of(name) != node_of(module):
+                found.setdefault(node_of(module), set()).add(node_of(name))
+    return found
+
+
+@pytest.mark.parametrize("node_of", [room_of, str], ids=["rooms", "files"])
+def test_no_circle_of_imports(node_of: Callable[[str], str]) -> None:
+    found = imports_between(node_of)
+    assert len(found) > len(ALLOWED), "imports are seen"
+    try:
+        graphlib.TopologicalSorter(found).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle: {' is imported by '.join(error.args[1])}")
+
+
+def test_no_folder_hides_its_files_among_others() -> None:
+    counts: dict[Path, int] = {}
+    for path in ours().values():
+        counts[path.parent] = counts.get(path.parent, 0) + 1
+    assert {str(folder.relative_to(ROOT)): count for folder, count in counts.items() if count > MOST_FILES} == {}
+
+
+def test_rooms_are_two_levels_deep() -> None:
+    assert [name for name in ours() if name.count(".") > 2] == []
 
 
 @pytest.mark.parametrize("package", [name for name in PACKAGES if name in {"engines", "runtime"}])

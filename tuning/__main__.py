@@ -7,6 +7,7 @@ from rich.console import Console
 
 from engines.support.cli import Parser, quiet_libraries, run_command
 from tuning.distillation.latents_command import add_arguments as add_latents_arguments
+from tuning.distillation.options import DistillOptions
 from tuning.distillation.options import add_arguments as add_distill_arguments
 
 _SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, a .safetensors file, or random:CONFIG"
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     quiet_libraries()
     console = Console()
+    given = {key: value for key, value in vars(options).items() if key != "command"}
     if options.command == "assemble":
         from tuning.assemble_command import assemble_command
 
@@ -51,15 +53,15 @@ def main(arguments: Sequence[str]) -> None:
     elif options.command == "distill":
         from tuning.distillation.command import run
 
-        run(options)
+        run(DistillOptions.of(given))
     elif options.command == "latents":
+        from tuning.distillation.latents_command import LatentsOptions
         from tuning.distillation.latents_command import run as encode
 
-        encode(options)
+        encode(LatentsOptions(**given))
     else:
         from tuning.ranking.command import RankOptions, rank_command
 
-        given = {key: value for key, value in vars(options).items() if key != "command"}
         rank_command(RankOptions(**given), console)
 
 

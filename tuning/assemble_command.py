@@ -73,7 +73,7 @@ def _parameters(unet: nn.Module) -> int:
 
 
 def _table(unet: UNet2DConditionModel, wanted: Recipe) -> Table:
-    """What goes, and how many parameters it had."""
+    """The units that are removed, and how many parameters each had."""
     table = Table("removed", title=f"{wanted.name}: what goes")
     table.add_column("parameters", justify="right")
     units, removed = unit_modules(unet), removed_units(unet, wanted)

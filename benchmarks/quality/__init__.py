@@ -1,1 +1,1 @@
-"""What pictures are worth: attributes, variants, plans."""
+"""The worth of pictures: attributes, variants, plans."""

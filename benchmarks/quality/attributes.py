@@ -5,7 +5,6 @@ named with the command that builds them.
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 import runtime
-from benchmarks.machine import machine
+from benchmarks.machine import write_results
 from benchmarks.quality.table import show
 from engines.errors import UserError
 from tuning.mini.reader_network import read_batch
@@ -124,8 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         show(title, {name: figures[reader] for name, figures in rows.items()})
     settings = {"prompts": args.count, "steps": args.steps, "guidance": args.guidance, "scheduler": "dpm++"}
     settings |= {"engine": args.engine, "dtype": "float32"}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"settings": settings, "rows": rows} | machine(), indent=2) + "\n")
+    write_results(args.out, {"settings": settings, "rows": rows})
     return 0
 
 

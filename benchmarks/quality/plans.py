@@ -1,9 +1,9 @@
 """`python -m benchmarks.quality.plans`: what plans cost and what they do to pictures, for the embedded model.
 
-For each plan: MACs and UNet time relative to `full`, as they were on one bundle that is cut for all of them; the share of
+For each plan: MACs and UNet time relative to `full`, as they were on one bundle that is partitioned for all of them; the share of
 held-back prompts that the picture shows (by the rule reader); and PSNR and SSIM to the pictures that `full` makes from the same
 noise. Times are taken in turns, plan after plan, and the median of the ratios to `full` counts. Writes a CSV, a JSON beside it, a
-plot and a grid of pictures. A run that was broken off goes on where it was: what it has measured is kept in --work until then.
+plot and a grid of pictures. A run that was broken off is resumed: what it has measured stays in --work until it is done.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from engines.support.files import write_text
 from runtime.report.cost import macs_of
 from tuning.mini.scenes import held_back_prompts
 
-__all__ = ["GRID", "PLANS", "Kept", "costs", "likeness", "main"]
+__all__ = ["GRID", "PLANS", "RunFolder", "costs", "likeness", "main"]
 
 PLANS = (
     "full", "block:2", "block:3", "block:4", "block:6", "layer:2", "layer:3", "layer:5", "deepcache:2", "deepcache:3",
@@ -52,7 +52,7 @@ _GRID_COLUMNS = 8
 PlanRow = dict[str, Any]
 
 
-class Kept:
+class RunFolder:
     """A folder with what a run has measured so far: JSON lines by name, and arrays of pictures.
 
     Raises:
@@ -68,7 +68,7 @@ class Kept:
         path.write_text(json.dumps(wanted, indent=2) + "\n")
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """What was added under a name; a last line that was cut off does not count."""
+        """The lines under a name; a last line that was cut off does not count."""
         path = self.folder / f"{name}.jsonl"
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -79,7 +79,7 @@ class Kept:
         write_text(path, "".join(json.dumps(each) + "\n" for each in [*self.lines(name), line]))
 
     def pictures(self, plan: str) -> list[Image.Image]:
-        """What ``put`` kept."""
+        """The pictures that ``put`` wrote."""
         return [Image.fromarray(array) for array in np.load(self._array(plan))]
 
     def put(self, plan: str, pictures: Sequence[Image.Image]) -> None:
@@ -90,7 +90,7 @@ class Kept:
         return self.folder / f"{plan.replace(':', '-')}.npy"
 
 
-def costs(pipeline: runtime.Pipeline, plans: Sequence[str], options: argparse.Namespace, kept: Kept) -> dict[str, PlanRow]:
+def costs(pipeline: runtime.Pipeline, plans: Sequence[str], options: argparse.Namespace, kept: RunFolder) -> dict[str, PlanRow]:
     """MACs and UNet time of each plan relative to `full`, as they were: plans take turns, and ratios are of the same round."""
     have = len(kept.lines("rounds"))
     for number in track(range(have, options.rounds), "rounds of timing"):
@@ -128,8 +128,8 @@ def likeness(pictures: Sequence[Image.Image], reference: Sequence[Image.Image]) 
     return round(float(psnr[torch.isfinite(psnr)].mean()), 2), round(float(ssim), 4)
 
 
-def _quality(plan: str, options: argparse.Namespace, kept: Kept) -> PlanRow:
-    """What a plan's pictures are worth; the first of them (of `full`, all) are kept."""
+def _quality(plan: str, options: argparse.Namespace, kept: RunFolder) -> PlanRow:
+    """The worth of a plan's pictures; the first of them (of `full`, all) are kept."""
     figures, pictures, _ = measure(
         options.bundle,
         plan,
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str]) -> None:
         "engine": "onnxruntime", "rounds": options.rounds,
     }  # fmt: skip
     bundles = {name: network.manifest.key for name, network in pipeline.networks.items()}
-    kept = Kept(options.work, settings | {"bundles": bundles, "plans": PLANS})
+    kept = RunFolder(options.work, settings | {"bundles": bundles, "plans": PLANS})
     found = costs(pipeline, PLANS, options, kept)
     done = {row["plan"] for row in kept.lines("plans")}
     for plan in track([plan for plan in PLANS if plan not in done], "plans"):
@@ -203,7 +203,7 @@ def _fronts(rows: Sequence[PlanRow]) -> dict[str, list[str]]:
     return {f"front by {measure} and {cost}": front(rows, measure, cost) for measure, cost in pairs}
 
 
-def _draw_grid(rows: Sequence[PlanRow], kept: Kept, options: argparse.Namespace) -> None:
+def _draw_grid(rows: Sequence[PlanRow], kept: RunFolder, options: argparse.Namespace) -> None:
     options.grid.parent.mkdir(parents=True, exist_ok=True)
     speeds = {row["plan"]: 1 / row["time"] for row in rows}
     names = {plan: f"{plan.replace('+', '+' + chr(10))}\n{speeds[plan]:.2f} times" for plan in GRID}

@@ -1,7 +1,6 @@
 """`python -m benchmarks.quality.reader [train|check]`: trains the network reader, or states the accuracy of both readers."""
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from diffusers import AutoencoderKL
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.machine import machine
+from benchmarks.machine import write_results
 from benchmarks.quality.table import show
 from tuning.mini.autoencoder import reconstruct
 from tuning.mini.data import batch, to_bytes
@@ -90,8 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         load.cache_clear()
     figures = check(args.count, args.model)
     show("What the readers get right", figures)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps({"count": args.count, "accuracy": figures} | machine(), indent=2) + "\n")
+    write_results(RESULTS, {"count": args.count, "accuracy": figures})
     return 0
 
 

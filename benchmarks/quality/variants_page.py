@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.quality.variants` writes: the table of every variant, and how it compares with what was aimed at."""
+"""The page that `python -m benchmarks.quality.variants` writes: every variant, compared with the goals."""
 
 import json
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ __all__ = ["BEFORE", "SLOWER", "markdown", "measured_before", "page"]
 FASTER, LOST = 1.25, 2.0
 """Goals of `assembled` over `original`: how many times as fast, at least; and how many points of prompts fewer, at most."""
 BEFORE = ", before distillation"
-"""What the names of rows end in whose UNet is as it was cut out of the original."""
+"""Suffix of the names of rows whose UNet is as it was cut out of the original."""
 SLOWER, WON = 1.05, 0.5
 """Goals of `condconv` over `assembled`: its time, at most; and the share of those points that it wins back, at least."""
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table of a result, as the README shows it."""
+    """The table of a result, as docs/variants.md shows it."""
     pixels = result["settings"]["pixels"]
     columns = ("UNet", "parameters", "MACs", "time at 64 px", f"time at {pixels} px", "prompts shown", "Frechet distance")
     lines = [columns, ("---",) * len(columns)]
@@ -78,7 +78,7 @@ def _goals(rows: Mapping[str, Any], pixels: int) -> str:
 
 
 def _worse(rows: Mapping[str, Any]) -> list[str]:
-    """What the pictures are worth before distillation: goals say nothing where they are no worse."""
+    """The worth of pictures before distillation: goals say nothing where they are no worse."""
     pairs = [(before.partition(",")[0], rows[before]) for before in rows if before.endswith(BEFORE)]
     if not pairs:
         return []

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import machine
+from benchmarks.machine import write_results
 from benchmarks.sizes.process import run
 from engines.errors import UserError
 from engines.support.cli import Parser, run_command
@@ -43,8 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/assemble.json"), help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     rows = [measure(options.source, recipe, options.work) for recipe in options.recipes]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"source": options.source, "rows": rows, **machine()}, indent=1) + "\n")
+    write_results(options.out, {"source": options.source, "rows": rows}, indent=1)
     show(rows)
 
 

@@ -7,7 +7,6 @@ middle (SIGKILL) and resumed, and `verify` at one small size. The weights are ra
 writes them: both are made for the measurement and removed after it.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import machine
+from benchmarks.machine import write_results
 from benchmarks.sizes.process import run
 from benchmarks.sizes.written_sources import WRITERS
 from engines import Bundle
@@ -34,7 +33,7 @@ VERIFIED = "256x256"
 
 @contextmanager
 def written(source: str, folder: Path) -> Iterator[str]:
-    """What to give as ``--source``; a file or folder of weights is there until the block ends."""
+    """The value for ``--source``; a file or folder of weights is there until the block ends."""
     kind, of, other = source.partition(" of ")
     if not of:
         yield source
@@ -65,7 +64,7 @@ def measure(source: str, engine: str, folder: Path, config: Path | None = None) 
     shutil.rmtree(out)
     half = rows[0]["seconds"] / 2
     rows.append({"what": "killed in the middle", **run(build, lambda seconds: seconds > half)})
-    rows.append({"what": "gone on with", **run(build)})
+    rows.append({"what": "resumed", **run(build)})
     Bundle.open(out).check()
     shutil.rmtree(out)
     return rows
@@ -86,8 +85,7 @@ def main(arguments: Sequence[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         with written(source, folder) as given:
             found[source] = measure(given, options.engine, folder, options.config)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"engine": options.engine, "sources": found, **machine()}, indent=1) + "\n")
+        write_results(options.out, {"engine": options.engine, "sources": found}, indent=1)
         show(source, found[source])
 
 

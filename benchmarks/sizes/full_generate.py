@@ -4,7 +4,6 @@ Builds the bundle, unless it is there, and runs `python -m runtime` in a process
 resident memory, and the seconds of each kind of step, as the command prints them. The weights are random: the picture is noise.
 """
 
-import json
 import re
 import statistics
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import machine
+from benchmarks.machine import write_results
 from benchmarks.sizes.process import run
 from engines.errors import UserError
 from engines.support.cli import Parser, run_command
@@ -62,8 +61,7 @@ def main(arguments: Sequence[str]) -> None:
         rows.append({"size": size, **run(["runtime", "a lighthouse", *given, "-o", f"{bundle}-{size}.png"], read=step_seconds)})
     if any(row["exit"] for row in (build, *rows)):
         raise UserError("a command ended with an error, which stands above; nothing is written")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"rows": rows, **machine()}, indent=1) + "\n")
+    write_results(options.out, {"rows": rows}, indent=1)
     show(rows)
 
 

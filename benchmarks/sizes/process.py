@@ -59,12 +59,12 @@ def run(
 
 
 def _printed(output: IO[bytes]) -> list[str]:
-    """The lines printed so far; the place where the process goes on writing stays."""
+    """The lines printed so far; the position where the process writes next stays."""
     return os.pread(output.fileno(), 1 << 20, 0).decode().splitlines()
 
 
 def _phase(lines: Sequence[str]) -> str:
-    """What a build with ``--json`` last said that it does."""
+    """The step that a build with ``--json`` named last."""
     for line in reversed(lines):
         try:
             step = json.loads(line)

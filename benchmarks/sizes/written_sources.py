@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.support.single_files import single_file_state
+from tuning.checkpoints.compvis_layout import single_file_state
 from tuning.checkpoints.source import Source
 from tuning.checkpoints.weights import materialize
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 import tuning
-from benchmarks.machine import machine
+from benchmarks.machine import write_results
 from benchmarks.quality.variants_page import measured_before
 from benchmarks.speed.condconv_forms import CHANNELS, EXPERTS, layers, ratios, session
 from benchmarks.speed.condconv_page import update
@@ -172,7 +172,7 @@ def _fill(part: nn.Module) -> None:
 
 
 PARTS = {"layers": layers, "whole": whole, "blocks": blocks}
-"""What can be measured."""
+"""The measurements to choose from."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -200,8 +200,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     for part in options.parts.split(","):
         with tempfile.TemporaryDirectory() as folder:
             found[part] = PARTS[part](options.rounds, options.threads, Path(folder))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found | machine(), indent=1) + "\n")
+    write_results(options.out, found, indent=1)
     return found
 
 

@@ -23,7 +23,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def forms(found: Mapping[str, Any]) -> str:
-    """What each form for the features router costs, for one convolution."""
+    """The cost of each form for the features router, for one convolution."""
     lines = ["| form for `features` | time in ONNX Runtime | layers in TensorRT-RTX |", "|---|---|---|"]
     for form, words in _FORMS.items():
         rows = [row for row in found["layers"] if row["form"] == f"features, {form}"]
@@ -34,7 +34,7 @@ def forms(found: Mapping[str, Any]) -> str:
 
 
 def costs(found: Mapping[str, Any]) -> str:
-    """What both routers cost, for one convolution and for whole UNets, with what was aimed at."""
+    """The cost of both routers, for one convolution and for whole UNets, with the goals."""
     cases = [
         (f"one 3 x 3 convolution, 320 channels, {side} x {side}", _of_layers(found["layers"], side), False) for side in (32, 64)
     ]

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.machine import machine
+from benchmarks.machine import write_results
 from benchmarks.speed.full_size import random_inputs, spread, take_turns
 from benchmarks.speed.partition import PLAN, make_bundles
 from engines import Bundle
@@ -162,8 +162,7 @@ def main(arguments: Sequence[str]) -> None:
         "source": options.source, "rows": 2, "dtype": "float32", "plan": PLAN, "rounds": options.rounds,
         "processes": options.processes, "settings": {name: asdict(setting) for name, setting in SETTINGS.items()},
     }  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"settings": settings, "latents": figures} | machine(), indent=2) + "\n")
+    write_results(options.out, {"settings": settings, "latents": figures})
     _show(figures, options)
 
 

@@ -5,7 +5,6 @@ how large the engine is, or why it does not build; and in ONNX Runtime on the CP
 turns, with the copy for ONNX Runtime (each attention one operator) beside. What docs/onnx.md chooses from.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import machine
+from benchmarks.machine import write_results
 from benchmarks.speed.condconv_forms import ratios, session
 from benchmarks.speed.full_size import random_inputs
 from engines import EngineError, Segment, Traced, make_engine
@@ -41,7 +40,7 @@ def graph_of(source: str, precision: str, block: str) -> tuple[Graph, Segment]:
 
 
 def in_rtx(graph: Graph, segment: Segment, path: Path) -> dict[str, Any]:
-    """What TensorRT-RTX makes of an ONNX file: layers, seconds and megabytes, or the reason why not."""
+    """TensorRT-RTX's engine of an ONNX file: layers, seconds and megabytes, or the reason why not."""
     engine = make_engine("tensorrt-rtx")
     traced, profile = Traced(segment, path), profile_of(segment, graph.features, [SIZE], 4, graph.vae_scale)
     started = time.perf_counter()
@@ -119,8 +118,7 @@ def main(arguments: Sequence[str]) -> None:
         rows = measure(options.source, options.block, options.side, options.rounds, options.threads, Path(folder))
     settings = {"source": options.source, "block": options.block, "side": options.side, "rounds": options.rounds}
     settings |= {"threads": options.threads, "target": TARGET, "rtx": make_engine("tensorrt-rtx").version()}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"settings": settings, "rows": rows, **machine()}, indent=1) + "\n")
+    write_results(options.out, {"settings": settings, "rows": rows}, indent=1)
     show(rows)
     Console().print(f"wrote {options.out}", highlight=False)
 

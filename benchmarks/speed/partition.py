@@ -1,6 +1,6 @@
 """`python -m benchmarks.speed.partition`: what cutting a UNet into segments costs against files in one piece (ONNX Runtime, CPU).
 
-A UNet of full size with random weights, in four files or bundles: diffusers' own model whole; the bundle that is cut for
+A UNet of full size with random weights, in four files or bundles: diffusers' own model whole; the bundle that is partitioned for
 ``deepcache``, which runs `full` steps and inherit steps; and DeepCache's shallow network, merged by hand from the stem, the last
 layer and the head. All are traced alike, with attention fused. They take turns, and the ratios are of the same round. All four
 predict the same noise from the same inputs, which is checked before anything is timed. Writes a JSON file and prints a table.
@@ -8,7 +8,6 @@ The committed file is that of `OMP_NUM_THREADS=1 python -m benchmarks.speed.part
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import runtime
-from benchmarks.machine import machine
+from benchmarks.machine import write_results
 from benchmarks.speed.full_size import Traceable, export, measured_units, random_inputs, spread, take_turns
 from engines import Bundle, Segment, UserError, make_engine
 from engines.bundle.names import NOISE, SAMPLE, TEXT, TIMESTEP
 from engines.support.cli import run_command
 from exporter.graph.partition import partition
 from exporter.graph.unit_modules import SegmentModule
-from runtime.plans.schedule import check_runs
+from runtime.plans.checks import check_runs
 from tuning.checkpoints.find_source import random_unet
 from tuning.ranking.timing import clock
 
@@ -53,7 +52,7 @@ class Whole(nn.Module):
 
 
 class Shallow(nn.Module):
-    """What DeepCache runs in its other steps: stem, last layer and head; the feature before the last layer is given."""
+    """The part that DeepCache runs in its other steps: stem, last layer and head; the feature before the last layer is given."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -70,7 +69,7 @@ class Shallow(nn.Module):
 
 
 def make_bundles(source: str, side: int, folder: Path) -> tuple[Bundle, Bundle]:
-    """The bundle that is cut for deepcache, and one of the two files in one piece; only what ``folder`` lacks is traced."""
+    """The bundle partitioned for deepcache, and one of the two files in one piece; only what ``folder`` lacks is traced."""
     places = folder / "fitted", folder / "pieces"
     if not all((place / "manifest.json").is_file() for place in places):
         unet = random_unet(source)
@@ -168,8 +167,7 @@ def main(arguments: Sequence[str]) -> None:
         "threads": torch.get_num_threads(), "clock": clock().__name__, "dtype": "float32",
         "largest difference of predictions": float(f"{error:.1e}"),
     }  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"settings": settings} | figures | machine(), indent=2) + "\n")
+    write_results(options.out, {"settings": settings} | figures)
     _show(figures, options)
 
 

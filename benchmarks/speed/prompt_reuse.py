@@ -7,7 +7,6 @@ Weights are random. Writes a JSON file; the committed one is that of `OMP_NUM_TH
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.machine import machine
+from benchmarks.machine import write_results
 from benchmarks.speed.full_size import TOKENS, Traceable, export, measured_units, random_inputs, spread, take_turns
 from engines import Segment, Unit, make_engine
 from engines.bundle.manifest import Feature
@@ -122,8 +121,7 @@ def main(arguments: Sequence[str]) -> None:
     found = {side: pieces.measure(side, options.rounds) for side in options.sides}
     settings = {"source": options.source, "rows": 2, "tokens": TOKENS, "dtype": "float32", "engine": "onnxruntime"}
     settings |= {"threads": torch.get_num_threads(), "clock": clock().__name__, "rounds": options.rounds}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"settings": settings, "latents": found} | machine(), indent=2) + "\n")
+    write_results(options.out, {"settings": settings, "latents": found})
     console = Console(highlight=False)
     for side, figures in found.items():
         shares, step = figures["share of a step"], figures["seconds"]["step"]["median"]

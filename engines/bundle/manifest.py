@@ -113,6 +113,8 @@ class Manifest(Record):
     """Folder of the UNet, where it is not one of the source's; not written where it is."""
     config: str | None = None
     """Folder of configurations, where the source has none and was not of a usual shape; likewise."""
+    variant_files: str | None = None
+    """Which variant of the source's weight files was asked for, such as fp16; likewise."""
     source_sha256: str
     """Hash of the weights and configurations that the bundle was made from."""
     distilled: bool = True
@@ -153,8 +155,8 @@ class Manifest(Record):
     def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
         defaults: dict[str, tuple[Any, ...]] = {
-            "unet": (None,), "config": (None,), "vae_images": (None,), "static": (False,), "granularity": ("block",),
-            "plans": ((), []),
+            "unet": (None,), "config": (None,), "variant_files": (None,), "vae_images": (None,), "static": (False,),
+            "granularity": ("block",), "plans": ((), []),
         }  # fmt: skip
         return {key: value for key, value in written.items() if value not in defaults.get(key, ())}
 
@@ -186,7 +188,7 @@ class Manifest(Record):
     @property
     def build_command(self) -> str:
         """The command that builds from the same UNet, to be completed by what should differ."""
-        options: dict[str, str | None] = {"unet": self.unet, "config": self.config}
+        options: dict[str, str | None] = {"unet": self.unet, "config": self.config, "variant-files": self.variant_files}
         if self.plans or self.granularity != "block":
             options["granularity"] = self.granularity
         given = [(name, value) for name, value in options.items() if value] + [("plan", plan) for plan in self.plans]

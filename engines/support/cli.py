@@ -13,6 +13,9 @@ __all__ = ["Parser", "parse_size", "quiet_libraries", "run_command"]
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
+_MOST_SHOWN = 300
+"""Characters of an argument that a message shows."""
+
 _KEPT = "nothing half-written was kept; the same command resumes from what was finished"
 
 
@@ -21,7 +24,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage."""
-        raise UserError(f"{message}; see: {self.prog} --help")
+        shown = " ".join(message.split())
+        shown = shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
+        raise UserError(f"{shown}; see: {self.prog} --help")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -33,8 +38,8 @@ def parse_size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
     if len(sides) == 1:
         sides *= 2
-    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
-        raise UserError(f"size {text!r} is no picture size; write HEIGHTxWIDTH in pixels, such as 512x768")
+    if len(sides) != 2 or not all(side.isdecimal() and len(side) < 10 for side in sides):
+        raise UserError(f"size {text!r:.60} is no picture size; write HEIGHTxWIDTH in pixels, such as 512x768")
     return int(sides[0]), int(sides[1])
 
 

@@ -1,8 +1,15 @@
 """The base of everything that is read from JSON, and one line for what is wrong with it."""
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from typing import Annotated
 
-__all__ = ["Record", "explain"]
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+__all__ = ["Name", "Record", "explain"]
+
+_CONTROL = r"\x00-\x1f\x7f-\x9f\u{2028}\u{2029}"
+
+Name = Annotated[str, Field(max_length=200, pattern=f"^[^{_CONTROL}]*$")]
+"""Text that fits on a line of a message or a table."""
 
 
 class Record(BaseModel):

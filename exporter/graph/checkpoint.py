@@ -15,10 +15,11 @@ import tuning
 from engines.bundle.folder import sha256
 from engines.bundle.manifest import is_variant
 from exporter.errors import SourceError
+from tuning.checkpoints.configs import check_fit
 from tuning.checkpoints.find_source import MINI, find_source
-from tuning.checkpoints.folder import meta_unet, only_assembled, unet_weights
+from tuning.checkpoints.folder import extent_of, meta_unet, only_assembled, unet_files, unet_weights
 from tuning.checkpoints.source import PARTS, FolderSource, RandomSource, Source, check_part
-from tuning.checkpoints.weights import ComputedWeights, RenamedWeights, Weights, materialize, mmap_safetensors, shapes_of
+from tuning.checkpoints.weights import ComputedWeights, RenamedWeights, Weights, materialize, shapes_of
 from tuning.surgery.assembly import origins
 from tuning.surgery.changes import changes_of
 
@@ -68,7 +69,7 @@ class Checkpoint:
                 return self.source.skeleton(part)
             if (folder := self._unet_folder(variant)) is None:
                 return self._original() if variant == "original" else self._assembled(variant)
-            unet = meta_unet(folder / "config.json")
+            unet = meta_unet(folder / "config.json", extent_of(folder))
         if self.own_unet is not None:
             self._check_own(unet, variant)
         return unet
@@ -173,21 +174,22 @@ class Checkpoint:
         folder = self._unet_folder(variant)
         if folder is not None:
             name = "--unet" if folder == self.own_unet else folder.name
-            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-                # Beside a UNet that was distilled may lie what its training left.
-                if folder != self.own_unet or path.suffix in {".json", ".safetensors"}:
-                    yield f"{name}/{path.relative_to(folder)}", path
+            for path in sorted(unet_files(folder)):
+                yield f"{name}/{path.name}", path
         for part in PARTS:
             if part != "unet" or folder is None or not isinstance(self.source, FolderSource):
                 for path in self.source.files(part):
                     yield f"{part}/{path.name}", path
 
-    def check_weights(self, variant: str) -> None:
-        """Raise SourceError if a file of weights is cut off or none, before the first of them is needed."""
+    def check_fit(self, unet: Any, vae: Any, text: Any) -> None:
+        """Raise SourceError unless the configurations of UNet, VAE and text encoder fit together."""
         with _source_errors(self.name):
-            for _, path in self.files(variant):
-                if path.suffix == ".safetensors":
-                    mmap_safetensors(path)
+            check_fit(self.name, unet, vae, text)
+
+    def check_weights(self, variant: str) -> None:
+        """Raise SourceError if weights are missing, cut off or not those of their configurations, before one is needed."""
+        for part in ("unet", "text_encoder", "vae"):
+            self.weights(part, variant)
 
     def fingerprint(self, variant: str, digest: Callable[[Path], str] = sha256) -> str:
         """A hash of all those files, whose own are given by ``digest``; of a random source's name and seed as well."""
@@ -209,7 +211,9 @@ def _source_errors(name: str) -> Iterator[None]:
         raise SourceError(reason if reason.startswith(("source ", "unknown source ")) else f"source {name}: {reason}") from error
 
 
-def open_source(source: str, variant: str, unet: Path | None = None, config: Path | None = None) -> Checkpoint:
+def open_source(
+    source: str, variant: str, unet: Path | None = None, config: Path | None = None, variant_files: str | None = None
+) -> Checkpoint:
     """Find a checkpoint and check that a build can read it.
 
     Args:
@@ -217,6 +221,7 @@ def open_source(source: str, variant: str, unet: Path | None = None, config: Pat
         variant: the name of a recipe; with ``unet``, of any.
         unet: the folder of the variant's UNet, where it is not in the source's.
         config: a diffusers folder with configurations, for a single file of another family.
+        variant_files: of the weight files of a folder, such as ``fp16``.
 
     Raises:
         SourceError: unknown variant or source, a pickle, or a folder or file with parts missing.
@@ -226,7 +231,7 @@ def open_source(source: str, variant: str, unet: Path | None = None, config: Pat
     if not is_variant(variant):
         raise SourceError(f"variant {variant!r} is no name; write small letters, numbers and -, such as {', '.join(VARIANTS)}")
     with _source_errors(source):
-        found = find_source(source, config)
+        found = find_source(source, config, variant_files)
         if unet is not None:
             check_part(source, unet.parent, unet.name)
     return Checkpoint(found, unet)

@@ -13,6 +13,7 @@ from exporter.graph.components import Components
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
 from exporter.graph.topology import depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule
+from tuning.checkpoints.configs import latent_size
 
 if TYPE_CHECKING:
     from exporter.graph.checkpoint import Checkpoint
@@ -77,16 +78,25 @@ def load_graph(checkpoint: "Checkpoint", variant: str, dtype: torch.dtype, size:
     unet: Any = parts.models["unet"]
     vae: Any = parts.models["vae"].config
     text: Any = parts.models["text_encoder"].config
-    _check_fit(checkpoint, unet.config, vae, text)
+    checkpoint.check_fit(unet.config, vae, text)
     scale, depth = 2 ** (len(vae.block_out_channels) - 1), depth_factor(unet)
-    size = size or (unet.config.sample_size * scale, unet.config.sample_size * scale)
+    height, width = latent_size(unet.config)
+    size = size or (height * scale, width * scale)
     check_size(size, scale * depth)
     ends = zip((TEXT, VAE_DECODER, VAE_ENCODER), (TOKENS, LATENTS, IMAGE), strict=True)
     first, *last = (Unit(name=name, kind=name, inputs=(given,)) for name, given in ends)
     chain = (first, *topology(unet), *last)
     sizes = {"height": size[0] // scale, "width": size[1] // scale}
     modules = parts.modules(unit.name for unit in chain)
-    units, features = infer_shapes_and_macs(chain, modules, _inputs(unet.config, vae, text.max_position_embeddings, scale), sizes)
+    inputs = _inputs(unet.config, vae, text.max_position_embeddings, scale)
+    try:
+        units, features = infer_shapes_and_macs(chain, modules, inputs, sizes)
+    except Exception as error:  # of many kinds: the libraries check few of the numbers that they compute with
+        reason = str(error).partition("\n")[0]
+        raise SourceError(
+            f"source {checkpoint.name}: its models cannot be computed as they are configured ({reason}); "
+            "get its configurations again"
+        ) from error
     return Graph(
         units=tuple(units),
         parts=parts,
@@ -116,18 +126,3 @@ def check_size(size: tuple[int, int], multiple: int) -> None:
     """Raise BuildError unless the UNet's depth divides a picture size (height, width) in pixels."""
     if any(side < multiple or side % multiple for side in size):
         raise BuildError(f"size {size[0]}x{size[1]}: height and width must be multiples of {multiple} pixels for this UNet")
-
-
-def _check_fit(checkpoint: "Checkpoint", unet: Any, vae: Any, text: Any) -> None:
-    name, wanted = checkpoint.name, unet.cross_attention_dim
-    if wanted != text.hidden_size:
-        raise SourceError(
-            f"source {name}: the UNet reads text of width {wanted}, the text encoder makes {text.hidden_size}; "
-            "give a source whose parts were trained together, or another --unet"
-        )
-    channels, latent = unet.in_channels, vae.latent_channels
-    if channels != latent:
-        raise SourceError(
-            f"source {name}: the UNet reads {channels} channels, the VAE makes {latent}: "
-            "inpainting and depth UNets are not supported"
-        )

@@ -74,7 +74,7 @@ class Reference:
 
         manifest = bundle.manifest
         unet, config = (None if folder is None else Path(folder) for folder in (manifest.unet, manifest.config))
-        checkpoint = open_source(manifest.source, manifest.variant, unet, config)
+        checkpoint = open_source(manifest.source, manifest.variant, unet, config, manifest.variant_files)
         if checkpoint.fingerprint(manifest.variant) != manifest.source_sha256:
             raise BuildError(
                 f"the weights of source {manifest.source} are not those that bundle {bundle.folder} was made from; "

@@ -25,7 +25,7 @@ __all__ = ["Executor", "LoadedBundle", "StepRecord"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one model evaluation did.
+    """A model evaluation: the segments that it ran and the features that it inherited.
 
     ``ran`` names the segments that ran, in order; ``inherited`` the features that they took from earlier steps. On a GPU the host
     goes ahead of the device: reading ``seconds`` waits until the step has been done there. Where the device cannot hold all UNets
@@ -43,18 +43,18 @@ class StepRecord:
 
     @property
     def seconds(self) -> float:
-        """What the step took, from when the device had done what came before it."""
+        """The time that the step took, from when the device had done what came before it."""
         return self.timer.seconds
 
 
 @dataclass(frozen=True)
 class _Start:
-    """A step that is decided, and what has been done for it before it was."""
+    """A step that is resolved, and the segments that ran for it before it was."""
 
     step: Step
     made: dict[str, Tensor] = field(default_factory=dict)
     ran: tuple[str, ...] = ()
-    taken: frozenset[str] = frozenset()
+    cached_inputs: frozenset[str] = frozenset()
 
 
 class Executor:
@@ -62,10 +62,10 @@ class Executor:
 
     Args:
         networks: loaded segments of each UNet, by the names that the schedule uses.
-        schedule: a plan laid out for this call, whose cuts were checked with ``check_runs``.
+        schedule: a plan laid out for this call, which was checked with ``check_runs``.
         graphs: recordings of the UNets' steps, which this call has until its last step or ``close``. Where another call has them,
             steps run piece by piece.
-        residence: sees to it that a step's UNet is on the device; without one, all are.
+        swapper: sees to it that a step's UNet is on the device; without one, all are.
     """
 
     def __init__(
@@ -109,13 +109,13 @@ class Executor:
         timer = Timer(sample.device)
         given = {SAMPLE: sample, TIMESTEP: timestep, TEXT: text}
         threshold = self._schedule.pending_threshold(index)
-        start = _Start(self._schedule.decide(index)) if threshold is None else self._find_out(index, threshold, given)
+        start = _Start(self._schedule.resolve(index)) if threshold is None else self._probe(index, threshold, given)
         step, made = start.step, start.made
-        network, work = self._network(step.unet), self._schedule.work(step, frozenset(made))
+        network, subgraph = self._network(step.unet), self._schedule.subgraph(step, frozenset(made))
         # What this step refreshes is let go first, so that old and new are never held together.
         for name in step.keep.intersection(self._cache):
             del self._cache[name]
-        result = network.run(work, self._with_cached(given, work.taken), made)
+        result = network.run(subgraph, self._with_cached(given, subgraph.cached_inputs), made)
         later = self._schedule.read_later(index)
         self._cache |= {name: result[name] for name in step.keep}
         self._cache = {name: tensor for name, tensor in self._cache.items() if name in later}
@@ -127,13 +127,13 @@ class Executor:
             timestep=self._schedule.timesteps[index],
             unet=step.unet,
             kind="key" if step.key else "inherit",
-            ran=(*start.ran, *work.ran),
-            inherited=tuple(sorted(start.taken | work.taken)),
+            ran=(*start.ran, *subgraph.segment_names),
+            inherited=tuple(sorted(start.cached_inputs | subgraph.cached_inputs)),
             timer=timer,
         )
         return result[NOISE], record
 
-    def _find_out(self, index: int, threshold: Threshold, given: Mapping[str, Tensor]) -> _Start:
+    def _probe(self, index: int, threshold: Threshold, given: Mapping[str, Tensor]) -> _Start:
         """Compute an adaptive rule's feature and compare it with the last key step's; the step goes on from it.
 
         While the answer is on its way from the device, what runs whatever it is has been started.
@@ -141,14 +141,14 @@ class Executor:
         name, schedule = threshold.feature, self._schedule
         network, probe = self._network(schedule.unet(index)), schedule.probe(index, threshold)
         made: dict[str, Tensor] = {}
-        network.run_all(probe.segments, self._with_cached(given, probe.taken), made)
+        network.run_all(probe.segments, self._with_cached(given, probe.cached_inputs), made)
         change = DeferredComparison(self._cache[name], made[name], threshold.above)
-        less, more = schedule.decide(index, changed=False), schedule.decide(index, changed=True)
+        less, more = schedule.resolve(index, changed=False), schedule.resolve(index, changed=True)
         ahead = schedule.common_prefix(index, frozenset(made))
-        taken = more.inherited.intersection(name for segment in ahead for name in segment.inputs)
-        network.run_all(ahead, self._with_cached(given, taken), made)
+        cached = more.inherited.intersection(name for segment in ahead for name in segment.inputs)
+        network.run_all(ahead, self._with_cached(given, cached), made)
         ran = tuple(segment.name for segment in (*probe.segments, *ahead))
-        return _Start(more if change else less, made, ran, probe.taken | taken)
+        return _Start(more if change else less, made, ran, probe.cached_inputs | cached)
 
     def _network(self, unet: str) -> LoadedBundle | GraphedNetwork:
         network = self._networks[unet]

@@ -136,18 +136,18 @@ class GraphedNetwork:
     network: LoadedBundle
     graphs: CudaGraphCache
 
-    def run(self, work: Subgraph, given: Mapping[str, Tensor], made: Features | None = None) -> Features:
-        """As ``Network.run``."""
+    def run(self, subgraph: Subgraph, given: Mapping[str, Tensor], made: Features | None = None) -> Features:
+        """As ``LoadedBundle.run``."""
         made = {} if made is None else made
-        inputs = {name: given[name] if name in given else made[name] for name in work.read}
-        kind = self.unet, work.ran, work.wanted
-        transient = work.wanted == {NOISE}
-        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(work, fixed, dict(made)), transient)
+        inputs = {name: given[name] if name in given else made[name] for name in subgraph.inputs}
+        kind = self.unet, subgraph.segment_names, subgraph.wanted
+        transient = subgraph.wanted == {NOISE}
+        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(subgraph, fixed, dict(made)), transient)
         # A scheduler may hold on to predictions.
         return result | {NOISE: result[NOISE].clone()} if NOISE in result else result
 
     def run_all(self, segments: Iterable[Segment], given: Mapping[str, Tensor], made: Features) -> None:
-        """As ``Network.run_all``."""
+        """As ``LoadedBundle.run_all``."""
         segments = tuple(segments)
 
         def work(fixed: Mapping[str, Tensor]) -> Features:

@@ -25,18 +25,18 @@ class LoadedBundle:
         runners = {segment.name: engine.load(bundle, segment) for segment in bundle.manifest.segments}
         return cls(bundle.manifest, runners)
 
-    def run(self, work: Subgraph, given: Mapping[str, Tensor], made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Do the work on the ``given`` features; returns the wanted ones.
+    def run(self, subgraph: Subgraph, given: Mapping[str, Tensor], made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Run a subgraph on the ``given`` features; returns the wanted ones.
 
         What is given is never replaced. What is ``made`` already is let go, as are the features that are made here, when nobody
         will read it any more.
         """
         made = {} if made is None else made
-        for segment, spent in zip(work.segments, work.spent, strict=True):
+        for segment, freed in zip(subgraph.segments, subgraph.frees, strict=True):
             self.run_all([segment], given, made)
-            for name in spent:
+            for name in freed:
                 del made[name]
-        return {name: given[name] if name in given else made[name] for name in work.wanted}
+        return {name: given[name] if name in given else made[name] for name in subgraph.wanted}
 
     def run_all(self, segments: Iterable[Segment], given: Mapping[str, Tensor], made: dict[str, Tensor]) -> None:
         """Run segments in order and add all that they make to ``made``. They read what is given, or else what was made."""

@@ -1,33 +1,31 @@
-"""Bundles that take turns: a plan may switch between UNets that were built from the same source, each in a bundle of its own."""
+"""Sibling bundles: a plan may switch between UNets that were built from the same source, each in a bundle of its own."""
 
 from collections.abc import Sequence
-from itertools import chain, count
-from shlex import quote
 
-from engines import Bundle, BundleError, Engine, Manifest
+from engines import Bundle, BundleError, Manifest
 from engines.bundle.manifest import Segment
 from engines.bundle.shared import shared_difference
-from runtime.errors import PlanError
+from runtime.errors import PlanError, SiblingError
+from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
-from runtime.plans.schedule import Schedule, check_runs
+from runtime.plans.schedule import Schedule
 
-__all__ = ["companion", "cut_everywhere", "lay_out_part"]
+__all__ = ["find_sibling", "lay_out_part", "partitioned_by_unit"]
 
 
-def companion(bundle: Bundle, variant: str, plan: Plan, timesteps: Sequence[float], engine: Engine | None = None) -> Bundle:
+def find_sibling(bundle: Bundle, variant: str, plan: Plan, timesteps: Sequence[float]) -> Bundle:
     """The bundle of that variant: the one given, or one that lies beside it and was made from the same source.
 
-    Where there are several, it is the first by name that is cut for the plan, or else the first.
+    Where there are several, it is the first by name that is partitioned for the plan, or else the first.
 
     Args:
         bundle: the one that was named.
         variant: the UNet to find.
         plan: which both are to run.
         timesteps: of each model evaluation.
-        engine: what is to run them; named, with the bundle's own, in the command that builds what is missing.
 
     Raises:
-        PlanError: there is none that can take turns with the bundle on the same latents and text.
+        SiblingError: there is none that can take turns with the bundle on the same latents and text.
     """
     source, folder = bundle.manifest.source, bundle.folder.parent
     if variant == bundle.manifest.variant:
@@ -35,11 +33,12 @@ def companion(bundle: Bundle, variant: str, plan: Plan, timesteps: Sequence[floa
     found = [other for other in _beside(bundle) if (other.manifest.variant, other.manifest.source) == (variant, source)]
     alike = [other for other in found if _difference(bundle, other) is None]
     if alike:
-        return next((other for other in alike if _is_cut(plan, other.manifest, timesteps)), alike[0])
+        return next((other for other in alike if _can_run(plan, other.manifest, timesteps)), alike[0])
     unlike = "".join(f"; {other.folder} cannot take turns with it: {_difference(bundle, other)}" for other in found)
-    raise PlanError(
+    raise SiblingError(
         f"the plan runs the UNet {variant!r}, and no bundle in {folder} has it for source {source}, beside {bundle.folder.name}"
-        f"{unlike}; build it with: {_command(bundle, variant, plan, engine)}"
+        f"{unlike}",
+        variant,
     )
 
 
@@ -55,7 +54,7 @@ def _beside(bundle: Bundle) -> list[Bundle]:
 
 
 def _difference(one: Bundle, other: Bundle) -> str | None:
-    """What keeps two bundles from taking turns, if anything does."""
+    """The field that keeps two bundles from taking turns, if one does."""
     for field in ("latent_channels", "vae_scale", "text_length", "precision"):
         here, there = getattr(one.manifest, field), getattr(other.manifest, field)
         if here != there:
@@ -64,17 +63,7 @@ def _difference(one: Bundle, other: Bundle) -> str | None:
     return f"its {part} is not that of {one.folder.name}" if part else None
 
 
-def _command(bundle: Bundle, variant: str, plan: Plan, engine: Engine | None) -> str:
-    """The command that builds a UNet as a bundle was built, in a folder beside it where nothing is yet."""
-    manifest = bundle.manifest.model_copy(update={"variant": variant, "unet": None, "plans": ()})
-    build = manifest.whole_build_command(engine.name) if engine else f"{manifest.build_command} --precision {manifest.precision}"
-    cut = f" --plan {plan.option}" if plan.rules else ""
-    names = chain([variant], (f"{variant}-{number}" for number in count(2)))
-    out = next(path for name in names if not (path := bundle.folder.parent / name).exists())
-    return f"{build}{cut} --out {quote(str(out))}"
-
-
-def cut_everywhere(manifest: Manifest) -> Manifest:
+def partitioned_by_unit(manifest: Manifest) -> Manifest:
     """The same UNet with each unit in a segment of its own, which can run every plan."""
     units = [unit for unit in manifest.units if unit.name in manifest.unet_units]
     segments = [Segment(name=unit.name, units=(unit.name,), inputs=unit.inputs, outputs=unit.outputs) for unit in units]
@@ -82,9 +71,9 @@ def cut_everywhere(manifest: Manifest) -> Manifest:
 
 
 def lay_out_part(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> Schedule:
-    """A plan laid out for one UNet's part of it, to be checked whatever the bundles of the others are cut for.
+    """A plan laid out for one UNet's part of it, to be checked whatever the bundles of the others are partitioned for.
 
-    In place of the other UNets it has this one, cut everywhere.
+    The other UNets are replaced by this one, partitioned by unit.
 
     Raises:
         PlanError: the plan does not run this UNet, or names what it does not have.
@@ -92,11 +81,11 @@ def lay_out_part(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> 
     names = dict.fromkeys(part.unet for part in plan.unets) or [manifest.variant]
     if manifest.variant not in names:
         raise PlanError(f"plan {plan.name} runs the UNets {', '.join(names)}, not {manifest.variant}")
-    unets = dict.fromkeys(names, cut_everywhere(manifest)) | {manifest.variant: manifest}
+    unets = dict.fromkeys(names, partitioned_by_unit(manifest)) | {manifest.variant: manifest}
     return Schedule(plan, unets, timesteps)
 
 
-def _is_cut(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> bool:
+def _can_run(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> bool:
     try:
         check_runs(lay_out_part(plan, manifest, timesteps))
     except PlanError:

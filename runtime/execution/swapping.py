@@ -105,7 +105,7 @@ class Swapper:
         return free is None or size + self._engine.scratch_bytes() + _SPARE <= free
 
     def _try(self, unet: str) -> bool:
-        """Load a UNet beside those that are here; False where it turns out not to fit. With swaps, as ``_bring``."""
+        """Load a UNet beside those that are here; False where it turns out not to fit. With swaps, as ``_load``."""
         try:
             self._load(unet)
         except (torch.OutOfMemoryError, EngineMemoryError):
@@ -115,16 +115,16 @@ class Swapper:
         return self.swaps or self._has_room(0)
 
     def bytes_of(self, unet: str) -> int:
-        """What moves when a UNet is loaded: the size of its engines' files, or of its weights where these are elsewhere."""
+        """Bytes that move when a UNet is loaded: the size of its engines' files, or of its weights where these are elsewhere."""
         total = 0
         for segment in self.networks[unet].manifest.unet_segments:
             compiled = segment.engines.get(self._engine.name)
             total += max(sum(file.bytes for file in files) for files in (segment.onnx, compiled.files if compiled else ()))
         return total
 
-    def rebuild_command(self, unet: str) -> str:
-        """The command that builds a UNet's bundle again in its place, with all it has, to be completed by what should differ."""
-        return self._engine.rebuild_command(self._bundles[unet])
+    def bundle_of(self, unet: str) -> Bundle:
+        """The bundle that a UNet was loaded from."""
+        return self._bundles[unet]
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

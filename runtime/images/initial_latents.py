@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from runtime.errors import RequestError
 
-__all__ = ["InitialState", "LatentBlend", "check_strength", "from_noise", "from_picture", "timesteps_from"]
+__all__ = ["InitialState", "LatentBlend", "from_noise", "from_picture", "generators_of", "timesteps_from"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,14 @@ class InitialState:
 
     latents: Tensor
     timesteps: Tensor
+    generators: list[torch.Generator]
+    """Of each picture, as far as they were drawn from: what the scheduler draws follows."""
     repaint: LatentBlend | None = None
 
 
-def check_strength(strength: float) -> None:
-    """Raise RequestError unless it is in (0, 1]: also where no picture is given and it does nothing."""
-    if not 0 < strength <= 1:
-        raise RequestError(f"strength = {strength}; choose a number above 0 (the image as it is) and up to 1 (nothing of it)")
+def generators_of(seeds: Sequence[int]) -> list[torch.Generator]:
+    """A generator for each picture, on the CPU whatever the device, so that a seed gives the same picture everywhere."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 def timesteps_from(scheduler: Any, steps: int, strength: float) -> Tensor:
@@ -69,14 +71,19 @@ def timesteps_from(scheduler: Any, steps: int, strength: float) -> Tensor:
     return timesteps
 
 
-def from_noise(scheduler: Any, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> InitialState:
+def from_noise(scheduler: Any, shape: Sequence[int], generators: list[torch.Generator], device: torch.device) -> InitialState:
     """Start from nothing but noise. ``shape`` is (channels, height, width)."""
-    (noise,) = _draws(shape, seeds, 1, device)
-    return InitialState(noise * scheduler.init_noise_sigma, scheduler.timesteps)
+    noise = _draw(shape, generators, device)
+    return InitialState(noise * scheduler.init_noise_sigma, scheduler.timesteps, generators)
 
 
 def from_picture(
-    scheduler: Any, distribution: Tensor, mask: Tensor | None, timesteps: Tensor, strength: float, seeds: Sequence[int]
+    scheduler: Any,
+    distribution: Tensor,
+    mask: Tensor | None,
+    timesteps: Tensor,
+    strength: float,
+    generators: list[torch.Generator],
 ) -> InitialState:
     """Start from a picture's latents and noise.
 
@@ -86,25 +93,32 @@ def from_picture(
         mask: (1, 1, height, width), of ones where to repaint; None for the whole picture.
         timesteps: those that run.
         strength: at 1 inpainting starts from noise alone, as in diffusers.
-        seeds: of each picture.
+        generators: of each picture.
     """
     mean, deviation = distribution.chunk(2, dim=1)
-    drawn, noise = _draws(mean.shape[1:], seeds, 2, mean.device)
+    drawn, noise = (_draw(mean.shape[1:], generators, mean.device) for _ in range(2))
+    if (
+        mask is not None
+    ):  # diffusers' pipeline encodes the masked picture too, and draws for it, whether its UNet reads that or not
+        _draw(mean.shape[1:], generators, mean.device)
     known = mean + deviation * drawn
     if mask is not None and strength == 1:
         latents = noise * scheduler.init_noise_sigma
     else:
         latents = scheduler.add_noise(known, noise, timesteps[:1])
     if mask is None:
-        return InitialState(latents, timesteps)
+        return InitialState(latents, timesteps, generators)
     return InitialState(
-        latents, timesteps, LatentBlend(mask.to(mean.device), known, noise, _levels(scheduler, timesteps, mean.device))
+        latents,
+        timesteps,
+        generators,
+        LatentBlend(mask.to(mean.device), known, noise, _levels(scheduler, timesteps, mean.device)),
     )
 
 
 def _levels(scheduler: Any, timesteps: Tensor, device: torch.device) -> Tensor:
-    """What the scheduler would multiply a picture's latents and the noise by after each of its steps: (steps, 2)."""
-    one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
+    """The factors of a picture's latents and of the noise that the scheduler adds after each of its steps: (steps, 2)."""
+    one, zero = (torch.full((1,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
     begin = getattr(scheduler, "begin_index", None)
     levels = []
     for index, timestep in enumerate(timesteps[1:], 1):
@@ -116,7 +130,7 @@ def _levels(scheduler: Any, timesteps: Tensor, device: torch.device) -> Tensor:
     return torch.stack([*levels, torch.cat([one, zero])])
 
 
-def _draws(shape: Sequence[int], seeds: Sequence[int], count: int, device: torch.device) -> list[Tensor]:
-    """Standard normal numbers (images, channels, height, width), ``count`` times, drawn on the CPU whatever the device."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return [torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device) for _ in range(count)]
+def _draw(shape: Sequence[int], generators: list[torch.Generator], device: torch.device) -> Tensor:
+    """Standard normal numbers (images, channels, height, width), picture by picture, drawn on the CPU."""
+    drawn: Tensor = randn_tensor((len(generators), *shape), generators, device, torch.float32)
+    return drawn

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from engines.support.pictures import PictureError, open_picture, to_mask, to_rgb
 from runtime.errors import RequestError
 
 __all__ = ["Original", "Picture", "read_original", "to_pictures"]
@@ -20,7 +21,7 @@ Picture = Image.Image | str | Path
 
 @dataclass(frozen=True)
 class Original:
-    """What image-to-image starts from: a picture in RGB, and with inpainting a mask in L of the same size; white is repainted."""
+    """The picture of image-to-image, in RGB, and with inpainting a mask in L of the same size, whose white is repainted."""
 
     image: Image.Image
     mask: Image.Image | None = None
@@ -30,14 +31,14 @@ class Original:
         """Height and width in pixels."""
         return self.image.height, self.image.width
 
-    def fitted(self, height: int | None, width: int | None, multiple: int) -> "Original":
-        """Resized to a size in pixels, with diffusers' filter (Lanczos). Without a size the picture's own must fit as it is.
+    def fitting_size(self, height: int | None, width: int | None, multiple: int) -> tuple[int, int]:
+        """The height and width in pixels that are asked for, or else the picture's own.
 
         Raises:
             RequestError: the size is not a multiple of what the UNet's depth needs; the message names one that is.
         """
         own = height is None and width is None
-        height, width = height or self.size[0], width or self.size[1]
+        height, width = self.size[0] if height is None else height, self.size[1] if width is None else width
         if any(side < multiple or side % multiple for side in (height, width)):
             fits = [max(1, round(side / multiple)) * multiple for side in (height, width)]
             advice = f"; have it resized with height={fits[0]}, width={fits[1]} (--size {fits[0]}x{fits[1]})" if own else ""
@@ -45,6 +46,10 @@ class Original:
                 f"{'image is' if own else 'size'} {height}x{width}: "
                 f"height and width must be multiples of {multiple} pixels for this UNet{advice}"
             )
+        return height, width
+
+    def resized(self, height: int, width: int) -> "Original":
+        """Resized to a size in pixels, with diffusers' filter (Lanczos)."""
         if (height, width) == self.size:
             return self
         resize = partial(Image.Image.resize, size=(width, height), resample=Image.Resampling.LANCZOS)
@@ -66,16 +71,14 @@ class Original:
 
 
 def read_original(image: Picture | None, mask: Picture | None) -> Original | None:
-    """The picture and mask of a request; None if it has neither.
+    """The picture and mask of a request, in modes RGB and L; None if it has neither.
 
     Raises:
-        RequestError: a file cannot be read, the two are of different sizes, or there is a mask and no picture.
+        RequestError: a file cannot be read, has too many pixels or is not clear, or the two are of different sizes.
     """
     if image is None:
-        if mask is not None:
-            raise RequestError("mask is given, but no image; give the image whose white part is to be repainted")
         return None
-    found = Original(_read(image, "image", _rgb), None if mask is None else _read(mask, "mask", _grey))
+    found = Original(_read(image, "image", to_rgb), None if mask is None else _read(mask, "mask", to_mask))
     if found.mask is not None and found.mask.size != found.image.size:
         sizes = " and ".join(f"{picture.height}x{picture.width}" for picture in (found.mask, found.image))
         raise RequestError(f"mask and image are {sizes} (height x width); give a mask of the image's size")
@@ -83,28 +86,14 @@ def read_original(image: Picture | None, mask: Picture | None) -> Original | Non
 
 
 def _read(picture: Picture, field: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """A picture, turned as a camera's note in it says."""
-    if isinstance(picture, Image.Image):
-        return convert(picture)
-    if not isinstance(picture, str | Path):
-        raise RequestError(f"{field} is a {type(picture).__name__}; give a PIL image or the path of a file")
     try:
-        with Image.open(picture) as opened:
-            return convert(ImageOps.exif_transpose(opened))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"{field} {picture} cannot be read: {reason}; give a PNG or JPEG file") from error
-
-
-def _rgb(picture: Image.Image) -> Image.Image:
-    return picture.convert("RGB")
-
-
-def _grey(picture: Image.Image) -> Image.Image:
-    return picture.convert("L")
+        return convert(open_picture(picture))
+    except PictureError as error:
+        named = field if isinstance(picture, Image.Image) else f"{field} {str(picture)!s:.200}"
+        raise RequestError(f"{named} {error}") from error
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """PIL pictures from (images, 3, height, width) in [-1, 1], any float type and device; what is outside is cut off."""
-    rounded = ((pixels.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    """PIL pictures from (images, 3, height, width) in [-1, 1], any float type and device; NaN is black."""
+    rounded = ((pixels.float().cpu().nan_to_num(nan=-1.0) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in rounded.permute(0, 2, 3, 1).numpy()]

@@ -1,12 +1,22 @@
-"""Noise schedulers by name. They come from diffusers; the bundle has their configuration."""
+"""Noise schedulers by name. They come from diffusers; the bundle has their configuration.
 
+diffusers' pipelines correct a scheduler's configuration when they are loaded. The corrections depend on the task and on the
+scheduler that was chosen, so a bundle keeps the configuration as its source has it, and they are made here for every call.
+"""
+
+import inspect
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from engines import BundleError
 from runtime.errors import RequestError
 
-__all__ = ["SCHEDULERS", "make_scheduler"]
+__all__ = ["SCHEDULERS", "advance", "check_scheduler", "make_scheduler", "read_train_steps", "step_options"]
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -15,30 +25,130 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
 }
+_OTHERS = (
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+"""More that diffusers' pipelines take, by class name only. Not DPMSolverSDEScheduler: its noise has a seed of its own."""
 
-# What Stable Diffusion's own PNDM configuration has. Without it (a folder written for another scheduler) diffusers starts with
-# nine Runge-Kutta evaluations more, and cannot take fewer than four steps.
-_SETTINGS = {"pndm": {"skip_prk_steps": True}}
+
+_MOST_TRAIN_STEPS = 100_000
+_STUMBLES = (IndexError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError, ArithmeticError)
 
 
-def make_scheduler(name: str, folder: Path, steps: int) -> Any:
-    """A fresh scheduler with its timesteps set.
+def check_scheduler(name: str) -> None:
+    """Raise RequestError unless there is a scheduler of that name."""
+    if name not in {*SCHEDULERS, *SCHEDULERS.values(), *_OTHERS}:
+        raise RequestError(
+            f"unknown scheduler {name!r:.60}; choose from: {', '.join(SCHEDULERS)}, or by class name: {', '.join(_OTHERS)}"
+        )
+
+
+def make_scheduler(name: str, folder: Path, steps: int, inpainting: bool = False) -> Any:
+    """A fresh scheduler, as diffusers' pipeline for the task has it after loading, with its timesteps set.
 
     Args:
-        name: ddim, pndm, dpm++, euler or heun.
+        name: ddim, pndm, dpm++, euler or heun, or a class name of diffusers.
         folder: holds ``scheduler_config.json``.
         steps: denoising steps. The model is evaluated ``len(scheduler.timesteps)`` times: once a step, for pndm once more,
             for heun twice for all but the last.
+        inpainting: whether it is for diffusers' pipeline for inpainting, which corrects more.
 
     Raises:
         RequestError: unknown name, or a number of steps that the scheduler cannot take.
+        BundleError: the configuration cannot be read, or is not one for this scheduler.
     """
-    if name not in SCHEDULERS:
-        raise RequestError(f"unknown scheduler {name!r}; choose from: {', '.join(SCHEDULERS)}")
-    scheduler = getattr(import_module("diffusers"), SCHEDULERS[name]).from_pretrained(folder, **_SETTINGS.get(name, {}))
-    # Timesteps lie a whole number apart: with more steps than half of those trained they would leave out the noisiest half.
+    check_scheduler(name)
+    kind = SCHEDULERS.get(name, name)
+    with torch.device("cpu"):
+        scheduler = _load(kind, folder)
+        _correct(scheduler, inpainting)
+        _set_timesteps(scheduler, steps, folder)
+    return scheduler
+
+
+def read_train_steps(folder: Path) -> int:
+    """The timesteps of the whole noise schedule, 1000 where the configuration does not say; raises BundleError."""
+    path = folder / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        count = config.get("num_train_timesteps", 1000)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read as a scheduler's configuration: {_line(error)}") from error
+    if type(count) is not int or not 2 <= count <= _MOST_TRAIN_STEPS:
+        raise BundleError(f"{path} has num_train_timesteps = {count!r:.60}; expected one from 2 to {_MOST_TRAIN_STEPS}")
+    return count
+
+
+def _load(kind: str, folder: Path) -> Any:
+    """A scheduler with the configuration in a folder.
+
+    A folder written for another scheduler does not say that PNDM should leave out its nine Runge-Kutta evaluations, as in Stable
+    Diffusion's own configuration; without them it can take fewer than four steps.
+    """
+    read_train_steps(folder)
+    try:
+        config = json.loads((folder / "scheduler_config.json").read_text("utf-8"))
+        settings = {} if config.get("_class_name") == kind or "skip_prk_steps" in config else {"skip_prk_steps": True}
+        return getattr(import_module("diffusers"), kind).from_pretrained(folder, **(settings if kind == "PNDMScheduler" else {}))
+    except Exception as error:  # a configuration may come from anybody, and schedulers check little of it
+        raise BundleError(
+            f"{folder / 'scheduler_config.json'} cannot be read as the configuration of {kind}: {_line(error)}"
+        ) from error
+
+
+def _set_timesteps(scheduler: Any, steps: int, folder: Path) -> None:
+    """Timesteps lie a whole number apart: with more steps than half of those trained they would leave out the noisiest half."""
     most = scheduler.config.num_train_timesteps // 2
     if not 1 <= steps <= most:
         raise RequestError(f"steps = {steps}; choose from 1 to {most}")
-    scheduler.set_timesteps(steps)
-    return scheduler
+    try:
+        scheduler.set_timesteps(steps)
+        # Else the first step is looked up by its timestep, and the wrong one found where timesteps come twice.
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+    except Exception as error:  # as in _load
+        raise RequestError(
+            f"{type(scheduler).__name__} cannot take steps = {steps} as {folder} configures it: {_line(error)}"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _correct(scheduler: Any, inpainting: bool) -> None:
+    """The corrections that diffusers 0.42 makes in ``StableDiffusion...Pipeline.__init__``.
+
+    That for inpainting sets PNDM right and leaves ``clip_sample`` alone, the others do the reverse.
+    """
+    config = scheduler.config
+    if config.get("steps_offset", 1) != 1:
+        scheduler.register_to_config(steps_offset=1)
+    if not inpainting and config.get("clip_sample", False) is True:
+        scheduler.register_to_config(clip_sample=False)
+    if inpainting and config.get("skip_prk_steps", True) is False:
+        scheduler.register_to_config(skip_prk_steps=True)
+
+
+def step_options(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+    """Arguments of ``scheduler.step`` by which all that it draws comes from the pictures' own generators."""
+    return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+
+
+def advance(scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor, options: dict[str, Any]) -> Tensor:
+    """The latents after a step; raises RequestError where a scheduler stumbles over its own configuration."""
+    try:
+        following: Tensor = scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
+    except _STUMBLES as error:
+        raise RequestError(
+            f"{type(scheduler).__name__} fails at timestep {float(timestep):g} with its configuration: {_line(error)}; "
+            "choose another scheduler or number of steps"
+        ) from error
+    return following

@@ -1,4 +1,4 @@
-"""What has to run: a walk backwards from what is wanted.
+"""The segments that have to run: a walk backwards from the features that are wanted.
 
 This is the whole mechanism behind feature inheritance. A segment (or a unit) runs only if something that runs needs a feature
 of its and that feature is not given; so skipping is never special code, it falls out of the demand.

@@ -11,11 +11,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from engines.bundle.names import STEM
-from engines.support.records import Record
+from engines.support.records import Name, Record
 
 __all__ = ["MODES", "Back", "Explicit", "Front", "Mode", "Quadratic", "Random", "Threshold", "Uniform"]
 
-Every = Annotated[int, Field(ge=1)]
+_MOST_STEPS = 1_000_000
+"""Of a schedule: far more than any scheduler takes, and few enough to be laid out at once."""
+
+Every = Annotated[int, Field(ge=1, le=_MOST_STEPS)]
+Power = Annotated[float, Field(ge=1, le=20)]
 
 
 class Uniform(Record):
@@ -39,14 +43,14 @@ class Quadratic(Record):
     every: Every
     center: float = Field(default=0.3, ge=0, le=1)
     """As a share of the range."""
-    power: float = Field(default=1.4, ge=1)
+    power: Power = 1.4
 
     def keys(self, steps: int) -> set[int]:
         """Indices of the key steps of a range of ``steps`` steps."""
         count, center = math.ceil(steps / self.every), self.center * steps
         low, high = _signed_power(-center, 1 / self.power), _signed_power(steps - center, 1 / self.power)
-        places = (low + (high - low) * i / count for i in range(count))
-        return {0} | {min(steps - 1, max(0, int(_signed_power(x, self.power) + center + 1e-9))) for x in places}
+        points = (low + (high - low) * i / count for i in range(count))
+        return {0} | {min(steps - 1, max(0, int(_signed_power(x, self.power) + center + 1e-9))) for x in points}
 
 
 class Front(Record):
@@ -54,7 +58,7 @@ class Front(Record):
 
     mode: Literal["front"] = "front"
     every: Every
-    power: float = Field(default=2.0, ge=1)
+    power: Power = 2.0
 
     def keys(self, steps: int) -> set[int]:
         """Indices of the key steps of a range of ``steps`` steps."""
@@ -66,7 +70,7 @@ class Back(Record):
 
     mode: Literal["back"] = "back"
     every: Every
-    power: float = Field(default=2.0, ge=1)
+    power: Power = 2.0
 
     def keys(self, steps: int) -> set[int]:
         """Indices of the key steps of a range of ``steps`` steps."""
@@ -78,8 +82,8 @@ class Explicit(Record):
     """Key steps as listed; with ``of``, for a schedule of that many steps, and scaled to any other."""
 
     mode: Literal["explicit"] = "explicit"
-    steps: tuple[Annotated[int, Field(ge=0)], ...]
-    of: Annotated[int, Field(ge=1)] | None = None
+    steps: tuple[Annotated[int, Field(ge=0, lt=_MOST_STEPS)], ...] = Field(max_length=10_000)
+    of: Every | None = None
 
     def keys(self, steps: int) -> set[int]:
         """Indices of the key steps of a range of ``steps`` steps.
@@ -99,7 +103,7 @@ class Random(Record):
 
     mode: Literal["random"] = "random"
     every: Every
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
 
     def keys(self, steps: int) -> set[int]:
         """Indices of the key steps of a range of ``steps`` steps."""
@@ -114,8 +118,8 @@ class Threshold(Record):
     """
 
     mode: Literal["threshold"] = "threshold"
-    above: float = Field(ge=0)
-    feature: str = STEM
+    above: float = Field(ge=0, allow_inf_nan=False)
+    feature: Name = STEM
 
 
 Mode = Annotated[Uniform | Quadratic | Front | Back | Explicit | Random | Threshold, Field(discriminator="mode")]
@@ -134,11 +138,11 @@ def _shares(steps: int, every: int) -> list[float]:
     return [i / count for i in range(count)]
 
 
-def _fill(places: list[float], steps: int) -> set[int]:
-    """Whole steps for increasing places, each at least one after the one before, as long as there are steps."""
+def _fill(positions: list[float], steps: int) -> set[int]:
+    """Whole steps for increasing positions, each at least one after the one before, as long as there are steps."""
     keys: list[int] = []
-    for place in places:
-        key = max(round(place), keys[-1] + 1 if keys else 0)
+    for position in positions:
+        key = max(round(position), keys[-1] + 1 if keys else 0)
         if key < steps:
             keys.append(key)
     return set(keys)

@@ -13,21 +13,23 @@ from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from pydantic_core import ErrorDetails
 
 from engines.bundle.manifest import Variant
 from engines.bundle.names import BRANCH
-from engines.support.records import Record
+from engines.support.records import Name, Record
 from runtime.errors import PlanError
 from runtime.plans.key_steps import MODES, Mode, Threshold
 
-__all__ = ["Plan", "Rule", "UNetRange", "inherited_features", "matching"]
+__all__ = ["Plan", "Rule", "UNetRange", "inherited_features", "matching", "shown"]
 
-_MOST_SHOWN = 60
+_MOST_SHOWN = 100
 """Characters of a wrong value that a message shows."""
+_MOST_BYTES = 2**20
+"""Of a plan file."""
 
 
 class Rule(Record):
@@ -38,7 +40,7 @@ class Rule(Record):
     UNet. ``start`` and ``stop`` bound the rule to a part of the schedule, as shares of its steps.
     """
 
-    units: tuple[str, ...] = Field(min_length=1)
+    units: tuple[Name, ...] = Field(min_length=1, max_length=1000)
     kind: Literal["output", "residual"] = "output"
     when: Mode
     start: float = Field(default=0.0, ge=0, lt=1)
@@ -55,13 +57,13 @@ class UNetRange(Record):
     They are shares of the noise schedule (0: all noise, 1: none), or where the plan says so numbers of steps.
     """
 
-    unet: Variant
-    start: float = Field(ge=0)
-    stop: float | None = Field(default=None, gt=0)
+    unet: Annotated[Variant, Field(max_length=200)]
+    start: float = Field(ge=0, allow_inf_nan=False)
+    stop: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @property
     def end(self) -> float:
-        """``stop``, or infinity where the range goes on to the end."""
+        """``stop``, or infinity where there is none."""
         return math.inf if self.stop is None else self.stop
 
     def __str__(self) -> str:
@@ -73,11 +75,11 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
     """UNets by range (none: the bundle's own all through), rules, and whether features are carried across a switch."""
 
     version: Literal[1] = 1
-    name: str = Field(pattern=r"^[^\x00-\x1f\x7f]*$")
-    unets: tuple[UNetRange, ...] = ()
+    name: Name
+    unets: tuple[UNetRange, ...] = Field(default=(), max_length=100)
     switch_by: Literal["noise", "steps"] = "noise"
-    """What the ranges of ``unets`` count: shares of the noise schedule, or steps, of those that run; written if so."""
-    rules: tuple[Rule, ...] = ()
+    """Whether the ranges of ``unets`` count shares of the noise schedule or steps, of those that run; written if steps."""
+    rules: tuple[Rule, ...] = Field(default=(), max_length=100)
     _path: Path | None = PrivateAttr(default=None)
     carry: bool = False
     """Whether rules go on inheriting across a switch; otherwise its first step is a key step of every rule."""
@@ -90,13 +92,9 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
             PlanError: the file is missing, is no JSON, or a field is wrong; the message names the field.
         """
         try:
-            plan = cls.model_validate(json.loads(path.read_text("utf-8"))).checked()
-        except OSError as error:
-            raise PlanError(f"plan file {path} cannot be read: {error.strerror}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise PlanError(f"plan file {path} is no JSON that can be read: {error}") from error
+            plan = cls.model_validate(_read_json(path)).checked()
         except ValidationError as error:
-            raise PlanError(f"plan file {path}, {_explained(error.errors()[0])}") from error
+            raise PlanError(f"plan file {shown(path)}, {_explained(error.errors()[0])}") from error
         plan._path = path
         return plan
 
@@ -106,7 +104,7 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
 
     @property
     def option(self) -> str:
-        """What to write after ``--plan``: its file, the presets that it is made of, or a placeholder where it has neither."""
+        """The argument of ``--plan`` that names it: its file, its presets joined, or a placeholder where it has neither."""
         if self._path is not None:
             return quote(str(self._path))
         return self.name if ":" in self.name else "FILE.json"
@@ -133,19 +131,19 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
             raise PlanError(f"plan {self.name}: switch_by 'steps' but no unets; list the UNets by range, or leave it out")
         at = 0.0
         for number, part in enumerate(self.unets):
-            place = f"plan {self.name}: unets.{number} covers {part}"
+            where = f"plan {self.name}: unets.{number} covers {part}"
             if self.switch_by == "steps" and not (part.start.is_integer() and (part.stop or 0.0).is_integer()):
-                raise PlanError(f"{place}; with switch_by 'steps' start and stop are whole numbers of steps")
+                raise PlanError(f"{where}; with switch_by 'steps' start and stop are whole numbers of steps")
             if self.switch_by == "noise" and (part.start >= 1 or (part.stop or 0.0) > 1):
                 raise PlanError(
-                    f"{place}; start and stop are shares of the noise schedule, from 0 to 1; for steps set switch_by to 'steps'"
+                    f"{where}; start and stop are shares of the noise schedule, from 0 to 1; for steps set switch_by to 'steps'"
                 )
             if part.start != at or part.end <= part.start:
                 raise PlanError(
-                    f"{place}, expected a range that starts at {at:g}: ranges follow each other without overlap or gap"
+                    f"{where}, expected a range that starts at {at:g}: ranges follow each other without overlap or gap"
                 )
             if part.stop is None and part is not self.unets[-1]:
-                raise PlanError(f"{place}, but is not the last; only the last range may leave stop out")
+                raise PlanError(f"{where}, but is not the last; only the last range may leave stop out")
             at = part.end
         if self.switch_by == "noise" and self.unets and at < 1:
             raise PlanError(f"plan {self.name}: unets end at {at:g}; the last range must end at 1")
@@ -159,11 +157,11 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
 def matching(pattern: str, units: Sequence[str]) -> list[str]:
     """The units that a pattern names: those it matches, and those inside a block or layer it matches."""
     parts = pattern.split(".")
-    for place in (1, 3):
-        if len(parts) > place and parts[place].startswith("-") and parts[place][1:].isdecimal():
-            before = ".".join(parts[:place])
-            numbers = {unit.split(".")[place] for unit in units if unit.startswith(f"{before}.") and unit.count(".") > place}
-            parts[place] = str(len([number for number in numbers if number.isdecimal()]) + int(parts[place]))
+    for depth in (1, 3):
+        if len(parts) > depth and parts[depth].startswith("-") and parts[depth][1:].isdecimal():
+            before = ".".join(parts[:depth])
+            numbers = {unit.split(".")[depth] for unit in units if unit.startswith(f"{before}.") and unit.count(".") > depth}
+            parts[depth] = str(len([number for number in numbers if number.isdecimal()]) + int(parts[depth]))
     wanted = ".".join(parts)
     return [unit for unit in units if any(fnmatchcase(part, wanted) for part in _ancestors(unit))]
 
@@ -198,28 +196,49 @@ def inherited_features(plan: Plan, units: Sequence[str], unet: str = "") -> list
     return found
 
 
-def _named(rule: Rule, units: Sequence[str], place: str) -> frozenset[str]:
+def _named(rule: Rule, units: Sequence[str], where: str) -> frozenset[str]:
     found: set[str] = set()
     for pattern in rule.units:
         named = matching(pattern, units)
         if not named:
             shown = ", ".join(unit for unit in units if not unit.endswith(BRANCH))
-            raise PlanError(f"{place}.units names {pattern!r}, which this UNet does not have; its units: {shown}")
-        found.update(named if rule.kind == "output" else _branches(pattern, named, units, place))
+            raise PlanError(f"{where}.units names {pattern!r}, which this UNet does not have; its units: {shown}")
+        found.update(named if rule.kind == "output" else _branches(pattern, named, units, where))
     return frozenset(found)
 
 
-def _branches(pattern: str, named: Sequence[str], units: Collection[str], place: str) -> set[str]:
+def _branches(pattern: str, named: Sequence[str], units: Collection[str], where: str) -> set[str]:
     branches = set()
     for unit in named:
         branch = unit if unit.endswith(BRANCH) else f"{unit}{BRANCH}"
         if branch not in units:
             raise PlanError(
-                f"{place}.units names {pattern!r} by residual, but {unit} has no residual branch: its input and output differ "
+                f"{where}.units names {pattern!r} by residual, but {unit} has no residual branch: its input and output differ "
                 "and there is no shortcut; choose ResNets and attentions, or kind output"
             )
         branches.add(branch)
     return branches
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.exists() and not path.is_file():
+            raise PlanError(f"plan file {shown(path)} cannot be read: it is not a file")
+        if path.stat().st_size > _MOST_BYTES:
+            raise PlanError(f"plan file {shown(path)} cannot be read: it has more than {_MOST_BYTES} bytes")
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise PlanError(f"plan file {shown(path)} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(f"plan file {shown(path)} is no JSON that can be read: {shown(error)}") from error
+
+
+def shown(value: object) -> str:
+    """Anything as a message has it: on one line, without lone surrogates, and short."""
+    text = " ".join(str(value).split()).encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 _OWNERS: dict[object, type[Record]] = {"rules": Rule, "unets": UNetRange, **MODES}
@@ -227,13 +246,20 @@ _OWNERS: dict[object, type[Record]] = {"rules": Rule, "unets": UNetRange, **MODE
 
 def _explained(wrong: ErrorDetails) -> str:
     """One line about a field that pydantic refused: its name, why, what was got, and the fields that there are."""
-    place, kind = wrong["loc"], wrong["type"]
-    field = ".".join(str(part) for part in place) or "the file"
-    owner = next((_OWNERS[part] for part in reversed(place[:-1]) if part in _OWNERS), Plan)
+    location, kind = wrong["loc"], wrong["type"]
+    field = shown(".".join(str(part) for part in location)) or "the file"
+    owner = next((_OWNERS[part] for part in reversed(location[:-1]) if part in _OWNERS), Plan)
     fields = f"the fields here are {', '.join(owner.model_fields)}"
     if kind == "extra_forbidden":
         return f"{field}: there is no such field; {fields}"
     if kind == "missing":
         return f"{field}: it is missing; {fields}"
-    got = json.dumps(wrong["input"], default=str)
-    return f"{field}: {wrong['msg']}; got {got if len(got) <= _MOST_SHOWN else f'{got[:_MOST_SHOWN]}...'}"
+    return f"{field}: {shown(wrong['msg'])}; got {_written(wrong['input'])}"
+
+
+def _written(value: Any) -> str:
+    """A value as JSON has it, short; of a long number, that it is one."""
+    try:
+        return shown(json.dumps(value, default=str))
+    except (ValueError, RecursionError):  # numbers of more digits than Python writes, or what holds itself
+        return f"a {type(value).__name__} that is too long to show"

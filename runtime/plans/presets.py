@@ -7,12 +7,16 @@ from pathlib import Path
 
 from runtime.errors import PlanError
 from runtime.plans.key_steps import Back, Explicit, Front, Mode, Quadratic, Random, Threshold, Uniform
-from runtime.plans.plan import Plan, Rule, UNetRange
+from runtime.plans.plan import Plan, Rule, UNetRange, shown
 
 __all__ = ["PRESETS", "Preset", "find_plan"]
 
 FASTER_DIFFUSION = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 """Key steps of 50 as published (arXiv 2312.09608)."""
+
+
+_MOST_CHARACTERS = 200
+"""Of presets joined; it is the name of the plan."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Preset:
 
 
 def _every(text: str) -> Uniform:
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 6 or int(text) < 1:
         raise ValueError("a number of steps, such as 3")
     return Uniform(every=int(text))
 
@@ -123,6 +127,8 @@ def find_plan(plan: str | Path | Plan) -> Plan:
         raise PlanError(f"plan is a {type(plan).__name__}; give a preset such as 'block:3', the path of a .json file, or a Plan")
     if isinstance(plan, Path) or plan.endswith(".json"):
         return Plan.read(Path(plan))
+    if len(plan) > _MOST_CHARACTERS:
+        raise PlanError(f"plan {shown(plan)!r} has {len(plan)} characters; join fewer presets, or write a .json file")
     parts = [_preset(part) for part in plan.split("+")]
     return Plan(
         name=plan,
@@ -135,8 +141,8 @@ def _preset(text: str) -> Plan:
     name, _, rest = text.partition(":")
     if name not in PRESETS:
         forms = ", ".join(preset.form for preset in PRESETS.values())
-        raise PlanError(f"unknown plan {text!r}; choose from: {forms}, several joined by '+', or the path of a .json file")
+        raise PlanError(f"unknown plan {shown(text)!r}; choose from: {forms}, several joined by '+', or the path of a .json file")
     try:
         return PRESETS[name].make(rest)
     except ValueError as error:
-        raise PlanError(f"plan {text!r}: {name} takes {error}") from error
+        raise PlanError(f"plan {shown(text)!r}: {name} takes {error}") from error

@@ -1,4 +1,4 @@
-"""What the steps of one kind do, laid out once: the segments that run, what they take from the cache, what is let go when."""
+"""The segments that the steps of one kind run, with what they take from the cache and what they free, laid out once."""
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ class Subgraph:
 
     segments: tuple[Segment, ...]
     wanted: frozenset[str]
-    """What has to be there at the end."""
-    taken: frozenset[str]
+    """The features that have to be there at the end."""
+    cached_inputs: frozenset[str]
     """The inherited features that are really read: those to take from the cache."""
-    spent: tuple[tuple[str, ...], ...]
+    frees: tuple[tuple[str, ...], ...]
     """For each segment, the features of this step that nobody will read after it."""
 
     @cached_property
-    def ran(self) -> tuple[str, ...]:
+    def segment_names(self) -> tuple[str, ...]:
         """Names of the segments."""
         return tuple(segment.name for segment in self.segments)
 
     @cached_property
-    def read(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[str, ...]:
         """The features that are not made here: those that segments read, and those that are wanted as they are."""
         made = {name for segment in self.segments for name in segment.outputs}
-        return tuple(dict.fromkeys((*read_by(self.segments, self.taken), *sorted(self.wanted - made))))
+        return tuple(dict.fromkeys((*read_by(self.segments, self.cached_inputs), *sorted(self.wanted - made))))
 
 
 def subgraph_for(
@@ -42,24 +42,24 @@ def subgraph_for(
     inherited: frozenset[str] = frozenset(),
     made: frozenset[str] = frozenset(),
 ) -> Subgraph:
-    """What has to be done to have the ``wanted`` features.
+    """The segments to run to have the ``wanted`` features.
 
     Args:
         manifest: whose segments run.
         wanted: names of features.
-        given: what need not be computed because the caller has it; graph inputs need not be listed.
+        given: features that need not be computed because the caller has it; graph inputs need not be listed.
         inherited: features that come from an earlier step.
         made: features that this step has made already, to be let go once they are read.
     """
     segments = tuple(demand(manifest.segments, wanted, given | inherited | made))
     read = {name for segment in segments for name in segment.inputs} | wanted
     last = {name: number for number, segment in enumerate(segments) for name in segment.inputs}
-    spent: list[list[str]] = [[] for _ in segments]
+    frees: list[list[str]] = [[] for _ in segments]
     makers = dict.fromkeys(made, 0) | {name: number for number, segment in enumerate(segments) for name in segment.outputs}
     for name, maker in makers.items():
         if segments and name not in wanted:
-            spent[last.get(name, maker)].append(name)
-    return Subgraph(segments, wanted, inherited.intersection(read), tuple(map(tuple, spent)))
+            frees[last.get(name, maker)].append(name)
+    return Subgraph(segments, wanted, inherited.intersection(read), tuple(map(tuple, frees)))
 
 
 def common_prefix(one: Subgraph, other: Subgraph, apart: frozenset[str]) -> tuple[Segment, ...]:

@@ -1,1 +1,1 @@
-"""What a plan does and costs, told before it is run."""
+"""Reports on plans before they run: their steps and their cost."""

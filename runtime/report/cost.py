@@ -1,4 +1,4 @@
-"""What a plan costs before anything is run: multiply-accumulates, and bytes of features."""
+"""The cost of a plan before anything is run: multiply-accumulates, and bytes of features."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -30,9 +30,9 @@ def relative_macs(schedule: Schedule, full: str | None = None, changed: bool = T
     """
     steps = schedule.all_steps(changed)
     reference = schedule.unets[full or steps[-1].unet]
-    kinds = Counter((step.unet, schedule.work(step).ran) for step in steps)
+    kinds = Counter((step.unet, schedule.subgraph(step).segment_names) for step in steps)
     total = sum(count * macs_of(schedule.unets[unet], ran) for (unet, ran), count in kinds.items())
-    return total / (macs_of(reference, subgraph_for(reference, frozenset({NOISE})).ran) * len(steps))
+    return total / (macs_of(reference, subgraph_for(reference, frozenset({NOISE})).segment_names) * len(steps))
 
 
 def from_to(least: float, most: float, digits: int = 3) -> str:
@@ -59,20 +59,22 @@ def peak_bytes(schedule: Schedule, sizes: Mapping[str, int]) -> int:
     cached: dict[str, int] = {}
     peak = 0
     for index in range(schedule.steps):
-        decisions = [schedule.decide(index, changed) for changed in (False, True)]
+        decisions = [schedule.resolve(index, changed) for changed in (False, True)]
         size = partial(feature_bytes, schedule.unets[decisions[0].unet], sizes=sizes)
-        made, found_out = _finding_out(schedule, index, size)
-        works = [(step, schedule.work(step, made)) for step in decisions]
-        # What a step refreshes is let go as soon as the step is decided.
-        held = [sum(cached[name] for name in cached.keys() - step.keep) + _work_peak(work, made, size) for step, work in works]
-        peak = max(peak, sum(cached.values()) + found_out, *held)
+        made, probed = _made_by_probe(schedule, index, size)
+        # What a step refreshes is let go as soon as the step is resolved.
+        held = [
+            sum(cached[name] for name in cached.keys() - step.keep) + _subgraph_peak(schedule.subgraph(step, made), made, size)
+            for step in decisions
+        ]
+        peak = max(peak, sum(cached.values()) + probed, *held)
         kept = {name: size(name) for step in decisions for name in step.keep}
         cached = {name: held for name, held in (cached | kept).items() if name in schedule.read_later(index)}
     return peak
 
 
-def _finding_out(schedule: Schedule, index: int, size: Callable[[str], int]) -> tuple[frozenset[str], int]:
-    """What a step has made when it is decided, and its bytes: none of it is let go before."""
+def _made_by_probe(schedule: Schedule, index: int, size: Callable[[str], int]) -> tuple[frozenset[str], int]:
+    """The features that a step has made when it is resolved, and their bytes: none is freed before."""
     threshold = schedule.pending_threshold(index)
     if threshold is None:
         return frozenset(), 0
@@ -82,12 +84,12 @@ def _finding_out(schedule: Schedule, index: int, size: Callable[[str], int]) -> 
     return made, sum(map(size, made))
 
 
-def _work_peak(work: Subgraph, made: frozenset[str], size: Callable[[str], int]) -> int:
-    """Go through a step's segments as ``Network.run`` does: a feature lives from its segment to its last reader."""
+def _subgraph_peak(subgraph: Subgraph, made: frozenset[str], size: Callable[[str], int]) -> int:
+    """Go through a step's segments as ``LoadedBundle.run`` does: a feature lives from its segment to its last reader."""
     alive = set(made)
     peak = sum(map(size, alive))
-    for segment, spent in zip(work.segments, work.spent, strict=True):
+    for segment, freed in zip(subgraph.segments, subgraph.frees, strict=True):
         alive |= set(segment.outputs)
         peak = max(peak, sum(map(size, alive)))
-        alive -= set(spent)
+        alive -= set(freed)
     return peak

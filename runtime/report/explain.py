@@ -1,4 +1,4 @@
-"""What a plan will do, before it does it: a table of steps, what it costs, and a picture of steps against units."""
+"""A plan before it runs: a table of steps, what it costs, and a picture of steps against units."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,17 +65,20 @@ def explain(
             seconds[name] = segment_seconds(networks[name], sizes)
     last = schedule.unets[steps[-1].unet]
     whole = subgraph_for(last, frozenset({NOISE}))
-    full_macs, full_seconds = macs_of(last, whole.ran), sum(seconds[steps[-1].unet][name] for name in whole.ran)
+    full_macs, full_seconds = (
+        macs_of(last, whole.segment_names),
+        sum(seconds[steps[-1].unet][name] for name in whole.segment_names),
+    )
 
     def cost(step: Step) -> tuple[float, float]:
         """A step's MACs and time, relative to those of the whole UNet."""
-        ran = schedule.work(step).ran
+        ran = schedule.subgraph(step).segment_names
         return macs_of(schedule.unets[step.unet], ran) / full_macs, sum(seconds[step.unet][name] for name in ran) / full_seconds
 
     for step in steps:
-        work, (macs, time) = schedule.work(step), cost(step)
+        subgraph, (macs, time) = schedule.subgraph(step), cost(step)
         kind = "as decided" if schedule.pending_threshold(step.index) else "key" if step.key else "inherit"
-        names = listed(work.ran, len(seconds[step.unet])), listed(sorted(work.taken))
+        names = listed(subgraph.segment_names, len(seconds[step.unet])), listed(sorted(subgraph.cached_inputs))
         table.add_row(str(step.index), step.unet, kind, *names, f"{macs:.3f}", f"{time:.3f}", f"{1000 * time * full_seconds:.1f}")
     sums = [map(statistics.fmean, zip(*map(cost, schedule.all_steps(changed)), strict=True)) for changed in (False, True)]
     all_macs, all_time = (from_to(least, most) for least, most in zip(*sums, strict=True))
@@ -88,7 +91,7 @@ def explain(
 
 
 def _swaps(steps: tuple[Step, ...], swapper: Swapper) -> str:
-    """What moves at each switch where the device cannot hold all UNets; the first of a call may be there from the last one."""
+    """The UNets that move at each switch where the device cannot hold all; the first may be there from the last call."""
     moves = [f"{name} ({swapper.bytes_of(name) / 2**20:.0f} MiB) before step {index}" for index, name in _starts(steps)]
     return f"\nthe UNets do not fit into the device's memory together and are swapped: {', '.join(moves)}"
 
@@ -147,17 +150,17 @@ def in_order(unets: Iterable[Sequence[str]]) -> list[str]:
     """The units of all UNets, each once: those of the largest in its order, and each other one behind what it follows."""
     names: list[str] = []
     for units in sorted(unets, key=len, reverse=True):
-        place = 0
+        position = 0
         for unit in units:
             if unit not in names:
-                names.insert(place, unit)
-            place = names.index(unit) + 1
+                names.insert(position, unit)
+            position = names.index(unit) + 1
     return names
 
 
 def _state(schedule: Schedule, index: int, unit: str) -> int:
-    """What becomes of a unit at a step; ``_DECIDED`` where that depends on what is decided there."""
-    less, more = (_state_of(schedule, schedule.decide(index, changed), unit) for changed in (False, True))
+    """Whether a unit is computed, inherited, not needed or absent at a step; ``_DECIDED`` where that is decided while running."""
+    less, more = (_state_of(schedule, schedule.resolve(index, changed), unit) for changed in (False, True))
     return more if less == more else _DECIDED
 
 
@@ -165,8 +168,8 @@ def _state_of(schedule: Schedule, step: Step, unit: str) -> int:
     manifest = schedule.unets[step.unet]
     if unit not in manifest.unet_units:
         return _ABSENT
-    taken = schedule.work(step).taken
-    if unit in taken or f"{unit}{BRANCH}" in taken:
+    cached = schedule.subgraph(step).cached_inputs
+    if unit in cached or f"{unit}{BRANCH}" in cached:
         return _INHERITED
     running = demand(manifest.units, step.wanted, step.inherited | {TEXT})
     return _COMPUTED if any(unit == node.name for node in running) else _SKIPPED

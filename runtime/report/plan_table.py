@@ -5,9 +5,10 @@ from rich.table import Table
 
 from engines import Bundle, Manifest
 from runtime.errors import PlanError, RequestError
-from runtime.execution.siblings import companion, cut_everywhere
+from runtime.execution.siblings import find_sibling, partitioned_by_unit
+from runtime.plans.checks import check_runs
 from runtime.plans.presets import PRESETS, find_plan
-from runtime.plans.schedule import Schedule, check_runs
+from runtime.plans.schedule import Schedule
 from runtime.report.cost import from_to, relative_macs
 
 __all__ = ["list_plans"]
@@ -16,7 +17,7 @@ __all__ = ["list_plans"]
 def list_plans(bundle: Bundle | None, steps: int) -> Table:
     """A row for each preset: how it is written, what it does and, with a bundle, the MACs of its example relative to ``full``.
 
-    Costs are those of a bundle that is cut for the plan, and known from the manifest: nothing is loaded or run.
+    Costs are those of a bundle that is partitioned for the plan, and known from the manifest: nothing is loaded or run.
 
     Args:
         bundle: whose UNet; for plans that switch UNets, bundles of the same source beside it are looked at too.
@@ -40,24 +41,24 @@ def list_plans(bundle: Bundle | None, steps: int) -> Table:
 
 
 def _cost(bundle: Bundle, name: str, steps: int) -> str:
-    """MACs relative to full, from the least to the most where that is decided while running; ``*`` where the cuts do not fit."""
+    """MACs relative to full, as a range where steps are decided while running; ``*`` where the segments cannot run it."""
     plan, variant = find_plan(name), bundle.manifest.variant
     timesteps = [1000 * (1 - step / steps) for step in range(steps)]
     try:
         parts = dict.fromkeys(part.unet for part in plan.unets) or [variant]
-        cut = {part: companion(bundle, part, plan, timesteps).manifest for part in parts}
-        schedule = Schedule(plan, {part: cut_everywhere(manifest) for part, manifest in cut.items()}, timesteps)
-    except PlanError:  # this UNet is too small for it, or has no companion
+        unets = {part: find_sibling(bundle, part, plan, timesteps).manifest for part in parts}
+        schedule = Schedule(plan, {part: partitioned_by_unit(manifest) for part, manifest in unets.items()}, timesteps)
+    except PlanError:  # this UNet is too small for it, or has no sibling
         return "-"
-    full = variant if variant in cut else None
+    full = variant if variant in unets else None
     least, most = (relative_macs(schedule, full, changed) for changed in (False, True))
-    return from_to(least, most, digits=2) + ("" if _fits(schedule, cut) else " *")
+    return from_to(least, most, digits=2) + ("" if _fits(schedule, unets) else " *")
 
 
-def _fits(schedule: Schedule, cut: dict[str, Manifest]) -> bool:
-    """Whether bundles cut like this can run a schedule."""
+def _fits(schedule: Schedule, unets: dict[str, Manifest]) -> bool:
+    """Whether the segments of these bundles can run a schedule."""
     try:
-        check_runs(Schedule(schedule.plan, cut, schedule.timesteps))
+        check_runs(Schedule(schedule.plan, unets, schedule.timesteps))
     except PlanError:
         return False
     return True

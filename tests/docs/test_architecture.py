@@ -35,7 +35,9 @@ def files(package: str) -> list[Path]:
 def test_every_module_is_listed_once_with_what_is_decided_there(package: str) -> None:
     listed = [name.strip("`") for name, _ in rows(package)]
     assert len(listed) == len(set(listed))
-    assert set(listed) == {str(path) for path in files(package) if path.name != "__init__.py"}
+    there = {str(path) for path in files(package) if path.name != "__init__.py"}
+    assert there - set(listed) == set(), "modules without a row"
+    assert set(listed) - there == set(), "rows without a module"
     assert all(len(words) > 10 for _, words in rows(package))
 
 

@@ -56,3 +56,10 @@ def test_the_example_imports_nothing_of_ours() -> None:
     loaded = set(done.stdout.split())
     assert "onnxruntime" in loaded
     assert not loaded & {"engines", "exporter", "runtime", "tuning"}
+
+
+def test_without_arguments_it_says_which() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("give a bundle's folder and a prompt")
+    assert done.stderr.count("\n") == 1

@@ -21,8 +21,8 @@ from exporter.graph.graph import load_graph
 from exporter.graph.segmentation import segments_of
 from exporter.segments.progress import Step
 from runtime import Plan, PlanError, Rule, Schedule
+from runtime.plans.checks import check_runs
 from runtime.plans.key_steps import Uniform
-from runtime.plans.schedule import check_runs
 from tests.exporter.conftest import names_in
 from tests.support.commands import contents
 from tests.support.fake_tensorrt import FakeTensorRT
@@ -348,7 +348,8 @@ def test_a_forced_build_that_fails_keeps_the_old_bundle(
 def test_a_failure_at_the_very_end_keeps_the_old_bundle(
     options: BuildOptions, fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The old bundle has stepped aside and the new one cannot take its place."""
+    """The old bundle has stepped aside, where folders cannot be exchanged, and the new one cannot take its place."""
+    monkeypatch.setattr("engines.support.files._exchange", lambda one, other: False)
     fake_trace()
     build(options)
     before = contents(folder_of(options))

@@ -14,19 +14,10 @@ import pytest
 from PIL import Image
 
 from engines import Bundle
-from tests.support.commands import Command, assert_refused, command
+from tests.support.commands import Command, assert_refused
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red star on a blue background"
-
-
-@pytest.fixture
-def runtime(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """``python -m runtime`` in this process."""
-    from runtime.__main__ import main
-
-    monkeypatch.setenv("COLUMNS", "200")
-    return command(main, capfd, monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -132,10 +123,25 @@ WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (["-o", "nowhere/out.png"], ["cannot write nowhere/out.png", "folder that exists"]),
     (["-o", "out.docx"], ["cannot write out.docx", ".png"]),
     (["--strength"], ["--strength", "--help"]),
+    (["--size", "9" * 4400], ["size '999", "is no picture size; write HEIGHTxWIDTH"]),
+    (["--size", "2147483648x64"], ["2147483648x64 take", "GiB of memory are there; ask for fewer or smaller ones"]),
+    (["--seed", "9" * 4400], ["--seed", "...; see: python -m runtime --help"]),
+    (["--seed", "0.5"], ["--seed", "0.5"]),
+    (["--guidance", "1e999"], ["guidance_scale = inf"]),
+    (["--images", "1000000000"], ["1000000000 image(s) of 64x64 take", "GiB at least"]),
+    (["--plan", "block:" + "9" * 4400], ["block takes a number of steps, such as 3"]),
+    (["--negative", "\udcff"], ["negative_prompt has a character that is no text, U+DCFF at position 0"]),
+    (["-o", "/proc/x.png"], ["cannot write /proc/x.png", "in a folder that exists and can be written"]),
+    (["-o", "a" * 300 + ".png"], ["cannot write aaa", "File name too long"]),
+    (["-o", "\udcff.png"], ["is no text in UTF-8"]),
+    (["--plot", "/proc/x.png"], ["cannot write /proc/x.png"]),
+    (["--plot", "nowhere/x.png"], ["cannot write nowhere/x.png"]),
+    (["--image", "/proc/self/environ"], ["image /proc/self/environ cannot be read"]),
+    (["--image", "/dev/zero"], ["image /dev/zero is not a file"]),
 ]
 
 
-@pytest.mark.parametrize(("options", "parts"), WRONG_OPTIONS, ids=" ".join)
+@pytest.mark.parametrize(("options", "parts"), WRONG_OPTIONS, ids=lambda words: ascii(" ".join(words))[:40])
 def test_wrong_options(runtime: Command, mini_bundle: Bundle, here: Path, options: list[str], parts: list[str]) -> None:
     assert_refused(runtime(PROMPT, "--bundle", mini_bundle.folder, *options), *parts)
     assert list(here.iterdir()) == []
@@ -290,7 +296,7 @@ def test_a_plan_file_that_a_bundle_cannot_run_is_named_as_a_file_to_build_with(
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path)
     assert_refused(outcome, f"plan {name} inherits")
     assert outcome.err[0].endswith(
-        "build a bundle that is cut there: python -m exporter build --variant original --source mini --precision fp32 "
+        "build a bundle that is partitioned there: python -m exporter build --variant original --source mini --precision fp32 "
         f"--engine onnxruntime --sizes 64x64 --batch 1..4 --force --out {mini_bundle.folder} --plan {quote(str(path))}"
     )
 
@@ -366,6 +372,7 @@ def in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_as_a_command(mini_bundle: Bundle, here: Path) -> None:
     """Once in a process of its own: nothing that is imported prints, and the exit code reaches the shell."""
     given = [PROMPT, "--bundle", str(mini_bundle.folder), "--steps", "1", "-o", str(here / "out.png")]

@@ -248,6 +248,26 @@ def test_what_it_cannot_take_is_refused_by_name(unet: UNet, sample: dict[str, An
         unet(timestep=torch.tensor([1, 2]), **sample)
 
 
+def test_shapes_are_checked_at_the_door(unet: UNet, sample: dict[str, Any]) -> None:
+    timestep = reference_scheduler("ddim", 1).timesteps[0]
+    latents, text = sample["sample"], sample["encoder_hidden_states"]
+    rows = len(latents)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"sample": torch.zeros(rows, 4, 9, 8)}, r"sample has shape .* 9, 8\); expected .* in multiples of 8 \(.* 64 pixels\)"),
+        ({"sample": torch.zeros(rows, 9, 8, 8)}, r"sample has shape .*; expected \(rows, 4, height, width\)"),
+        ({"sample": latents[0]}, "sample has shape"),
+        ({"sample": torch.zeros(rows, 4, 0, 8)}, "sample has shape"),
+        ({"sample": None}, "sample is a NoneType; give a tensor"),
+        ({"encoder_hidden_states": torch.cat([text, text], dim=1)}, r"shape \(\d, 64, 128\); expected \(\d, 32, 128\): a row"),
+        ({"encoder_hidden_states": text[:0]}, "encoder_hidden_states has shape"),
+        ({"encoder_hidden_states": text[..., :64]}, "encoder_hidden_states has shape"),
+        ({"encoder_hidden_states": None}, "encoder_hidden_states is a NoneType"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(RequestError, match=message):
+            unet(timestep=timestep, **(sample | change))
+
+
 def test_a_plan_that_the_bundle_cannot_run(mini_bundle: Bundle, sample: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="unknown plan"):
         UNet(mini_bundle.folder, "deepcash:3")

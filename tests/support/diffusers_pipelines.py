@@ -26,9 +26,10 @@ def _parts() -> dict[str, Any]:
     return StableDiffusionPipeline.from_pretrained(MINI, dtype=torch.float32).components
 
 
-def pipeline(kind: str, scheduler: str, unet: Any = None) -> Any:
-    """A pipeline of a kind with a scheduler of its own, and a UNet in the place of the embedded model's if one is given."""
-    parts = {**_parts(), "scheduler": reference_scheduler(scheduler, 1)}
+def pipeline(kind: str, scheduler: Any, unet: Any = None) -> Any:
+    """A pipeline of a kind with a scheduler of its own (one by name has the embedded model's configuration), and a UNet in the
+    place of the embedded model's if one is given."""
+    parts = {**_parts(), "scheduler": reference_scheduler(scheduler, 1) if isinstance(scheduler, str) else scheduler}
     made = PIPELINES[kind](**parts, requires_safety_checker=False)
     made.set_progress_bar_config(disable=True)
     if unet is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,3 +130,10 @@ def relative_error(made: Tensor, reference: Tensor) -> float:
     """The largest difference, relative to the reference's largest value."""
     assert made.shape == reference.shape
     return float((made - reference).abs().max() / reference.abs().max())
+
+
+def written_manifest(manifest: Manifest, folder: Path, **changes: Any) -> Path:
+    """A bundle's folder with nothing in it but the manifest, changed as asked."""
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(manifest.model_copy(update=changes).model_dump_json())
+    return folder

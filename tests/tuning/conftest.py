@@ -12,8 +12,7 @@ from PIL import Image
 
 from tuning.checkpoints.folder import save_part
 from tuning.mini.data import batch, to_bytes
-from tuning.mini.folder import save_shell
-from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae
+from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, save_shell
 from tuning.mini.settings import STAGES, MiniSettings
 from tuning.training.loop import LoopSettings
 

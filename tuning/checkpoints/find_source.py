@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuning.checkpoints.configs import text_width
 from tuning.checkpoints.folder import load_unet, meta_unet
-from tuning.checkpoints.single_file import GIVE_CONFIG, check_single_file, text_width
-from tuning.checkpoints.source import PARTS, PICKLES, FileSource, FolderSource, RandomSource, Source, check_part
+from tuning.checkpoints.single_file import GIVE_CONFIG, check_single_file, text_width_in_file
+from tuning.checkpoints.source import PARTS, FileSource, FolderSource, RandomSource, Source, check_part
+from tuning.checkpoints.weight_files import PICKLES, choose_variant, stem_of, variant_patterns, variants_in
 from tuning.errors import TuningError
 from tuning.surgery.recipes import RECIPES
 
@@ -20,7 +23,7 @@ __all__ = ["MINI", "RANDOM", "RANDOM_CONFIGS", "UNetSource", "check_apart", "fin
 _MODELS = Path(__file__).resolve().parents[2] / "models"
 MINI = _MODELS / "mini"
 RANDOM = "random:"
-"""What the name of a source with random weights starts with."""
+"""Prefix of the names of sources with random weights."""
 
 _FAMILIES = {768: "sd15", 1024: "sd21"}
 """By the width of the text that the UNet reads: the folder with the family's configurations."""
@@ -31,8 +34,7 @@ _CHOICES = "give 'mini', a diffusers folder, a .safetensors file, or a hub id"
 _CONVERT = (
     "python -c \"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{path}').save_pretrained('{folder}')\""
 )
-_HUB_FILES = ("*.json", "*/*.json", "*/*.txt", "diffusion_pytorch_model.safetensors", "*/diffusion_pytorch_model.safetensors",
-              "*/diffusion_pytorch_model-*.safetensors", "text_encoder/model.safetensors")  # fmt: skip
+_HUB_CONFIGURATIONS = ("*.json", "*/*.json", "*/*.txt")
 
 
 @dataclass(frozen=True)
@@ -82,19 +84,22 @@ def random_unet(source: str, seed: int = 0) -> UNet2DConditionModel:
     return unet
 
 
-def find_source(source: str, config: Path | None = None) -> Source:
+def find_source(source: str, config: Path | None = None, variant: str | None = None) -> Source:
     """Find a whole checkpoint.
 
     Args:
         source: ``mini``, a diffusers folder, a hub id such as ``owner/name`` (fetched into the hub's cache), a .safetensors file
             in CompVis' layout, or ``random:CONFIG``.
         config: for the two last ones, a diffusers folder whose configurations are taken instead of the family's.
+        variant: of the weights' files in a folder, such as ``fp16``; None for those without one, or the only one there is.
 
     Raises:
         TuningError: there is no such source, a part of it is missing, or its weights are pickled.
     """
     if config is not None and not (config / "unet" / "config.json").is_file():
         raise TuningError(f"config {config} is no diffusers folder: {config / 'unet' / 'config.json'} is missing")
+    if variant is not None and (source.startswith(RANDOM) or Path(source).suffix == ".safetensors"):
+        raise TuningError(f"source {source} has no files in variants: leave --variant-files out, which is for diffusers folders")
     if source.startswith(RANDOM):
         return _random_source(source, config)
     path = _path(source)
@@ -102,10 +107,10 @@ def find_source(source: str, config: Path | None = None) -> Source:
         return _file_source(source, path, config)
     if config is not None:
         raise TuningError(f"source {source} has configurations of its own: leave --config out, which is for single files")
-    folder = path if path.is_dir() else _fetch(source)
+    folder = path if path.is_dir() else _fetch(source, variant)
     for part, has_weights in PARTS.items():
-        check_part(source, folder, part, weights=has_weights)
-    return FolderSource(source, folder)
+        check_part(source, folder, part, weights=has_weights, variant=variant)
+    return FolderSource(source, folder, variant)
 
 
 def place_of(source: str) -> Path:
@@ -129,6 +134,8 @@ def _path(source: str) -> Path:
         raise TuningError(
             f"source {path} is a pickle, which can run code when it is read; if you trust it, convert it once: {convert}"
         )
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise TuningError(f"source {path} is neither a file nor a folder; {_CHOICES}")
     if path.is_file() and path.suffix != ".safetensors":
         raise TuningError(f"source {path} is a file of another kind than .safetensors; {_CHOICES}")
     return path
@@ -136,14 +143,14 @@ def _path(source: str) -> Path:
 
 def _file_source(source: str, path: Path, config: Path | None) -> FileSource:
     check_single_file(path)
-    return FileSource(source, config or _family_of(source, text_width(path)), path)
+    return FileSource(source, config or _family_of(source, text_width_in_file(path)), path)
 
 
 def _random_source(source: str, config: Path | None) -> RandomSource:
     path, recipe = _random_config(source)
     if path.is_relative_to(_MODELS):
         return RandomSource(source, config or path.parents[1], path, recipe)
-    return RandomSource(source, config or _family_of(source, meta_unet(path).config.cross_attention_dim), path, recipe)
+    return RandomSource(source, config or _family_of(source, text_width(meta_unet(path).config)), path, recipe)
 
 
 def _family_of(source: str, width: object) -> Path:
@@ -171,7 +178,33 @@ def _random_config(source: str) -> tuple[Path, str | None]:
     return path, None
 
 
-def _fetch(source: str) -> Path:
+def _hub_patterns(source: str, names: Sequence[str] | None, wanted: str | None) -> list[str]:
+    """What to fetch of a repository with files of these names (None: unknown): configurations, and weights in one variant."""
+    patterns = list(_HUB_CONFIGURATIONS)
+    for part in ("", *(part for part, has_weights in PARTS.items() if has_weights)):
+        inside = f"{part}/" if part else ""
+        files = [name.removeprefix(inside) for name in names or () if name.startswith(inside)]
+        found = variants_in(files, stem_of(part))
+        variant = choose_variant(f"source {source}: {part or 'it'}", found, wanted) if found else wanted
+        patterns += [name.removeprefix("/") for name in variant_patterns(part, variant)]
+    return patterns
+
+
+def _hub_names(source: str) -> list[str] | None:
+    """The files of a hub repository; None where the hub cannot be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError as ClientError  # type: ignore[attr-defined]  # of the HTTP client that it has
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return list(HfApi().list_repo_files(source))
+    except RepositoryNotFoundError:  # gated ones among them
+        raise
+    except (OSError, ClientError):  # offline, on purpose or not: then the cache is asked
+        return None
+
+
+def _fetch(source: str, variant: str | None = None) -> Path:
     """Fetch a hub repository's configurations and safetensors, or find them in the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -182,7 +215,7 @@ def _fetch(source: str) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/")):
         raise TuningError(f"{unknown}; {_CHOICES} such as owner/name")
     try:
-        return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(source, allow_patterns=_hub_patterns(source, _hub_names(source), variant)))
     except GatedRepoError as error:
         raise TuningError(
             f"source {source} is gated: agree to its terms at https://huggingface.co/{source}, then log in with: hf auth login"

@@ -6,15 +6,18 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from engines.bundle.folder import sha256
-from tuning.checkpoints.weights import FileWeights, Weights, materialize, mmap_safetensors, shapes_of
+from tuning.checkpoints.configs import Extent, check_extent, check_kinds
+from tuning.checkpoints.files import read_json
+from tuning.checkpoints.weight_files import find_weights
+from tuning.checkpoints.weights import FileWeights, Weights, materialize, mmap_safetensors, shapes_in, shapes_of
 from tuning.errors import TuningError
 from tuning.surgery.changes import KEY, Changes, apply_changes
 
@@ -23,19 +26,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ASSEMBLY_NOTE",
+    "extent_of",
     "load_unet",
     "meta_unet",
     "only_assembled",
     "save_part",
+    "unet_files",
     "unet_from",
     "unet_weights",
     "weights_sha256",
 ]
 
 ASSEMBLY_NOTE = "assembly.json"
-"""What assembly leaves beside the weights: from what and by which recipe they were taken, and their hash."""
-
-_WEIGHTS = "diffusion_pytorch_model"
+"""The file that assembly writes beside the weights: from what and by which recipe they were taken, and their hash."""
 
 
 def save_part(model: Any, folder: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -64,26 +67,50 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
     Raises:
         TuningError: the folder holds no UNet, its weights are pickled, damaged or others than its configuration needs.
     """
-    unet = meta_unet(folder / "config.json")
+    unet = meta_unet(folder / "config.json", extent_of(folder))
     return materialize(unet, unet_weights(folder, unet))
 
 
-def unet_weights(folder: Path, unet: nn.Module) -> Weights:
-    """The weights in a UNet's folder; `unet` is made from its configuration, on whichever device. Errors as in `load_unet`."""
-    files = _files(folder)
+def unet_weights(folder: Path, unet: nn.Module, variant: str | None = None) -> Weights:
+    """The weights in a UNet's folder.
+
+    Args:
+        folder: with config.json and safetensors.
+        unet: made from its configuration, on whichever device.
+        variant: of the files, where there are several; None for those without one, or the only one.
+
+    Raises:
+        TuningError: as in `load_unet`.
+    """
+    files = find_weights(folder, variant).files
 
     def open_files() -> dict[str, Tensor]:
         return {name: tensor for file in files for name, tensor in mmap_safetensors(file).items()}
 
-    shapes = shapes_of(unet)
-    if unknown := sorted(open_files().keys() - shapes.keys()):
+    shapes, found = shapes_of(unet), {name: tensor.shape for name, tensor in open_files().items()}
+    if unknown := sorted(found.keys() - shapes.keys()):
         raise TuningError(f"{folder}: the weights are not those of its config.json (it has no {unknown[0]}); get both again")
-    return FileWeights(str(folder), shapes, open_files)
+    weights = FileWeights(str(folder), shapes, open_files)
+    weights.check(found)
+    return weights
+
+
+def extent_of(folder: Path, variant: str | None = None) -> Extent:
+    """How much the weights in a part's folder can describe. Raises TuningError where they cannot be read."""
+    return Extent.of({name: shape for file in find_weights(folder, variant).files for name, shape in shapes_in(file).items()})
+
+
+def unet_files(folder: Path) -> Iterator[Path]:
+    """Every file that reading a UNet's folder depends on. Raises TuningError where its weights are not whole."""
+    yield folder / "config.json"
+    yield from find_weights(folder).all
+    if (note := folder / ASSEMBLY_NOTE).is_file():
+        yield note
 
 
 def weights_sha256(folder: Path) -> list[str]:
-    """Hashes of the safetensors in a model's folder."""
-    return [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    """Hashes of the weights in a UNet's folder."""
+    return [sha256(path) for path in find_weights(folder).files]
 
 
 def only_assembled(folder: Path) -> bool:
@@ -91,40 +118,37 @@ def only_assembled(folder: Path) -> bool:
     try:
         note = json.loads((folder / ASSEMBLY_NOTE).read_text())
         return bool(note["weights_sha256"] == weights_sha256(folder))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # TuningError among them
         return False
 
 
-def meta_unet(path: Path) -> UNet2DConditionModel:
+def meta_unet(path: Path, extent: Extent | None = None) -> UNet2DConditionModel:
     """A UNet's shape from its config.json, on the meta device, in evaluation mode. Raises TuningError as `unet_from` does."""
     with torch.device("meta"):
-        return unet_from(path).eval()
+        return unet_from(path, extent).eval()
 
 
-def unet_from(path: Path) -> UNet2DConditionModel:
-    """A UNet with random weights from its config.json. Raises TuningError when the file is none of a UNet."""
+def unet_from(path: Path, extent: Extent | None = None) -> UNet2DConditionModel:
+    """A UNet with random weights from its config.json; `extent` is that of the weights that it is for.
+
+    Raises:
+        TuningError: the file is none of a UNet, or of one that its weights cannot be.
+    """
     from diffusers import UNet2DConditionModel
 
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         kind = config.get("_class_name", "UNet2DConditionModel")
         if kind != "UNet2DConditionModel" or "cross_attention_dim" not in config:
             raise ValueError(f"it is that of {kind if '_class_name' in config else 'another kind of model'}")
+        check_kinds(config, UNet2DConditionModel)
+        check_extent(config, extent)
         changes = Changes.model_validate(config.pop(KEY, None) or {})
         unet: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
         apply_changes(unet, changes)
-    except (OSError, ValueError, ValidationError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise TuningError(f"{path.parent} holds no UNet in the diffusers layout ({reason}): it needs a config.json") from error
+    except Exception as error:  # of many kinds: diffusers checks few of the numbers that it computes with
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TuningError(
+            f"{path.parent} holds no UNet in the diffusers layout ({reason}); give the folder of one, with its config.json"
+        ) from error
     return unet
-
-
-def _files(folder: Path) -> list[Path]:
-    """The folder's safetensors file, or files where it is sharded."""
-    files = sorted(folder.glob(f"{_WEIGHTS}*.safetensors"))
-    plain = [file for file in files if file.name == f"{_WEIGHTS}.safetensors"]
-    if not files:
-        pickles = [file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
-        found = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else "no weights"
-        raise TuningError(f"{folder} has {found}: it needs {_WEIGHTS}.safetensors, as save_pretrained writes it")
-    return plain or files

@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
-from tuning.checkpoints.weights import FileWeights, Weights, mmap_safetensors, shapes_of
+from tuning.checkpoints.weights import FileWeights, Weights, check_floating, mmap_safetensors, shapes_in, shapes_of
 from tuning.errors import TuningError
 
-__all__ = ["GIVE_CONFIG", "check_single_file", "single_file_weights", "text_width"]
+__all__ = ["GIVE_CONFIG", "check_single_file", "misfit", "shapes_in_file", "single_file_weights", "text_width_in_file"]
 
 GIVE_CONFIG = "give --config DIR (python -m exporter build), a diffusers folder with the configurations of this model"
-"""What to do with weights that are of no known family."""
+"""Advice for weights that are of no known family."""
 
 _PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 _OPEN_CLIP = f"{_PREFIX['text_encoder']}model."
@@ -32,8 +32,13 @@ def check_single_file(path: Path) -> None:
         raise TuningError(f"source {path} is no checkpoint in CompVis' layout ({_what_else(names)}")
 
 
+def shapes_in_file(path: Path, part: str) -> dict[str, Size]:
+    """Name -> shape of the file's tensors of one part. Raises TuningError where the file cannot be read."""
+    return {name: shape for name, shape in shapes_in(path).items() if name.startswith(_PREFIX[part])}
+
+
 def _what_else(names: Mapping[str, Tensor]) -> str:
-    """What a file seems to be, and what to do with it."""
+    """A guess of what the file is, and advice."""
     if any("lora" in name for name in names):
         return "it is a LoRA): fuse it into its checkpoint with diffusers' fuse_lora, and save that with save_pretrained"
     if "down_blocks.0.resnets.0.conv1.weight" in names:
@@ -41,7 +46,7 @@ def _what_else(names: Mapping[str, Tensor]) -> str:
     return f"no tensor is called {_PREFIX['unet']}*): give one that has UNet, VAE and text encoder, or a diffusers folder"
 
 
-def text_width(path: Path) -> int | None:
+def text_width_in_file(path: Path) -> int | None:
     """The width of the text that the file's UNet reads, where it reads any."""
     for name, tensor in mmap_safetensors(path).items():
         if name.startswith(_PREFIX["unet"]) and name.endswith(".attn2.to_k.weight"):
@@ -69,20 +74,22 @@ def single_file_weights(path: Path, part: str, module: nn.Module, configured_by:
 
     if not any(name.startswith(_PREFIX[part]) for name in mmap_safetensors(path)):
         raise TuningError(f"source {path} has no {_NAMES[part]}: no tensor is called {_PREFIX[part]}*; give a whole checkpoint")
+    check_floating(path, _PREFIX[part])
     try:
         found = open_file()
     except Exception as error:  # of many kinds: the converters check nothing
-        raise _misfit(path, part, configured_by, f"{type(error).__name__} {error}") from error
+        raise misfit(path, part, configured_by, f"{type(error).__name__} {error}") from error
     for name, wanted in shapes.items():
         got = found[name].shape if name in found else None
         if got != wanted:
-            raise _misfit(path, part, configured_by, f"{name} {'is missing' if got is None else f'is {tuple(got)}'}")
+            raise misfit(path, part, configured_by, f"{name} {'is missing' if got is None else f'is {tuple(got)}'}")
     if part == "unet" and (unknown := sorted(found.keys() - shapes.keys())):
-        raise _misfit(path, part, configured_by, f"it has no {unknown[0]}")
+        raise misfit(path, part, configured_by, f"it has no {unknown[0]}")
     return FileWeights(str(path), shapes, open_file)
 
 
-def _misfit(path: Path, part: str, configured_by: Path, reason: str) -> TuningError:
+def misfit(path: Path, part: str, configured_by: Path, reason: str) -> TuningError:
+    """The error that says that a part of the file is not what its configuration describes."""
     described = configured_by / part
     return TuningError(f"source {path}: its {_NAMES[part]} is not what {described} describes ({reason}); {GIVE_CONFIG}")
 

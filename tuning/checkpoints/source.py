@@ -1,27 +1,45 @@
 """A whole Stable Diffusion checkpoint: the modules of its parts without weights, and the weights, whatever they are kept in."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Size, nn
 
-from tuning.checkpoints.folder import meta_unet, unet_weights
-from tuning.checkpoints.single_file import single_file_weights
-from tuning.checkpoints.weights import LoadedWeights, RandomWeights, Weights, materialize, shapes_of
+from tuning.checkpoints.configs import Extent, check_extent, check_fit, check_kinds
+from tuning.checkpoints.files import check_file, read_json
+from tuning.checkpoints.folder import extent_of, meta_unet, unet_weights
+from tuning.checkpoints.single_file import misfit, shapes_in_file, single_file_weights
+from tuning.checkpoints.weight_files import PICKLES, find_weights
+from tuning.checkpoints.weights import (
+    LoadedWeights,
+    RandomWeights,
+    Weights,
+    check_floating,
+    materialize,
+    mmap_safetensors,
+    shapes_in,
+    shapes_of,
+)
 from tuning.errors import TuningError
 from tuning.surgery.assembly import assemble
 from tuning.surgery.recipes import RECIPES
 
-__all__ = ["PARTS", "PICKLES", "FileSource", "FolderSource", "RandomSource", "Source", "check_channels", "check_part", "reading"]
+__all__ = ["PARTS", "FileSource", "FolderSource", "RandomSource", "Source", "check_part", "reading"]
 
 PARTS = {"unet": True, "vae": True, "text_encoder": True, "tokenizer": False, "scheduler": False}
 """The folders of a checkpoint, and whether they hold weights."""
-PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
+_CONFIGURATIONS = {
+    "config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json",
+}  # fmt: skip
+_PREFIX = "text_model."
+"""Of a text encoder's weights in most files; some versions of transformers leave it out."""
+_ADAPTERS = (".base_layer.", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")
 
 
 @dataclass(frozen=True)
@@ -38,10 +56,14 @@ class Source(ABC):
             TuningError: its configuration is missing or no such model's.
         """
         if part == "unet":
-            unet: nn.Module = meta_unet(self.folder / part / "config.json")
+            unet: nn.Module = meta_unet(self.folder / part / "config.json", self._extent(part))
             return unet
         with reading(self.name, self.folder / part):
-            return _SKELETONS[part](self.folder / part).eval()
+            return _SKELETONS[part](self.folder / part, self._extent(part)).eval()
+
+    def _extent(self, part: str) -> Extent | None:
+        """How much the part's weights can describe; None where there are no files of them."""
+        return None
 
     @abstractmethod
     def weights(self, part: str) -> Weights:
@@ -56,41 +78,51 @@ class Source(ABC):
 
         A VAE that is missing is not asked for.
         """
-        unet: Any = self.skeleton("unet").config
         vae: Any = self.skeleton("vae").config if (self.folder / "vae").is_dir() else None
-        check_channels(self.name, unet, vae.latent_channels if vae else unet.out_channels)
-        text: Any = self.skeleton("text_encoder").config
-        width = text.hidden_size
-        if unet.cross_attention_dim not in (width, [width] * len(unet.down_block_types)):
-            raise TuningError(
-                f"source {self.name}: its UNet reads text of width {unet.cross_attention_dim} and its text encoder writes "
-                f"{width}; take both from the same checkpoint"
-            )
+        unet: Any = self.skeleton("unet")
+        text: Any = self.skeleton("text_encoder")
+        check_fit(self.name, unet.config, vae, text.config)
 
     def model(self, part: str) -> Any:
         """A whole part, float32, in evaluation mode. Raises TuningError as ``skeleton`` and ``weights`` do."""
         return materialize(self.skeleton(part), self.weights(part))
 
 
+@dataclass(frozen=True)
 class FolderSource(Source):
-    """A diffusers folder: the embedded model, the user's, or one from the hub."""
+    """A diffusers folder: the embedded model, the user's, or one from the hub.
+
+    Args:
+        variant: of the weights' files, such as ``fp16``, for the parts that have it; None for those without one, or the only
+            one that a part has.
+    """
+
+    variant: str | None = None
 
     def weights(self, part: str) -> Weights:
         """From the part's safetensors; those of VAE and text encoder are read by their libraries, which know older names."""
-        check_part(self.name, self.folder, part)
+        check_part(self.name, self.folder, part, variant=self.variant)
         folder, skeleton = self.folder / part, self.skeleton(part)
         if part == "unet":
-            return unet_weights(folder, skeleton)
+            return unet_weights(folder, skeleton, self.variant)
+        found, shapes = find_weights(folder, self.variant), shapes_of(skeleton)
+        _check_known(folder, shapes, {name: shape for file in found.files for name, shape in shapes_in(file).items()})
 
         def load(dtype: torch.dtype) -> nn.Module:
             with reading(self.name, folder):
-                return _LOADERS[part](folder, dtype)
+                return _LOADERS[part](folder, dtype, found.variant)
 
-        return LoadedWeights(str(folder), shapes_of(skeleton), load)
+        return LoadedWeights(str(folder), shapes, load)
 
     def files(self, part: str) -> Iterator[Path]:
-        """All in the part's folder."""
-        yield from sorted(path for path in (self.folder / part).rglob("*") if path.is_file())
+        """A part's configuration and weights, without the files of other variants; all of the tokenizer's and scheduler's."""
+        if PARTS[part]:
+            yield from sorted((self.folder / part / "config.json", *find_weights(self.folder / part, self.variant).all))
+        else:
+            yield from _configurations(self.folder / part)
+
+    def _extent(self, part: str) -> Extent | None:
+        return extent_of(self.folder / part, self.variant)
 
 
 @dataclass(frozen=True)
@@ -99,9 +131,20 @@ class FileSource(Source):
 
     path: Path
 
+    def skeleton(self, part: str) -> nn.Module:
+        """As any source's. Raises TuningError also where the file is of a smaller model than the configuration's."""
+        try:
+            return super().skeleton(part)
+        except TuningError as error:
+            raise misfit(self.path, part, self.folder, str(error)) from error
+
     def weights(self, part: str) -> Weights:
         """From the file."""
         return single_file_weights(self.path, part, self.skeleton(part), self.folder)
+
+    def _extent(self, part: str) -> Extent | None:
+        shapes = shapes_in_file(self.path, part)
+        return Extent.of(shapes) if shapes else None
 
     def files(self, part: str) -> Iterator[Path]:
         """The file, for the UNet, and what configures the part."""
@@ -135,63 +178,64 @@ class RandomSource(Source):
         return RandomWeights(part, shapes_of(self.skeleton(part)), self.seed)
 
     def files(self, part: str) -> Iterator[Path]:
-        """What configures the part."""
+        """The part's configurations."""
         if part == "unet":
             yield self.unet_config
         else:
             yield from _configurations(self.folder / part)
 
 
-def check_channels(name: str, unet: Any, latent: int) -> None:
-    """Raise TuningError unless a UNet of this configuration takes and gives latents of so many channels."""
-    if (unet.in_channels, unet.out_channels) != (latent, latent):
-        raise TuningError(
-            f"source {name}: its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, and latents have "
-            f"{latent}; a UNet that is given more than latents, as for inpainting, is not what this is for: give one for text "
-            "to image, with the VAE it was trained with"
-        )
-
-
 def _configurations(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors")
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in {".safetensors", *PICKLES})
 
 
-def _vae_skeleton(folder: Path) -> nn.Module:
+def _vae_skeleton(folder: Path, extent: Extent | None) -> nn.Module:
     from diffusers import AutoencoderKL
 
+    config = read_json(folder / "config.json")
+    if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise ValueError(f"it is {kind!r:.60}, and AutoencoderKL is the only kind of VAE that can be built")
+    check_kinds(config, AutoencoderKL)
+    check_extent(config, extent)
+    if config.get("scaling_factor", 1) <= 0:
+        raise ValueError(f"its scaling_factor is {config['scaling_factor']}, and must be more than 0")
     with torch.device("meta"):
-        vae: nn.Module = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, local_files_only=True))
+        vae: nn.Module = AutoencoderKL.from_config(config)
     return vae
 
 
-def _text_skeleton(folder: Path) -> nn.Module:
+def _text_skeleton(folder: Path, extent: Extent | None) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    found = read_json(folder / "config.json")
+    if (kind := found.get("model_type", "clip_text_model")) not in {"clip_text_model", "clip"}:
+        raise ValueError(f"it is of the kind {kind!r:.60}, and CLIP is the only kind of text encoder that can be built")
+    check_extent(found.get("text_config") or found, extent)
     config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
     with init_empty_weights(include_buffers=False):  # its position numbers are a buffer that no file has
         text: nn.Module = CLIPTextModel(config)
     return text
 
 
-_SKELETONS: dict[str, Callable[[Path], nn.Module]] = {"vae": _vae_skeleton, "text_encoder": _text_skeleton}
+_SKELETONS: dict[str, Callable[[Path, Extent | None], nn.Module]] = {"vae": _vae_skeleton, "text_encoder": _text_skeleton}
 
 
-def _load_vae(folder: Path, dtype: torch.dtype) -> nn.Module:
+def _load_vae(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
     from diffusers import AutoencoderKL
 
     vae, info = AutoencoderKL.from_pretrained(
-        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, variant=variant
     )
     return _complete(vae, info)
 
 
-def _load_text_encoder(folder: Path, dtype: torch.dtype) -> nn.Module:
+def _load_text_encoder(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
     from transformers import CLIPTextModel
 
     with _no_progress_bar():
         text, info = CLIPTextModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, variant=variant
         )
     return _complete(text, info)
 
@@ -203,7 +247,7 @@ def _complete(model: nn.Module, info: dict[str, Any]) -> nn.Module:
     return model
 
 
-_LOADERS: dict[str, Callable[[Path, torch.dtype], nn.Module]] = {"vae": _load_vae, "text_encoder": _load_text_encoder}
+_LOADERS: dict[str, Callable[[Path, torch.dtype, str | None], nn.Module]] = {"vae": _load_vae, "text_encoder": _load_text_encoder}
 
 
 @contextmanager
@@ -212,6 +256,8 @@ def reading(name: str, folder: Path) -> Iterator[None]:
     check_part(name, folder.parent, folder.name, weights=False)
     try:
         yield
+    except TuningError as error:
+        raise TuningError(f"source {name}: {error}") from error
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TuningError(
@@ -234,32 +280,53 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_part(name: str, checkpoint: Path, part: str, *, weights: bool = True) -> None:
-    """Raise TuningError unless a checkpoint's folder has the part, with safetensors where it has ``weights``."""
+def check_part(name: str, checkpoint: Path, part: str, *, weights: bool = True, variant: str | None = None) -> None:
+    """Raise TuningError unless a checkpoint's folder has the part, with safetensors of the variant where it has ``weights``."""
     folder = checkpoint / part
     if not folder.is_dir() or not any(folder.glob("*.json")):
         raise TuningError(
             f"source {name}: {folder} is missing; a diffusers folder has unet, vae, text_encoder, tokenizer and scheduler"
         )
+    for path in folder.iterdir():
+        if path.name in _CONFIGURATIONS:
+            check_file(path)
     if weights:
-        _check_weights(name, folder)
+        _check_weights(name, folder, variant)
 
 
-def _check_weights(name: str, folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    whole = folder.parent if Path(name).exists() else name  # no pickle is fetched from the hub
-    convert = (
-        f'python -c "from diffusers import StableDiffusionPipeline as P; '
-        f"P.from_pretrained('{whole}').save_pretrained('{whole}-safetensors')\""
-    )
-    pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
-    if pickles:
+def _check_weights(name: str, folder: Path, variant: str | None) -> None:
+    """Raise TuningError unless the part's own weights are there, and numbers of floating point, with no adapter among them."""
+    try:
+        files = find_weights(folder, variant).files
+    except TuningError as error:
+        if any(folder.glob("*.safetensors")):
+            raise TuningError(f"source {name}: {error}") from error
+        whole = folder.parent if Path(name).exists() else name  # no pickle is fetched from the hub
         raise TuningError(
-            f"source {name}: {folder / pickles[0]} is a pickle, which can run code when it is read; "
-            f"if you trust it, convert it once: {convert}"
-        )
-    raise TuningError(
-        f"source {name}: no .safetensors file in {folder}; if it is there as a pickle, which can run code when it is read, "
-        f"and you trust it, convert it once: {convert}"
-    )
+            f"source {name}: {error}; if you trust the pickle that there is, convert it once: "
+            'python -c "from diffusers import StableDiffusionPipeline as P; '
+            f"P.from_pretrained('{whole}').save_pretrained('{whole}-safetensors')\""
+        ) from error
+    for path in files:
+        adapters = (tensor for tensor in mmap_safetensors(path) if any(word in tensor for word in _ADAPTERS))
+        if found := next(adapters, None):
+            raise TuningError(
+                f"source {name}: {path} holds a LoRA that was not fused ({found}): load the checkpoint and the LoRA with "
+                "diffusers, then pipe.fuse_lora(), pipe.unload_lora_weights() and pipe.save_pretrained(FOLDER), and give FOLDER"
+            )
+        check_floating(path)
+
+
+def _check_known(folder: Path, shapes: Mapping[str, Size], found: Mapping[str, Size]) -> None:
+    """Raise TuningError where weights differ from what their configuration describes; under other names they may be older."""
+    known = 0
+    for name, wanted in shapes.items():
+        shape = found.get(name) or found.get(f"{_PREFIX}{name}") or found.get(name.removeprefix(_PREFIX))
+        known += shape is not None
+        if shape is not None and shape != wanted:
+            raise TuningError(
+                f"{folder}: the weights are not those of its configuration ({name} is {tuple(shape)}, not {tuple(wanted)}); "
+                "get both again"
+            )
+    if 2 * known < len(shapes):
+        raise TuningError(f"{folder}: the weights are not those of its configuration (few names are the same); get both again")

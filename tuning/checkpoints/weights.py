@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor, nn
 
+from tuning.checkpoints.files import check_file
 from tuning.errors import TuningError
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "RandomWeights",
     "RenamedWeights",
     "Weights",
+    "check_floating",
     "materialize",
     "mmap_safetensors",
+    "shapes_in",
     "shapes_of",
 ]
 
@@ -56,16 +59,25 @@ class Weights(ABC):
     @abstractmethod
     def _take(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]: ...
 
+    def check(self, shapes: Mapping[str, Size]) -> None:
+        """Raise TuningError unless tensors of these shapes are those that the module needs."""
+        for name, wanted in self.shapes.items():
+            self._check_one(name, shapes.get(name), wanted)
+
+    def _check_one(self, name: str, shape: Size | None, wanted: Size) -> None:
+        if shape is None:
+            raise TuningError(f"{self.where}: {name} is missing, which its configuration needs; get both again")
+        if shape != wanted:
+            raise TuningError(
+                f"{self.where}: the weights are not those of its configuration ({name} is {tuple(shape)}, "
+                f"not {tuple(wanted)}); get both again"
+            )
+
     def _copy(self, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
         """A copy of one tensor, checked to be the one that the module needs."""
-        tensor, wanted = tensors.get(name), tuple(self.shapes[name])
-        if tensor is None:
-            raise TuningError(f"{self.where}: {name} is missing, which its configuration needs; get both again")
-        if tuple(tensor.shape) != wanted:
-            raise TuningError(
-                f"{self.where}: the weights are not those of its configuration ({name} is {tuple(tensor.shape)}, "
-                f"not {wanted}); get both again"
-            )
+        tensor = tensors.get(name)
+        self._check_one(name, None if tensor is None else tensor.shape, self.shapes[name])
+        assert tensor is not None
         kind = dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.detach().to(kind, copy=True, memory_format=torch.contiguous_format)
 
@@ -168,12 +180,28 @@ def mmap_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         TuningError: the file is missing, cut off or no safetensors file.
     """
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping, it only has keys()
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise TuningError(f"{path}: its weights cannot be read ({reason}); get the file again") from error
+
+
+def shapes_in(path: Path) -> dict[str, Size]:
+    """Name -> shape of the tensors of a safetensors file. Raises TuningError as ``mmap_safetensors`` does."""
+    return {name: tensor.shape for name, tensor in mmap_safetensors(path).items()}
+
+
+def check_floating(path: Path, prefix: str = "") -> None:
+    """Raise TuningError where a tensor whose name begins so holds no numbers of floating point, but for positions."""
+    for name, tensor in mmap_safetensors(path).items():
+        if name.startswith(prefix) and not tensor.is_floating_point() and not name.endswith("position_ids"):
+            raise TuningError(
+                f"{path}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, and weights are floating-point numbers; "
+                "give the model as it was before it was quantized"
+            )
 
 
 def shapes_of(module: nn.Module) -> dict[str, Size]:

@@ -1,6 +1,5 @@
 """`python -m tuning distill`: a teacher, a student and data in; the student's UNet out."""
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from tuning.checkpoints.find_source import check_apart, place_of
 from tuning.checkpoints.folder import load_unet, save_part
 from tuning.distillation.losses import check_pair
-from tuning.distillation.options import fill_defaults, loop_settings, remember
+from tuning.distillation.options import DistillOptions, remember
 from tuning.distillation.progressive import next_removal, share_of, stages_of
 from tuning.distillation.task import Distillation, Examples
 from tuning.errors import TuningError
@@ -57,13 +56,15 @@ def _student(option: str, teacher: UNet2DConditionModel) -> tuple[Recipe, UNet2D
     return chosen, assemble(teacher, next_removal(teacher, teacher, chosen, 0))
 
 
-def _examples(options: argparse.Namespace, teacher: Teacher, workers: Workers) -> tuple[Examples, int]:
+def _examples(options: DistillOptions, teacher: Teacher, workers: Workers) -> tuple[Examples, int]:
     """The data, and the side of its pictures in pixels."""
     if options.data != "mini":
         from tuning.distillation.examples import open_examples
 
-        limits = {"size": options.size, "batch": options.batch, "validation": options.validation, "seed": options.seed}
-        return open_examples(options.data, teacher, workers, **limits)
+        return open_examples(
+            options.data, teacher, workers,
+            size=options.size, batch=options.batch, validation=options.validation, seed=options.seed,
+        )  # fmt: skip
     need("scipy", "--data mini")
     from tuning.mini.latents import LatentPools
 
@@ -71,7 +72,7 @@ def _examples(options: argparse.Namespace, teacher: Teacher, workers: Workers) -
     return LatentPools(teacher.vae, teacher.tokenizer, workers, seed=options.seed, name="distill", **sizes), IMAGE_SIZE
 
 
-def _prompts(options: argparse.Namespace, teacher: Teacher, examples: Examples) -> list[str]:
+def _prompts(options: DistillOptions, teacher: Teacher, examples: Examples) -> list[str]:
     """Prompts of sample pictures: those of the file, or captions of examples held back."""
     if options.prompts is None:
         if options.data == "mini":
@@ -87,29 +88,28 @@ def _prompts(options: argparse.Namespace, teacher: Teacher, examples: Examples) 
     return prompts
 
 
-def _measure(options: argparse.Namespace, teacher: Teacher) -> Callable[[UNet2DConditionModel], dict[str, float]] | None:
-    """What the rule reader reads in pictures of held-back prompts, for the embedded model's data."""
+def _measure(options: DistillOptions, teacher: Teacher) -> Callable[[UNet2DConditionModel], dict[str, float]] | None:
+    """Reads pictures of held-back prompts with the rule reader, for the embedded model's data; None for other data."""
     if options.data != "mini":
         return None
-    from tuning.mini.sampling import accuracy
+    from tuning.mini.reader_score import accuracy
 
     return functools.partial(accuracy, model=teacher, count=min(64, options.validation))
 
 
-def _check_out(options: argparse.Namespace) -> None:
+def _check_out(options: DistillOptions) -> None:
     """Nothing that is read may be written over."""
     check_apart(options.out, place_of(options.teacher), "teacher")
     for name in ("student", "data"):
         check_apart(options.out, Path(getattr(options, name)).expanduser(), name)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: DistillOptions) -> None:
     """Runs the command.
 
     Raises TuningError for a user's mistake. Of several processes the first alone raises what all of them find out before
     they train; the others leave with exit code 2.
     """
-    fill_defaults(options)
     workers = Workers(options.mixed)
     try:
         try:
@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> None:
 class _Run:
     """One command: what is read once, and a training for each portion of the recipe."""
 
-    def __init__(self, options: argparse.Namespace, workers: Workers) -> None:
+    def __init__(self, options: DistillOptions, workers: Workers) -> None:
         self.options, self.workers = options, workers
         self.folder: Path = options.work or options.out / "training"
         _check_out(options)
@@ -194,7 +194,7 @@ class _Run:
 
         return run_loop(
             task,
-            share_of(loop_settings(self.options), stage, self.stages),
+            share_of(self.options.loop, stage, self.stages),
             workers=self.workers,
             checkpoint=folder / "checkpoint.pt",
             log=folder / "metrics.jsonl",

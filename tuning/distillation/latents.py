@@ -36,12 +36,15 @@ def made_with(teacher: Teacher) -> str:
 
 
 class LatentFolder:
-    """What `latents` wrote, read as it is needed. Raises TuningError when it is unfinished, damaged or of another model."""
+    """The latents that `python -m tuning latents` wrote, read as they are needed.
+
+    Raises TuningError when they are unfinished, damaged or of another model.
+    """
 
     def __init__(self, folder: Path, teacher: Teacher) -> None:
         manifest = _manifest(folder)
         if not manifest.get("finished"):
-            raise TuningError(f"{folder} is unfinished; run the same python -m tuning latents again to go on with it")
+            raise TuningError(f"{folder} is unfinished; run the same python -m tuning latents again to finish it")
         if manifest["made_with"] != made_with(teacher):
             raise TuningError(
                 f"{folder} was made with the autoencoder and tokenizer of {manifest['source']}, not with {teacher.name}'s; "
@@ -89,7 +92,7 @@ def write_latents(
     pictures: Pictures, teacher: Teacher, folder: Path, workers: Workers, *, data: str, size: int, batch: int,
     shard: int = _SHARD, progress: Callable[[int], None] = lambda done: None,
 ) -> None:  # fmt: skip
-    """Encodes all pictures at `size` pixels, each process its shards; a run that was killed goes on where it was.
+    """Encodes all pictures at `size` pixels, each process its shards; a run that was killed is resumed.
 
     Latents are stored in float16. `progress` hears how many pictures this process has done. Raises TuningError when the
     folder holds something else, or a picture can't be read.

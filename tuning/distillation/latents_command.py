@@ -1,11 +1,23 @@
 """`python -m tuning latents`: a folder of pictures in, a folder of latents out, for many passes of distillation."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from tuning.distillation.options import number
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["LatentsOptions", "add_arguments", "run"]
+
+
+@dataclass(frozen=True)
+class LatentsOptions:
+    """Whose autoencoder encodes which pictures, at how many pixels a side (None: the model's), and where latents go."""
+
+    source: str
+    data: str
+    out: Path
+    size: int | None = None
+    batch: int = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=whole, default=8, help="pictures at a time (default: %(default)s)")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: LatentsOptions) -> None:
     """Runs the command. Raises TuningError for a user's mistake."""
     import torch
     from rich.console import Console

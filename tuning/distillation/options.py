@@ -2,9 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engines.support.files import write_text
 from tuning.errors import TuningError
@@ -12,15 +14,87 @@ from tuning.errors import TuningError
 if TYPE_CHECKING:
     from tuning.training.loop import LoopSettings
 
-__all__ = ["add_arguments", "fill_defaults", "loop_settings", "number", "remember"]
+__all__ = ["DistillOptions", "add_arguments", "number", "remember"]
 
 # The embedded model's data is small and plain: Muon and large steps suit it. Others start as in BK-SDM (arXiv 2305.15798).
 _MINI = {"batch": 64, "lr": 1e-3, "muon_lr": 0.01, "warmup": 100, "decay": 0.9, "guidance": 3.0}
 _OTHER = {"batch": 8, "lr": 5e-5, "muon_lr": 0.0, "warmup": 500, "decay": 0.0, "guidance": 7.5}
-# A run that goes on with others of these would be another run.
+# A run that is resumed with others of these would be another run.
 _SAME = ("teacher", "student", "data", "batch", "accumulate", "size", "dropout", "seed", "processes")
 _LOOP = ("steps", "minutes", "wall_minutes", "lr", "muon_lr", "warmup", "decay", "clip", "ema", "seed", "accumulate")
 _INTERVALS = ("log_every", "validate_minutes", "validate_every", "sample_every", "save_minutes")
+
+
+class DistillOptions(BaseModel):
+    """One distillation: which UNets, which data, how long and how; the arguments of the command under their names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    teacher: str = Field(min_length=1)
+    student: str = Field(min_length=1)
+    data: str = Field(min_length=1)
+    out: Path
+    work: Path | None = None
+    steps: int | None = Field(None, ge=1)
+    minutes: float | None = Field(None, gt=0)
+    wall_minutes: float | None = Field(None, gt=0)
+    pause_at: int | None = Field(None, ge=1)
+    batch: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    muon_lr: float = Field(ge=0)
+    warmup: int = Field(ge=0)
+    decay: float = Field(ge=0)
+    guidance: float = Field(ge=0)
+    ema: float = Field(0.999, ge=0)
+    clip: float = Field(1.0, gt=0)
+    accumulate: int = Field(1, ge=1)
+    dropout: float = Field(0.1, ge=0)
+    mixed: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    size: int | None = Field(None, ge=1)
+    pool: int = Field(8192, ge=1)
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(20, ge=1)
+    validate_minutes: float = Field(6.0, ge=0)
+    validate_every: int | None = Field(None, ge=1)
+    validation: int = Field(512, ge=1)
+    sample_every: int | None = Field(None, ge=1)
+    prompts: Path | None = None
+    save_minutes: float = Field(2.0, ge=0)
+    precision: Literal["fp16", "fp32"] = "fp16"
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "DistillOptions":
+        """The options of these arguments; what is missing or None has its default, some of which depend on the data.
+
+        Raises:
+            TuningError: an argument is out of its range or none of ours, or no bound is given.
+        """
+        defaults = _MINI if given.get("data") == "mini" else _OTHER
+        try:
+            return cls.model_validate(defaults | {name: value for name, value in given.items() if value is not None})
+        except ValidationError as error:
+            first = error.errors()[0]
+            if isinstance(own := first.get("ctx", {}).get("error"), TuningError):
+                raise own from None
+            name = "-".join(str(part) for part in first["loc"]).replace("_", "-")
+            raise TuningError(f"--{name}: {first['msg']}, got {first['input']!r:.80}") from error
+
+    @model_validator(mode="after")
+    def _shares_and_bound(self) -> "DistillOptions":
+        for name in ("ema", "decay", "dropout"):
+            if getattr(self, name) > 1:
+                raise TuningError(f"--{name} {getattr(self, name)} is no share; give a number from 0 to 1")
+        if not (self.steps or self.minutes or self.wall_minutes):
+            raise TuningError("training needs a bound: give --steps, --minutes or --wall-minutes")
+        return self
+
+    @property
+    def loop(self) -> "LoopSettings":
+        """The settings of the training loop."""
+        from tuning.training.loop import LoopSettings
+
+        return LoopSettings(**{name: getattr(self, name) for name in (*_LOOP, *_INTERVALS)})
 
 
 def number(kind: type, least: float) -> Callable[[str], Any]:
@@ -55,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bound.add_argument(
         "--pause-at",
         type=whole,
-        help="leave at this step of a portion (of the run, if there is one); without it the same command goes on",
+        help="leave at this step of a portion (of the run, if there is one); without it the same command resumes",
     )
     group = parser.add_argument_group("training (defaults for --data mini / for other data)")
     for name, kind, words in (
@@ -88,55 +162,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("fp16", "fp32"), default="fp16", help="of the written student (default: %(default)s)")
 
 
-def fill_defaults(options: argparse.Namespace) -> None:
-    """Puts in what depends on the data. Raises TuningError for a share above 1."""
-    for name, value in (_MINI if options.data == "mini" else _OTHER).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    for name in ("ema", "decay", "dropout"):
-        if getattr(options, name) > 1:
-            raise TuningError(f"--{name} {getattr(options, name)} is no share; give a number from 0 to 1")
-    if not (options.steps or options.minutes or options.wall_minutes):
-        raise TuningError("training needs a bound: give --steps, --minutes or --wall-minutes")
+def remember(options: DistillOptions, run: Path, processes: int, *, write: bool) -> None:
+    """Writes the run's settings.json, after a look at the one that is there if the run is resumed.
 
-
-def loop_settings(options: argparse.Namespace) -> "LoopSettings":
-    """What of the options the loop needs."""
-    from tuning.training.loop import LoopSettings
-
-    return LoopSettings(**{name: getattr(options, name) for name in (*_LOOP, *_INTERVALS)})
-
-
-def remember(options: argparse.Namespace, run: Path, processes: int, *, write: bool) -> None:
-    """Writes the run's settings.json, after a look at the one that is there if the run goes on.
-
-    Raises TuningError when a run that goes on was started with another teacher, student, data or batch, or when what it left
-    of its settings cannot be read.
+    Raises TuningError when the run was started with another teacher, student, data or batch, or when its settings cannot be
+    read.
     """
     path = run / "settings.json"
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    values |= {"processes": processes}
+    values = options.model_dump(mode="json") | {"processes": processes}
     if path.exists() and next(run.rglob("checkpoint.pt"), None):
         before = _before(path)
         for name in _SAME:
             if before.get(name) != values.get(name):
                 raise TuningError(
-                    f"{run} holds a run with {name} {before.get(name)}, and this one has {values.get(name)}: give the same to go "
-                    f"on with it, another --work, or delete {run} to start anew"
+                    f"{run} holds a run with {name} {before.get(name)}, and this one has {values.get(name)}: give the same to "
+                    f"resume it, another --work, or delete {run} to start anew"
                 )
     if write:
-        kept = {name: value for name, value in values.items() if name not in ("command", "pause_at")}
-        write_text(path, json.dumps(kept, indent=2, default=str) + "\n")
+        del values["pause_at"]
+        write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def _before(path: Path) -> dict[str, Any]:
-    """The settings of the run that goes on."""
+    """The settings that the run was started with."""
     try:
         before = json.loads(path.read_text())
         if not isinstance(before, dict):
             raise ValueError("no JSON object")
     except ValueError as error:
         raise TuningError(
-            f"{path} is damaged ({error}): delete it and give the same arguments to go on, or delete {path.parent} to start anew"
+            f"{path} is damaged ({error}): delete it and give the same arguments to resume, or delete {path.parent} to start anew"
         ) from error
     return before

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from engines.support.pictures import PictureError, open_picture, to_rgb
 from tuning.errors import TuningError
 from tuning.training.extras import need
 
@@ -44,7 +45,7 @@ class Pictures:
         self.captions = [self._caption(i, caption) for i, caption in enumerate(self._rows[text])]
 
     def _caption(self, number: int, caption: Any) -> str:
-        """What a row says, which must be text."""
+        """A row's caption, which must be text."""
         if isinstance(caption, str) and caption.strip():
             return caption
         blank = caption is None or isinstance(caption, str)
@@ -52,7 +53,7 @@ class Pictures:
         raise TuningError(f"data {self._path}: {self._name(self._rows[number])} has {found}; write one or take the picture out")
 
     def _name(self, row: dict[str, Any]) -> str:
-        """What to call a row's picture."""
+        """The name of a row's picture, for errors."""
         return str(row[self._column].get("path") or row.get("__key__")) if row[self._column] else str(row.get("__key__"))
 
     def read(self, numbers: list[int], size: int) -> Tensor:
@@ -66,11 +67,11 @@ class Pictures:
         row = self._rows[number]
         held = row[self._column] or {}
         try:
-            with Image.open(io.BytesIO(held["bytes"]) if held["bytes"] else held["path"]) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, KeyError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+            picture = to_rgb(open_picture(io.BytesIO(held["bytes"]) if held["bytes"] else held["path"]))
+        except (PictureError, KeyError, TypeError) as error:
+            reason = error if isinstance(error, PictureError) else "it is missing"
             raise TuningError(
-                f"data {self._path}: {self._name(row)} cannot be read as a picture ({type(error).__name__}); "
+                f"data {self._path}: {self._name(row)} cannot be read as a picture ({reason}); "
                 "replace it or take it out, and start again"
             ) from error
         fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)

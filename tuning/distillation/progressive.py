@@ -18,7 +18,7 @@ def stages_of(recipe: Recipe) -> int:
 
 
 def next_removal(original: nn.Module, student: nn.Module, recipe: Recipe, stage: int) -> Recipe:
-    """What portion number `stage` (from 0) removes from the student that the portions before it left.
+    """The removal of portion number `stage` (from 0) from the student that the portions before it left.
 
     A recipe's globs are names in the original UNet; the result has the student's names for the same units.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tuning.checkpoints.folder import save_part
 from tuning.mini.data import batch
-from tuning.mini.reading import read_scenes
+from tuning.mini.reader_score import read_scenes
 from tuning.training.distributed import Workers
 from tuning.training.noising import generator
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tuning.checkpoints.folder import save_part
 from tuning.mini.latents import LatentPools
-from tuning.mini.sampling import accuracy
+from tuning.mini.reader_score import accuracy
 from tuning.training.distributed import Workers
 from tuning.training.noising import Batch, Noising
 from tuning.training.teacher import Teacher

@@ -86,7 +86,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class AskedObject:
-    """What a caption asks of one object; None where it leaves the choice to the model."""
+    """One object as a caption asks for it; None where it leaves the choice to the model."""
 
     colour: str
     shape: str
@@ -96,7 +96,7 @@ class AskedObject:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a caption asks for; background None where the caption names none."""
+    """A scene as a caption asks for it; background None where the caption names none."""
 
     objects: tuple[AskedObject, ...]
     background: str | None = None

@@ -1,4 +1,4 @@
-"""`python -m tuning.mini.train`: trains the embedded model, stage by stage, and goes on from where it was killed.
+"""`python -m tuning.mini.train`: trains the embedded model, stage by stage, and resumes what was killed.
 
 With several processes: `OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m tuning.mini.train`.
 """
@@ -18,9 +18,8 @@ from tuning.errors import TuningError
 from tuning.mini.autoencoder import AutoencoderTask, whiten
 from tuning.mini.data import batch
 from tuning.mini.diffusion import DiffusionTask
-from tuning.mini.folder import save_shell
 from tuning.mini.latents import LatentPools
-from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, scheduler
+from tuning.mini.models import load_tokenizer, new_text_encoder, new_unet, new_vae, save_shell, scheduler
 from tuning.mini.settings import STAGES, MiniSettings
 from tuning.training.distributed import Workers
 from tuning.training.loop import Task, run_loop
@@ -74,7 +73,7 @@ def _diffusion(settings: MiniSettings, out: Path, runs: Path, workers: Workers) 
 
 
 def _finish(stage: str, task: Any, out: Path, runs: Path) -> None:
-    """What a stage leaves for the next one, in full precision."""
+    """Writes what the next stage reads, in full precision."""
     if stage == "vae":
         whiten(task.module, batch(2048, "whiten")[2])
         save_part(task.module, out / "vae")
@@ -86,7 +85,7 @@ def _finish(stage: str, task: Any, out: Path, runs: Path) -> None:
 
 
 def run_stage(stage: str, settings: MiniSettings, out: Path, runs: Path, workers: Workers) -> dict[str, float]:
-    """Trains one stage to its bound (or goes on with it), leaving weights in `out` and working files in `runs`."""
+    """Trains one stage to its bound, or resumes it, leaving weights in `out` and working files in `runs`."""
     if (runs / stage).exists():
         return {}
     task = _task(stage, settings, out, runs, workers)

@@ -1,1 +1,1 @@
-"""What each removal saves and costs, and a recipe chosen by it."""
+"""Each removal's saving and cost, and a recipe chosen by them."""

@@ -1,4 +1,4 @@
-"""What can be taken out of a UNet at all: every removal that assembly accepts on its own."""
+"""The removals to choose from: every one that assembly accepts on its own."""
 
 from dataclasses import dataclass
 from itertools import product

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from engines.support.files import write_text
+from tuning.checkpoints.configs import check_channels, latent_size
 from tuning.checkpoints.find_source import RANDOM, UNetSource, open_unet
-from tuning.checkpoints.source import check_channels
 from tuning.errors import TuningError
 from tuning.ranking.candidates import candidates, check_plain, recipe_of
 from tuning.ranking.plot import plot_ranking
@@ -35,7 +35,7 @@ RECIPE_NAME = "assembled"
 
 @dataclass(frozen=True)
 class RankOptions:
-    """What to rank, what to time it on, and how thoroughly.
+    """The UNet to rank, the one to time, and how thoroughly.
 
     `latents` is a side, 0 for the UNet's own, at most 32; `device` is "cpu" or "cuda", None for CUDA where torch sees it.
     """
@@ -144,7 +144,7 @@ def _device(options: RankOptions) -> torch.device:
 
 
 def _name_of(device: torch.device) -> str:
-    """What the table calls a device."""
+    """A device's name in the table."""
     return "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
@@ -156,7 +156,7 @@ def _loaded(source: UNetSource, device: torch.device) -> UNet2DConditionModel:
 
 
 def _own_side(unet: UNet2DConditionModel) -> int:
-    return int(unet.config.sample_size or 32)
+    return min(latent_size(unet.config))
 
 
 def _side(options: RankOptions, unet: UNet2DConditionModel) -> int:
@@ -183,7 +183,7 @@ def _table(result: Result) -> Table:
 
 
 def _lines(options: RankOptions, result: Result) -> list[str]:
-    """What is said after the table."""
+    """The lines after the table."""
     lines = [f"{i}. remove {step.name}: error {step.error:.2g}, {step.speedup:.2f}x" for i, step in enumerate(result.chosen, 1)]
     for name, (whole, less) in result.measured.items():
         lines.append(
@@ -198,11 +198,11 @@ def _lines(options: RankOptions, result: Result) -> list[str]:
 
 
 def _asked(options: RankOptions, result: Result) -> list[str]:
-    """What was asked for, what the choice counted, and what was measured of it."""
+    """The speed-up that was asked for, the one that the choice counted on, and the one that was measured."""
     name, (whole, less) = next(iter(result.measured.items()))
     words = "" if whole / less >= options.speedup else f", {options.speedup - whole / less:.2f} short of it"
     lines = [
-        f"asked for {options.speedup:g}x: the choice went on until the units' shares of the time said "
+        f"asked for {options.speedup:g}x: the choice ended when the units' shares of the time said "
         f"{result.chosen[-1].speedup:.2f}x; {name}, measured whole, is {whole / less:.2f}x{words}"
     ]
     keeps_mid = "mid" not in result.recipe.remove and any(unit.startswith("mid.") for unit in result.times.shares)
@@ -219,7 +219,7 @@ def _title(options: RankOptions, result: Result) -> str:
 
 
 def _command(options: RankOptions) -> str:
-    """What was run, as far as it is not the default."""
+    """The command that was run, without its defaults."""
     plain = asdict(RankOptions())
     given = [f"--{key} {value}" for key, value in asdict(options).items() if value != plain[key] or key == "source"]
     return " ".join(["python -m tuning rank", *(words for words in given if not words.startswith("--out "))])

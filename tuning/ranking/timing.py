@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from tuning.checkpoints.configs import text_width
 from tuning.surgery.units import unit_modules
 
 __all__ = ["UnitTimes", "clock", "random_inputs", "time_together", "time_units"]
@@ -38,7 +39,7 @@ class UnitTimes:
 
 
 def clock(device: torch.device | None = None) -> Callable[[], float]:
-    """What seconds are read from, for work on this device (default: the processor)."""
+    """The clock for work on this device (default: the processor), in seconds."""
     if device is not None and device.type == "cuda":
 
         def perf_counter_after_synchronize() -> float:
@@ -53,7 +54,7 @@ def random_inputs(unet: UNet2DConditionModel, side: int, rows: int, tokens: int 
     """Noise of (rows, channels, side, side), one timestep, and text states (rows, tokens, width), on the UNet's device."""
     source = torch.Generator().manual_seed(0)
     latents = torch.randn((rows, unet.config.in_channels, side, side), generator=source)
-    states = torch.randn((rows, tokens, unet.config.cross_attention_dim), generator=source)
+    states = torch.randn((rows, tokens, text_width(unet.config)), generator=source)
     return latents.to(unet.device), torch.tensor(500, device=unet.device), states.to(unet.device)
 
 

@@ -1,4 +1,4 @@
-"""What a UNet is given while pictures are made: noisy latents, timesteps and text states along real denoising trajectories."""
+"""The inputs of a UNet while pictures are made: noisy latents, timesteps and text states along real denoising trajectories."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from tuning.checkpoints.configs import text_width
 from tuning.checkpoints.find_source import UNetSource
 from tuning.checkpoints.source import Source, reading
 from tuning.mini.models import scheduler
@@ -58,7 +59,7 @@ def trajectories(
     source_of_noise = torch.Generator().manual_seed(seed)
     if source.whole is None:
         config = scheduler(prediction_type="epsilon").config
-        states = torch.randn((prompts + 1, _TOKENS, unet.config.cross_attention_dim), generator=source_of_noise)
+        states = torch.randn((prompts + 1, _TOKENS, text_width(unet.config)), generator=source_of_noise)
     else:
         states, config = _read(source.whole, prompts)
     device = unet.device

@@ -1,4 +1,4 @@
-"""What assembly does to a UNet that no diffusers configuration can say, kept in the configuration under a key of our own.
+"""Changes that assembly makes to a UNet and no diffusers configuration can say, kept in the configuration under a key of our own.
 
 diffusers ignores the key, so such a UNet is loaded with `tuning.load_unet`; all others with
 `UNet2DConditionModel.from_pretrained` as well.
@@ -50,7 +50,7 @@ class _NoAttention(Removed):
 
 
 def changes_of(unet: UNet2DConditionModel) -> Changes:
-    """What was done to this UNet beside its configuration."""
+    """The changes that were made to this UNet beside its configuration."""
     return Changes.model_validate(unet.config.get(KEY) or {})
 
 

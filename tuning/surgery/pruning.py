@@ -1,4 +1,4 @@
-"""What a recipe keeps of a UNet, worked out and checked by names alone, before anything is built."""
+"""The layers that a recipe keeps of a UNet, worked out and checked by names alone, before anything is built."""
 
 import re
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def _choices(pattern: str, units: dict[str, str]) -> str:
 
 
 def resolve_removals(unet: nn.Module, recipe: Recipe) -> PruningPlan:
-    """What the recipe keeps of this UNet.
+    """The layers, stages and mid block that the recipe keeps of this UNet.
 
     Raises TuningError for a glob that names nothing, a ResNet without its attention, a skip connection left without its other
     end, everything at a resolution that is not the innermost, a part of the mid block, a stem, a head, or a sampler.

@@ -10,7 +10,7 @@ __all__ = ["Removed", "unit_modules"]
 
 
 class Removed(nn.Module):
-    """What stands where assembly took a unit out of its layer: no unit any more."""
+    """Stands where assembly took a unit out of its layer: no unit any more."""
 
 
 def _block_units(name: str, path: str, block: nn.Module) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""What every training shares: the loop, its state, noise, the teacher, logs."""
+"""Shared by every training: the loop, its state, noise, the teacher, logs."""

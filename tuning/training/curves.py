@@ -1,4 +1,4 @@
-"""What a run leaves to look at: its curves and its sample pictures."""
+"""A run's curves and sample pictures, as files."""
 
 import json
 from pathlib import Path

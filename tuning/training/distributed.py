@@ -46,7 +46,7 @@ class Workers:
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """What keeps fp16 gradients from vanishing; None in other precisions."""
+        """The scaler that keeps fp16 gradients from vanishing; None in other precisions."""
         scaler: torch.amp.GradScaler | None = self._accelerator.scaler
         return scaler
 

@@ -24,7 +24,7 @@ __all__ = ["LoopSettings", "Task", "run_loop"]
 
 
 class Task(Protocol):
-    """What a training brings: what it trains, its loss, and what to measure and write along the way."""
+    """One training: the module, its loss, and what to measure and write along the way."""
 
     name: str
     module: nn.Module
@@ -131,7 +131,7 @@ class _Loop:
             )
         kept = self.checkpoint is not None and self.checkpoint.exists()
         advice = (
-            "the last checkpoint is kept: lower the learning rates and start again to go on from it"
+            "the last checkpoint is kept: lower the learning rates and start again to resume from it"
             if kept
             else "no checkpoint was written yet: lower the learning rates and start again"
         )
@@ -187,7 +187,7 @@ class _Loop:
         return figures
 
     def finish(self) -> dict[str, float] | None:
-        """What is due when training ends or pauses; returns the last figures, or None when it pauses.
+        """Does what is due when training ends or pauses; returns the last figures, or None when it pauses.
 
         The checkpoint comes last, when the weights that it is to hold are known to give finite losses.
         """
@@ -200,7 +200,7 @@ class _Loop:
         return figures
 
     def periodic(self) -> None:
-        """What falls due beside training after a step; the end of the run does the same once more."""
+        """Logs, validates and draws where that is due after a step; the end of the run does the same once more."""
         settings, step, now = self.settings, self.state.step, time.monotonic()
         if step % settings.log_every == 0:
             self.report.write(self.state)
@@ -224,9 +224,9 @@ def run_loop(
     sample: Callable[[int], None] | None = None,
     measure_first: bool = False,
 ) -> dict[str, float] | None:
-    """Trains until a bound is reached, going on from `checkpoint` where it exists; leaves averaged weights in the module.
+    """Trains until a bound is reached, resuming from `checkpoint` where it exists; leaves averaged weights in the module.
 
-    `stop_at(step)` ends the run early without finishing the stage: the checkpoint then allows going on. `sample(step)`
+    `stop_at(step)` ends the run early without finishing the stage: the checkpoint then allows resuming. `sample(step)`
     draws pictures with the averaged weights. `measure_first` validates once before the first step. Returns the last
     validation figures (on the first worker; on others they are empty), or None when it was stopped early.
 

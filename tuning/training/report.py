@@ -1,4 +1,4 @@
-"""What a training says: the line on the console, and the JSON lines of its metrics file."""
+"""A training's report: the line on the console, and the JSON lines of its metrics file."""
 
 import json
 from pathlib import Path
@@ -35,12 +35,14 @@ class Report:
                 kept = [line for line in whole if not self._again(json.loads(line), state)]
             except (ValueError, KeyError, TypeError) as error:
                 reason = f"{type(error).__name__}: {error}"
-                raise TuningError(f"{self._log} is damaged ({reason}): take the bad line out, or delete it, and go on") from error
+                raise TuningError(
+                    f"{self._log} is damaged ({reason}): take the bad line out, or delete it, and start again"
+                ) from error
             write_text(self._log, "".join(f"{line}\n" for line in kept))
 
     @staticmethod
     def _again(line: dict[str, Any], state: State) -> bool:
-        """Whether a run that goes on from this state writes this line again."""
+        """Whether a run that is resumed from this state writes this line again."""
         measured = state.step == 0 or (state.progress >= 1 and "loss" not in line)
         return bool(line["step"] >= state.step if measured else line["step"] > state.step)
 

@@ -23,7 +23,7 @@ _DAMAGED = (
 
 
 class State:
-    """A module under training with what goes on with it."""
+    """A module under training, its average and optimizers, and how far the training is."""
 
     def __init__(self, name: str, module: nn.Module, optimizer: MuonAdamW, scaler: torch.amp.GradScaler | None) -> None:
         """`name` is what the training is called in messages."""
@@ -68,7 +68,9 @@ class State:
             with atomic_file(path) as temporary:
                 torch.save(state, temporary)
         except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
-            raise TuningError(f"can't write {path} ({_line(error)}): the last checkpoint is kept; make room, go on") from error
+            raise TuningError(
+                f"can't write {path} ({_line(error)}): the last checkpoint is kept; make room and start again to resume"
+            ) from error
 
     def load(self, path: Path) -> None:
         """Restores what `save` wrote. Raises TuningError for anything else; code in a pickle is never run."""

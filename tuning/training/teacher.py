@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from tuning.checkpoints.configs import latent_size
 from tuning.checkpoints.find_source import find_source
 from tuning.checkpoints.source import reading
 from tuning.training.noising import tokenize
@@ -43,8 +44,8 @@ class Teacher:
 
     @property
     def size(self) -> int:
-        """Side of the pictures that the UNet was made for, in pixels."""
-        return int(self.unet.config.sample_size) * self.scale
+        """The shorter side of the pictures that the UNet was made for, in pixels."""
+        return min(latent_size(self.unet.config)) * self.scale
 
     @property
     def scale(self) -> int:

@@ -76,24 +76,25 @@ def test_labels_cover_neither_each_other_nor_a_point(monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_kept_is_read_again_but_for_a_line_that_was_cut_off(tmp_path: Path) -> None:
-    kept = plans.Kept(tmp_path / "work", {"rounds": 2, "plans": ("a", "b")})
+    kept = plans.RunFolder(tmp_path / "work", {"rounds": 2, "plans": ("a", "b")})
     kept.add("rounds", {"a": [1, 2.5]})
     kept.add("rounds", {"a": [1, 3.5]})
     kept.put("block:3", [picture(7)])
     path = tmp_path / "work" / "rounds.jsonl"
     path.write_text(path.read_text() + '{"a": [1, 4')
-    again = plans.Kept(tmp_path / "work", {"rounds": 2, "plans": ("a", "b")})
+    again = plans.RunFolder(tmp_path / "work", {"rounds": 2, "plans": ("a", "b")})
     assert again.lines("rounds") == [{"a": [1, 2.5]}, {"a": [1, 3.5]}]
     assert again.lines("nothing") == []
     assert again.pictures("block:3")[0].tobytes() == picture(7).tobytes()
     with pytest.raises(UserError, match="holds a run with other settings.*choose another --work"):
-        plans.Kept(tmp_path / "work", {"rounds": 3, "plans": ("a", "b")})
+        plans.RunFolder(tmp_path / "work", {"rounds": 3, "plans": ("a", "b")})
 
 
 class Stopped(Exception):
     """The run is killed."""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     calls: list[str] = []

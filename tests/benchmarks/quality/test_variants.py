@@ -1,4 +1,4 @@
-"""The table of variants: how it reads, that README shows the committed one, and that the Frechet distance is one."""
+"""The table of variants: how it reads, that docs/variants.md shows the committed one, and that the Frechet distance is one."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_pages_show_the_committed_figures(tmp_path: Path, capsys: pytest.Capture
     main(["--page", "--table", str(tmp_path / "variants.md")])
     assert (tmp_path / "variants.md").read_text() == Path("docs/variants.md").read_text()
     table = markdown(json.loads(RESULTS.read_text()))
-    assert table in Path("README.md").read_text()
+    assert table in Path("docs/variants.md").read_text()
     assert capsys.readouterr().out == f"{table}wrote {tmp_path / 'variants.md'}\n"
     with pytest.raises(UserError, match=r"none\.json holds no figures .*measure without --page"):
         main(["--page", "--out", str(tmp_path / "none.json")])

@@ -16,6 +16,7 @@ from tuning.checkpoints.find_source import find_source
 from tuning.checkpoints.source import FileSource, FolderSource
 
 
+@pytest.mark.slow
 def test_a_build_is_measured_killed_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a single file that is written for it."""
     out, configuration = tmp_path / "found.json", save_source(tmp_path / "tiny")
@@ -28,7 +29,7 @@ def test_a_build_is_measured_killed_and_gone_on_with(tmp_path: Path, capsys: pyt
     assert list(folder.iterdir()) == [], "neither weights nor bundles are left"
     rows = {row["what"]: row for row in json.loads(out.read_text())["sources"][source]}
     assert {what: row["exit"] for what, row in rows.items()} == {
-        "build": 0, "again, nothing changed": 0, "verify": 0, "killed in the middle": -9, "gone on with": 0
+        "build": 0, "again, nothing changed": 0, "verify": 0, "killed in the middle": -9, "resumed": 0
     }  # fmt: skip
     assert rows["again, nothing changed"]["seconds"] < rows["build"]["seconds"]
     phases = rows["build"]["phases"]
@@ -61,6 +62,7 @@ def test_an_unknown_kind_of_source_is_a_users_mistake(tmp_path: Path) -> None:
         full_build.main(given)
 
 
+@pytest.mark.slow
 def test_opsets_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx")
     out = tmp_path / "found.json"

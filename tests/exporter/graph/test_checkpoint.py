@@ -17,7 +17,7 @@ from exporter.errors import SourceError
 from exporter.graph.checkpoint import Checkpoint, open_source
 from tests.support.commands import Command
 from tests.support.reference import MINI
-from tests.support.single_files import single_file_state
+from tuning.checkpoints.compvis_layout import single_file_state
 from tuning.checkpoints.folder import save_part
 
 
@@ -101,6 +101,7 @@ def test_text_encoder_and_vae(single_file: Path) -> None:
         assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in made.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_single_file_is_built_and_verified(exporter: Command, tiny_source: Path, tmp_path: Path) -> None:
     parts = {
         "unet": UNet2DConditionModel.from_pretrained(tiny_source, subfolder="unet"),

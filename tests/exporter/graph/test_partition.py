@@ -13,9 +13,9 @@ from engines import Segment, Unit
 from exporter import partition, topology
 from exporter.graph.partition import GRANULARITIES, Granularity
 from runtime import Plan, PlanError, Rule, Schedule, find_plan
+from runtime.plans.checks import check_runs
 from runtime.plans.demand import demand
 from runtime.plans.key_steps import Threshold, Uniform
-from runtime.plans.schedule import check_runs
 from tests.support.unets import TOPOLOGIES, make_manifest, small_unet
 from tests.support.unit_graphs import rules_for, units_of_a_graph
 
@@ -157,13 +157,14 @@ def test_segments_cut_for_a_plan_run_it_and_nothing_else(model: str, pattern: st
     manifest = make_manifest(units=units, segments=segments)
     schedule = Schedule(plan, {"original": manifest}, [900.0, 500.0])
     check_runs(schedule)
-    inherited = schedule.decide(1).inherited
+    inherited = schedule.resolve(1).inherited
     running = demand(segments, ["head"], inherited)
     assert [name for segment in running for name in segment.units] == [unit.name for unit in demand(units, ["head"], inherited)]
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.data())
+@pytest.mark.slow
 def test_segments_cut_for_any_plan_run_it(data: st.DataObject) -> None:
     """However its rules meet: at a step where some inherit, others keep what is read at a later one."""
     units, steps = data.draw(units_of_a_graph()), data.draw(st.integers(1, 8))

@@ -16,6 +16,7 @@ from engines.null import Null
 from engines.tensorrt.engine import TensorRTRTX
 from exporter.segments.writer import profile_of
 from runtime import Pipeline, RequestError
+from runtime.prepared import check_shape
 from tests.support.commands import Command, assert_refused
 from tests.support.fake_tensorrt import FakeTensorRT
 
@@ -139,14 +140,14 @@ def static(mini_pipeline: Pipeline) -> Pipeline:
 
 
 def test_what_a_static_bundle_takes(static: Pipeline) -> None:
-    static.check_request(["a", "b"], 2, 64, 128, 1.5)
+    check_shape(static.manifest, static.engine, 2, 64, 128, 1.5)
 
 
 @pytest.mark.parametrize("request_made", [(1, 64, 128, 7.5), (3, 64, 128, 7.5), (2, 64, 64, 7.5), (2, 64, 128, 1.0)], ids=str)
 def test_what_it_refuses(static: Pipeline, request_made: tuple[int, int, int, float]) -> None:
     images, height, width, guidance = request_made
     with pytest.raises(RequestError) as refusal:
-        static.check_request(["a"], images, height, width, guidance)
+        check_shape(static.manifest, static.engine, images, height, width, guidance)
     assert str(refusal.value) == (
         f"{images} image(s) of {height}x{width} with guidance {guidance:g}: the null engines of this bundle are static, for "
         "exactly 2 image(s) of 64x128 with guidance above 1; ask for that, or build others with --sizes and --batch, for several "
@@ -158,10 +159,10 @@ def test_what_it_refuses(static: Pipeline, request_made: tuple[int, int, int, fl
 def test_a_request_outside_the_sizes_built_for(static: Pipeline, request_made: tuple[int, int, int]) -> None:
     changes = {"static": False, "max_images": 2, "sizes": ((64, 128), (128, 64))}
     static.bundle = replace(static.bundle, manifest=static.manifest.model_copy(update=changes))
-    static.check_request(["a", "b"], 2, 128, 128, 7.5)
+    check_shape(static.manifest, static.engine, 2, 128, 128, 7.5)
     images, height, width = request_made
     with pytest.raises(RequestError) as refusal:
-        static.check_request(["a"], images, height, width, 7.5)
+        check_shape(static.manifest, static.engine, images, height, width, 7.5)
     assert str(refusal.value) == (
         f"{images} image(s) of {height}x{width}: the null engines of this bundle were built for up to 2 image(s) of 64x128, "
         "128x64; build others with --sizes and --batch"
@@ -170,7 +171,7 @@ def test_a_request_outside_the_sizes_built_for(static: Pipeline, request_made: t
 
 def test_an_engine_without_a_profile_takes_anything(static: Pipeline) -> None:
     static.engine = Null()
-    static.check_request(["a"], 3, 64, 64, 0.0)
+    check_shape(static.manifest, static.engine, 3, 64, 64, 0.0)
 
 
 def test_a_rebuild_cuts_as_the_bundle_was_cut(exporter: Command, fake_trace: Any, tiny_source: Path, tmp_path: Path) -> None:

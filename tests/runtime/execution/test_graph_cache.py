@@ -20,8 +20,8 @@ from engines.errors import EngineMemoryError
 from engines.tensorrt.runner import EngineRunner, ErrorLog, StreamWorkspace
 from runtime import Executor, LoadedBundle, Plan, PlanError, Rule, Schedule, UNetRange, find_plan
 from runtime.execution.graph_cache import CudaGraphCache
+from runtime.plans.checks import check_runs
 from runtime.plans.key_steps import Explicit, Threshold, Uniform
-from runtime.plans.schedule import check_runs
 from tests.support.fake_tensorrt import ALIGNMENT, FakeTensorRT, Program
 from tests.support.recording import FakeRecorder
 from tests.support.reference import reference_denoise, reference_scheduler
@@ -257,6 +257,7 @@ def test_a_call_that_breaks_off_leaves_the_graphs_to_the_next(
     assert recorder.replayed > before[1]
 
 
+@pytest.mark.slow
 def test_few_are_kept_where_few_may_be(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any) -> None:
     plan, live, graphs = PLANS["two rules"], live_network(unet, manifest), CudaGraphCache(recorder, limit=2)
     network = make(live_network(unet, manifest))

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from engines import Bundle, Manifest, make_engine
 from engines.null import Null
 from runtime import Executor, LoadedBundle, Schedule, find_plan
-from runtime.plans.schedule import check_runs
+from runtime.plans.checks import check_runs
 from tests.support.reference import MINI
 from tests.support.unets import manifest_of
 

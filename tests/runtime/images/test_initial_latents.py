@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.images.initial_latents import LatentBlend, from_picture, timesteps_from
+from runtime.images.initial_latents import LatentBlend, from_picture, generators_of, timesteps_from
 from runtime.images.schedulers import SCHEDULERS, make_scheduler
 from tests.support.reference import MINI
 
@@ -21,7 +21,7 @@ def started(name: str, strength: float) -> tuple[Any, torch.Tensor, LatentBlend]
     distribution = torch.randn(1, 8, 6, 5, generator=torch.Generator().manual_seed(0)).abs()
     mask = torch.zeros(1, 1, 6, 5)
     mask[..., 2:4, 1:3] = 1
-    start = from_picture(scheduler, distribution, mask, timesteps, strength, (1, 2))
+    start = from_picture(scheduler, distribution, mask, timesteps, strength, generators_of((1, 2)))
     assert start.repaint is not None
     return scheduler, timesteps, start.repaint
 

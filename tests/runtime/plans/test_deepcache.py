@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime import Executor, Pipeline, Plan, Rule, Schedule
+from runtime import Pipeline, Plan, Rule
 from runtime.plans.key_steps import Uniform
-from runtime.plans.schedule import check_runs
+from tests.support.denoise import denoise
 from tests.support.reference import mini_text, mini_unet, reference_noise, reference_scheduler
 from tests.support.unets import TOKENS, live_network, manifest_of
 
@@ -73,18 +73,13 @@ def inherited_by(branch: int) -> str:
 
 
 @pytest.mark.parametrize("branch", range(12))
+@pytest.mark.slow
 def test_every_branch_on_the_way_up_is_a_plan(branch: int) -> None:
     plan = Plan(name="branch", rules=(Rule(units=(inherited_by(branch),), when=Uniform(every=3)),))
     unet, noise = mini_unet(), reference_scheduler("ddim", STEPS)
     manifest = manifest_of(unet, None, [plan])
-    schedule = Schedule(plan, {"one": manifest}, noise.timesteps.tolist())
-    check_runs(schedule)
-    executor = Executor({"one": live_network(unet, manifest)}, schedule)
     latents, text = reference_noise(4, 2, 4, 8, 8), mini_text([NEGATIVE] * 2 + [PROMPT] * 2)[:, :TOKENS]
-    for index, timestep in enumerate(noise.timesteps):
-        prediction, _ = executor.step(index, torch.cat([latents] * 2), timestep.reshape(1).float(), text)
-        negative, positive = prediction.chunk(2)
-        latents = noise.step(negative + GUIDANCE * (positive - negative), timestep, latents).prev_sample
+    latents, _ = denoise({"one": live_network(unet, manifest)}, noise, latents, text, plan, GUIDANCE)
     peer, other = peer_latents(3, branch, TOKENS), peer_latents(3, (branch + 1) % 12, TOKENS)
     # Both run PyTorch's kernels here and differ by 2e-6, where the next branch, deep in this small UNet, differs by 3e-5 or more.
     assert float((latents - peer).abs().max() / peer.abs().max()) < BRANCH_TOLERANCE

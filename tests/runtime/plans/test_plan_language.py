@@ -11,13 +11,13 @@ from torch import Tensor
 
 from engines import Manifest
 from exporter.graph.partition import Granularity
-from runtime import Executor, Plan, PlanError, Rule, Schedule, UNetRange
+from runtime import Plan, PlanError, Rule, Schedule, UNetRange
 from runtime.execution.executor import StepRecord
 from runtime.plans.key_steps import Back, Explicit, Front, Mode, Quadratic, Random, Threshold, Uniform
-from runtime.plans.schedule import check_runs
+from tests.support.denoise import denoise, small_inputs
 from tests.support.reference import reference_scheduler
 from tests.support.reference_script import reference_script
-from tests.support.unets import TEXT_WIDTH, TOKENS, live_network, manifest_of, relative_error, small_unet
+from tests.support.unets import live_network, manifest_of, relative_error, small_unet
 
 TOLERANCE = 1e-4
 """Of the largest final latent: float32 sums in another order give 1e-6 a step; a wrong feature gives more than 1e-2."""
@@ -57,27 +57,13 @@ MODES: dict[str, tuple[Mode, set[int]]] = {
 THRESHOLD = Threshold(above=0.4)
 
 
-def small_inputs() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(2, 4, 8, 16, generator=generator), torch.randn(2, TOKENS, TEXT_WIDTH, generator=generator)
-
-
-def denoise(
+def made_by(
     unets: Mapping[str, Any], manifests: Mapping[str, Manifest], plan: Plan, steps: int = STEPS, scheduler: str = "ddim"
 ) -> tuple[Tensor, list[StepRecord]]:
     """Final latents and records of a plan on live modules, without guidance."""
-    noise = reference_scheduler(scheduler, steps)
-    schedule = Schedule(plan.checked(), manifests, noise.timesteps.tolist())
-    check_runs(schedule)
-    executor = Executor({name: live_network(unets[name], manifests[name]) for name in unets}, schedule)
-    (latents, text), records = small_inputs(), []
-    latents = latents * noise.init_noise_sigma
-    for index, timestep in enumerate(noise.timesteps):
-        sample = noise.scale_model_input(latents, timestep)
-        prediction, record = executor.step(index, sample, timestep.reshape(1).float(), text)
-        latents = noise.step(prediction, timestep, latents).prev_sample
-        records.append(record)
-    return latents, records
+    noise, (latents, text) = reference_scheduler(scheduler, steps), small_inputs()
+    networks = {name: live_network(unets[name], manifests[name]) for name in unets}
+    return denoise(networks, noise, latents * noise.init_noise_sigma, text, plan)
 
 
 def expected(
@@ -93,7 +79,7 @@ def check_against_reference(
 ) -> None:
     """Latents and key steps are the reference's; without ``keys``, the reference decides by the change of its stem."""
     rule = plan.rules[0]
-    made, records = denoise({"one": unet}, {"one": manifest_of(unet, granularity, [plan])}, plan, steps)
+    made, records = made_by({"one": unet}, {"one": manifest_of(unet, granularity, [plan])}, plan, steps)
     found = {record.index for record in records if record.kind == "key"}
     stems: list[Tensor] = []
     handle = unet.conv_in.register_forward_hook(lambda module, args, output: stems.append(output))
@@ -135,7 +121,7 @@ def test_level_kind_and_mode(model: str, level: str, mode: str) -> None:
 def test_granularity_makes_no_difference(granularity: Granularity | None) -> None:
     plan = Plan(name="p", rules=(Rule(units=("up.2.*.attention",), kind="residual", when=Uniform(every=3)),))
     unet = small_unet("uneven")
-    made, _ = denoise({"one": unet}, {"one": manifest_of(unet, granularity, [plan])}, plan)
+    made, _ = made_by({"one": unet}, {"one": manifest_of(unet, granularity, [plan])}, plan)
     paths = [f"up_blocks.2.attentions.{i}" for i in range(3)]
     assert relative_error(made, expected({"one": unet}, script_of({0, 3, 6}, paths, "residual"))) < TOLERANCE
 
@@ -144,7 +130,7 @@ def test_granularity_makes_no_difference(granularity: Granularity | None) -> Non
 def test_steps_are_counted_whatever_the_scheduler(scheduler: str) -> None:
     plan = Plan(name="p", rules=(Rule(units=("up.-2",), when=Front(every=2)),))
     unet = small_unet("uneven")
-    made, records = denoise({"one": unet}, {"one": manifest_of(unet, "block", [plan])}, plan, 4, scheduler)
+    made, records = made_by({"one": unet}, {"one": manifest_of(unet, "block", [plan])}, plan, 4, scheduler)
     count = len(reference_scheduler(scheduler, 4).timesteps)
     keys = {4: {0, 1}, 5: {0, 1, 2}, 7: {0, 1, 2, 4}}[count]
     assert {record.index for record in records if record.kind == "key"} == keys
@@ -159,7 +145,7 @@ def test_rules_hold_at_once_and_in_parts_of_the_schedule() -> None:
     late = Rule(units=("up.2.layer.1.resnet",), kind="residual", when=Uniform(every=4), start=0.5)
     plan = Plan(name="three", rules=(first, second, late))
     unet = small_unet("uneven")
-    made, records = denoise({"one": unet}, {"one": manifest_of(unet, "block", [plan])}, plan)
+    made, records = made_by({"one": unet}, {"one": manifest_of(unet, "block", [plan])}, plan)
     script = []
     for index in range(STEPS):
         inheriting = {} if index in {0, 3, 6} else {"up_blocks.1.upsamplers.0": "output"}
@@ -179,7 +165,7 @@ def test_a_feature_belongs_to_the_first_rule_that_names_it() -> None:
         ),
     )
     unet = small_unet("uneven")
-    made, _ = denoise({"one": unet}, {"one": manifest_of(unet, "block", [plan])}, plan)
+    made, _ = made_by({"one": unet}, {"one": manifest_of(unet, "block", [plan])}, plan)
     attentions = [
         "down_blocks.0.attentions.0",
         "down_blocks.0.attentions.1",
@@ -240,7 +226,7 @@ def test_switching_unets(name: str, carry: bool) -> None:
     plan = Plan(name="switch", unets=SWITCH, rules=(rule,), carry=carry)
     unets, manifests = pair()
     manifests |= {name: manifest_of(unet, "block", [plan]) for name, unet in unets.items()}
-    made, records = denoise(unets, manifests, plan)
+    made, records = made_by(unets, manifests, plan)
     names = [record.unet for record in records]
     assert names == ["small"] * names.count("small") + ["large"] * names.count("large")
     at = names.count("small")
@@ -261,7 +247,7 @@ def test_switching_unets_by_steps(carry: bool, scheduler: str) -> None:
     plan = Plan(name="steps", unets=STEP_SWITCH, switch_by="steps", rules=rules, carry=carry)
     unets, manifests = pair()
     manifests |= {name: manifest_of(unet, "block", [plan]) for name, unet in unets.items()}
-    made, records = denoise(unets, manifests, plan, 5, scheduler)
+    made, records = made_by(unets, manifests, plan, 5, scheduler)
     count = {"ddim": 5, "heun": 9}[scheduler]
     names = ["small"] * 3 + ["large"] * (count - 3)
     if scheduler == "heun":
@@ -282,7 +268,7 @@ def test_a_switch_by_steps_may_part_two_evaluations_of_one_timestep(at: int) -> 
     )
     unets, manifests = pair()
     manifests |= {name: manifest_of(unet) for name, unet in unets.items()}
-    made, records = denoise(unets, manifests, plan, 5, "heun")
+    made, records = made_by(unets, manifests, plan, 5, "heun")
     names = ["small"] * at + ["large"] * (9 - at)
     assert [record.unet for record in records] == names
     assert relative_error(made, expected(unets, [(name, {}) for name in names], "heun", 5)) < TOLERANCE
@@ -388,6 +374,6 @@ def test_bad_plans_are_refused_by_field(name: str) -> None:
 def test_a_rule_whose_part_of_the_schedule_has_no_step_changes_nothing() -> None:
     plan = Plan(name="late", rules=(Rule(units=("up.1",), when=Quadratic(every=2), start=0.9),))
     unet = small_unet("uneven")
-    made, records = denoise({"one": unet}, {"one": manifest_of(unet)}, plan, 2)
+    made, records = made_by({"one": unet}, {"one": manifest_of(unet)}, plan, 2)
     assert {record.kind for record in records} == {"key"}
     assert relative_error(made, expected({"one": unet}, [("one", {}), ("one", {})], steps=2)) < TOLERANCE

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from engines import Bundle
 from exporter.graph.partition import Granularity
-from runtime import Executor, Pipeline, Plan, Rule, Schedule, find_plan
-from runtime.execution.executor import LoadedBundle, StepRecord
+from runtime import Pipeline, Plan, Rule, find_plan
+from runtime.execution.executor import LoadedBundle
 from runtime.plans.key_steps import Explicit
-from runtime.plans.schedule import check_runs
+from tests.support.denoise import denoise, small_inputs
 from tests.support.reference import mini_pixels, mini_text, mini_unet, reference_denoise, reference_noise, reference_scheduler
-from tests.support.unets import TEXT_WIDTH, TOKENS, TOPOLOGIES, live_network, manifest_of, relative_error, small_unet
+from tests.support.unets import TOPOLOGIES, live_network, manifest_of, relative_error, small_unet
 
 TOLERANCE = 1e-4
 """Of the largest final latent. Both sides are float32, one evaluation differs by 1e-6 (sums in another order), and a dozen
@@ -105,24 +105,6 @@ def test_the_assembled_variant(assembled_bundle: Bundle) -> None:
     assert relative_error(made.latents, expected) < TOLERANCE
 
 
-def denoise(network: LoadedBundle, noise: Any, latents: Tensor, text: Tensor, plan: Plan) -> tuple[Tensor, list[StepRecord]]:
-    """The denoising loop without guidance, on the executor alone."""
-    schedule = Schedule(plan, {"one": network.manifest}, noise.timesteps.tolist())
-    check_runs(schedule)
-    executor, records = Executor({"one": network}, schedule), []
-    for index, timestep in enumerate(noise.timesteps):
-        sample = noise.scale_model_input(latents, timestep)
-        prediction, record = executor.step(index, sample, timestep.reshape(1).float(), text)
-        latents = noise.step(prediction, timestep, latents).prev_sample
-        records.append(record)
-    return latents, records
-
-
-def small_inputs() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(2, 4, 8, 16, generator=generator), torch.randn(2, TOKENS, TEXT_WIDTH, generator=generator)
-
-
 @pytest.mark.parametrize("plan", ["full", "block:2", "block:3", "deepcache:2", "deepcache:3"])
 @pytest.mark.parametrize("model", list(TOPOLOGIES))
 @pytest.mark.parametrize("granularity", ["block", "unit"])
@@ -131,7 +113,7 @@ def test_presets_on_other_topologies(model: str, plan: str, granularity: Granula
     manifest = manifest_of(unet, granularity)
     latents, text = small_inputs()
     network = live_network(unet, manifest)
-    made, _ = denoise(network, reference_scheduler("ddim", 7), latents, text, find_plan(plan))
+    made, _ = denoise({"one": network}, reference_scheduler("ddim", 7), latents, text, find_plan(plan))
     expected, _ = reference_denoise(
         unet, reference_scheduler("ddim", 7), latents, text, 1.0, key_steps(plan, 7), inherited_paths(plan, model)
     )
@@ -145,7 +127,7 @@ def test_schedulers_on_a_unet_without_mid_block(scheduler: str) -> None:
     latents, text = small_inputs()
     noise = reference_scheduler(scheduler, 6)
     latents = latents * noise.init_noise_sigma
-    made, _ = denoise(live_network(unet, manifest), noise, latents, text, find_plan("deepcache:3"))
+    made, _ = denoise({"one": live_network(unet, manifest)}, noise, latents, text, find_plan("deepcache:3"))
     noise = reference_scheduler(scheduler, 6)
     expected, _ = reference_denoise(
         unet, noise, latents, text, 1.0, key_steps("deepcache:3", len(noise.timesteps)), inherited_paths("deepcache:3", "no mid")
@@ -180,7 +162,7 @@ def test_plans_of_ones_own_with_listed_key_steps(name: str, granularity: Granula
     unet = small_unet("uneven")
     manifest = manifest_of(unet, granularity, plans=[plan])
     latents, text = small_inputs()
-    made, records = denoise(live_network(unet, manifest), reference_scheduler("ddim", 7), latents, text, plan)
+    made, records = denoise({"one": live_network(unet, manifest)}, reference_scheduler("ddim", 7), latents, text, plan)
     expected, _ = reference_denoise(unet, reference_scheduler("ddim", 7), latents, text, 1.0, {0, 1, 4}, paths)
     assert relative_error(made, expected) < TOLERANCE
     assert [record.kind for record in records] == ["key", "key", "inherit", "inherit", "key", "inherit", "inherit"]
@@ -225,7 +207,7 @@ def test_stages_of_an_inherit_step(mini_pipeline: Pipeline, unet: Any, plan: str
     recording: Any = {name: Recording(runner, log) for name, runner in network.runners.items()}
     latents, text = reference_noise(3, 2, 4, 8, 8), mini_text([NEGATIVE, PROMPT])
     noise, found = reference_scheduler("ddim", 3), find_plan(plan)
-    _, records = denoise(LoadedBundle(network.manifest, recording), noise, latents, text, found)
+    _, records = denoise({"one": LoadedBundle(network.manifest, recording)}, noise, latents, text, found)
     paths = STAGES[plan]
     _, seen = reference_denoise(
         unet, reference_scheduler("ddim", 3), latents, text, 1.0, {0}, inherited_paths(plan, "mini"), paths.values()

@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from engines import Bundle, Manifest
-from engines.null import Null
-from runtime import PlanError, Schedule, find_plan
-from runtime.__main__ import main
-from runtime.execution.siblings import companion
+from engines import Bundle
+from runtime import Schedule, find_plan
 from runtime.plans.presets import PRESETS
 from runtime.report.cost import relative_macs
-from tests.support.commands import Command, assert_refused, command
-from tests.support.unets import manifest_of, small_unet
+from tests.support.commands import Command, assert_refused
+from tests.support.unets import manifest_of, small_unet, written_manifest
 
 SWITCH = find_plan("switch:0.4")
 TIMESTEPS = [float(timestep) for timestep in range(970, 0, -100)]
 
 
-@pytest.fixture
-def runtime(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+@pytest.fixture(autouse=True)
+def narrow(runtime: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
-    return command(main, capfd, monkeypatch)
-
-
-def written(manifest: Manifest, folder: Path, **changes: Any) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(manifest.model_copy(update=changes).model_dump_json())
-    return folder
 
 
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
-    return written(manifest_of(small_unet("uneven")), tmp_path / "bundles" / "original")
+    return written_manifest(manifest_of(small_unet("uneven")), tmp_path / "bundles" / "original")
 
 
 @pytest.fixture
 def assembled(tmp_path: Path) -> Path:
-    return written(manifest_of(small_unet("no mid")), tmp_path / "bundles" / "assembled", variant="assembled")
+    return written_manifest(manifest_of(small_unet("no mid")), tmp_path / "bundles" / "assembled", variant="assembled")
 
 
 def rows(out: list[str]) -> dict[str, str]:
@@ -97,52 +86,3 @@ def test_without_a_bundle_the_list_says_what_costs_need(
 
 def test_costs_of_no_steps_are_refused(runtime: Command, original: Path) -> None:
     assert_refused(runtime("plans", "--bundle", original, "--steps", 0), "steps = 0; choose 1 or more")
-
-
-def test_the_companion_is_of_the_same_source_and_lies_beside(original: Path, assembled: Path, tmp_path: Path) -> None:
-    bundle = Bundle.open(original)
-    # Neither of another source nor unfinished, damaged or of another version.
-    written(bundle.manifest, original.parent / "aaa", variant="assembled", source="elsewhere")
-    written(bundle.manifest, original.parent / ".aab", variant="assembled")
-    (written(bundle.manifest, original.parent / "aac", variant="assembled") / "manifest.json").write_text("{")
-    assert companion(bundle, "original", SWITCH, TIMESTEPS) is bundle
-    assert companion(bundle, "assembled", SWITCH, TIMESTEPS).folder == assembled
-
-
-def test_a_companion_that_is_missing_or_does_not_fit(original: Path) -> None:
-    bundle = Bundle.open(original)
-    with pytest.raises(
-        PlanError, match=r"runs the UNet 'assembled', and no bundle .*: python -m exporter build --variant assemb"
-    ):
-        companion(bundle, "assembled", SWITCH, TIMESTEPS)
-    written(bundle.manifest, original.parent / "assembled", variant="assembled", latent_channels=8)
-    with pytest.raises(
-        PlanError,
-        match=r"assembled cannot take turns with it: latent_channels is 4 in original and 8 in assembled; build it with: .*"
-        r" --out \S*/bundles/assembled-2$",
-    ):
-        companion(bundle, "assembled", SWITCH, TIMESTEPS)
-
-
-def test_a_companion_that_is_missing_is_built_as_the_bundle_was(original: Path) -> None:
-    changes: dict[str, Any] = {"config": "shapes", "unet": "tuned", "precision": "fp16", "sizes": ((64, 128), (64, 64))}
-    bundle = replace(Bundle.open(original), manifest=Bundle.open(original).manifest.model_copy(update=changes))
-    plan = find_plan("switch:0.4+layer:3")
-    with pytest.raises(PlanError) as refusal:
-        companion(bundle, "assembled", plan, TIMESTEPS, Null())
-    assert str(refusal.value).partition("build it with: ")[2] == (
-        "python -m exporter build --variant assembled --source test --config shapes --precision fp16 --engine null "
-        f"--sizes 64x128,64x64 --batch 1..4 --plan switch:0.4+layer:3 --out {original.parent / 'assembled'}"
-    )
-
-
-def test_of_several_companions_the_one_that_fits_is_taken(original: Path, tmp_path: Path) -> None:
-    bundle, unet = Bundle.open(original), small_unet("no mid")
-    plan = find_plan("switch:0.4+unit:3")
-    parent = original.parent
-    written(manifest_of(unet), parent / "a-other", variant="assembled", precision="fp16")
-    written(manifest_of(unet), parent / "b-uncut", variant="assembled")
-    assert companion(bundle, "assembled", plan, TIMESTEPS).folder == parent / "b-uncut"
-    written(manifest_of(unet, None, ["unit:3"]), parent / "c-cut", variant="assembled")
-    assert companion(bundle, "assembled", plan, TIMESTEPS).folder == parent / "c-cut"
-    assert companion(bundle, "assembled", SWITCH, TIMESTEPS).folder == parent / "b-uncut"

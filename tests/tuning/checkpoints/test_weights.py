@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tests.support.reference import MINI
-from tests.support.single_files import single_file_state, unet_state
 from tests.support.unets import small_unet
+from tuning.checkpoints.compvis_layout import single_file_state, unet_state
 from tuning.checkpoints.find_source import find_source, open_unet
 from tuning.checkpoints.folder import unet_weights
 from tuning.checkpoints.weights import RandomWeights, materialize, mmap_safetensors, shapes_of
@@ -161,7 +161,7 @@ def test_files_are_opened_anew_before_too_much_of_them_is_mapped(monkeypatch: py
         opened.append(path)
         return mmap_safetensors(path)
 
-    monkeypatch.setattr("tuning.checkpoints.folder.map_file", note)
+    monkeypatch.setattr("tuning.checkpoints.folder.mmap_safetensors", note)
     file = MINI / "unet" / "diffusion_pytorch_model.safetensors"
     skeleton: Any = find_source("mini").skeleton("unet")
     made, original = materialize(skeleton, unet_weights(file.parent, skeleton)), load_file(file)

@@ -1,6 +1,5 @@
 """The commands that stand beside the embedded model's smaller UNets are those that their settings tell of."""
 
-import argparse
 import json
 import re
 import shlex
@@ -12,15 +11,16 @@ import pytest
 import tuning
 from tuning import Experts
 from tuning.__main__ import _parser
-from tuning.distillation.options import fill_defaults
+from tuning.distillation.options import DistillOptions
 
 TRAINING = Path("models/mini/training")
 PROCESSES = "torchrun --nproc-per-node 2 -m tuning distill"
 
 
-def commands() -> list[argparse.Namespace]:
+def commands() -> list[DistillOptions]:
     text = (TRAINING / "README.md").read_text().replace("\\\n", " ")
-    return [_parser().parse_args(shlex.split(line)[5:]) for line in re.findall(rf"^ +({PROCESSES}.*)$", text, re.M)]
+    found = [_parser().parse_args(shlex.split(line)[5:]) for line in re.findall(rf"^ +({PROCESSES}.*)$", text, re.M)]
+    return [DistillOptions.of({name: value for name, value in vars(each).items() if name != "command"}) for each in found]
 
 
 @pytest.mark.parametrize("folder", sorted(Path("models/mini").glob("unet_*")), ids=lambda folder: folder.name)
@@ -39,9 +39,8 @@ def test_the_other_router_was_distilled_in_the_same_way() -> None:
     assert {name for name in mine if mine[name] != other[name]} == {"student", "out", "work"}
 
 
-def check(options: argparse.Namespace, folder: Path) -> None:
+def check(options: DistillOptions, folder: Path) -> None:
     """The command gives the settings in the folder."""
-    fill_defaults(options)
-    given: dict[str, Any] = json.loads(json.dumps(vars(options), default=str)) | {"processes": 2}
+    given: dict[str, Any] = options.model_dump(mode="json") | {"processes": 2}
     kept = json.loads((folder / "settings.json").read_text())
     assert {name: given[name] for name in kept} == kept

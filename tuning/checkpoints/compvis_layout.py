@@ -1,4 +1,6 @@
-"""Checkpoints as one .safetensors file in the layout of CompVis' code, written from the parts of a diffusers folder.
+"""The layout of CompVis' code, for writing: a diffusers checkpoint's weights under the names of a single file.
+
+`single_file` reads that layout with diffusers' converters; here the names are written out, so that the two check each other.
 
 The names are those of the modules in https://github.com/CompVis/stable-diffusion (ldm/modules), and of open_clip for the second
 kind of text encoder.
@@ -12,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+__all__ = ["clip_state", "open_clip_state", "single_file_state", "unet_state", "vae_state"]
 
 State = dict[str, Tensor]
 

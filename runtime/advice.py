@@ -1,0 +1,57 @@
+"""Commands for the user that build the bundle which a plan needs. Only here, where bundle and engine are both known."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain, count
+from shlex import quote
+
+from engines import Bundle
+from runtime.errors import NonFiniteError, PartitionError, SiblingError
+from runtime.plans.plan import Plan
+
+__all__ = ["add_precision_advice", "build_advice"]
+
+
+@contextmanager
+def build_advice(plan: Plan, bundle: Bundle, engine: str, bundle_of: Callable[[str], Bundle]) -> Iterator[None]:
+    """Add to a plan's error the command that builds the bundle which could run it.
+
+    Args:
+        plan: which is laid out inside.
+        bundle: the one that was named.
+        engine: name of the engine that is to run it.
+        bundle_of: gives, by variant, the bundle that a UNet was loaded from.
+    """
+    try:
+        yield
+    except PartitionError as error:
+        command = bundle_of(error.unet).rebuild_command(engine)
+        option = f" --plan {plan.option}"
+        # The bundle may have been built for this plan already, by another partitioner.
+        command += "" if f"{option} " in f"{command} " else option
+        error.add_note(f"build a bundle that is partitioned there: {command}")
+        raise
+    except SiblingError as error:
+        error.add_note(f"build it with: {_sibling_command(bundle, error.variant, plan, engine)}")
+        raise
+
+
+def add_precision_advice(error: NonFiniteError, bundle: Bundle, engine: str) -> None:
+    """Add to an error what keeps numbers finite: fp32, or other weights where they are in fp32 already."""
+    if bundle.manifest.precision == "fp32":
+        error.add_note("look at the weights and the guidance scale: fp32 has room for all that a sound model computes")
+        return
+    wider = replace(bundle, manifest=bundle.manifest.model_copy(update={"precision": "fp32"}))
+    error.add_note(
+        f"build the bundle in fp32: {wider.rebuild_command(engine)}; or take the picture as it is with allow_nonfinite"
+    )
+
+
+def _sibling_command(bundle: Bundle, variant: str, plan: Plan, engine: str) -> str:
+    """The command that builds another UNet as a bundle was built, in a folder beside it that does not exist yet."""
+    manifest = bundle.manifest.model_copy(update={"variant": variant, "unet": None, "plans": ()})
+    option = f" --plan {plan.option}" if plan.rules else ""
+    names = chain([variant], (f"{variant}-{number}" for number in count(2)))
+    out = next(path for name in names if not (path := bundle.folder.parent / name).exists())
+    return f"{manifest.whole_build_command(engine)}{option} --out {quote(str(out))}"

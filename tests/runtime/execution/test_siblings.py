@@ -1,0 +1,59 @@
+"""Bundles that take turns with another: of the same source, beside it, alike in what they share; read from manifests alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engines import Bundle
+from runtime import find_plan
+from runtime.errors import SiblingError
+from runtime.execution.siblings import find_sibling
+from tests.support.unets import manifest_of, small_unet, written_manifest
+
+SWITCH = find_plan("switch:0.4")
+TIMESTEPS = [float(timestep) for timestep in range(970, 0, -100)]
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    return written_manifest(manifest_of(small_unet("uneven")), tmp_path / "bundles" / "original")
+
+
+@pytest.fixture
+def assembled(tmp_path: Path) -> Path:
+    return written_manifest(manifest_of(small_unet("no mid")), tmp_path / "bundles" / "assembled", variant="assembled")
+
+
+def test_a_sibling_is_of_the_same_source_and_lies_beside(original: Path, assembled: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(original)
+    # Neither of another source nor unfinished, damaged or of another version.
+    written_manifest(bundle.manifest, original.parent / "aaa", variant="assembled", source="elsewhere")
+    written_manifest(bundle.manifest, original.parent / ".aab", variant="assembled")
+    (written_manifest(bundle.manifest, original.parent / "aac", variant="assembled") / "manifest.json").write_text("{")
+    assert find_sibling(bundle, "original", SWITCH, TIMESTEPS) is bundle
+    assert find_sibling(bundle, "assembled", SWITCH, TIMESTEPS).folder == assembled
+
+
+def test_a_sibling_that_is_missing_or_does_not_fit(original: Path) -> None:
+    bundle = Bundle.open(original)
+    with pytest.raises(SiblingError, match=r"runs the UNet 'assembled', and no bundle .* beside original$") as refusal:
+        find_sibling(bundle, "assembled", SWITCH, TIMESTEPS)
+    assert refusal.value.variant == "assembled"
+    written_manifest(bundle.manifest, original.parent / "assembled", variant="assembled", latent_channels=8)
+    message = r"assembled cannot take turns with it: latent_channels is 4 in original and 8 in assembled$"
+    with pytest.raises(SiblingError, match=message):
+        find_sibling(bundle, "assembled", SWITCH, TIMESTEPS)
+
+
+def test_of_several_siblings_the_one_that_can_run_the_plan_is_taken(original: Path) -> None:
+    bundle, unet = Bundle.open(original), small_unet("no mid")
+    plan = find_plan("switch:0.4+unit:3")
+    parent = original.parent
+    written_manifest(manifest_of(unet), parent / "a-other", variant="assembled", precision="fp16")
+    written_manifest(manifest_of(unet), parent / "b-by-block", variant="assembled")
+    assert find_sibling(bundle, "assembled", plan, TIMESTEPS).folder == parent / "b-by-block"
+    written_manifest(manifest_of(unet, None, ["unit:3"]), parent / "c-by-unit", variant="assembled")
+    assert find_sibling(bundle, "assembled", plan, TIMESTEPS).folder == parent / "c-by-unit"
+    assert find_sibling(bundle, "assembled", SWITCH, TIMESTEPS).folder == parent / "b-by-block"
