@@ -1,11 +1,14 @@
 """The tokenizer of a bundle: from the files that its manifest lists and nothing else, and tried before anything is encoded."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from engines import Bundle, BundleError
 
 __all__ = ["load_tokenizer"]
 
+_MOST_STEPS = 100_000
 _TRIALS = ("", "a red star", "\u661f " * 100)
 
 
@@ -21,6 +24,7 @@ def load_tokenizer(bundle: Bundle) -> Any:
     if "scheduler/scheduler_config.json" not in listed or not any(path.startswith("tokenizer/") for path in listed):
         raise BundleError(f"bundle {bundle.folder} is damaged: its manifest lists no tokenizer or no scheduler; build it again")
     with bundle.settings() as folder:
+        _check_scheduler(bundle, folder)
         try:
             tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
             _check(tokenizer, bundle.manifest.text_length, bundle.manifest.vocabulary)
@@ -32,6 +36,22 @@ def load_tokenizer(bundle: Bundle) -> Any:
                 f"bundle {bundle.folder} is damaged: its folder tokenizer holds no tokenizer for it ({reason}); build it again"
             ) from error
     return tokenizer
+
+
+def _check_scheduler(bundle: Bundle, folder: Path) -> None:
+    """Raise BundleError unless the scheduler's configuration is one, whatever it says."""
+    try:
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"bundle {bundle.folder} is damaged: scheduler/scheduler_config.json is no JSON ({error}); build it again"
+        ) from error
+    steps = config.get("num_train_timesteps", 1000) if isinstance(config, dict) else None
+    if type(steps) is not int or not 1 <= steps <= _MOST_STEPS:
+        raise BundleError(
+            f"bundle {bundle.folder} is damaged: scheduler/scheduler_config.json has num_train_timesteps = {str(steps)[:40]}, "
+            f"expected 1 to {_MOST_STEPS}; build it again"
+        )
 
 
 def _check(tokenizer: Any, length: int, vocabulary: int) -> None:

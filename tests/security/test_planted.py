@@ -1,0 +1,162 @@
+"""What is planted in a bundle, with hashes made to fit or put beside the listed files, is refused or does not exist."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_STORED, ZipFile
+
+import pytest
+import torch
+
+from engines import Bundle, BundleError, UserError
+from engines.bundle.folder import MANIFEST_NAME, describe_file
+from engines.null import Null
+from engines.torch_program import Torch
+from runtime import Pipeline
+from tests.conftest import build_shared
+from tests.engines.test_pt2 import Members, Trap, members_of, pickled_constant
+
+
+@pytest.fixture(scope="module")
+def torch_bundle(bundles: Path) -> Bundle:
+    """The embedded model with programs of the torch engine. Not to be changed."""
+    return build_shared(bundles, "mini-torch", engines=("torch",))
+
+
+@pytest.fixture
+def copy(torch_bundle: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(torch_bundle.folder, tmp_path / "bundle"))
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest, and make its hashes fit all files that are there."""
+    path = folder / MANIFEST_NAME
+    data = json.loads(path.read_text())
+    change(data)
+    entries = [*data["files"]]
+    for segment in data["segments"]:
+        entries += segment["onnx"] + [file for compiled in segment["engines"].values() for file in compiled["files"]]
+    for entry in entries:
+        entry.update(describe_file(folder, folder / entry["path"]).model_dump())
+    path.write_text(json.dumps(data))
+
+
+def nothing(data: dict[str, Any]) -> None:
+    """Leave the manifest as it is, but for the hashes."""
+
+
+def into_archive(plant: Callable[[Members, bytes], None]) -> Callable[[Path, bytes], None]:
+    def change(folder: Path, trap: bytes) -> None:
+        path = folder / "engines" / "torch" / "stem.pt2"
+        members = members_of(path.read_bytes())
+        plant(members, trap)
+        with ZipFile(path, "w", ZIP_STORED) as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+
+    return change
+
+
+def any_weight(members: Members, trap: bytes) -> None:
+    """The first weight that there is."""
+    name = "archive/data/weights/model_weights_config.json"
+    config = json.loads(members[name])
+    first = next(iter(config["config"].values()))
+    first.update(use_pickle=True, path_name="trap")
+    members[name], members["archive/data/weights/trap"] = json.dumps(config).encode(), trap
+
+
+def sample_inputs(members: Members, trap: bytes) -> None:
+    members["archive/data/sample_inputs/model.pt"] = trap
+
+
+def whole_file(folder: Path, trap: bytes) -> None:
+    (folder / "engines" / "torch" / "stem.pt2").write_bytes(trap)
+
+
+PLACES: dict[str, Callable[[Path, bytes], object]] = {
+    "weights": into_archive(any_weight),
+    "constants": into_archive(pickled_constant("tensor")),
+    "objects": into_archive(pickled_constant("custom_obj")),
+    "sample inputs": into_archive(sample_inputs),
+    "whole file": whole_file,
+    "tokenizer": lambda folder, trap: (folder / "tokenizer" / "tokenizer.json").write_bytes(trap),
+    "tokenizer, beside": lambda folder, trap: (folder / "tokenizer" / "pytorch_model.bin").write_bytes(trap),
+    "scheduler": lambda folder, trap: (folder / "scheduler" / "scheduler_config.json").write_bytes(trap),
+    "scheduler, beside": lambda folder, trap: (folder / "scheduler" / "diffusion_pytorch_model.bin").write_bytes(trap),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_pickle_is_opened(copy: Path, place: str, tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    PLACES[place](copy, pickle.dumps(Trap(witness)))
+    rewritten(copy, nothing)
+    said = ""
+    try:
+        Pipeline(Bundle.open(copy), Torch("cpu")).generate("a red star", steps=1)
+    except UserError as error:
+        said = str(error)
+    assert not witness.exists()
+    assert bool(said) == (place not in {"sample inputs", "tokenizer, beside", "scheduler, beside"}), said
+
+
+def test_tokens_put_beside_do_not_exist(copy: Path) -> None:
+    before = Pipeline(Bundle.open(copy), Null()).tokenizer("a red star").input_ids
+    (copy / "tokenizer" / "added_tokens.json").write_text('{"red": 5}')
+    assert Pipeline(Bundle.open(copy), Null()).tokenizer("a red star").input_ids == before
+
+
+def test_a_tokenizer_of_another_model_is_refused(copy: Path) -> None:
+    vocabulary = {f"word{number}": number for number in range(2000)} | {"<|startoftext|>": 2000, "<|endoftext|>": 2001}
+    for path in (copy / "tokenizer").iterdir():
+        if path.name == "vocab.json":
+            path.write_text(json.dumps(vocabulary))
+        elif path.name == "tokenizer.json":
+            data = json.loads(path.read_text())
+            data["model"].update(vocab=vocabulary, merges=[])
+            path.write_text(json.dumps(data))
+    rewritten(copy, nothing)
+    with pytest.raises(BundleError, match="its folder tokenizer holds no tokenizer for it"):
+        Pipeline(Bundle.open(copy), Null())
+
+
+def test_weights_that_are_not_listed_are_not_read(copy: Path) -> None:
+    from engines.ort.engine import OnnxRuntime
+
+    def unlist(data: dict[str, Any]) -> None:
+        for segment in data["segments"]:
+            segment["onnx"] = segment["onnx"][:1]
+
+    rewritten(copy, unlist)
+    bundle = Bundle.open(copy)
+    with pytest.raises(BundleError, match=r"takes weights from 'stem.onnx.data', which the manifest does not list"):
+        OnnxRuntime().load(bundle, bundle.manifest.segment("stem"))
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "tokenizer/tokenizer_config.json", "segments/stem.onnx"])
+def test_links_that_lead_outside_are_refused(copy: Path, name: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (copy / name).rename(outside)
+    (copy / name).symlink_to(outside)
+    with pytest.raises(BundleError, match="is a link that leads out of the bundle"):
+        Bundle.open(copy).check()
+
+
+def test_a_hubs_cache_is_made_of_links(copy: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0" / "bundle"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in copy.rglob("*") if path.is_file())):
+        target = snapshot / path.relative_to(copy)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(blobs / str(number))
+        target.symlink_to(os.path.relpath(blobs / str(number), target.parent))
+    bundle = Bundle.open(snapshot)
+    bundle.check()
+    assert torch.isfinite(Pipeline(bundle, Null()).generate("a red star", steps=1).latents).all()
