@@ -92,6 +92,17 @@ def test_pictures_are_cut_from_the_middle(tmp_path: Path) -> None:
     assert float(both.min()) > 0.99
 
 
+def test_sixteen_bit_grey_is_read_as_requests_read_it(tmp_path: Path) -> None:
+    import numpy as np
+
+    from tests.support.pictures import sixteen_bits
+
+    sixteen_bits(np.full((16, 16), 257 * 100, np.uint16)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "A"}\n')
+    read = Pictures(tmp_path).read([0], 16)
+    assert torch.allclose(read, torch.full_like(read, 100 / 127.5 - 1))
+
+
 def test_every_example_comes_once_in_a_pass_and_held_back_ones_never() -> None:
     def read(numbers: list[int]) -> tuple[Tensor, Tensor]:
         values = torch.tensor(numbers)
