@@ -24,10 +24,13 @@ def test_every_block_has_a_language(page: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_the_blocks_of_a_page_run_in_order(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini_bundle: Bundle, assembled_bundle: Bundle
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    built = {"original": mini_bundle.folder, "assembled": assembled_bundle.folder}
-    reader = Reader(tmp_path, monkeypatch, built.__getitem__)
+    def built(variant: str) -> Path:
+        bundle: Bundle = request.getfixturevalue({"original": "mini_bundle", "assembled": "assembled_bundle"}[variant])
+        return bundle.folder
+
+    reader = Reader(tmp_path, monkeypatch, built)
     for block in blocks_of(page):
         reader.read(block)
 

@@ -34,6 +34,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_assembled_unet_that_was_not_distilled_is_said_to_be_so(
     exporter: Command, fake_trace: FakeTrace, elsewhere: Path, tmp_path: Path
 ) -> None:
@@ -257,6 +258,7 @@ def test_a_place_where_nothing_can_be_written(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+@pytest.mark.slow
 def test_a_real_limit_on_what_may_be_written(tiny_source: Path, tmp_path: Path) -> None:
     """Not a faked error: the system refuses to write, in the middle of a weights file, in a process of its own."""
     folder = tmp_path / "full"

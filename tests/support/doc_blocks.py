@@ -151,7 +151,8 @@ class Reader:
 
         with self.patch.context() as patch:
             patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-            name = module if importlib.util.find_spec(f"{module}.__main__") is None else f"{module}.__main__"
+            spec = importlib.util.find_spec(module)
+            name = f"{module}.__main__" if spec and spec.submodule_search_locations else module
             with pytest.raises(_Parsed):
                 importlib.import_module(name).main(arguments)
         _check_names(arguments)
