@@ -10,10 +10,11 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from secrets import token_hex
 
-__all__ = ["atomic_directory", "atomic_file", "swap_in", "write_bytes", "write_text"]
+__all__ = ["atomic_directory", "atomic_file", "remove_partials", "swap_in", "write_bytes", "write_text"]
 
 _HERE = -100  # AT_FDCWD: relative paths are those of the process
 _EXCHANGE = 2  # RENAME_EXCHANGE
@@ -31,6 +32,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_partials(path: Path) -> None:
+    """Remove what killed writers of a file left beside it; for files that one program at a time writes."""
+    for left in path.parent.glob(f".{escape(path.stem)}-*.partial{escape(path.suffix)}"):
+        left.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:

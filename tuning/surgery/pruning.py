@@ -53,7 +53,7 @@ def removed_units(unet: nn.Module, recipe: Recipe) -> set[str]:
 
 def from_the_end(glob: str, unet: nn.Module) -> str:
     """Turns "up.-1.x" into the name with the real number."""
-    found = re.match(r"(down|up)\.-(\d+)(.*)", glob)
+    found = re.match(r"(down|up)\.-(\d{1,4})(\D.*|)$", glob)
     if found is None:
         return glob
     count = len(getattr(unet, f"{found[1]}_blocks"))

@@ -5,18 +5,24 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from engines.support.records import Record, explain
+from engines.support.records import Name, Record, explain
 from tuning.errors import TuningError
 
 __all__ = ["RECIPES", "Experts", "LossWeights", "Recipe", "recipe"]
 
 
+_MOST = 1000
+"""Entries of a list; Stable Diffusion's UNet has some 50 units."""
+_LARGEST = 1 << 20
+"""Bytes of a recipe's file."""
+
+
 class LossWeights(Record):
     """Weights of the distillation losses, 1 for each as in BK-SDM (arXiv 2305.15798); features are errors in shares."""
 
-    noise: float = Field(1.0, ge=0)
-    output: float = Field(1.0, ge=0)
-    features: float = Field(1.0, ge=0)
+    noise: float = Field(1.0, ge=0, allow_inf_nan=False)
+    output: float = Field(1.0, ge=0, allow_inf_nan=False)
+    features: float = Field(1.0, ge=0, allow_inf_nan=False)
 
 
 class Experts(Record):
@@ -25,7 +31,7 @@ class Experts(Record):
     `units` are globs over the assembled UNet's ResNets; empty means those in layers whose neighbour was removed.
     """
 
-    units: tuple[str, ...] = ()
+    units: tuple[Name, ...] = Field((), max_length=_MOST)
     count: int = Field(4, ge=2, le=16)
     router: Literal["timestep", "features"] = "timestep"
 
@@ -41,9 +47,9 @@ class Recipe(Record):
     """
 
     version: Literal[1] = 1
-    name: str = Field(min_length=1)
-    remove: tuple[str, ...] = ()
-    portions: tuple[int, ...] = ()
+    name: Name = Field(min_length=1)
+    remove: tuple[Name, ...] = Field((), max_length=_MOST)
+    portions: tuple[int, ...] = Field((), max_length=_MOST)
     experts: Experts | None = None
     loss: LossWeights = LossWeights()
 
@@ -59,6 +65,8 @@ class Recipe(Record):
     def load(cls, path: Path) -> "Recipe":
         """Reads a recipe from JSON. Raises TuningError when it can't be read as one."""
         try:
+            if not path.is_file() or path.stat().st_size > _LARGEST:
+                raise OSError("a folder, a pipe or too large" if path.exists() else "no such file")
             return cls.model_validate_json(path.read_text())
         except (OSError, UnicodeDecodeError, ValidationError) as error:
             reason = explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engines.support.files import atomic_file
+from engines.support.files import atomic_file, remove_partials
 from tuning.errors import TuningError
 from tuning.training.optim import MuonAdamW
 
@@ -64,6 +64,7 @@ class State:
             "counters": {"step": self.step, "progress": self.progress, "cpu": self.cpu, "wall": self.wall},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partials(path)  # each is as large as the checkpoint
         try:
             with atomic_file(path) as temporary:
                 torch.save(state, temporary)

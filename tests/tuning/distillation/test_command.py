@@ -121,6 +121,43 @@ def test_a_killed_run_goes_on_to_the_same_weights(given: list[str], tmp_path: Pa
     assert [line["step"] for line in metrics(killed)] == [0, *range(1, 31), 30], "steps that were lost are logged once"
 
 
+# Writes half of its third checkpoint and is killed.
+KILLED_IN_THE_MIDDLE = """
+import io, os, signal, sys, torch
+from tuning.__main__ import main
+saved, save = [], torch.save
+def half(state, path):
+    saved.append(path)
+    if len(saved) < 3:
+        return save(state, path)
+    buffer = io.BytesIO()
+    save(state, buffer)
+    with open(path, "wb") as file:
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_writes_a_checkpoint_resumes_from_the_one_before(given: list[str], tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED_IN_THE_MIDDLE, *given, "--out", str(killed), "--steps", "8", "--save-minutes", "0"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=300).returncode == -signal.SIGKILL
+    left = list((killed / "training").glob(".checkpoint-*"))
+    assert len(left) == 1
+    done = checkpoint(killed)["counters"]["step"]
+    assert left[0].stat().st_size < 0.6 * (killed / "training" / "checkpoint.pt").stat().st_size
+    distil(given, killed, "--steps 8")
+    distil(given, whole, "--steps 8")
+    assert 0 < done < 8
+    assert same(load_file(whole / WEIGHTS), load_file(killed / WEIGHTS))
+    assert same(checkpoint(whole), checkpoint(killed))
+    assert not list(killed.rglob("*.partial*")), "what was half-written goes with the next checkpoint"
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_keeps_a_checkpoint_that_can_go_on(given: list[str], tmp_path: Path) -> None:
     distil(given, tmp_path, "--steps 30 --pause-at 3")
