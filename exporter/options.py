@@ -23,8 +23,8 @@ class BuildOptions:
     """The options of a build.
 
     Without a ``granularity``, segments are as large as ``plans`` allow. ``unet`` is the folder of the
-    variant's UNet, where the source does not hold it; ``config`` the folder of configurations, where a source has none and is of
-    no usual shape; ``variant_files`` the variant of a folder's weight files, such as fp16.
+    variant's UNet, where the source does not hold it; ``config`` the folder of configurations, where a source has none and is
+    not SD 1.x/2.x; ``variant_files`` the variant of a folder's weight files, such as fp16.
     ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call; ``static``
     engines take nothing less either. ``jobs`` processes work side by side.
     """
@@ -71,7 +71,7 @@ def versions() -> dict[str, str]:
 def check_choices(options: BuildOptions) -> None:
     """Raise BuildError unless each option is one of those allowed."""
     if options.granularity is None and not options.plans:
-        raise BuildError("no granularity and no plan: name a plan to cut for, or a granularity")
+        raise BuildError("no granularity and no plan: name a plan to partition for, or a granularity")
     if options.granularity is not None and options.granularity not in GRANULARITIES:
         raise BuildError(f"unknown granularity {options.granularity!r}; choose from: {', '.join(GRANULARITIES)}")
     if options.precision not in PRECISIONS:

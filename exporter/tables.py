@@ -103,7 +103,7 @@ def show_bundle(bundle: Bundle, console: Console) -> None:
             table.add_row(name, feature.dtype, shape, read_by or "the caller")
     console.print(table)
     console.print(_plans(manifest))
-    console.print(f"for a plan that it is not cut for: {bundle.rebuild_command()} --plan PLAN", highlight=False, soft_wrap=True)
+    console.print(f"for plans of another partition: {bundle.rebuild_command()} --plan PLAN", highlight=False, soft_wrap=True)
     sizes = ", ".join(f"{height}x{width}" for height, width in manifest.sizes)
     images = f"exactly {manifest.max_images} (static)" if manifest.static else f"up to {manifest.max_images}"
     console.print(f"sizes {sizes} (multiples of {manifest.size_multiple}), {images} images per call", highlight=False)
@@ -137,7 +137,7 @@ def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
     try:
         check_runs(schedule)
     except PlanError:
-        return "not cut for it", "-"
+        return "other partition", "-"
     others = ", ".join(name for name in dict.fromkeys(part.unet for part in plan.unets) if name != manifest.variant)
     if others:
         return f"this UNet's part can run; beside the bundle there must be one of {others}", "-"

@@ -112,7 +112,7 @@ class Manifest(Record):
     unet: str | None = None
     """Folder of the UNet, where it is not one of the source's; not written where it is."""
     config: str | None = None
-    """Folder of configurations, where the source has none and was not of a usual shape; likewise."""
+    """Folder of configurations, where the source has none and was not SD 1.x/2.x; likewise."""
     variant_files: str | None = None
     """Which variant of the source's weight files was asked for, such as fp16; likewise."""
     source_sha256: str
@@ -131,7 +131,7 @@ class Manifest(Record):
     granularity: str | None = "block"
     """The largest segment that was allowed; None where ``plans`` alone decided. Written where it is not the default."""
     plans: tuple[str, ...] = ()
-    """What the UNet was cut for beside the default plans: presets and .json files. Written where there are any."""
+    """Plans that the UNet is partitioned for beside the default ones: presets and .json files. Written where there are any."""
     latent_channels: int
     vae_scale: int
     """Pixels per latent, in each direction."""

@@ -138,7 +138,7 @@ def _inheriting_at_once(plan: Plan) -> list[tuple[tuple[int, ...], tuple[int, ..
         if len(held) > _MOST_AT_ONCE:
             raise PlanError(
                 f"plan {plan.name}: rules has {len(held)} that hold at {start:g} of the schedule with key steps of their own, "
-                f"and a bundle can be cut for up to {_MOST_AT_ONCE}; give some the same when, start and stop, or join them"
+                f"and a bundle can be partitioned for up to {_MOST_AT_ONCE}; give some the same when, start and stop"
             )
         for count in range(1, len(held) + 1):
             found |= dict.fromkeys((tuple(chain(*held)), tuple(chain(*chosen))) for chosen in combinations(held, count))

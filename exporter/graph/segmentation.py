@@ -15,7 +15,7 @@ DEFAULT_PLANS = ("block:2", "deepcache:2")
 
 
 def segments_of(graph: Graph, granularity: Granularity | None, plans: Sequence[str] = ()) -> tuple[Segment, ...]:
-    """The text encoder, the UNet cut for the plans (with a granularity, for the default ones too), and both halves of the VAE.
+    """The text encoder, the UNet partitioned for the plans (with a granularity, the default ones too), and the VAE's halves.
 
     Raises:
         PlanError: a plan is unknown, or names a unit that the UNet does not have.
@@ -30,5 +30,5 @@ def segments_of(graph: Graph, granularity: Granularity | None, plans: Sequence[s
 
 
 def _fits(plan: Plan, units: Sequence[str]) -> bool:
-    """Whether a UNet has what a plan inherits: one that is too small for a default plan is not cut for it."""
+    """Whether a UNet has what a plan inherits: one that is too small for a default plan is not partitioned for it."""
     return all(matching(pattern, units) for rule in plan.rules for pattern in rule.units)

@@ -99,5 +99,5 @@ def _check_step_ranges(plan: Plan, steps: int) -> None:
     if end < steps:
         raise PlanError(
             f"plan {plan.name}: unets end at step {end:g}, but {steps} steps run; "
-            "leave the last stop out, and the range goes on to the end"
+            "leave the last stop out, and the range runs to the end"
         )
