@@ -1,0 +1,40 @@
+"""Shares and intervals of what a reader finds in pictures."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.quality.emoji import MEASURES, main, measure, wilson
+from tuning.errors import TuningError
+from tuning.mini.emoji_reader import Reader
+
+
+def test_intervals_are_wilsons() -> None:
+    # Newcombe 1998, table I: 81 of 263 and 0 of 20, at 95 %.
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    low, high = wilson(20, 20)
+    assert (low, high) == pytest.approx((1 - 0.1611, 1.0), abs=1e-4)
+
+
+class Fixed(Reader):
+    """Reads concept and style from a picture's first two numbers."""
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        concepts, styles = pictures[:, 0, 0, 0].long(), pictures[:, 0, 0, 1].long()
+        return torch.eye(7)[concepts], torch.eye(2)[styles]
+
+
+def test_pictures_are_right_where_the_reader_finds_what_was_asked_for() -> None:
+    pictures = torch.zeros(60, 3, 128, 128)
+    pictures[:30, 0, 0, 0] = 6  # the concept of half of them, in the style of a third
+    pictures[20:40, 0, 0, 1] = 1
+    figures = measure(Fixed(7, 2, (4,), 4), pictures, torch.full((60,), 6), torch.ones(60, dtype=torch.long))
+    assert tuple(figures) == MEASURES
+    assert [figures[name]["right"] for name in MEASURES if name != "concept_top5"] == [30, 20, 10]
+    assert all(each["of"] == 60 and each["low"] < each["share"] < each["high"] for each in figures.values() if each["right"] < 60)
+
+
+def test_counts_below_one_are_refused() -> None:
+    with pytest.raises(TuningError, match="--pairs 0 --steps 20: give 1 or more"):
+        main(["--pairs", "0"])
