@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.emoji import MEASURES, main, measure, wilson
+from tuning.emoji.reader import Reader
 from tuning.errors import TuningError
-from tuning.mini.emoji_reader import Reader
 
 
 def test_intervals_are_wilsons() -> None:

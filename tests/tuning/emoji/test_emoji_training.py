@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from tests.support.emoji_sets import write_sets
+from tuning.emoji import train as emoji_train
+from tuning.emoji.diffusion import train_unet
+from tuning.emoji.reader import READER, Reader, load_reader, right, save_reader
+from tuning.emoji.reader_training import train_reader
+from tuning.emoji.run import Rates, Run, due
+from tuning.emoji.vae import train_decoder, train_vae
 from tuning.errors import TuningError
-from tuning.mini import emoji_train
-from tuning.mini.emoji_reader import READER, Reader, load_reader, right, save_reader
-from tuning.mini.emoji_run import Rates, Run, due
 
 pytest.importorskip("resvg_py")
 WIDTHS = (8, 8, 16, 16)
@@ -28,15 +32,15 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     stages = {
-        "vae": functools.partial(emoji_train.train_vae, widths=(8, 8, 8, 8), whitened_on=4),
-        "decoder": emoji_train.train_decoder,
-        "unet": functools.partial(emoji_train.train_unet, widths=WIDTHS, text_width=16, text_layers=1),
-        "reader": functools.partial(emoji_train.train_reader, widths=(8, 8), settling=1),
+        "vae": functools.partial(train_vae, widths=(8, 8, 8, 8), whitened_on=4),
+        "decoder": train_decoder,
+        "unet": functools.partial(train_unet, widths=WIDTHS, text_width=16, text_layers=1),
+        "reader": functools.partial(train_reader, widths=(8, 8), settling=1),
     }
     monkeypatch.setattr(emoji_train, "_STAGES", stages)
 
 
-def train(sets: Path, out: Path, *stages: str, steps: int = 2, **options: object) -> None:
+def train(sets: Path, out: Path, *stages: str, steps: int = 2, **options: Any) -> None:
     more = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     fixed = ["--icons", str(sets), "--out", str(out), "--batch", "4", "--versions", "1", "--steps", str(steps)]
     emoji_train.main([*stages, *fixed, *more])
@@ -152,7 +156,7 @@ def test_right_counts_the_highest_scores() -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    sets: Path, tmp_path: Path, stages: tuple[str, ...], options: dict[str, object], message: str
+    sets: Path, tmp_path: Path, stages: tuple[str, ...], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TuningError, match=message):
         train(sets, tmp_path / "out", *stages, **options)
