@@ -15,7 +15,7 @@ export PROMPT
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format bench table plans gpu-check clean
+.PHONY: help demo test test-fast coverage lint format bench table plans gpu-check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,8 +24,14 @@ demo: $(VENV)/.installed-core ## build the assembled UNet's engines and generate
 	$(BIN)/python -m exporter build --variant assembled --force
 	$(BIN)/python -m runtime "$$PROMPT" --bundle bundles/mini-assembled
 
-test: lint ## everything that must hold: lint, types, tests with coverage
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term --durations=10
+test: lint ## everything that must hold: lint, types, tests
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
+
+test-fast: $(VENV)/.installed-test ## the tests that build nothing and take little: two minutes
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+
+coverage: $(VENV)/.installed-test ## which lines the tests run, in subprocesses too; takes longer
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 lint: $(VENV)/.installed-test ## ruff and mypy
 	$(BIN)/ruff check

@@ -17,6 +17,7 @@ from engines.bundle.names import IMAGE, LATENTS, TEXT, TOKENS, VAE_DECODER, VAE_
 from engines.cuda.streams import CallStreams
 from runtime.advice import add_precision_advice, build_advice
 from runtime.errors import NonFiniteError, RequestError
+from runtime.execution.denoising import Callback, denoise
 from runtime.execution.executor import Executor, StepRecord
 from runtime.execution.graph_cache import CudaGraphCache
 from runtime.execution.nonfinite import NonFinite, is_finite, watched
@@ -24,24 +25,18 @@ from runtime.execution.siblings import find_sibling
 from runtime.execution.swapping import Swapper, free_bytes
 from runtime.images.initial_latents import InitialState, from_noise, from_picture, generators_of, timesteps_from
 from runtime.images.pictures import Original, read_original, to_pictures
-from runtime.images.schedulers import advance, make_scheduler, read_train_steps, step_options
-from runtime.memory import check_memory
+from runtime.images.schedulers import make_scheduler, read_train_steps
 from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
 from runtime.prepared import Prepared, check_shape, latent_shape, sizes_of
 from runtime.process import check_not_forked, note_loaded, on_cpu_by_default
+from runtime.report.memory import check_memory
 from runtime.request import Request
 from runtime.textual_inversion import expand_words
 from runtime.tokenizer import load_tokenizer
 
 __all__ = ["Callback", "Generation", "Pipeline"]
-
-
-Callback = Callable[[StepRecord, Tensor], None]
-"""Called after every model evaluation with its record and the latents (images, channels, height, width).
-
-On a GPU the evaluation has only been started: what reads the latents or the record's seconds waits for it."""
 
 
 @dataclass(frozen=True)
@@ -237,9 +232,8 @@ class Pipeline:
     def _denoise(
         self, executor: Executor, prepared: Prepared, text: Tensor, start: InitialState, callback: Callback | None
     ) -> tuple[Tensor, list[StepRecord]]:
-        """The denoising loop. The step index is counted here: schedulers may visit a timestep twice."""
         with self.swapper.exclusive(), closing(executor):
-            return self._loop(executor, prepared, text, start, callback)
+            return denoise(executor, prepared, text, start, self.engine.device, callback)
 
     def _report_nonfinite(self, request: Request) -> None:
         """Raise NonFiniteError, or with ``allow_nonfinite`` warn; the call runs once more to find where it began."""
@@ -272,28 +266,6 @@ class Pipeline:
             part = found.segment if found.segment == "the scheduler" else f"segment {found.segment}"
             return f"step {len(done)} of {prepared.schedule.steps}: {part}"
         return f"segment {VAE_DECODER}"
-
-    def _loop(
-        self, executor: Executor, prepared: Prepared, text: Tensor, start: InitialState, callback: Callback | None
-    ) -> tuple[Tensor, list[StepRecord]]:
-        scheduler, scale = prepared.scheduler, prepared.guidance_scale
-        records, latents, options = [], start.latents, step_options(scheduler, start.generators)
-        # The scheduler looks things up by timestep on the host; the UNet's copies are made here, for each would be waited for.
-        when = start.timesteps.to(self.engine.device, torch.float32)
-        for index, timestep in enumerate(start.timesteps):
-            scaled = scheduler.scale_model_input(latents, timestep)
-            sample = torch.cat([scaled, scaled]) if prepared.guided else scaled
-            prediction, record = executor.step(index, sample, when[index : index + 1], text)
-            if prepared.guided:
-                negative, positive = prediction.chunk(2)
-                prediction = negative + scale * (positive - negative)
-            latents = advance(scheduler, prediction, timestep, latents, options)
-            if start.repaint is not None:
-                latents = start.repaint.blend(latents, index)
-            records.append(record)
-            if callback is not None:
-                callback(record, latents)
-        return latents, records
 
 
 def _checked_callback(callback: Any) -> Callback | None:

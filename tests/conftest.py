@@ -22,8 +22,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+_BUILT = {"mini_bundle", "assembled_bundle", "mini_pipeline", "bundle_copy"}
+"""Fixtures that build the embedded model: tests that use one are slow, for one of them has to build it."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` on a machine without one."""
+    """Mark what needs a whole build as slow, and skip the tests marked `gpu` on a machine without one."""
+    for item in items:
+        if _BUILT.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

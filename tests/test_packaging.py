@@ -101,6 +101,7 @@ def imported_names(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@pytest.mark.slow
 def test_every_module_imports_without_the_optional_packages() -> None:
     failed, loaded = import_in_subprocess([name for package in PACKAGES for name in modules_of(package)], OPTIONAL)
     assert not failed

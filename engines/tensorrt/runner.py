@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, NoReturn
@@ -28,25 +28,22 @@ class ErrorLog:
     def __init__(self, trt: Any) -> None:
         self.logger = _logger(trt)
 
-    @contextmanager
-    def collect(self) -> Iterator[list[str]]:
+    def collect(self) -> AbstractContextManager[list[str]]:
         """The errors logged until the block ends, one line each, from whatever thread."""
-        collected: list[str] = []
-        self.logger.listeners[id(collected)] = collected
-        try:
-            yield collected
-        finally:
-            del self.logger.listeners[id(collected)]
+        return self._listen(self.logger.listeners)
+
+    def collect_all(self) -> AbstractContextManager[list[str]]:
+        """Every message logged until the block ends, as it comes: with detailed profiling, the kernels of an engine."""
+        return self._listen(self.logger.verbose)
 
     @contextmanager
-    def collect_all(self) -> Iterator[list[str]]:
-        """Every message logged until the block ends, as it comes: with detailed profiling, the kernels of an engine."""
+    def _listen(self, listeners: dict[int, list[str]]) -> Iterator[list[str]]:
         collected: list[str] = []
-        self.logger.verbose[id(collected)] = collected
+        listeners[id(collected)] = collected
         try:
             yield collected
         finally:
-            del self.logger.verbose[id(collected)]
+            del listeners[id(collected)]
 
 
 @cache

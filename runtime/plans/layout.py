@@ -13,11 +13,7 @@ __all__ = ["Layout"]
 class Layout:
     """Which UNet and which rules hold at which step.
 
-    Args:
-        plan: what to lay out.
-        unets: manifest of each UNet by name; a plan without ``unets`` takes the first.
-        timesteps: of each model evaluation, falling.
-        train_steps: timesteps of the whole noise schedule.
+    Its arguments are those of ``Schedule``.
 
     Raises:
         PlanError: a UNet is not there, or a rule names a unit that its UNet does not have or inherits in its first step.

@@ -22,18 +22,11 @@ from tests.support.sources import save_source
 from tests.support.unets import small_unet
 
 FakeTrace = Callable[..., list[str]]
+pytestmark = pytest.mark.usefixtures("elsewhere")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Commands run in an empty folder, so that whatever they write shows."""
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
+@pytest.mark.slow
 def test_an_assembled_unet_that_was_not_distilled_is_said_to_be_so(
     exporter: Command, fake_trace: FakeTrace, elsewhere: Path, tmp_path: Path
 ) -> None:
@@ -257,6 +250,7 @@ def test_a_place_where_nothing_can_be_written(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+@pytest.mark.slow
 def test_a_real_limit_on_what_may_be_written(tiny_source: Path, tmp_path: Path) -> None:
     """Not a faked error: the system refuses to write, in the middle of a weights file, in a process of its own."""
     folder = tmp_path / "full"

@@ -28,6 +28,7 @@ def wide_heads(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.mark.parametrize("target", TensorRTRTX.DEFAULT_TARGETS)
+@pytest.mark.slow
 def test_every_attention_and_every_group_norm_is_one_kernel(wide_heads: Bundle, target: str) -> None:
     unet = set(wide_heads.manifest.unet_units)
     own = {segment.name for segment in wide_heads.manifest.segments if set(segment.units) <= unet}
@@ -41,6 +42,7 @@ def test_every_attention_and_every_group_norm_is_one_kernel(wide_heads: Bundle, 
     assert whole.bytes_moved == sum(count.bytes_moved for count in counts) > 0
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_for_each_segment(wide_heads: Bundle, exporter: Command) -> None:
     shown = exporter("inspect", wide_heads.folder, "--kernels")
     assert shown.code == 0

@@ -372,6 +372,7 @@ def in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_as_a_command(mini_bundle: Bundle, here: Path) -> None:
     """Once in a process of its own: nothing that is imported prints, and the exit code reaches the shell."""
     given = [PROMPT, "--bundle", str(mini_bundle.folder), "--steps", "1", "-o", str(here / "out.png")]

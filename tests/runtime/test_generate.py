@@ -155,7 +155,7 @@ OWN_PLAN = Plan(
         Rule(units=("up.-1.layer.-2",), when=Explicit(steps=(0, 1)), start=0.5),
     ),
 )
-# Ten plans of which no two inherit the same at the same steps.
+# Sixteen plans of which no two inherit the same at the same steps.
 CALLS: list[dict[str, Any]] = [
     {"prompt": PROMPT, "plan": "full", "scheduler": "ddim", "seed": 1},
     {"prompt": "a green ring", "plan": "deepcache:3", "scheduler": "euler", "seed": 2},
@@ -167,14 +167,20 @@ CALLS: list[dict[str, Any]] = [
     {"prompt": "a black circle", "plan": "encoder:faster", "scheduler": "pndm", "seed": 8},
     {"prompt": "a white star", "plan": "switch:0.4+block:2", "scheduler": "euler", "seed": 9},
     {"prompt": "a green heart", "plan": OWN_PLAN, "scheduler": "heun", "seed": 10},
+    {"prompt": "a blue ring", "plan": "front:2", "scheduler": "ddim", "seed": 11},
+    {"prompt": "a red cross", "plan": "back:2", "scheduler": "euler", "seed": 12},
+    {"prompt": "a white heart", "plan": "random:2", "scheduler": "pndm", "seed": 13},
+    {"prompt": "a black star", "plan": "encoder:3", "scheduler": "ddim", "seed": 14},
+    {"prompt": "a yellow ring", "plan": "switch:0.7", "seed": 15},
+    {"prompt": "a green star", "plan": "adaptive:0.3", "scheduler": "euler", "seed": 16},
 ]
 
 
-def test_ten_calls_at_once_give_what_calls_in_a_row_give(
+def test_sixteen_calls_at_once_give_what_calls_in_a_row_give(
     mini_bundle: Bundle, assembled_bundle: Bundle, mini_pipeline: Pipeline
 ) -> None:
     in_a_row = [mini_pipeline.generate(**call, steps=6) for call in CALLS]
-    assert len({(str(made.plan), made.plan.name) for made in in_a_row}) == len(CALLS) == 10
+    assert len({(str(made.plan), made.plan.name) for made in in_a_row}) == len(CALLS) == 16
     # A pipeline that has run nothing yet, so that the bundle to switch to is loaded while others run.
     together, start = Pipeline(mini_bundle, make_engine("onnxruntime")), Barrier(len(CALLS))
 

@@ -106,7 +106,7 @@ def null_pipeline(mini_bundle: Bundle) -> Pipeline:
         {"image": picture(), "height": 2**31, "width": 64},
         {"prompt": [PROMPT] * 10_000, "num_images": 10**6},
     ],
-    ids=str,
+    ids="+".join,
 )
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_made(null_pipeline: Pipeline, options: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=r"take .* GiB at least, and \d+ GiB of memory are there; ask for fewer"):

@@ -197,6 +197,8 @@ def _vae_skeleton(folder: Path, extent: Extent | None) -> nn.Module:
         raise ValueError(f"it is {kind!r:.60}, and AutoencoderKL is the only kind of VAE that can be built")
     check_kinds(config, AutoencoderKL)
     check_extent(config, extent)
+    if config.get("scaling_factor", 1) <= 0:
+        raise ValueError(f"its scaling_factor is {config['scaling_factor']}, and must be more than 0")
     with torch.device("meta"):
         vae: nn.Module = AutoencoderKL.from_config(config)
     return vae

@@ -6,6 +6,7 @@ diffusers reads `attention_head_dim` of this UNet class as the number of heads (
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tuning.mini.scenes import caption, sample_scene
 
 __all__ = [
+    "INDEX",
     "TEXT_LENGTH",
     "load_tokenizer",
     "new_text_encoder",
@@ -24,13 +26,14 @@ __all__ = [
     "save_shell",
     "scheduler",
     "train_tokenizer",
+    "train_tokenizer_on",
 ]
 
 TEXT_LENGTH = 32
 VOCABULARY = 650
 _SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-_INDEX = {
+INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
@@ -44,7 +47,7 @@ _INDEX = {
 }
 
 
-def new_vae(widths: tuple[int, ...] = (16, 32, 64, 64)) -> AutoencoderKL:
+def new_vae(widths: tuple[int, ...] = (16, 32, 64, 64), size: int = 64) -> AutoencoderKL:
     """A VAE with random weights: RGB in [-1, 1] -> 4 latent channels at an eighth of the size (for four widths)."""
     return AutoencoderKL(
         block_out_channels=widths,
@@ -53,21 +56,23 @@ def new_vae(widths: tuple[int, ...] = (16, 32, 64, 64)) -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
-        sample_size=64,
+        sample_size=size,
     )
 
 
-def new_unet(widths: tuple[int, ...] = (32, 64, 96, 96), text_width: int = 128) -> UNet2DConditionModel:
+def new_unet(
+    widths: tuple[int, ...] = (32, 64, 96, 96), text_width: int = 128, size: int = 8, heads: int = 4
+) -> UNet2DConditionModel:
     """A UNet with random weights, in SD 1.5's shape: attention everywhere but in the innermost stage."""
     inner = len(widths) - 1
     return UNet2DConditionModel(
-        sample_size=8,
+        sample_size=size,
         block_out_channels=widths,
         down_block_types=("CrossAttnDownBlock2D",) * inner + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * inner,
         layers_per_block=2,
         cross_attention_dim=text_width,
-        attention_head_dim=4,
+        attention_head_dim=heads,
         norm_num_groups=8,
     )
 
@@ -105,9 +110,13 @@ def scheduler(**changes: Any) -> DDIMScheduler:
 
 
 def train_tokenizer(folder: Path, captions: int = 4000) -> CLIPTokenizer:
-    """Learns a byte-level BPE of about VOCABULARY tokens from captions, writes it in CLIP's format, and loads it."""
+    """A tokenizer for captions of scenes; see ``train_tokenizer_on``."""
     rng = random.Random("tokenizer")
-    texts = [caption(sample_scene(rng), rng) for _ in range(captions)]
+    return train_tokenizer_on([caption(sample_scene(rng), rng) for _ in range(captions)], folder)
+
+
+def train_tokenizer_on(texts: Sequence[str], folder: Path, vocabulary_size: int = VOCABULARY) -> CLIPTokenizer:
+    """Learns a byte-level BPE of about so many tokens from captions, writes it in CLIP's format, and loads it."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -118,7 +127,7 @@ def train_tokenizer(folder: Path, captions: int = 4000) -> CLIPTokenizer:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 256, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocabulary_size - 256, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
@@ -140,6 +149,6 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 def save_shell(folder: Path) -> None:
     """Writes what of a model folder has no weights: the pipeline's index, the tokenizer and the scheduler's configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model_index.json").write_text(json.dumps(_INDEX, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
     scheduler().save_pretrained(folder / "scheduler")
     train_tokenizer(folder / "tokenizer")

@@ -12,9 +12,9 @@ from tuning.mini.scenes import PLACES, Asked, AskedObject, Scene, held_back_prom
 from tuning.training.sampling import sample
 from tuning.training.teacher import Teacher
 
-__all__ = ["ATTRIBUTES", "accuracy", "asked_of", "judge", "read_captions", "read_scenes", "shares"]
+__all__ = ["ATTRIBUTES", "GUIDANCE", "accuracy", "asked_of", "judge", "read_captions", "read_scenes", "shares"]
 
-_GUIDANCE = 3.0  # what the embedded model's pictures look best with
+GUIDANCE = 3.0  # what the embedded model's pictures look best with
 
 ATTRIBUTES = ("count", "colour", "shape", "size", "place", "background")
 
@@ -90,5 +90,5 @@ def accuracy(unet: UNet2DConditionModel, model: Teacher, *, count: int = 64, see
     `seed` 1 is the list for validation: the published figures use the list of seed 0.
     """
     prompts = held_back_prompts(count, seed)
-    parts = [sample(unet, model, prompts[at : at + 64], guidance=_GUIDANCE, steps=steps, seed=at) for at in range(0, count, 64)]
+    parts = [sample(unet, model, prompts[at : at + 64], guidance=GUIDANCE, steps=steps, seed=at) for at in range(0, count, 64)]
     return {f"right_{name}": share for name, share in read_captions(prompts, torch.cat(parts)).items()}

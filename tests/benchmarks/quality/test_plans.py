@@ -94,6 +94,7 @@ class Stopped(Exception):
     """The run is killed."""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     calls: list[str] = []

@@ -16,6 +16,7 @@ from tuning.checkpoints.find_source import find_source
 from tuning.checkpoints.source import FileSource, FolderSource
 
 
+@pytest.mark.slow
 def test_a_build_is_measured_killed_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a single file that is written for it."""
     out, configuration = tmp_path / "found.json", save_source(tmp_path / "tiny")
@@ -61,6 +62,7 @@ def test_an_unknown_kind_of_source_is_a_users_mistake(tmp_path: Path) -> None:
         full_build.main(given)
 
 
+@pytest.mark.slow
 def test_opsets_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx")
     out = tmp_path / "found.json"

@@ -12,6 +12,7 @@ from engines import UserError
 from tests.support.sources import save_source
 
 
+@pytest.mark.slow
 def test_pictures_are_made_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, source = tmp_path / "found.json", str(save_source(tmp_path / "tiny"))
     given = ["--source", source, "--sizes", "16x16", "--plan", "block:2", "--steps", "3", "--work", str(tmp_path / "work")]
@@ -24,6 +25,7 @@ def test_pictures_are_made_and_measured(tmp_path: Path, capsys: pytest.CaptureFi
     assert "16x16" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_command_that_fails(tmp_path: Path) -> None:
     given = ["--source", "nowhere", "--sizes", "16x16", "--work", str(tmp_path), "--out", str(tmp_path / "found.json")]
     with pytest.raises(UserError, match="ended with an error"):

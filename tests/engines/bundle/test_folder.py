@@ -17,6 +17,7 @@ def edit(bundle, change):
     path.write_text(json.dumps(data))
 
 
+@pytest.mark.slow
 def test_a_bundle_is_read_as_it_was_written(tiny):
     bundle = Bundle.open(str(tiny.bundle.folder))
     assert bundle.manifest == tiny.bundle.manifest

@@ -68,6 +68,7 @@ def traced_block(folder: Path, name: str, **changes: Any) -> tuple[Path, Segment
 
 
 @pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.slow
 def test_self_and_cross_attention_of_a_block(tmp_path: Path, linear: bool) -> None:
     path, segment, features = traced_block(tmp_path, "down.1", use_linear_projection=linear)
     copy = tmp_path / "down.1.ort.onnx"
@@ -144,6 +145,7 @@ def test_an_attention_with_a_mask_stays(tmp_path: Path) -> None:
     assert not (tmp_path / "copy.onnx").exists()
 
 
+@pytest.mark.slow
 def test_weights_are_not_read(tmp_path: Path) -> None:
     path, segment, features = traced_block(tmp_path, "down.1")
     data = tmp_path / "down.1.onnx.data"

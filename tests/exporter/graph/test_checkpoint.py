@@ -101,6 +101,7 @@ def test_text_encoder_and_vae(single_file: Path) -> None:
         assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in made.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_single_file_is_built_and_verified(exporter: Command, tiny_source: Path, tmp_path: Path) -> None:
     parts = {
         "unet": UNet2DConditionModel.from_pretrained(tiny_source, subfolder="unet"),

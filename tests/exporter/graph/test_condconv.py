@@ -77,6 +77,7 @@ def convolution(router: Router) -> CondConv2d:
 
 
 @pytest.mark.parametrize(("router", "form"), CASES)
+@pytest.mark.slow
 def test_every_form_is_what_it_is_by_hand(router: Router, form: Form, tmp_path: Path) -> None:
     """As a module, in ONNX Runtime and as the torch engine runs it."""
     layer = convolution(router)
@@ -167,6 +168,7 @@ def bundles(sources: dict[Router, Path]) -> dict[Router, Bundle]:
 
 
 @pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.slow
 def test_a_bundle_is_verified(bundles: dict[Router, Bundle], router: Router) -> None:
     found = list(verify(bundles[router], make_engine("onnxruntime")))
     assert {comparison.images for comparison in found} == {1, 3}
@@ -240,6 +242,7 @@ def segment_in(unet: UNet2DConditionModel, segment: Segment, manifest: Manifest,
 
 
 @pytest.mark.parametrize(("router", "form"), [case for case in CASES if case[1] != "grouped"])
+@pytest.mark.slow
 def test_tensorrt_rtx_compiles_it(router: Router, form: Form, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     unet = conditional(router)
@@ -259,6 +262,7 @@ def test_tensorrt_rtx_compiles_it(router: Router, form: Form, tmp_path: Path) ->
     assert path.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_tensorrt_rtx_builds_every_segment(sources: dict[Router, Path], tmp_path: Path) -> None:
     """The whole variant, as `build --variant condconv --engine tensorrt-rtx` does; layers of the other router are above."""
     pytest.importorskip("tensorrt_rtx")

@@ -164,6 +164,7 @@ def test_segments_cut_for_a_plan_run_it_and_nothing_else(model: str, pattern: st
 
 @settings(max_examples=400, deadline=None)
 @given(st.data())
+@pytest.mark.slow
 def test_segments_cut_for_any_plan_run_it(data: st.DataObject) -> None:
     """However its rules meet: at a step where some inherit, others keep what is read at a later one."""
     units, steps = data.draw(units_of_a_graph()), data.draw(st.integers(1, 8))

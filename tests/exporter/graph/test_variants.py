@@ -19,15 +19,7 @@ from tuning.assemble_command import assemble_command
 from tuning.checkpoints.folder import save_part
 
 FakeTrace = Callable[..., list[str]]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Commands run in an empty folder, so that whatever they write shows."""
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ def built(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle
     return bundle
 
 
+@pytest.mark.slow
 def test_every_segment_has_an_engine_for_every_target(built: Bundle) -> None:
     built.check()
     units = {unit for segment in built.manifest.segments for unit in segment.units}

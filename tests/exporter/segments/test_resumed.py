@@ -83,6 +83,7 @@ def slow_writing(fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("slow_writing")
+@pytest.mark.slow
 def test_a_build_killed_at_twenty_random_points(options: BuildOptions) -> None:
     whole = replace(options, out=folder_of(options).parent / "whole")
     started = time.perf_counter()
@@ -346,6 +347,7 @@ def test_what_is_remembered_may_be_damaged(tmp_path: Path, text: str) -> None:
     assert Digests.load(tmp_path / DIGESTS)(tmp_path / "weights") == Digests(tmp_path)(tmp_path / "weights")
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_bundle_as_one(exporter: Command, tiny_source: Path, tmp_path: Path) -> None:
     """Real traces, in processes of their own."""
     one, two = (build(BuildOptions(source=str(tiny_source), out=tmp_path / str(jobs), jobs=jobs))[0] for jobs in (1, 2))
@@ -358,6 +360,7 @@ def test_two_processes_make_the_same_bundle_as_one(exporter: Command, tiny_sourc
     assert exporter("verify", two.folder, "--sizes", "16x16").code == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_ends(tiny_source: Path, tmp_path: Path) -> None:
     """As one does when memory runs out."""
     options = BuildOptions(source=str(tiny_source), out=tmp_path / "bundle", jobs=2)

@@ -52,6 +52,7 @@ def test_the_embedded_model_at_two_sizes_and_two_batches(mini_bundle: Bundle) ->
     assert all(np.isfinite(comparison.error) for comparison in found)
 
 
+@pytest.mark.slow
 def test_the_assembled_variant(assembled_bundle: Bundle) -> None:
     found = list(verify(assembled_bundle, make_engine("onnxruntime"), [(64, 64), (128, 64)]))
     assert_complete(found, assembled_bundle, sizes=2, batches=2)
@@ -66,6 +67,7 @@ def no_mid_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return build(BuildOptions(source=str(source), granularity="layer", out=folder / "bundle"))[0]
 
 
+@pytest.mark.slow
 def test_another_topology_cut_by_layer(no_mid_bundle: Bundle) -> None:
     found = list(verify(no_mid_bundle, make_engine("onnxruntime"), [(16, 16), (24, 8)]))
     assert_complete(found, no_mid_bundle, sizes=2, batches=2)
@@ -82,6 +84,7 @@ def test_half_precision(tmp_path: Path) -> None:
     assert min(comparison.cosine for comparison in found) > COSINE
 
 
+@pytest.mark.slow
 def test_half_precision_over_twenty_steps_of_the_embedded_model(tmp_path: Path, exporter: Command) -> None:
     bundle, _ = build(BuildOptions(precision="fp16", out=tmp_path / "bundle"))
     noise = compare_latents(bundle, make_engine("onnxruntime"), (64, 64), steps=20)

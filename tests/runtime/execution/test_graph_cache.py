@@ -257,6 +257,7 @@ def test_a_call_that_breaks_off_leaves_the_graphs_to_the_next(
     assert recorder.replayed > before[1]
 
 
+@pytest.mark.slow
 def test_few_are_kept_where_few_may_be(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any) -> None:
     plan, live, graphs = PLANS["two rules"], live_network(unet, manifest), CudaGraphCache(recorder, limit=2)
     network = make(live_network(unet, manifest))

@@ -44,6 +44,7 @@ def pipelines(torch_bundle: Bundle) -> tuple[Pipeline, Pipeline, FakeRecorder]:
     return Pipeline(torch_bundle, engine), Pipeline(torch_bundle, Torch("cpu")), engine.fake
 
 
+@pytest.mark.slow
 def test_an_engine_that_records_gives_its_pipeline_graphs(pipelines: Any) -> None:
     recording, plain, _ = pipelines
     assert isinstance(recording.graphs, CudaGraphCache)

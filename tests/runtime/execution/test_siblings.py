@@ -16,16 +16,6 @@ SWITCH = find_plan("switch:0.4")
 TIMESTEPS = [float(timestep) for timestep in range(970, 0, -100)]
 
 
-@pytest.fixture
-def original(tmp_path: Path) -> Path:
-    return written_manifest(manifest_of(small_unet("uneven")), tmp_path / "bundles" / "original")
-
-
-@pytest.fixture
-def assembled(tmp_path: Path) -> Path:
-    return written_manifest(manifest_of(small_unet("no mid")), tmp_path / "bundles" / "assembled", variant="assembled")
-
-
 def test_a_sibling_is_of_the_same_source_and_lies_beside(original: Path, assembled: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(original)
     # Neither of another source nor unfinished, damaged or of another version.

@@ -80,6 +80,7 @@ def expected(case: Case, rule: Rule) -> tuple[list[int], list[bool]]:
 
 @thorough
 @given(adaptive_cases())
+@pytest.mark.slow
 def test_steps_are_decided_and_computed_as_defined(drawn: tuple[Case, Rule]) -> None:
     case, rule = drawn
     try:

@@ -73,6 +73,7 @@ def inherited_by(branch: int) -> str:
 
 
 @pytest.mark.parametrize("branch", range(12))
+@pytest.mark.slow
 def test_every_branch_on_the_way_up_is_a_plan(branch: int) -> None:
     plan = Plan(name="branch", rules=(Rule(units=(inherited_by(branch),), when=Uniform(every=3)),))
     unet, noise = mini_unet(), reference_scheduler("ddim", STEPS)

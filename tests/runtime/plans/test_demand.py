@@ -126,6 +126,7 @@ def test_a_cut_between_all_units_runs_every_plan(case: Case) -> None:
 
 @thorough
 @given(cases())
+@pytest.mark.slow
 def test_plans_are_refused_where_they_must_be_and_only_there(case: Case) -> None:
     """A plan is refused if and only if a unit that runs is in one segment with an inherited feature that it reads."""
     schedule = case.schedule()

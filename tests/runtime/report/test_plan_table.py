@@ -11,7 +11,7 @@ from runtime import Schedule, find_plan
 from runtime.plans.presets import PRESETS
 from runtime.report.cost import relative_macs
 from tests.support.commands import Command, assert_refused
-from tests.support.unets import manifest_of, small_unet, written_manifest
+from tests.support.unets import manifest_of, small_unet
 
 SWITCH = find_plan("switch:0.4")
 TIMESTEPS = [float(timestep) for timestep in range(970, 0, -100)]
@@ -21,16 +21,6 @@ TIMESTEPS = [float(timestep) for timestep in range(970, 0, -100)]
 def narrow(runtime: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.fixture
-def original(tmp_path: Path) -> Path:
-    return written_manifest(manifest_of(small_unet("uneven")), tmp_path / "bundles" / "original")
-
-
-@pytest.fixture
-def assembled(tmp_path: Path) -> Path:
-    return written_manifest(manifest_of(small_unet("no mid")), tmp_path / "bundles" / "assembled", variant="assembled")
 
 
 def rows(out: list[str]) -> dict[str, str]:

@@ -76,6 +76,7 @@ def checkpoint(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("more", ["", "--muon-lr 0.01 --accumulate 2 --gradient-checkpointing"])
+@pytest.mark.slow
 def test_twenty_steps_are_ten_and_ten(given: list[str], more: str, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     distil(given, whole, f"--steps 20 {more}")
@@ -91,6 +92,7 @@ def test_twenty_steps_are_ten_and_ten(given: list[str], more: str, tmp_path: Pat
     assert [line["step"] for line in lines] == [0, *range(1, 21), 20]
 
 
+@pytest.mark.slow
 def test_the_average_and_not_the_last_weights_are_written(given: list[str], tmp_path: Path) -> None:
     distil(given, tmp_path, "--steps 6 --ema 0.9")
     state, written = checkpoint(tmp_path), load_file(tmp_path / WEIGHTS)
@@ -119,6 +121,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(given: list[str], tmp_path: Pa
     assert [line["step"] for line in metrics(killed)] == [0, *range(1, 31), 30], "steps that were lost are logged once"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_keeps_a_checkpoint_that_can_go_on(given: list[str], tmp_path: Path) -> None:
     distil(given, tmp_path, "--steps 30 --pause-at 3")
     # In the middle of a run, where it pauses, where it ends, and where it is measured.
@@ -140,12 +143,14 @@ def test_a_run_that_is_spoilt_by_its_first_step_leaves_no_student(given: list[st
     assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
 
 
+@pytest.mark.slow
 def test_distillation_lowers_the_loss_that_removal_left(given: list[str], tmp_path: Path) -> None:
     distil(given, tmp_path, "--student bk-tiny --steps 25 --ema 0.8 --lr 3e-3")
     before, after = [line["valid_loss"] for line in metrics(tmp_path) if "valid_loss" in line]
     assert after < 0.8 * before
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_its_figures_once(given: list[str], tmp_path: Path) -> None:
     for _ in range(2):
         distil(given, tmp_path, "--steps 3 --log-every 2")
@@ -165,6 +170,7 @@ def test_a_finished_run_says_its_figures_once(given: list[str], tmp_path: Path) 
     ],
     ids=["optimizer", "step", "progress", "counters", "list"],
 )
+@pytest.mark.slow
 def test_a_checkpoint_of_other_things_is_one_line(
     given: list[str], spoil: Callable[[dict[str, Any]], Any], says: str, tmp_path: Path
 ) -> None:
@@ -176,6 +182,7 @@ def test_a_checkpoint_of_other_things_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_metrics_curves_and_sample_pictures_are_left(given: list[str], tmp_path: Path) -> None:
     work, prompts = tmp_path / "work", tmp_path / "prompts.txt"
     prompts.write_text("a red star\n\na blue ring on white\n")
@@ -198,6 +205,7 @@ def test_metrics_curves_and_sample_pictures_are_left(given: list[str], tmp_path:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", WEIGHTS]
 
 
+@pytest.mark.slow
 def test_rendered_data_is_measured_by_the_reader(small_model: Path, tmp_path: Path) -> None:
     arguments = f"distill --teacher {small_model} --student bk-tiny --data mini --pool 8 --batch 4 --validation 2 --steps 2"
     main([*arguments.split(), "--out", str(tmp_path / "student")])
@@ -234,6 +242,7 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(given: list[str], t
     assert error < 1e-5
 
 
+@pytest.mark.slow
 def test_a_recipe_in_portions_trains_after_each(given: list[str], tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = "--student progressive --steps 8"
@@ -257,6 +266,7 @@ def test_a_recipe_in_portions_trains_after_each(given: list[str], tmp_path: Path
     assert same(load_file(whole / WEIGHTS), load_file(parts / WEIGHTS))
 
 
+@pytest.mark.slow
 def test_every_portion_draws_batches_of_its_own(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     draw, batch = Passes.draw, Noising.batch
@@ -292,6 +302,7 @@ def test_mixed_precision_comes_close(given: list[str], tmp_path: Path) -> None:
     assert {value.dtype for value in load_file(mixed / WEIGHTS).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(given: list[str], small_model: Path, latents: Path, tmp_path: Path) -> None:
     unlike = {}
     for name, changes in {
@@ -344,6 +355,7 @@ def test_the_embedded_teacher_is_not_written_over(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_pickle_in_the_checkpoints_place_is_never_run(given: list[str], tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -362,6 +374,7 @@ def test_a_pickle_in_the_checkpoints_place_is_never_run(given: list[str], tmp_pa
     assert not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.slow
 def test_another_run_is_not_taken_for_this_one(given: list[str], tmp_path: Path) -> None:
     distil(given, tmp_path, "--steps 9 --pause-at 1")
     with pytest.raises(UserError, match="holds a run with batch 2, and this one has 3"):
@@ -394,6 +407,7 @@ def test_files_of_a_run_that_goes_on_are_replaced_whole(
 
 
 @pytest.mark.parametrize("text", ['{"teacher": "m', "[]", "\xff"])
+@pytest.mark.slow
 def test_damaged_settings_are_one_line(given: list[str], text: str, tmp_path: Path) -> None:
     distil(given, tmp_path, "--steps 9 --pause-at 1")
     settings = tmp_path / "training" / "settings.json"
@@ -421,6 +435,7 @@ def test_a_unets_folder_has_its_configuration_last(turned: bool, tmp_path: Path,
     assert moved == [WEIGHTS, "config.json"]
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_two(given: list[str], tmp_path: Path) -> None:
     command = [
         sys.executable,

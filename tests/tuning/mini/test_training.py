@@ -73,6 +73,7 @@ def test_batches_follow_from_step_and_rank_alone(shell: Path) -> None:
     assert not torch.equal(one.draw(0)[0], pools(1).draw(0)[0])
 
 
+@pytest.mark.slow
 def test_a_tiny_training_runs_every_stage_and_leaves_a_pipeline(shell: Path, tiny: MiniSettings, tmp_path: Path) -> None:
     out, runs = tmp_path / "model", tmp_path / "runs"
     settings = tmp_path / "tiny.json"
@@ -115,6 +116,7 @@ def test_the_committed_folder_is_small_whole_and_half_precision() -> None:
     assert "training/vae.jsonl" in sizes
 
 
+@pytest.mark.slow
 def test_the_autoencoder_keeps_every_shape() -> None:
     vae = AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=torch.float32).eval()
     scenes, _, pictures = batch(200, "ceiling", held=True)
@@ -124,6 +126,7 @@ def test_the_autoencoder_keeps_every_shape() -> None:
     assert right["all"] >= 0.96
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tiny: MiniSettings, tmp_path: Path) -> None:
     settings = tmp_path / "tiny.json"
     tiny.save(settings)

@@ -136,6 +136,7 @@ def test_choosing_goes_on_until_the_unet_is_fast_enough(two_stages: UNet2DCondit
     assert chosen[-1].error < 1e-10
 
 
+@pytest.mark.slow
 def test_errors_are_measured_anew_after_each_removal(two_stages: UNet2DConditionModel) -> None:
     found, errors = candidates(two_stages), Errors(two_stages, points(two_stages))
     chosen = choose(two_stages, found, errors, times(two_stages), 1.1)
@@ -249,6 +250,7 @@ def test_a_checkpoint_whose_parts_do_not_fit(run: Command, tmp_path: Path) -> No
                 Teacher.load(str(source))
 
 
+@pytest.mark.slow
 def test_a_unet_with_experts_is_not_ranked(run: Command, small_unet: UNet2DConditionModel, tmp_path: Path) -> None:
     save_part(tuning.assemble(small_unet, tuning.recipe("condconv")), tmp_path / "experts")
     save_part(small_unet, tmp_path / "plain")
@@ -260,6 +262,7 @@ def test_a_unet_with_experts_is_not_ranked(run: Command, small_unet: UNet2DCondi
         candidates(tuning.load_unet(tmp_path / "experts"))
 
 
+@pytest.mark.slow
 def test_the_command(run: Command, two_stages: UNet2DConditionModel, tmp_path: Path) -> None:
     source = save_source(tmp_path / "source", two_stages)
     out = tmp_path / "out"
@@ -291,6 +294,7 @@ def test_the_command(run: Command, two_stages: UNet2DConditionModel, tmp_path: P
         assert words in text
 
 
+@pytest.mark.slow
 def test_a_source_that_is_only_a_unet_and_times_of_another(
     run: Command, two_stages: UNet2DConditionModel, tmp_path: Path
 ) -> None:
@@ -323,6 +327,7 @@ MISTAKES: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("options", "says"), MISTAKES, ids=lambda given: " ".join(given) if isinstance(given, list) else "")
+@pytest.mark.slow
 def test_mistakes(run: Command, two_stages: UNet2DConditionModel, tmp_path: Path, options: list[str], says: str) -> None:
     two_stages.save_pretrained(tmp_path / "unet")
     source = [] if "--source" in options else ["--source", tmp_path / "unet"]
