@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from engines.bundle.checks import LARGEST_MANIFEST, ManifestError, check_complete, check_manifest
 from engines.bundle.manifest import MANIFEST_VERSION, File, Manifest
 from engines.errors import BundleError
-from engines.support.records import explain
+from engines.support.records import explain, one_line
 
 __all__ = ["MANIFEST_NAME", "Bundle", "describe_file", "is_intact", "sha256"]
 
@@ -70,7 +70,7 @@ class Bundle:
             version = data.get("version") if isinstance(data, dict) else None
             if version != MANIFEST_VERSION:
                 raise BundleError(
-                    f"bundle {folder} has manifest version {str(version)[:20]}, this program reads {MANIFEST_VERSION}; "
+                    f"bundle {folder} has manifest version {one_line(version, 20)}, this program reads {MANIFEST_VERSION}; "
                     f"{_rebuild(folder)}"
                 )
             manifest = Manifest.model_validate(data)
