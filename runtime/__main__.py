@@ -98,6 +98,8 @@ def _check_png(path: Path) -> None:
     _check_text(path)
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise UserError(f"cannot write {path!s:.200}: {advice}")
+    if path.is_dir():
+        raise UserError(f"cannot write {path!s:.200}: it is a folder; choose another path")
     temporary = path.with_name(f".{path.name}.part")
     try:
         temporary.touch()

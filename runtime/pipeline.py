@@ -189,7 +189,7 @@ class Pipeline:
         length = self.manifest.text_length
         with self._lock:  # padding and truncation are state of the tokenizer: two threads would change each other's
             words = [expand_words(prompt, self.tokenizer) for prompt in prompts]
-            whole = [len(self.tokenizer(prompt).input_ids) for prompt in words]
+            whole = [len(self.tokenizer(prompt, verbose=False).input_ids) for prompt in words]
             ids = self.tokenizer(words, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         for prompt, tokens in zip(prompts, whole, strict=True):
             if tokens > length:

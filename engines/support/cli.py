@@ -38,7 +38,7 @@ def parse_size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
     if len(sides) == 1:
         sides *= 2
-    if len(sides) != 2 or not all(side.isdecimal() and len(side) < 10 for side in sides):
+    if len(sides) != 2 or not all(side.isdecimal() and len(side) <= 12 for side in sides):
         raise UserError(f"size {text!r:.60} is no picture size; write HEIGHTxWIDTH in pixels, such as 512x768")
     return int(sides[0]), int(sides[1])
 
