@@ -35,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "vae": functools.partial(train_vae, widths=(8, 8, 8, 8), whitened_on=4),
         "decoder": train_decoder,
         "unet": functools.partial(train_unet, widths=WIDTHS, text_width=16, text_layers=1),
-        "reader": functools.partial(train_reader, widths=(8, 8), settling=1),
+        "reader": functools.partial(train_reader, widths=(32, 32), settling=1),
     }
     monkeypatch.setattr(emoji_train, "_STAGES", stages)
 
