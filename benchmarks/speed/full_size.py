@@ -77,7 +77,12 @@ def export(
         vocabulary=1, features=dict(features), units=tuple(units), segments=tuple(written), files=(), made_with={},
     )  # fmt: skip
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
-    return Bundle.open(folder)
+    return exported(folder)
+
+
+def exported(folder: Path) -> Bundle:
+    """A bundle that ``export`` wrote, as it is: it has only what is measured, which nobody else would take for whole."""
+    return Bundle(folder, Manifest.model_validate_json((folder / MANIFEST_NAME).read_text("utf-8")))
 
 
 def _trace_into(path: Path, segment: Segment, module: nn.Module, features: Mapping[str, Feature], depth: int) -> None:

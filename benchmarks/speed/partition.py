@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import runtime
 from benchmarks.machine import write_results
-from benchmarks.speed.full_size import Traceable, export, measured_units, random_inputs, spread, take_turns
+from benchmarks.speed.full_size import Traceable, export, exported, measured_units, random_inputs, spread, take_turns
 from engines import Bundle, Segment, UserError, make_engine
 from engines.bundle.names import NOISE, SAMPLE, TEXT, TIMESTEP
 from engines.support.cli import run_command
@@ -86,7 +86,7 @@ def make_bundles(source: str, side: int, folder: Path) -> tuple[Bundle, Bundle]:
         ]
         for place, parts in zip(places, (fitted, pieces), strict=True):
             export(place, unet, parts, units, features)
-    return Bundle.open(places[0]), Bundle.open(places[1])
+    return exported(places[0]), exported(places[1])
 
 
 class Cases:

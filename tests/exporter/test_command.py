@@ -188,7 +188,7 @@ def test_a_unet_of_another_family_is_refused(exporter: Command, tmp_path: Path, 
 
 def test_an_inpainting_unet_is_refused(exporter: Command, tmp_path: Path) -> None:
     source = save_source(tmp_path / "source", small_unet("two stages", in_channels=9))
-    assert_refused(exporter("build", "--source", source), "the UNet reads 9 channels, the VAE makes 4")
+    assert_refused(exporter("build", "--source", source), "its UNet takes 9 channels and gives 4, and latents have 4")
 
 
 def test_a_unet_too_small_for_the_assembly_recipe_is_refused(exporter: Command, tiny_source: Path, elsewhere: Path) -> None:

@@ -133,7 +133,7 @@ WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--plan", "block:9999999"], ["block takes a number of steps, such as 3"]),
     (["--negative", "\udcff"], ["negative_prompt has a character that is no text, U+DCFF at position 0"]),
     (["-o", "/proc/x.png"], ["cannot write /proc/x.png", "in a folder that exists and can be written"]),
-    (["-o", "a" * 300 + ".png"], ["cannot write aaa", "File name too long"]),
+    (["-o", "a" * 300 + ".png"], ["aaa.png cannot be read or written", "File name too long"]),
     (["-o", "\udcff.png"], ["is no text in UTF-8"]),
     (["--plot", "/proc/x.png"], ["cannot write /proc/x.png"]),
     (["--plot", "nowhere/x.png"], ["cannot write nowhere/x.png"]),

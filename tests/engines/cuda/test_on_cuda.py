@@ -150,7 +150,7 @@ def test_an_exact_module_that_fails_leaves_all_as_it_was():
     ("device", "precision", "exact"), [("cuda", "fp32", True), ("cuda", "fp16", False), ("cpu", "fp32", False)]
 )
 def test_single_precision_on_a_gpu_is_exact(damageable, monkeypatch, device, precision, exact):
-    monkeypatch.setattr("engines.torch_program.move_to_device_pass", lambda program, place: program)
+    monkeypatch.setattr("engines.torch_program.read_program", lambda path, device: torch.nn.Identity())
     bundle = replace(damageable, manifest=damageable.manifest.model_copy(update={"precision": precision}))
     runner: Any = Torch(device).load(bundle, bundle.manifest.segment("front"))
     assert runner._exact is exact

@@ -108,6 +108,6 @@ def test_a_unet_from_elsewhere_that_does_not_fit_is_refused(
     small_unet("two stages", layers_per_block=2, block_out_channels=(16, 40)).save_pretrained(tmp_path / "wide")
     assert_refused(exporter(*to, tmp_path / "wide"), "its widths are [16, 40], not [16, 32]")
     small_unet("two stages", layers_per_block=2, cross_attention_dim=8).save_pretrained(tmp_path / "text")
-    assert_refused(exporter(*to, tmp_path / "text"), "reads text of width 8, the text encoder makes 16")
+    assert_refused(exporter(*to, tmp_path / "text"), "reads text of width 8 and its text encoder writes 16")
     assert_refused(exporter(*to, layered_source / "vae"), "holds no UNet")
     assert list(elsewhere.rglob("*")) == []

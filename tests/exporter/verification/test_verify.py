@@ -18,7 +18,7 @@ from exporter.verification.metrics import cosine, psnr
 from exporter.verification.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE, Comparison, compare_latents
 from tests.support.commands import Command, assert_refused
 from tests.support.sources import save_source
-from tests.support.unets import manifest_of, small_unet
+from tests.support.unets import small_unet
 
 FP32 = 1e-4
 """What `verify` allows at float32: sums in another order give 1e-6 to 5e-6, a wrong feature or weight far above 1e-3."""
@@ -164,10 +164,10 @@ def test_sizes_that_do_not_fit(no_mid_bundle: Bundle, exporter: Command) -> None
     ],
 )
 def test_inspect_says_whether_a_switch_can_run_as_far_as_the_bundle_goes(
-    exporter: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variant: str, said: str
+    exporter: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_mid_bundle: Bundle, variant: str, said: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    manifest = manifest_of(small_unet("uneven")).model_copy(update={"variant": variant})
+    manifest = no_mid_bundle.manifest.model_copy(update={"variant": variant})
     (tmp_path / "manifest.json").write_text(manifest.model_dump_json())
     outcome = exporter("inspect", tmp_path)
     assert outcome.code == 0

@@ -177,7 +177,8 @@ def test_bad_input_is_refused_before_anything_runs(null_pipeline: Pipeline, name
 def test_a_bundle_without_an_encoder_names_the_command_that_makes_one(bundle_copy: Path) -> None:
     path = bundle_copy / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["segments"] = [segment for segment in manifest["segments"] if segment["name"] != "vae_encoder"]
+    for part in ("segments", "units"):
+        manifest[part] = [one for one in manifest[part] if one["name"] != "vae_encoder"]
     path.write_text(json.dumps(manifest))
     old = Pipeline(Bundle.open(bundle_copy), make_engine("null"))
     with pytest.raises(RequestError, match="no segment vae_encoder.*python -m exporter build --variant original"):

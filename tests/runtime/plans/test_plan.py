@@ -198,7 +198,7 @@ EVERY_2 = {"mode": "uniform", "every": 2}
             {"rules": [{"units": ["up.1"], "kind": "both", "when": EVERY_2}]},
             "rules.0.kind: Input should be 'output' or 'residual'; got \"both\"",
         ),
-        ({"carry": list(range(99))}, f"carry: Input should be a valid boolean; got {str(list(range(99)))[:60]}..."),
+        ({"carry": list(range(99))}, f"carry: Input should be a valid boolean; got {str(list(range(99)))[:100]}..."),
     ],
 )
 def test_a_malformed_file_says_what_was_got_and_what_is_allowed(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
