@@ -35,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "vae": functools.partial(train_vae, widths=(8, 8, 8, 8), whitened_on=4),
         "decoder": train_decoder,
         "unet": functools.partial(train_unet, widths=WIDTHS, text_width=16, text_layers=1),
-        "reader": functools.partial(train_reader, widths=(8, 8), settling=1),
+        "reader": functools.partial(train_reader, widths=(32, 32), settling=1),
     }
     monkeypatch.setattr(emoji_train, "_STAGES", stages)
 
@@ -53,7 +53,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 def test_every_stage_leaves_a_pipeline_logs_and_grids(sets: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     train(sets, out, "vae", "decoder", "unet", "reader")
-    pipeline = StableDiffusionPipeline.from_pretrained(out)
+    pipeline = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("red apple, noto style", num_inference_steps=2, guidance_scale=3.0).images[0]
     assert picture.size == (128, 128)
