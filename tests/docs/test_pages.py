@@ -54,6 +54,6 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 
 def test_files_to_touch_exist() -> None:
     rows = re.findall(r"^\| (`.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
-    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row) if "NAME" not in name]
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row) if "<name>" not in name]
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).is_file()] == []
