@@ -141,13 +141,11 @@ def write_pictures(
 
 
 def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m tuning.mini.data", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("fetch", help="download the emoji sets and draw them")
-    one.add_argument("--out", type=Path, default=Path("runs/emoji"), help="where the folders go (default: %(default)s)")
-    one.add_argument("--versions", type=int, default=2, help="drawings of each training pair (default: %(default)s)")
-    one.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that draw (default: one for each core)")
-    one.add_argument("--icons-only", action="store_true", help="download, but draw nothing")
+    parser = Parser(prog="python -m tuning.emoji.fetch", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="where the folders go (default: %(default)s)")
+    parser.add_argument("--versions", type=int, default=2, help="drawings of each training pair (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that draw (default: one for each core)")
+    parser.add_argument("--icons-only", action="store_true", help="download, but draw nothing")
     options = parser.parse_args(arguments)
     for name in ("versions", "processes"):
         if getattr(options, name) < 1:

@@ -172,14 +172,14 @@ def test_npm_that_is_missing_or_fails_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 def test_the_command_makes_all_three_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_sets(tmp_path / "icons")
-    main(["fetch", "--out", str(tmp_path), "--versions", "1", "--processes", "1"])
+    main(["--out", str(tmp_path), "--versions", "1", "--processes", "1"])
     train, held = split(load_icons(tmp_path / "icons"))
     for folder, icons in (("pictures", train), ("held_back", held)):
         lines = (tmp_path / folder / "metadata.jsonl").read_text().splitlines()
         assert len(lines) == len(icons) > 0
     assert f"{len(train)} pairs of 5 concepts and 5 styles to train on, 5 pairs held back" in capsys.readouterr().out
     with pytest.raises(TuningError, match="--versions 0 is none"):
-        main(["fetch", "--versions", "0"])
+        main(["--versions", "0"])
 
 
 def test_the_notice_names_every_set() -> None:
