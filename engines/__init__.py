@@ -8,7 +8,7 @@ from importlib import import_module
 from engines.base import DTYPES, Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Manifest, Segment, Unit
-from engines.errors import BundleError, EngineError, UserError
+from engines.errors import BundleError, EngineError, NeedsBuildError, UserError
 
 __all__ = [
     "DTYPES",
@@ -18,6 +18,7 @@ __all__ = [
     "Engine",
     "EngineError",
     "Manifest",
+    "NeedsBuildError",
     "Profile",
     "Runner",
     "Segment",

@@ -17,7 +17,7 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
 from engines.bundle.shapes import bind, resolve
 from engines.cuda.graphs import Recorder
-from engines.errors import EngineError
+from engines.errors import EngineError, NeedsBuildError
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -180,16 +180,9 @@ class Engine(ABC):
         return None
 
     def compiled_files(self, bundle: Bundle, segment: Segment) -> list[Path]:
-        """The checked paths of what ``compile`` made; EngineError if the bundle was built without this engine."""
+        """The checked paths of what ``compile`` made; NeedsBuildError if the bundle was built without this engine."""
         compiled = segment.engines.get(self.name)
         if compiled is None:
             have = ", ".join(segment.engines) or "none"
-            raise EngineError(
-                f"bundle {bundle.folder} has no {self.name} engines (it has: {have}); "
-                f"build them with: {self.rebuild_command(bundle)}"
-            )
+            raise NeedsBuildError(f"bundle {bundle.folder} has no {self.name} engines (it has: {have})")
         return [bundle.path(file) for file in compiled.files]
-
-    def rebuild_command(self, bundle: Bundle) -> str:
-        """The command that builds the bundle again with this engine beside those it has."""
-        return bundle.rebuild_command(self.name)

@@ -1,10 +1,15 @@
 """What a user can get wrong with a bundle or an engine. The commands print these as one line and exit with code 2."""
 
-__all__ = ["BundleError", "EngineError", "EngineMemoryError", "UserError"]
+__all__ = ["BundleError", "EngineError", "EngineMemoryError", "NeedsBuildError", "UserError"]
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: says what was got, what is allowed and what to do next."""
+
+    @property
+    def line(self) -> str:
+        """The message and the advice that was added to it as notes, in one line."""
+        return "; ".join([str(self), *getattr(self, "__notes__", [])])
 
 
 class BundleError(UserError):
@@ -13,6 +18,15 @@ class BundleError(UserError):
 
 class EngineError(UserError):
     """An engine is unknown, not installed, not in the bundle, or cannot run what was asked of it."""
+
+
+class NeedsBuildError(EngineError):
+    """A bundle has no engine that runs here, and another build can make one."""
+
+    def __init__(self, message: str, *, up_to_date: bool = False) -> None:
+        super().__init__(message)
+        self.up_to_date = up_to_date
+        """Whether a build would take the engine that does not run for one that does, and keep it."""
 
 
 class EngineMemoryError(EngineError):

@@ -14,7 +14,7 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.cuda.tf32 import without_tf32
-from engines.errors import EngineError
+from engines.errors import EngineError, NeedsBuildError
 from engines.program import ProgramError
 from engines.pt2 import read_program, without_pickles
 
@@ -109,9 +109,9 @@ class Torch(Engine):
         try:
             module = read_program(path, self.device)
         except ProgramError as error:
-            raise EngineError(
+            raise NeedsBuildError(
                 f"{path} cannot be read by PyTorch {self.version()}: {error}; it was made by PyTorch "
-                f"{segment.engines[self.name].version}; build it again with: {self.rebuild_command(bundle)}"
+                f"{segment.engines[self.name].version}"
             ) from error
         exact = self.device.type == "cuda" and bundle.manifest.precision == "fp32"
         return ModuleRunner(segment, bundle.manifest.features, module, self.device, exact)

@@ -186,7 +186,7 @@ def _plans(options: Namespace, console: Console) -> None:
         if options.bundle:
             raise
         console.print(list_plans(None, options.steps))
-        console.print(f"What plans cost depends on the UNet; {error}", soft_wrap=True)
+        console.print(f"What plans cost depends on the UNet; {error.line}", soft_wrap=True)
         return
     console.print(list_plans(bundle, options.steps))
     examples = ", ".join(preset.example for preset in PRESETS.values() if preset.example != preset.form)

@@ -6,11 +6,11 @@ from dataclasses import replace
 from itertools import chain, count
 from shlex import quote
 
-from engines import Bundle
+from engines import Bundle, NeedsBuildError
 from runtime.errors import NonFiniteError, PartitionError, SiblingError
 from runtime.plans.plan import Plan
 
-__all__ = ["add_precision_advice", "build_advice"]
+__all__ = ["add_precision_advice", "build_advice", "rebuild_advice"]
 
 
 @contextmanager
@@ -34,6 +34,21 @@ def build_advice(plan: Plan, bundle: Bundle, engine: str, bundle_of: Callable[[s
         raise
     except SiblingError as error:
         error.add_note(f"build it with: {_sibling_command(bundle, error.variant, plan, engine)}")
+        raise
+
+
+@contextmanager
+def rebuild_advice(bundle: Bundle, engine: str) -> Iterator[None]:
+    """Add to an engine's error the command that builds the bundle again for that engine, beside those that it has."""
+    try:
+        yield
+    except NeedsBuildError as error:
+        command = bundle.rebuild_command(engine)
+        if error.up_to_date:
+            kept = "a build would keep it, for it is of this version and for this GPU"
+            error.add_note(f"{kept}: remove {bundle.folder}, then: {command}")
+        else:
+            error.add_note(f"build it with: {command}")
         raise
 
 

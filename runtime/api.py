@@ -24,7 +24,9 @@ def default_bundle() -> Path:
     """
     found = sorted(BUNDLES.glob("[!.]*/manifest.json"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise BundleError(f"no bundle in ./{BUNDLES}; make one with: python -m exporter build --variant assembled")
+        error = BundleError(f"no bundle in ./{BUNDLES}")
+        error.add_note("make one with: python -m exporter build --variant assembled")
+        raise error
     return found[-1].parent
 
 

@@ -243,7 +243,7 @@ class Pipeline:
         add_precision_advice(error, self.bundle, self.engine.name)
         if not request.allow_nonfinite:
             raise error
-        warnings.warn("; ".join([str(error), *error.__notes__]), stacklevel=4)
+        warnings.warn(error.line, stacklevel=4)
 
     def _find_nonfinite(self, request: Request) -> str:
         """The first segment, and the step, whose output is not finite."""

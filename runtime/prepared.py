@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from engines import Engine, Manifest
+from engines.bundle.shapes import size_fault
 from runtime.errors import RequestError
 from runtime.images.pictures import Original
 from runtime.plans.schedule import Schedule
@@ -53,9 +54,8 @@ def latent_shape(manifest: Manifest, height: int, width: int) -> tuple[int, int,
 
 def check_shape(manifest: Manifest, engine: Engine, images: int, height: int, width: int, guidance_scale: float) -> None:
     """Raise RequestError unless number, size and guidance are such as this bundle and engine take."""
-    multiple = manifest.size_multiple
-    if any(side < multiple or side % multiple for side in (height, width)):
-        raise RequestError(f"size {height}x{width}: height and width must be multiples of {multiple} pixels for this UNet")
+    if fault := size_fault((height, width), manifest.size_multiple):
+        raise RequestError(f"size {fault}")
     if engine.has_profile and manifest.static:
         _check_static(manifest, engine.name, images, height, width, guidance_scale)
     elif engine.has_profile:

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engines import Bundle, BundleError
+from engines import Bundle
+from engines.bundle.damage import damaged
 
 __all__ = ["load_tokenizer"]
 
@@ -22,7 +23,7 @@ def load_tokenizer(bundle: Bundle) -> Any:
 
     listed = [file.path for file in bundle.manifest.files]
     if "scheduler/scheduler_config.json" not in listed or not any(path.startswith("tokenizer/") for path in listed):
-        raise BundleError(f"bundle {bundle.folder} is damaged: its manifest lists no tokenizer or no scheduler; build it again")
+        raise damaged(bundle.folder, "its manifest lists no tokenizer or no scheduler")
     with bundle.settings() as folder:
         _check_scheduler(bundle, folder)
         try:
@@ -32,9 +33,7 @@ def load_tokenizer(bundle: Bundle) -> Any:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise BundleError(
-                f"bundle {bundle.folder} is damaged: its folder tokenizer holds no tokenizer for it ({reason}); build it again"
-            ) from error
+            raise damaged(bundle.folder, f"its folder tokenizer holds no tokenizer for it ({reason})") from error
     return tokenizer
 
 
@@ -43,15 +42,11 @@ def _check_scheduler(bundle: Bundle, folder: Path) -> None:
     try:
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BundleError(
-            f"bundle {bundle.folder} is damaged: scheduler/scheduler_config.json is no JSON ({error}); build it again"
-        ) from error
+        raise damaged(bundle.folder, f"scheduler/scheduler_config.json is no JSON ({error})") from error
     steps = config.get("num_train_timesteps", 1000) if isinstance(config, dict) else None
     if type(steps) is not int or not 1 <= steps <= _MOST_STEPS:
-        raise BundleError(
-            f"bundle {bundle.folder} is damaged: scheduler/scheduler_config.json has num_train_timesteps = {str(steps)[:40]}, "
-            f"expected 1 to {_MOST_STEPS}; build it again"
-        )
+        what = f"scheduler/scheduler_config.json has num_train_timesteps = {str(steps)[:40]}, expected 1 to {_MOST_STEPS}"
+        raise damaged(bundle.folder, what)
 
 
 def _check(tokenizer: Any, length: int, vocabulary: int) -> None:

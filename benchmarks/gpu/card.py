@@ -69,5 +69,5 @@ def check_engines(names: Sequence[str], device: torch.device) -> tuple[list[str]
             engine_named(name, device)
             found.append(name)
         except EngineError as error:
-            missing[name] = str(error)
+            missing[name] = error.line
     return found, missing

@@ -135,13 +135,13 @@ def _build(check: _Check, engines: Sequence[str], precision: str) -> None:
         _bundle(check.options, engines, precision)
         kept = list(engines)
     except EngineError as error:
-        check.console.print(f"not for all engines at once: {error}", highlight=False, markup=False, soft_wrap=True)
+        check.console.print(f"not for all engines at once: {error.line}", highlight=False, markup=False, soft_wrap=True)
         for name in engines:  # each adds what it needs to what is there
             try:
                 _bundle(check.options, [*kept, name], precision)
                 kept.append(name)
             except EngineError as error:
-                check.found.skipped[f"{name} {precision}"] = str(error)
+                check.found.skipped[f"{name} {precision}"] = error.line
     check.found.build_seconds[precision] = round(time.monotonic() - started, 1)
 
 

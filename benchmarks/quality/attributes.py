@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         rows = _run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.line}", file=sys.stderr)
         return 2
     if not rows:
         return 2

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from engines.bundle.manifest import Feature, File, Manifest, Segment
 from engines.bundle.names import IMAGE, LATENTS, NOISE, OUTSIDE, SAMPLE, TEXT, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
-from engines.bundle.shapes import Dim, Shape, is_dim, resolve
+from engines.bundle.shapes import Dim, Shape, is_dim, resolve, size_fault
 
 __all__ = ["LARGEST_MANIFEST", "ManifestError", "check_complete", "check_manifest"]
 
@@ -68,10 +68,10 @@ def _check_numbers(manifest: Manifest) -> None:
     if not 1 <= len(manifest.sizes) <= _MOST:
         raise ManifestError(f"sizes has {len(manifest.sizes)} entries, expected 1 to {_MOST}")
     for height, width in manifest.sizes:
-        multiple = manifest.size_multiple
-        if height < 1 or width < 1 or height % multiple or width % multiple or height * width > _MOST_PIXELS:
+        if height * width > _MOST_PIXELS or size_fault((height, width), manifest.size_multiple):
             raise ManifestError(
-                f"sizes has {_short(height)}x{_short(width)}, expected multiples of {multiple} and at most {_MOST_PIXELS} pixels"
+                f"sizes has {_short(height)}x{_short(width)}, expected multiples of {manifest.size_multiple} and at most "
+                f"{_MOST_PIXELS} pixels"
             )
 
 

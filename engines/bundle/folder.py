@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from engines.bundle.checks import LARGEST_MANIFEST, ManifestError, check_complete, check_manifest
+from engines.bundle.damage import damaged, of_another_version
 from engines.bundle.manifest import MANIFEST_VERSION, File, Manifest
 from engines.errors import BundleError
 from engines.support.records import explain, one_line
@@ -61,24 +62,21 @@ class Bundle:
         path = folder / MANIFEST_NAME
         if not path.is_file():
             reason = "no such folder" if not folder.exists() else f"no {MANIFEST_NAME} in it"
-            raise BundleError(
-                f"no bundle at {folder} ({reason}); make one with: python -m exporter build --variant assembled --out {folder}"
-            )
+            error = BundleError(f"no bundle at {folder} ({reason})")
+            error.add_note(f"make one with: python -m exporter build --variant assembled --out {folder}")
+            raise error
         _check_place(folder, path)
         try:
             data = _parsed(path)
             version = data.get("version") if isinstance(data, dict) else None
             if version != MANIFEST_VERSION:
-                raise BundleError(
-                    f"bundle {folder} has manifest version {one_line(version, 20)}, this program reads {MANIFEST_VERSION}; "
-                    f"{_rebuild(folder)}"
-                )
+                raise of_another_version(folder, one_line(version, 20), MANIFEST_VERSION)
             manifest = Manifest.model_validate(data)
             check_manifest(manifest)
         except ValidationError as error:
-            raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME}, {explain(error)}; {_rebuild(folder)}") from error
+            raise damaged(folder, f"{MANIFEST_NAME}, {explain(error)}") from error
         except ManifestError as error:
-            raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME}, {error}; {_rebuild(folder)}") from error
+            raise damaged(folder, f"{MANIFEST_NAME}, {error}") from error
         return cls(folder, manifest)
 
     def check_complete(self) -> None:
@@ -86,7 +84,7 @@ class Bundle:
         try:
             check_complete(self.manifest)
         except ManifestError as error:
-            raise BundleError(f"bundle {self.folder} is damaged: {MANIFEST_NAME}, {error}; {_rebuild(self.folder)}") from error
+            raise damaged(self.folder, f"{MANIFEST_NAME}, {error}") from error
 
     @contextmanager
     def settings(self) -> Iterator[Path]:
@@ -112,12 +110,10 @@ class Bundle:
         """
         path = self.folder / file.path
         if not path.is_file():
-            raise BundleError(f"bundle {self.folder} is damaged: {file.path} is missing; {_rebuild(self.folder)}")
+            raise damaged(self.folder, f"{file.path} is missing")
         _check_place(self.folder, path)
         if not is_intact(self.folder, file, digest):
-            raise BundleError(
-                f"bundle {self.folder} is damaged: {file.path} is not the file that was built; {_rebuild(self.folder)}"
-            )
+            raise damaged(self.folder, f"{file.path} is not the file that was built")
         return path
 
     def rebuild_command(self, engine: str = "onnxruntime") -> str:
@@ -146,21 +142,15 @@ def _parsed(path: Path) -> Any:
     """The manifest's JSON, whose size and depth are bounded; raises BundleError."""
     folder = path.parent
     if path.stat().st_size > LARGEST_MANIFEST:
-        raise BundleError(
-            f"bundle {folder} is damaged: {MANIFEST_NAME} has more than {LARGEST_MANIFEST} bytes; {_rebuild(folder)}"
-        )
+        raise damaged(folder, f"{MANIFEST_NAME} has more than {LARGEST_MANIFEST} bytes")
     try:
         data = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
         json.dumps(data, ensure_ascii=False).encode("utf-8")  # text that is half a character cannot be written
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number of thousands of digits
         reason = str(error).splitlines()[0]
-        raise BundleError(f"bundle {folder} is damaged: {MANIFEST_NAME} is no JSON ({reason}); {_rebuild(folder)}") from error
+        raise damaged(folder, f"{MANIFEST_NAME} is no JSON ({reason})") from error
     return data
 
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no number")
-
-
-def _rebuild(folder: Path) -> str:
-    return f"rebuild it with: python -m exporter build --force --out {folder} and the options that it was built with"

@@ -7,7 +7,7 @@ of a UNet call: images, twice with guidance), ``images`` (rows of a VAE call), `
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["Dim", "Shape", "bind", "is_dim", "resolve"]
+__all__ = ["Dim", "Shape", "bind", "is_dim", "resolve", "size_fault"]
 
 Dim = int | str
 Shape = tuple[Dim, ...]
@@ -28,6 +28,18 @@ def is_dim(dim: str, names: Collection[str], largest: int) -> bool:
     """Whether a text is a dimension of one of the ``names``, with factor and divisor of at least 1 and at most ``largest``."""
     found = _FORM.fullmatch(dim) if len(dim) <= _LONGEST else None
     return found is not None and found[2] in names and all(1 <= int(number or 1) <= largest for number in (found[1], found[3]))
+
+
+def size_fault(size: tuple[int, int], multiple: int) -> str | None:
+    """What is wrong with a picture's height and width in pixels; None where the UNet's depth divides them.
+
+    Args:
+        size: height and width.
+        multiple: what both must be multiples of.
+    """
+    if all(side >= multiple and side % multiple == 0 for side in size):
+        return None
+    return f"{size[0]}x{size[1]}: height and width must be multiples of {multiple} pixels for this UNet"
 
 
 def resolve(shape: Sequence[Dim], sizes: Mapping[str, int]) -> tuple[int, ...]:

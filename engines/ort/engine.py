@@ -17,7 +17,7 @@ from engines.base import DTYPES, Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import on_stream
-from engines.errors import BundleError, EngineError
+from engines.errors import BundleError, EngineError, NeedsBuildError
 from engines.ort.external import external_files
 from engines.support.caches import cache_places, card_name, first_writable
 
@@ -106,10 +106,7 @@ class OnnxRuntime(Engine):
         """
         paths = [bundle.path(file) for file in segment.onnx]
         if not paths:
-            raise EngineError(
-                f"bundle {bundle.folder} has no ONNX file for segment {segment.name}; "
-                f"build it with: {self.rebuild_command(bundle)}"
-            )
+            raise NeedsBuildError(f"bundle {bundle.folder} has no ONNX file for segment {segment.name}")
         compiled = segment.engines.get(self.name)
         if compiled is not None and not self._tensorrt:  # TensorRT does not know the fused operator
             paths = [bundle.path(file) for file in compiled.files] + paths

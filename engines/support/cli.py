@@ -62,7 +62,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print("error: " + "; ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
+        print(f"error: {error.line}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno in _FULL:

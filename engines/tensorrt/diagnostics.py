@@ -1,8 +1,10 @@
-"""What to do about an engine that cannot be loaded here: the command to rebuild it only where that can help."""
+"""Why an engine cannot be used here, and what mends it: something of the machine, or another build."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-__all__ = ["advise", "is_out_of_memory"]
+from engines.errors import EngineError, EngineMemoryError, NeedsBuildError
+
+__all__ = ["refusal"]
 
 _OTHERWISE = {
     "old cuda driver": "update the NVIDIA driver",
@@ -19,20 +21,19 @@ _LOGGED = {
 """By what is logged where there are no diagnostics."""
 
 
-def advise(reasons: Iterable[str], rebuild: str) -> str:
-    """What to do.
+def refusal(message: str, reasons: Sequence[str], *, up_to_date: bool) -> EngineError:
+    """The error of an engine that cannot be used here: with what to do, or as one that another build can mend.
 
     Args:
+        message: what happened.
         reasons: TensorRT-RTX's diagnostics in words, or what was logged.
-        rebuild: what to do where another engine has to be built.
+        up_to_date: whether a build would keep the engine as it is.
     """
-    advice = [_OTHERWISE[kind] for kind in map(_kind, reasons) if kind in _OTHERWISE]
-    return "; ".join(dict.fromkeys(advice)) or rebuild
-
-
-def is_out_of_memory(reasons: Iterable[str]) -> bool:
-    """Whether it is the GPU's memory that does not suffice."""
-    return "insufficient gpu memory" in map(_kind, reasons)
+    remedies = dict.fromkeys(_OTHERWISE[kind] for kind in map(_kind, reasons) if kind in _OTHERWISE)
+    if not remedies:
+        return NeedsBuildError(message, up_to_date=up_to_date)
+    kind = EngineMemoryError if "insufficient gpu memory" in map(_kind, reasons) else EngineError
+    return kind(f"{message}; {'; '.join(remedies)}")
 
 
 def _kind(reason: str) -> str:

@@ -17,9 +17,9 @@ from engines.base import Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Compiled, Segment
 from engines.cuda.graphs import CudaRecorder, Recorder
-from engines.errors import EngineError, EngineMemoryError
+from engines.errors import EngineError, NeedsBuildError
 from engines.support.caches import cache_places, card_name
-from engines.tensorrt.diagnostics import advise, is_out_of_memory
+from engines.tensorrt.diagnostics import refusal
 from engines.tensorrt.kernel_cache import RuntimeCache
 from engines.tensorrt.kernels import CompiledKernels, read_kernels
 from engines.tensorrt.runner import EngineRunner, ErrorLog, StreamWorkspace
@@ -180,31 +180,28 @@ class _TensorRTBase(Engine):
             engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             reasons = self._invalid(runtime, data) or errors[:1] or ["it gives no reason"]
-            kind = EngineMemoryError if is_out_of_memory(reasons) else EngineError
-            advice = advise(reasons, self._rebuild_advice(bundle, segment))
-            raise kind(
+            made = segment.engines[self.name]
+            message = (
                 f"segment {segment.name}: {self.name} {self.version()} cannot load {path} here: {', '.join(reasons)}; "
-                f"it was built by {_origin(segment.engines[self.name])}; {advice}"
+                f"it was built by {_origin(made)}"
             )
+            raise refusal(message, reasons, up_to_date=self._is_up_to_date(made))
         return self._runner(bundle, segment, (runtime, engine))
 
     def _check_card(self, bundle: Bundle, segment: Segment) -> None:
         """Refuse what only TensorRT-RTX can run: an engine of another card."""
 
-    def _rebuild_advice(self, bundle: Bundle, segment: Segment) -> str:
-        """How to get an engine that can be loaded here."""
-        made, command = segment.engines[self.name], self.rebuild_command(bundle)
-        if made.version == self.version() and self._is_for_here(made):
-            return f"a build would keep it, for it is of this version and for this GPU: remove {bundle.folder}, then: {command}"
-        return f"build it for this one with: {command}"
+    def _is_up_to_date(self, made: Compiled) -> bool:
+        """Whether a build here would keep an engine: it is of this version and for this GPU."""
+        return made.version == self.version() and self._is_for_here(made)
 
     @abstractmethod
     def _is_for_here(self, made: Compiled) -> bool:
         """Whether an engine was built for the GPU at hand."""
 
     def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
-        place, rebuild = self._workspace_for(bundle, segment), self._rebuild_advice(bundle, segment)
-        return EngineRunner(segment, bundle.manifest.features, loaded, self._create_context, self._log, self.name, place, rebuild)
+        place, current = self._workspace_for(bundle, segment), self._is_up_to_date(segment.engines[self.name])
+        return EngineRunner(segment, bundle.manifest.features, loaded, self._create_context, self._log, self.name, place, current)
 
     def _workspace_for(self, bundle: Bundle, segment: Segment) -> StreamWorkspace:
         return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._ends
@@ -283,9 +280,8 @@ class TensorRT(_TensorRTBase):
     def _check_card(self, bundle: Bundle, segment: Segment) -> None:
         made, here = segment.engines[self.name], self._here()
         if here and made.targets and not self._is_for_here(made):
-            raise EngineError(
-                f"segment {segment.name}: its {self.name} engine was built by {_origin(made)}, this GPU is {', '.join(here)}; "
-                f"{self._rebuild_advice(bundle, segment)}"
+            raise NeedsBuildError(
+                f"segment {segment.name}: its {self.name} engine was built by {_origin(made)}, this GPU is {', '.join(here)}"
             )
 
     def _build(self, builder: Any, network: Any, config: Any, cache_dir: Path | None) -> Any:
@@ -366,12 +362,9 @@ class TensorRTRTX(_TensorRTBase):
             needs = config, cache.attach(config)
             return engine.create_execution_context(config), needs
 
-        features, place, rebuild = (
-            bundle.manifest.features,
-            self._workspace_for(bundle, segment),
-            self._rebuild_advice(bundle, segment),
-        )
-        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, rebuild, cache.note)
+        features, place = bundle.manifest.features, self._workspace_for(bundle, segment)
+        current = self._is_up_to_date(segment.engines[self.name])
+        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, current, cache.note)
 
     def flush(self) -> None:
         """Write the runtime caches that have grown."""

@@ -13,8 +13,8 @@ import torch
 from engines.base import DTYPES, Runner
 from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import CannotRecord, current_recording, on_stream
-from engines.errors import EngineError, EngineMemoryError
-from engines.tensorrt.diagnostics import advise, is_out_of_memory
+from engines.errors import EngineError, NeedsBuildError
+from engines.tensorrt.diagnostics import refusal
 from engines.tensorrt.workspace import Workspace
 
 __all__ = ["EngineRunner", "ErrorLog", "StreamWorkspace"]
@@ -132,7 +132,7 @@ class EngineRunner(Runner):
         log: where the engine's errors arrive.
         engine_name: the name that errors use.
         device: where it runs.
-        rebuild: what to do where the engine does not fit the manifest.
+        up_to_date: whether a build would keep the engine as it is.
         learned: called when the engine has run with shapes that are new to it, and may have compiled kernels for them.
 
     Raises:
@@ -151,13 +151,13 @@ class EngineRunner(Runner):
         log: ErrorLog,
         engine_name: str,
         device: StreamWorkspace,
-        rebuild: str = "build the bundle again",
+        up_to_date: bool = False,
         learned: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(segment, features)
         self.device = device.device
         self._runtime, self._engine = loaded
-        self._create_context, self._learned, self._rebuild = create_context, learned, rebuild
+        self._create_context, self._learned, self._up_to_date = create_context, learned, up_to_date
         self._log = log
         self._engine_name = engine_name
         self._workspace = device
@@ -180,9 +180,9 @@ class EngineRunner(Runner):
             if name in names:
                 got, expected = self._engine.get_tensor_dtype(name).name, _DATA_TYPES[self.features[name].dtype]
                 if got != expected:
-                    self._refuse(f"its engine has {name} as {got}, the manifest as {expected}; {self._rebuild}")
+                    self._refuse_engine(f"its engine has {name} as {got}, the manifest as {expected}")
             elif name in self.segment.outputs:
-                self._refuse(f"its engine has no output {name}, only {', '.join(names)}; {self._rebuild}")
+                self._refuse_engine(f"its engine has no output {name}, only {', '.join(names)}")
 
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
         with self._workspace.stream() as stream:
@@ -267,6 +267,9 @@ class EngineRunner(Runner):
     def _refuse(self, reason: str) -> NoReturn:
         raise EngineError(f"segment {self.segment.name}: {reason}")
 
+    def _refuse_engine(self, reason: str) -> NoReturn:
+        raise NeedsBuildError(f"segment {self.segment.name}: {reason}", up_to_date=self._up_to_date)
+
     def _context(self, stream: int) -> _Context:
         """The context of a stream, or of the recording that is being made; made when it is first asked for."""
         recording = current_recording()
@@ -283,12 +286,9 @@ class EngineRunner(Runner):
 
     def _refuse_context(self, errors: Sequence[str]) -> NoReturn:
         """An engine can be read here and yet not run: its kernels are finished when a context is made."""
-        kind = EngineMemoryError if is_out_of_memory(errors) else EngineError
         reason = errors[0] if errors else "it gives no reason"
-        raise kind(
-            f"segment {self.segment.name}: {self._engine_name} refused the making of an execution context: {reason}; "
-            f"{advise(errors, self._rebuild)}"
-        )
+        message = f"segment {self.segment.name}: {self._engine_name} refused the making of an execution context: {reason}"
+        raise refusal(message, errors, up_to_date=self._up_to_date)
 
     def _give_scratch(self, context: _Context, stream: int) -> None:
         block = self._workspace.scratch.block(stream)

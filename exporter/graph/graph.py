@@ -8,6 +8,7 @@ import torch
 
 from engines.bundle.manifest import Feature, Precision, Segment, Unit
 from engines.bundle.names import IMAGE, LATENTS, OUTSIDE, SAMPLE, TEXT, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
+from engines.bundle.shapes import size_fault
 from exporter.errors import BuildError, SourceError
 from exporter.graph.components import Components
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
@@ -124,5 +125,5 @@ def _inputs(unet: Any, vae: Any, text_length: int, scale: int) -> dict[str, Feat
 
 def check_size(size: tuple[int, int], multiple: int) -> None:
     """Raise BuildError unless the UNet's depth divides a picture size (height, width) in pixels."""
-    if any(side < multiple or side % multiple for side in size):
-        raise BuildError(f"size {size[0]}x{size[1]}: height and width must be multiples of {multiple} pixels for this UNet")
+    if fault := size_fault(size, multiple):
+        raise BuildError(f"size {fault}")

@@ -1,15 +1,29 @@
 """The loaded segments of one UNet, its text encoder and its VAE, and what runs them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from engines import Bundle, Engine, Manifest, Runner
+from engines import Bundle, Engine, Manifest, NeedsBuildError, Runner
 from engines.bundle.manifest import Segment
+from runtime.advice import rebuild_advice
 from runtime.plans.subgraph import Subgraph, subgraph_for
 
-__all__ = ["LoadedBundle"]
+__all__ = ["LoadedBundle", "advice_of", "load_runners"]
+
+
+def advice_of(bundle: Bundle, engine: Engine) -> Callable[[], AbstractContextManager[None]]:
+    """Makes contexts that add to an engine's error the command that builds the bundle again."""
+    return partial(rebuild_advice, bundle, engine.name)
+
+
+def load_runners(bundle: Bundle, engine: Engine, segments: Iterable[Segment]) -> dict[str, Runner]:
+    """Runners by the names of their segments; raises BundleError or EngineError as ``Engine.load`` does, with advice."""
+    with rebuild_advice(bundle, engine.name):
+        return {segment.name: engine.load(bundle, segment) for segment in segments}
 
 
 @dataclass(frozen=True)
@@ -18,12 +32,13 @@ class LoadedBundle:
 
     manifest: Manifest
     runners: Mapping[str, Runner]
+    advice: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Adds to a runner's error the command that builds its engine again."""
 
     @classmethod
     def load(cls, bundle: Bundle, engine: Engine) -> "LoadedBundle":
         """Load every segment of a bundle; raises BundleError or EngineError as ``Engine.load`` does."""
-        runners = {segment.name: engine.load(bundle, segment) for segment in bundle.manifest.segments}
-        return cls(bundle.manifest, runners)
+        return cls(bundle.manifest, load_runners(bundle, engine, bundle.manifest.segments), advice_of(bundle, engine))
 
     def run(self, subgraph: Subgraph, given: Mapping[str, Tensor], made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Run a subgraph on the ``given`` features; returns the wanted ones.
@@ -42,7 +57,11 @@ class LoadedBundle:
         """Run segments in order and add all that they make to ``made``. They read what is given, or else what was made."""
         for segment in segments:
             inputs = {name: given[name] if name in given else made[name] for name in segment.inputs}
-            made.update(self.runners[segment.name].run(inputs))
+            try:
+                made.update(self.runners[segment.name].run(inputs))
+            except NeedsBuildError:  # found as late as this: engines are finished when they first run on a stream
+                with self.advice():
+                    raise
 
     def compute(self, wanted: str, given: Mapping[str, Tensor]) -> Tensor:
         """One feature from the given ones, running only what it needs."""

@@ -4,6 +4,7 @@ Nothing is looked at while a call runs as it should: on a GPU the host would wai
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -64,4 +65,4 @@ class _WatchedRunners(Mapping[str, Runner]):
 
 def watched(network: LoadedBundle) -> LoadedBundle:
     """The same segments, which raise NonFinite when they make a number that is not finite."""
-    return LoadedBundle(network.manifest, _WatchedRunners(network.runners))
+    return replace(network, runners=_WatchedRunners(network.runners))

@@ -13,7 +13,7 @@ from engines.bundle.folder import Digest, sha256
 from engines.bundle.manifest import File
 from engines.errors import EngineMemoryError
 from runtime.execution.graph_cache import CudaGraphCache
-from runtime.execution.loaded_bundle import LoadedBundle
+from runtime.execution.loaded_bundle import LoadedBundle, advice_of, load_runners
 
 __all__ = ["Swapper", "free_bytes"]
 
@@ -64,8 +64,8 @@ class Swapper:
     ) -> None:
         self._engine, self._graphs, self._free = engine, graphs, free
         name, manifest = bundle.manifest.variant, bundle.manifest
-        self._runners = {name: {segment.name: engine.load(bundle, segment) for segment in manifest.segments}}
-        self.networks = {name: LoadedBundle(manifest, self._runners[name])}
+        self._runners = {name: load_runners(bundle, engine, manifest.segments)}
+        self.networks = {name: LoadedBundle(manifest, self._runners[name], advice_of(bundle, engine))}
         """By variant. Those of UNets that are not on the device have no runners of its segments."""
         self._bundles: dict[str, Bundle] = {name: _Checked(bundle.folder, manifest)}
         self._here = {name}
@@ -91,7 +91,7 @@ class Swapper:
                 return
             runners: dict[str, Runner] = {}
             self._bundles[name], self._runners[name] = bundle, runners
-            self.networks[name] = LoadedBundle(bundle.manifest, runners)
+            self.networks[name] = LoadedBundle(bundle.manifest, runners, advice_of(bundle, self._engine))
             if not self._has_room(int(self.bytes_of(name) * _GROWTH)):
                 self.swaps = True
             if not self._try(name):
@@ -155,8 +155,7 @@ class Swapper:
         if self.swaps:
             self._release_all()
         bundle = self._bundles[unet]
-        loaded = {segment.name: self._engine.load(bundle, segment) for segment in bundle.manifest.unet_segments}
-        self._runners[unet].update(loaded)
+        self._runners[unet].update(load_runners(bundle, self._engine, bundle.manifest.unet_segments))
         self._bundles[unet] = _Checked(bundle.folder, bundle.manifest)
         self._here.add(unet)
         self._synchronize()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engines.bundle.shapes import size_fault
 from engines.support.pictures import PictureError, open_picture, to_mask, to_rgb
 from runtime.errors import RequestError
 
@@ -39,13 +40,10 @@ class Original:
         """
         own = height is None and width is None
         height, width = self.size[0] if height is None else height, self.size[1] if width is None else width
-        if any(side < multiple or side % multiple for side in (height, width)):
+        if fault := size_fault((height, width), multiple):
             fits = [max(1, round(side / multiple)) * multiple for side in (height, width)]
             advice = f"; have it resized with height={fits[0]}, width={fits[1]} (--size {fits[0]}x{fits[1]})" if own else ""
-            raise RequestError(
-                f"{'image is' if own else 'size'} {height}x{width}: "
-                f"height and width must be multiples of {multiple} pixels for this UNet{advice}"
-            )
+            raise RequestError(f"{'image is' if own else 'size'} {fault}{advice}")
         return height, width
 
     def resized(self, height: int, width: int) -> "Original":

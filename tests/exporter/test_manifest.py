@@ -100,7 +100,7 @@ def test_a_manifest_of_another_form_is_refused(changes: dict[str, Any], message:
     with pytest.raises(BundleError) as refusal:
         Bundle.open(tmp_path)
     assert message in str(refusal.value)
-    assert "rebuild it with: python -m exporter build" in str(refusal.value)
+    assert "rebuild it with: python -m exporter build" in refusal.value.__notes__[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1]", b"null"])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from engines import Bundle
+from engines import Bundle, NeedsBuildError, Runner, Segment
+from engines.null import Null
 from runtime import PlanError, find_plan
-from runtime.advice import build_advice
+from runtime.advice import build_advice, rebuild_advice
 from runtime.errors import PartitionError, SiblingError
+from runtime.execution.loaded_bundle import LoadedBundle
 from tests.support.unets import manifest_of, small_unet, written_manifest
 
 
@@ -56,3 +60,43 @@ def test_a_sibling_is_built_as_the_bundle_was(bundle: Bundle) -> None:
 
 def test_other_mistakes_get_no_command(bundle: Bundle) -> None:
     assert notes("unit:3", bundle, PlanError("unknown")) == []
+
+
+@pytest.mark.parametrize("up_to_date", [False, True])
+def test_an_engine_is_built_again_for_the_one_that_needs_it(up_to_date: bool, bundle: Bundle) -> None:
+    with pytest.raises(NeedsBuildError) as refusal, rebuild_advice(bundle, "torch"):
+        raise NeedsBuildError("no engine", up_to_date=up_to_date)
+    (note,) = refusal.value.__notes__
+    assert note.endswith(bundle.rebuild_command("torch"))
+    assert (
+        note.startswith(f"a build would keep it, for it is of this version and for this GPU: remove {bundle.folder}")
+        == up_to_date
+    )
+
+
+def test_engines_that_fail_to_load_or_to_run_are_advised_alike(bundle: Bundle) -> None:
+    """An engine may be found unusable only as it runs: its kernels are finished then."""
+
+    class LateRunner(Runner):
+        def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return self._run_impl({}, {})
+
+        def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+            raise NeedsBuildError("no context")
+
+    class Late(Null):
+        fails_at_once = True
+
+        def load(self, bundle: Bundle, segment: Segment) -> Runner:
+            if self.fails_at_once:
+                raise NeedsBuildError("no engine")
+            return LateRunner(segment, bundle.manifest.features)
+
+    engine = Late()
+    with pytest.raises(NeedsBuildError) as at_load:
+        LoadedBundle.load(bundle, engine)
+    engine.fails_at_once = False
+    network, first = LoadedBundle.load(bundle, engine), bundle.manifest.segments[0]
+    with pytest.raises(NeedsBuildError) as at_run:
+        network.run_all([first], {name: torch.zeros(()) for name in first.inputs}, {})
+    assert at_load.value.__notes__ == at_run.value.__notes__ == [f"build it with: {bundle.rebuild_command('null')}"]

@@ -86,7 +86,7 @@ def test_a_static_bundle_says_so(
     assert compiled["stem"].minimum == compiled["stem"].maximum
     assert compiled["stem"].maximum["sample"][0] == 4
     assert any("exactly 2 (static) images" in line for line in exporter("inspect", folder).out)
-    command = Null().rebuild_command(bundle)
+    command = bundle.rebuild_command("null")
     assert "--sizes 16x32 --batch 2 --static --force" in command
     assert "--plan" not in command
 
@@ -180,7 +180,7 @@ def test_a_rebuild_cuts_as_the_bundle_was_cut(exporter: Command, fake_trace: Any
     given = ["--source", tiny_source, "--out", folder, "--plan", "block:2", "--plan", "unit:3"]
     assert exporter("build", *given).code == 0
     bundle = Bundle.open(folder)
-    command = Null().rebuild_command(bundle)
+    command = bundle.rebuild_command("null")
     assert f"--source {tiny_source} --plan block:2 --plan unit:3 --precision fp32" in command
     assert command.endswith(f"--force --out '{folder}'")
     assert exporter(*shlex.split(command)[3:]).code == 0
