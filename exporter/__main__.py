@@ -32,6 +32,7 @@ def _parser() -> Parser:
     build.add_argument("--targets", default="", help="compute capabilities for engines built ahead of time, such as sm86,sm89")
     build.add_argument("--out", type=Path, help="the bundle's folder (default: bundles/SOURCE-VARIANT)")
     build.add_argument("--force", action="store_true", help="replace an existing bundle that differs")
+    build.add_argument("--fresh", action="store_true", help="make every piece anew: take none of other bundles built here")
     build.add_argument("--jobs", type=int, default=1, help="segments worked on at once, each in a process (default: %(default)s)")
     build.add_argument("--json", action="store_true", help="print progress and result as lines of JSON")
     verify = commands.add_parser("verify", help="compare every segment and the chain with the torch model")
@@ -116,6 +117,7 @@ def _build(given: object, console: Console) -> None:
         targets=_names(values["targets"]),
         out=values["out"],
         force=values["force"],
+        fresh=values["fresh"],
         jobs=values["jobs"],
     )
     with show_progress(console, as_json=values["json"]) as progress:

@@ -1,8 +1,8 @@
 """Build a bundle: trace every segment, compile it for every engine, and name all of it in a manifest.
 
 A bundle is put in its place whole or not at all. A build that was stopped is resumed by the same command: finished pieces are
-kept under hashes of what they are made from (see ``exporter.segments.artifacts``), and a bundle that is replaced hands on those
-that still hold.
+kept under hashes of what they are made from (see ``exporter.segments.artifacts``), and other bundles that this machine has built
+hand on those that still hold.
 
 What is imported here is light, so that a bundle that is up to date is soon found to be: diffusers alone takes seconds.
 """
@@ -19,6 +19,7 @@ from engines.bundle.manifest import File
 from exporter.errors import BuildError
 from exporter.job import BuildJob, open_writer
 from exporter.options import BuildOptions, versions
+from exporter.segments import known_pieces
 from exporter.segments.artifacts import Artifacts, tidy, working_on
 from exporter.segments.digests import Digests
 from exporter.segments.progress import Progress
@@ -52,6 +53,7 @@ def build(options: BuildOptions, progress: Progress = lambda step: None) -> tupl
         return existing, False
     _make(job, progress)
     bundle = Bundle.open(options.folder)
+    known_pieces.note(bundle)
     for file in bundle.manifest.all_files:
         digests.note(bundle.folder / file.path, file.sha256)
     digests.save(bundle.folder / DIGESTS)
@@ -93,6 +95,8 @@ def _make(job: BuildJob, progress: Progress) -> None:
         bare = segments_of(writer.graph, options.granularity, options.plans)
         keys = {key for segment in bare for key in writer.keys(segment).values()}
         _reuse_replaced(pieces, options.folder, keys)
+        if not options.fresh:
+            known_pieces.reuse(pieces, keys)
         pieces.prune(keys)
         reopen = partial(open_writer, options, job.made_from, pieces.place)
         segments = write_all(writer, bare, progress, options.jobs, reopen)

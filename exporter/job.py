@@ -23,7 +23,16 @@ __all__ = ["CODE", "BuildJob", "open_writer"]
 
 CODE = {
     "engines": ("bundle/manifest", "bundle/names", "bundle/shapes", "ort/*", "pt2", "tensorrt/engine", "torch_program"),
-    "exporter": ("build", "graph/*", "job", "options", "segments/precision", "segments/trace", "segments/writer"),
+    "exporter": (
+        "build",
+        "graph/*",
+        "job",
+        "options",
+        "segments/precision",
+        "segments/quick_export",
+        "segments/trace",
+        "segments/writer",
+    ),
     "runtime": ("plans/demand", "plans/key_steps", "plans/plan", "plans/presets"),
     "tuning": ("checkpoints/*", "surgery/*"),
 }
@@ -35,7 +44,8 @@ class BuildJob:
     """What a build works with.
 
     ``targets`` are the compute capabilities by the name of the engine that builds for them; ``made_from`` is what all pieces of
-    the bundle depend on: weights, variant, precision, versions, code.
+    the bundle depend on: weights, variant, precision, versions, code. Of it ``source`` is a hash of all weights, ``parts`` those
+    of UNet, text encoder and VAE.
     """
 
     options: BuildOptions
@@ -54,6 +64,7 @@ class BuildJob:
             EngineError: an engine is unknown or not installed, or a target is unknown to it.
         """
         from exporter.graph.checkpoint import open_source
+        from exporter.graph.components import MODELS
 
         check_choices(options)
         checkpoint = open_source(options.source, options.variant, options.unet, options.config, options.variant_files)
@@ -66,6 +77,7 @@ class BuildJob:
             "code": _own_code(),
             "manifest": MANIFEST_VERSION,
             "source": checkpoint.fingerprint(options.variant, digests),
+            "parts": {part: checkpoint.fingerprint(options.variant, digests, {part}) for part in MODELS},
             "variant": options.variant,
             "precision": options.precision,
         }

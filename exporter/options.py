@@ -26,7 +26,7 @@ class BuildOptions:
     variant's UNet, where the source does not hold it; ``config`` the folder of configurations, where a source has none and is
     not SD 1.x/2.x; ``variant_files`` the variant of a folder's weight files, such as fp16.
     ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call; ``static``
-    engines take nothing less either. ``jobs`` processes work side by side.
+    engines take nothing less either. ``fresh`` builds take no pieces of other bundles. ``jobs`` processes work side by side.
     """
 
     variant: Variant = "original"
@@ -44,6 +44,7 @@ class BuildOptions:
     targets: tuple[str, ...] = ()
     out: Path | None = None
     force: bool = False
+    fresh: bool = False
     jobs: int = 1
 
     @property
@@ -57,7 +58,7 @@ class BuildOptions:
     def made_from(self) -> dict[str, object]:
         """What of it decides what is in the bundle, in JSON's terms."""
         options = asdict(self)
-        for name in ("out", "force", "jobs"):
+        for name in ("out", "force", "fresh", "jobs"):
             del options[name]
         options |= {name: None if options[name] is None else str(options[name]) for name in ("unet", "config")}
         return options | {"plans": [sha256(Path(plan)) if Path(plan).is_file() else plan for plan in self.plans]}

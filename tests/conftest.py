@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The tensors here are small: a second thread gains nothing, and where cores are shared it waits for its turn at every operator.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Nothing that tests build is taken for a user's: pieces are noted in a folder that goes with the session.
+if "UNET_HEIRLOOM_CACHE" not in os.environ:  # test processes inherit it
+    os.environ["UNET_HEIRLOOM_CACHE"] = tempfile.mkdtemp(prefix="unet-heirloom-tests-")
+    atexit.register(shutil.rmtree, os.environ["UNET_HEIRLOOM_CACHE"], ignore_errors=True)
 
 
 _BUILT = {"mini_bundle", "assembled_bundle", "mini_pipeline", "bundle_copy"}
@@ -39,6 +46,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def caches(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's caches, each test's own. With the mark `shared_pieces` they are the session's: builds there take what others
+    made, which is for tests that need bundles and do not test how they are built.
+    """
+    if request.node.get_closest_marker("shared_pieces"):
+        return Path(os.environ["UNET_HEIRLOOM_CACHE"])
+    folder = tmp_path.with_name(f"{tmp_path.name}-caches")
+    monkeypatch.setenv("UNET_HEIRLOOM_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,12 @@ __all__ = ["cache_places", "card_name", "first_writable", "user_cache"]
 
 
 def user_cache() -> Path:
-    """The folder of caches that belong to a user, as the system has it (on Linux ``$XDG_CACHE_HOME``, or ``~/.cache``)."""
+    """The folder of caches that belong to a user: ``$UNET_HEIRLOOM_CACHE``, or one where the system has them.
+
+    On Linux that is in ``$XDG_CACHE_HOME``, or else in ``~/.cache``.
+    """
+    if chosen := os.environ.get("UNET_HEIRLOOM_CACHE"):
+        return Path(chosen).expanduser()
     return user_cache_path("unet-heirloom", appauthor=False)
 
 

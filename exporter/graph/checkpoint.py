@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,15 +169,16 @@ class Checkpoint:
         folder = self._unet_folder(variant)
         return variant == "original" or (folder is not None and not only_assembled(folder))
 
-    def files(self, variant: str) -> Iterator[tuple[str, Path]]:
-        """Every file that a build of the variant reads, and what it is called whichever folder the checkpoint lies in."""
+    def files(self, variant: str, parts: Container[str] = PARTS) -> Iterator[tuple[str, Path]]:
+        """The files of parts that a build reads, and what each is called whichever folder the checkpoint lies in."""
         folder = self._unet_folder(variant)
-        if folder is not None:
+        if folder is not None and "unet" in parts:
             name = "--unet" if folder == self.own_unet else folder.name
             for path in sorted(unet_files(folder)):
                 yield f"{name}/{path.name}", path
         for part in PARTS:
-            if part != "unet" or folder is None or not isinstance(self.source, FolderSource):
+            replaced = part == "unet" and folder is not None and isinstance(self.source, FolderSource)
+            if part in parts and not replaced:
                 for path in self.source.files(part):
                     yield f"{part}/{path.name}", path
 
@@ -191,12 +192,12 @@ class Checkpoint:
         for part in ("unet", "text_encoder", "vae"):
             self.weights(part, variant)
 
-    def fingerprint(self, variant: str, digest: Callable[[Path], str] = sha256) -> str:
-        """A hash of all those files, whose own are given by ``digest``; of a random source's name and seed as well."""
+    def fingerprint(self, variant: str, digest: Callable[[Path], str] = sha256, parts: Container[str] = PARTS) -> str:
+        """A hash of the files of parts, whose own are given by ``digest``; of a random source's name and seed as well."""
         whole = hashlib.sha256()
         if isinstance(self.source, RandomSource):
             whole.update(f"{self.name} {self.source.seed}\n".encode())
-        for name, path in self.files(variant):
+        for name, path in self.files(variant, parts):
             whole.update(f"{name} {digest(path)}\n".encode())
         return whole.hexdigest()
 

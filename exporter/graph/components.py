@@ -16,7 +16,10 @@ from exporter.graph.unit_modules import paths_of, unit_module
 if TYPE_CHECKING:
     from exporter.graph.checkpoint import Checkpoint
 
-__all__ = ["Components"]
+__all__ = ["MODELS", "Components", "part_of"]
+
+MODELS = ("unet", "text_encoder", "vae")
+"""The parts of a checkpoint that segments are made of."""
 
 _ENDS = {TEXT: ("text_encoder", TextEncoder), VAE_DECODER: ("vae", VaeDecoder), VAE_ENCODER: ("vae", VaeEncoder)}
 """The units outside the UNet: the checkpoint's part that they belong to, and their module."""
@@ -34,7 +37,7 @@ class Components:
 
     def __init__(self, checkpoint: "Checkpoint", variant: str, dtype: torch.dtype) -> None:
         self.checkpoint, self._variant = checkpoint, variant
-        self.models = {part: checkpoint.skeleton(part, variant) for part in ("unet", "text_encoder", "vae")}
+        self.models = {part: checkpoint.skeleton(part, variant) for part in MODELS}
         for model in self.models.values():
             nn.Module.to(model, dtype)  # diffusers' own warns of modules kept in float32, of which there are none here
         self.models["unet"].get_submodule("time_embedding").float()
@@ -50,10 +53,10 @@ class Components:
             SourceError: weights are missing or cannot be read.
         """
         units = tuple(units)
-        used = {_part(unit) for unit in units}
+        used = {part_of(unit) for unit in units}
         models = {part: copy.deepcopy(self.models[part]) for part in used}
         for part, model in models.items():
-            paths = [path for unit in units if _part(unit) == part for path in self._paths(unit)]
+            paths = [path for unit in units if part_of(unit) == part for path in self._paths(unit)]
             self._fill(part, model, paths)
         return {unit: self._module(models, unit).eval() for unit in units}
 
@@ -79,6 +82,6 @@ class Components:
         return unit_module(models["unet"], unit)
 
 
-def _part(unit: str) -> str:
+def part_of(unit: str) -> str:
     """The checkpoint's part that a unit belongs to."""
     return _ENDS[unit][0] if unit in _ENDS else "unet"

@@ -127,11 +127,13 @@ def _joined(inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)
+    rows, channels, height, width = x.shape
+    return x.reshape(rows, channels, height * width).transpose(1, 2)
 
 
 def _picture(x: Tensor, height: int, width: int) -> Tensor:
-    result: Tensor = x.transpose(1, 2).unflatten(2, (height, width))
+    rows, _, channels = x.shape
+    result: Tensor = x.transpose(1, 2).reshape(rows, channels, height, width)
     return result
 
 

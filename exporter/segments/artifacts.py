@@ -70,10 +70,15 @@ class Artifacts:
         for segment in bundle.manifest.segments:
             made = [(segment.key, segment.onnx), *((compiled.key, compiled.files) for compiled in segment.engines.values())]
             for key, files in made:
-                if key in wanted and self.find(key) is None and all(is_intact(bundle.folder, file) for file in files):
-                    for file in files:
-                        _link(bundle.folder / file.path, self.folder / file.path)
-                    self._note(key, files)
+                if key in wanted:
+                    self.reuse(key, bundle.folder, files)
+
+    def reuse(self, key: str, folder: Path, files: tuple[File, ...]) -> None:
+        """Take over a piece that another folder holds, unless it is here or is not whole there."""
+        if self.find(key) is None and all(is_intact(folder, file) for file in files):
+            for file in files:
+                _link(folder / file.path, self.folder / file.path)
+            self._note(key, files)
 
     def prune(self, keys: Iterable[str]) -> None:
         """Remove every file that belongs to none of these pieces. What is written after that has no other name elsewhere."""

@@ -20,6 +20,7 @@ from engines import DTYPES, Segment, Traced
 from engines.bundle.manifest import Feature
 from engines.bundle.shapes import resolve
 from exporter.segments.precision import keep_in_float32, shrink_scores
+from exporter.segments.quick_export import quick_export
 
 __all__ = ["OPSET", "trace", "trace_program", "write_onnx"]
 
@@ -63,7 +64,7 @@ def write_onnx(program: ExportedProgram, segment: Segment, path: Path, opset: in
     Returns:
         The files.
     """
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), quick_export():
         onnx = torch.onnx.export(
             program,
             input_names=list(segment.inputs),

@@ -12,6 +12,7 @@ from engines import Engine, Profile, Segment, Traced
 from engines.bundle.manifest import Compiled, Feature
 from engines.bundle.names import TOKENS
 from engines.bundle.shapes import resolve
+from exporter.graph.components import part_of
 from exporter.graph.graph import Graph
 from exporter.segments.artifacts import Artifacts, key_of
 from exporter.segments.trace import OPSET, trace_program, write_onnx
@@ -55,14 +56,30 @@ class Writer:
 
     def keys(self, segment: Segment) -> dict[str, str]:
         """What the pieces of a segment are kept under: ``onnx``, and the name of each engine that compiles."""
-        cut = {"segment": segment.name, "units": segment.units, "inputs": segment.inputs, "outputs": segment.outputs}
-        keys = {"onnx": key_of({**self.wanted.made_from, **cut, "opset": OPSET})}
+        keys = {"onnx": key_of({**self._made_from(segment), "opset": OPSET})}
         for engine in self.engines:
             if engine.compiles:
                 profile = vars(self._profile(segment)) if engine.has_profile else None
                 made_by = {"engine": engine.name, "version": engine.version(), "targets": self.wanted.targets[engine.name]}
                 keys[engine.name] = key_of({"onnx": keys["onnx"], **made_by, "profile": profile})
         return keys
+
+    def _made_from(self, segment: Segment) -> dict[str, Any]:
+        """What a segment's graph and weights depend on. The text encoder and the VAE are the same beside whichever UNet."""
+        part = part_of(segment.units[0])
+        apart = {"source", "parts"} if part == "unet" else {"source", "parts", "variant"}
+        shared = {name: value for name, value in self.wanted.made_from.items() if name not in apart}
+        names = (*segment.inputs, *segment.outputs)
+        return {
+            **shared,
+            "weights": self.wanted.made_from["parts"][part],
+            "segment": segment.name,
+            "units": segment.units,
+            "inputs": segment.inputs,
+            "outputs": segment.outputs,
+            "features": {name: self.graph.features[name].model_dump(mode="json") for name in names},
+            "depth": self.graph.depth,
+        }
 
     def is_written(self, segment: Segment) -> bool:
         """Whether there is nothing left to do."""

@@ -9,6 +9,8 @@ import pytest
 from engines import Bundle
 from tests.support.doc_blocks import LANGUAGES, ROOT, Block, Reader, blocks_of, pages
 
+pytestmark = pytest.mark.shared_pieces
+
 PAGES = [page for page in pages() if page.is_file() and blocks_of(page)]
 
 

@@ -15,6 +15,7 @@ HARMLESS = {
     # where files lie, how they are read and checked, and how a segment is run
     "engines/base.py",
     "engines/bundle/checks.py",
+    "engines/bundle/damage.py",
     "engines/bundle/folder.py",
     "engines/cuda/*.py",
     "engines/null.py",
@@ -29,6 +30,7 @@ HARMLESS = {
     # which pieces are kept, in which order they are made and what is told of it
     "exporter/segments/artifacts.py",
     "exporter/segments/digests.py",
+    "exporter/segments/known_pieces.py",
     "exporter/segments/pool.py",
     "exporter/segments/progress.py",
 }

@@ -19,6 +19,8 @@ from runtime.execution.loaded_bundle import LoadedBundle
 from tests.support.diffusers_pipelines import PROMPT, picture
 from tests.support.reference import MINI
 
+pytestmark = pytest.mark.shared_pieces
+
 
 class Spoiling(Runner):
     """A runner whose output has one NaN from its n-th run of every call on."""

@@ -22,6 +22,8 @@ from tuning.checkpoints.find_source import find_source
 
 PROMPT, NEGATIVE = "a <cat> on a <mat>, a red star", "a <dog>"
 
+pytestmark = pytest.mark.shared_pieces
+
 
 def vectors(count: int, seed: int) -> Tensor:
     return torch.randn((count, TEXT_WIDTH), generator=torch.Generator().manual_seed(seed)) * 3

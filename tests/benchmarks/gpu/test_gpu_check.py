@@ -27,6 +27,9 @@ def test_without_a_gpu_there_is_one_clear_line() -> None:
         main([])
 
 
+pytestmark = pytest.mark.shared_pieces
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -16,6 +16,8 @@ from tuning.mini.reader_network import WEIGHTS
 from tuning.mini.render import render
 from tuning.mini.scenes import caption, held_back_prompts, sample_scene
 
+pytestmark = pytest.mark.shared_pieces
+
 
 def painter(calls: list[dict[str, Any]], shift: int = 0) -> Any:
     """A stand-in for runtime.generate that renders what the prompt says, or what the next prompt says."""

@@ -57,10 +57,10 @@ def test_onnxruntimes_tensorrt_keeps_its_engines_with_the_bundles_caches(onnxrun
 
 def test_where_they_cannot_be_kept_they_are_built_again(onnxruntime_on_cuda, damageable, monkeypatch, tmp_path):
     (damageable.folder / "cache").write_text("no folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("UNET_HEIRLOOM_CACHE", str(tmp_path / "user"))
     kept = onnxruntime_on_cuda(tensorrt=True)["TensorrtExecutionProvider"]["trt_engine_cache_path"]
-    assert Path(kept).is_relative_to(tmp_path / "user" / "unet-heirloom" / ("0" * 16))
-    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/none")
+    assert Path(kept).is_relative_to(tmp_path / "user" / ("0" * 16))
+    monkeypatch.setenv("UNET_HEIRLOOM_CACHE", "/dev/null/none")
     assert "trt_engine_cache_enable" not in onnxruntime_on_cuda(tensorrt=True)["TensorrtExecutionProvider"]
 
 

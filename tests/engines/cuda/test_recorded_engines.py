@@ -151,7 +151,7 @@ def test_a_mistake_before_recording_stays_one(load, recorder):
 
 @pytest.fixture
 def user_caches(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("UNET_HEIRLOOM_CACHE", str(tmp_path / "user"))
     return tmp_path / "user"
 
 
@@ -257,13 +257,13 @@ def test_a_cache_that_does_not_fit_is_replaced_with_a_note(start, bundle, user_c
 def test_where_the_bundle_cannot_be_written_the_cache_goes_to_the_users(start, bundle, user_caches):
     (bundle.folder / "cache").write_text("no folder")
     assert start((1, 8, 8)) == 1
-    assert (user_caches / "unet-heirloom" / ("0" * 16) / "tensorrt-rtx-11.0.0-cpu.bin").is_file()
+    assert (user_caches / ("0" * 16) / "tensorrt-rtx-11.0.0-cpu.bin").is_file()
     assert start((1, 8, 8)) == 0
 
 
 @rtx
 def test_where_nothing_can_be_written_it_runs_all_the_same(start, bundle, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/none")
+    monkeypatch.setenv("UNET_HEIRLOOM_CACHE", "/dev/null/none")
     (bundle.folder / "cache").write_text("no folder")
     assert start((1, 8, 8)) == 1
     assert start((1, 8, 8)) == 1

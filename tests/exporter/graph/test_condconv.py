@@ -31,6 +31,8 @@ from tests.support.unets import live_network, manifest_of, relative_error, small
 from tuning import Experts, Recipe
 from tuning.surgery.condconv import CondConv2d, CondConvResnet, Router
 
+pytestmark = pytest.mark.shared_pieces
+
 ROUTERS: tuple[Router, ...] = ("timestep", "features")
 FP32 = 1e-5
 """Sums in another order give 1e-6 of the largest value; a wrong gate gives 1e-2 and more."""

@@ -19,7 +19,7 @@ from tuning.assemble_command import assemble_command
 from tuning.checkpoints.folder import save_part
 
 FakeTrace = Callable[..., list[str]]
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = [pytest.mark.usefixtures("elsewhere"), pytest.mark.shared_pieces]
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,8 @@ FP32 = 1e-4
 FP16 = 5e-3
 """Likewise for half precision against float32: ten bits of mantissa are 1e-3, and a deep segment adds some."""
 
+pytestmark = pytest.mark.shared_pieces
+
 
 COSINE = 0.9999
 """Of every segment's outputs with the reference's."""

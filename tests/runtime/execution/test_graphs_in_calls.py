@@ -18,6 +18,8 @@ from tests.support.recording import FakeRecorder
 from tests.support.reference import reference_scheduler
 from tests.support.unets import relative_error
 
+pytestmark = pytest.mark.shared_pieces
+
 PROMPT = "a red star on a blue background"
 
 

@@ -1,0 +1,51 @@
+"""Pieces of the bundles that this machine has built, by key: what one of them holds is not made again for another.
+
+A note names a bundle's files and their hashes; it lies with the user's caches, where only builds write. So a bundle that came
+from elsewhere can offer nothing, a piece whose files have changed is not taken, and what is gone costs no more than its note.
+"""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from engines import Bundle
+from engines.bundle.manifest import File
+from engines.support.caches import user_cache
+from engines.support.files import write_text
+from exporter.segments.artifacts import Artifacts
+
+__all__ = ["note", "reuse"]
+
+
+class _Note(BaseModel):
+    """Where a piece lies: a bundle's folder, and the files in it."""
+
+    folder: Path
+    files: tuple[File, ...]
+
+
+def note(bundle: Bundle) -> None:
+    """Remember the pieces of a bundle that was built here. Where the caches cannot be written, nothing is remembered."""
+    for segment in bundle.manifest.segments:
+        made = [(segment.key, segment.onnx), *((compiled.key, compiled.files) for compiled in segment.engines.values())]
+        for key, files in made:
+            with suppress(OSError):
+                found = _Note(folder=bundle.folder.resolve(), files=files)
+                _place(key).parent.mkdir(parents=True, exist_ok=True)
+                write_text(_place(key), found.model_dump_json() + "\n")
+
+
+def reuse(pieces: Artifacts, wanted: Iterable[str]) -> None:
+    """Take over what is wanted and was built before; notes of what is gone are removed."""
+    for key in wanted:
+        with suppress(OSError, ValidationError):
+            found = _Note.model_validate_json(_place(key).read_bytes())
+            pieces.reuse(key, found.folder, found.files)
+            if pieces.find(key) is None:
+                _place(key).unlink()
+
+
+def _place(key: str) -> Path:
+    return user_cache() / "pieces" / f"{key}.json"

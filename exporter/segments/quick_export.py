@@ -1,0 +1,96 @@
+"""PyTorch's ONNX exporter without what it would do over again for every segment: half the time that a build takes.
+
+It rebuilds its registry of operators at each export, and traces the program a second time to decompose operators that it cannot
+write. The segments have none of those but changes of dtype, which are rewritten here. Both are internals of PyTorch: where these
+are not as they are known here, or a program has another operator to be decomposed, the exporter is left to do as it does.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+__all__ = ["quick_export"]
+
+_EXPORTER = "torch.onnx._internal.exporter"
+_ATEN = torch.ops.aten
+_TO = {_ATEN.to.dtype: 1, _ATEN.to.device: 2}
+"""Changes of dtype, and which argument is the dtype."""
+_CHECKS = {_ATEN._assert_tensor_metadata.default, _ATEN.sym_constrain_range_for_size.default, _ATEN._assert_scalar.default}
+"""The exporter takes them out itself."""
+
+
+@contextmanager
+def quick_export() -> Iterator[None]:
+    """Inside, ``torch.onnx.export`` of an exported program takes half the time and writes the same graph."""
+    try:
+        from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
+
+        decompose, implemented = _fx_passes.decompose_with_registry, _decomp.get_onnx_implemented_overloads
+        registry = _registration.ONNXRegistry.from_torchlib
+    except (ImportError, AttributeError):
+        yield
+        return
+    with (
+        patch(f"{_EXPORTER}._registration.ONNXRegistry.from_torchlib", functools.partial(_registry, registry)),
+        patch(f"{_EXPORTER}._fx_passes.decompose_with_registry", functools.partial(_decomposed, decompose, implemented)),
+    ):
+        yield
+
+
+_REGISTRIES: dict[int | None, Any] = {}
+
+
+def _registry(make: Callable[..., Any], opset_version: int | None = None) -> Any:
+    """The exporter's registry of operators, made once in a process."""
+    if opset_version not in _REGISTRIES:
+        _REGISTRIES[opset_version] = make() if opset_version is None else make(opset_version=opset_version)
+    return _REGISTRIES[opset_version]
+
+
+def _decomposed(
+    decompose: Callable[..., ExportedProgram],
+    implemented: Callable[..., list[Any]],
+    program: ExportedProgram,
+    registry: Any,
+) -> ExportedProgram:
+    """A program whose operators the exporter can write: with its changes of dtype rewritten, where that is all it takes."""
+    known = {*implemented(registry), *_TO, *_CHECKS}
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    if any(node.target not in known or _writes(node) for node in calls):
+        return decompose(program, registry)
+    module = copy.deepcopy(program.graph_module)
+    for node in module.graph.nodes:
+        if node.target in _TO:
+            _rewrite(node)
+    module.recompile()
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=program.graph_signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def _writes(node: Node) -> bool:
+    """Whether an operator changes what it is given."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _rewrite(node: Node) -> None:
+    """A change of dtype, as the exporter knows it; the device is the CPU anyway."""
+    position = _TO[node.target]  # type: ignore[index]
+    dtype = node.args[position] if len(node.args) > position else node.kwargs.get("dtype")
+    node.target, node.args, node.kwargs = _ATEN._to_copy.default, node.args[:1], {"dtype": dtype}

@@ -1,0 +1,95 @@
+"""The exporter without its second trace writes what it writes with it, and is left alone where it is needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engines import Segment
+from engines.bundle.manifest import Feature
+from exporter.segments import quick_export, trace
+
+SEGMENT = Segment(name="block", units=("block",), inputs=("x",), outputs=("y",))
+FEATURES = {name: Feature(dtype="float32", shape=("batch", 16, "height", "width")) for name in ("x", "y")}
+
+
+class Block(nn.Module):
+    """A normalised convolution and an attention over its pixels, with changes of dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv, self.attend = nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 48)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        (x,) = inputs
+        rows, channels, height, width = x.shape
+        hidden = self.conv(nn.functional.silu(self.norm(x.to(torch.float64).float())))
+        tokens = hidden.reshape(rows, channels, height * width).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(*self.attend(tokens)[:, None].chunk(3, dim=-1))[:, 0]
+        return (x + mixed.transpose(1, 2).reshape(rows, channels, height, width).to(x.device, x.dtype),)
+
+
+class Unwritten(nn.Module):
+    """Has an operator that the exporter cannot write, only what it decomposes into."""
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        (x,) = inputs
+        return (torch.nn.functional.softshrink(x) + torch.special.xlog1py(x, x.abs()),)
+
+
+def written(module: nn.Module, folder: Path) -> tuple[Counter[str], Any]:
+    """The operators of a module's ONNX file, and what it makes of a picture."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    program = trace.trace_program(SEGMENT, module.eval(), FEATURES, 1)
+    (path, *_) = trace.write_onnx(program, SEGMENT, folder / "block.onnx")
+    x = torch.randn(3, 16, 5, 7)
+    (made,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(made, module(x)[0].detach().numpy(), atol=2e-5)
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    assert program.module()(x)[0].shape == x.shape  # the torch engine saves it afterwards
+    return Counter(node.op_type for node in nodes), made
+
+
+@pytest.mark.parametrize("module", [Block(), Unwritten()], ids=["quick", "decomposed"])
+def test_the_file_is_the_one_that_the_exporter_writes_by_itself(
+    module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick, made = written(module, tmp_path / "quick")
+    monkeypatch.setattr(trace, "quick_export", nullcontext)
+    slow, wanted = written(module, tmp_path / "slow")
+    assert quick == slow
+    np.testing.assert_array_equal(made, wanted)
+
+
+@pytest.mark.parametrize(("module", "decomposed"), [(Block(), False), (Unwritten(), True)], ids=["quick", "decomposed"])
+def test_only_what_needs_it_is_traced_again(
+    module: nn.Module, decomposed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced: list[object] = []
+    decompose = torch.export.ExportedProgram.run_decompositions
+
+    def spy(program: Any, *given: Any, **others: Any) -> Any:
+        traced.append(program)
+        return decompose(program, *given, **others)
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", spy)
+    written(module, tmp_path / "one")
+    assert bool(traced) == decomposed
+
+
+def test_a_pytorch_with_other_internals_exports_as_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch.onnx._internal.exporter._decomp.get_onnx_implemented_overloads")
+    with quick_export.quick_export():
+        pass
+    monkeypatch.undo()
+    assert written(Block(), tmp_path / "one")[0]["Conv"] == 1
