@@ -78,8 +78,12 @@ class Writer:
             "inputs": segment.inputs,
             "outputs": segment.outputs,
             "features": {name: self.graph.features[name].model_dump(mode="json") for name in names},
-            "depth": self.graph.depth,
+            "depth": self._depth(segment),
         }
+
+    def _depth(self, segment: Segment) -> int:
+        """What latent height and width are multiples of: nothing, for the text encoder and the VAE."""
+        return self.graph.depth if part_of(segment.units[0]) == "unet" else 1
 
     def is_written(self, segment: Segment) -> bool:
         """Whether there is nothing left to do."""
@@ -102,7 +106,7 @@ class Writer:
             report("kept")
         if onnx is None or any(engine.wants_program for engine in todo):
             report("tracing")
-            program = trace_program(segment, self.graph.segment_module(segment), self.graph.features, self.graph.depth)
+            program = trace_program(segment, self.graph.segment_module(segment), self.graph.features, self._depth(segment))
         if onnx is None:
             assert program is not None
             path.parent.mkdir(exist_ok=True)
