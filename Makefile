@@ -15,7 +15,7 @@ export PROMPT
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-fast coverage lint format bench table plans gpu-check clean
+.PHONY: help demo test test-fast coverage lint format bench table plans bench-trt gpu-check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ plans: $(VENV)/.installed-train ## what plans cost and what they do to pictures,
 	    --plan block:2 --plan layer:2 --plan deepcache:2 --plan unit:2 --plan encoder:2 --plan adaptive:0.2; \
 	done
 	$(BIN)/python -m benchmarks.quality.plans
+
+bench-trt: $(VENV)/.installed-train ## this project and its peers, a picture from prompt to pixels
+	$(BIN)/python benchmarks/run_trt.py
 
 gpu-check: $(VENV)/.installed-test ## errors, memory and times of every engine on the NVIDIA GPU at hand
 	$(BIN)/python -m benchmarks.gpu.gpu_check

@@ -1,0 +1,104 @@
+"""What the samples of a run say of each row."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.end_to_end.measure import WARM_UP, Sample
+from benchmarks.end_to_end.rows import Row
+from exporter.verification.verify import LEAST_PSNR
+
+__all__ = ["LEAST_PSNR", "Figures", "fails", "figures_of"]
+
+Figures = dict[str, Any]
+
+
+def figures_of(rows: Sequence[Row], samples: Sequence[Sample], known: Mapping[Row, Figures]) -> list[Figures]:
+    """A row of figures for each row: those that were measured, or the reason why there are none.
+
+    Times are of a whole picture, text encoder and VAE included, unless they are named after a part. ``ratio`` compares a row with the
+    base row's picture of the same round: the median, and the least and the most of all rounds. ``efficiency`` is the share of the time
+    that MACs promise to save which was saved: the UNet's time as MACs foresee it, over the time that it took.
+
+    Args:
+        rows: in their order.
+        samples: of the run.
+        known: what is known of rows without measuring: MACs, sizes, build times.
+    """  # noqa: E501
+    by_row: dict[tuple[str, str], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_row[sample["row"], sample["engine"]].append(sample)
+    found = [_figures(row, by_row[row.name, row.engine], samples) | known.get(row, {}) for row in rows]
+    unet = {figures["engine"]: figures.get("unet_seconds") for figures in found if figures["name"] == "original full"}
+    for figures in found:
+        whole, own, macs = unet.get(figures["engine"]), figures.get("unet_seconds"), figures.get("macs_ratio")
+        figures["efficiency"] = round(macs * whole / own, 3) if whole and own and macs else None
+    return found
+
+
+def _figures(row: Row, samples: Sequence[Sample], every: Sequence[Sample]) -> Figures:
+    figures: Figures = {"name": row.name, "engine": row.engine or row.name, "variant": row.variant, "plan": row.plan}
+    reasons = [row.reason, *(sample["error"] for sample in samples if "error" in sample)]
+    if reason := next(filter(None, reasons), ""):
+        return figures | {"reason": reason}
+    measured = [sample for sample in samples if "seconds" in sample and sample["round"] != WARM_UP]
+    if not measured:
+        return figures | {"reason": "not measured"}
+    first = [sample["seconds"] for sample in samples if "seconds" in sample and sample["round"] == WARM_UP]
+    seconds = [sample["seconds"] for sample in measured]
+    low, middle, high = _ratios(row, measured, every)
+    psnr = [sample["psnr"] for sample in measured if sample["psnr"] is not None]
+    return figures | {
+        "pictures": len(measured),
+        "p50": statistics.median(seconds),
+        "p95": float(np.percentile(seconds, 95)),
+        "low": min(seconds),
+        "high": max(seconds),
+        "cpu_seconds": statistics.median(sample["cpu"] for sample in measured),
+        "first_seconds": max(first, default=None),
+        "load_seconds": next((sample["load_seconds"] for sample in samples if "load_seconds" in sample), None),
+        "text_seconds": statistics.median(sample["text"] for sample in measured),
+        "vae_seconds": statistics.median(sample["vae"] for sample in measured),
+        "unet_seconds": statistics.median(sum(value for _, value in sample["unet"]) for sample in measured),
+        "steps": _kinds(measured),
+        "ratio": middle,
+        "ratio_low": low,
+        "ratio_high": high,
+        "psnr": statistics.mean(psnr) if psnr else None,
+        "identical": len(psnr) < len(measured),
+        "latents_error": max(sample["latents_error"] for sample in measured),
+        "same_output": row.peer.same_output and row.plan == "full" and row.variant in {"", "original"},
+        "peak_mb": max((sample["peak_mb"] for sample in measured if sample["peak_mb"]), default=None),
+        "device_mb": max((sample["device_mb"] for sample in measured if sample["device_mb"]), default=None),
+    }
+
+
+def _ratios(row: Row, measured: Sequence[Sample], every: Sequence[Sample]) -> tuple[float, float, float]:
+    """Low, median and high of how many times as fast as the base row's picture just before it."""
+    if row.is_base:
+        return 1.0, 1.0, 1.0
+    base = [sample for sample in every if sample["row"] == "original full" and "seconds" in sample]
+    ratios = []
+    for sample in measured:
+        before = [one for one in base if one["round"] == sample["round"] and one["at"] <= sample["at"]]
+        if before:
+            ratios.append(max(before, key=lambda one: one["at"])["seconds"] / sample["seconds"])
+    return (min(ratios), statistics.median(ratios), max(ratios)) if ratios else (float("nan"),) * 3
+
+
+def _kinds(measured: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    """By kind of step: how many there are in a picture, and the median of their seconds."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for sample in measured:
+        for kind, seconds in sample["unet"]:
+            times[kind].append(seconds)
+    return {kind: {"count": len(values) // len(measured), "seconds": statistics.median(values)} for kind, values in times.items()}
+
+
+def fails(figures: Figures) -> bool:
+    """Whether a row that claims the base row's output has another one: further off than ``verify`` allows of final latents."""
+    error = figures.get("latents_error")
+    return bool(figures.get("same_output")) and error is not None and error > 10 ** (-LEAST_PSNR / 20)

@@ -1,0 +1,127 @@
+"""The measuring: rows in turns with the base row; what is found is written as it comes, so that a run can be resumed."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.end_to_end.rows import Row, Settings
+from benchmarks.end_to_end.worker import Subject, SubjectError
+from benchmarks.peers.serve import Call
+
+__all__ = ["Log", "Sample", "measure"]
+
+Sample = dict[str, Any]
+"""A picture that was made: row, round, turn, seconds by part, memory, and its distance to the base row's of the same seed."""
+
+WARM_UP = -1
+"""The round before those that count."""
+
+
+class Log:
+    """What was found, one line of JSON each. Raises ValueError where the file is of a run with other settings."""
+
+    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool) -> None:
+        self._path = path
+        self.samples: list[Sample] = []
+        header = json.loads(json.dumps(settings, default=str))
+        if resume and path.exists():
+            first, *lines = path.read_text().splitlines()
+            if json.loads(first) != header:
+                raise ValueError("its settings are others")
+            self.samples = [json.loads(line) for line in lines if line.endswith("}")]
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(header) + "\n")
+
+    def add(self, sample: Sample) -> None:
+        """Write one down."""
+        self.samples.append(sample)
+        with self._path.open("a") as file:
+            file.write(json.dumps(sample) + "\n")
+
+    def has(self, row: Row, round_: int) -> bool:
+        """Whether a row was measured in a round, or has failed."""
+        return any(
+            sample["row"] == row.name and sample["engine"] == row.engine and (sample["round"] == round_ or "error" in sample)
+            for sample in self.samples
+        )
+
+
+def measure(
+    rows: Sequence[Row],
+    base: Row,
+    start: Callable[[Row], Subject],
+    call: Call,
+    settings: Settings,
+    log: Log,
+    tell: Callable[[Row, int, float | None], None],
+) -> None:
+    """Measure rows that share a subject, in turns with the base row: base, row, row, base, row, row.
+
+    Args:
+        rows: of one subject; it is loaded once, with the base row's beside it.
+        base: the row that ratios are taken to.
+        start: starts the process of a row's subject.
+        call: the picture; its seed is that of the first round.
+        settings: of the run.
+        log: takes what is found.
+        tell: told of each picture before it is made, and after it with its seconds.
+    """  # fmt: skip
+    rounds = range(WARM_UP, settings.rounds)
+    todo = [row for row in rows if not all(log.has(row, round_) for round_ in rounds if round_ >= 0)]
+    if not todo:
+        return
+    with ExitStack() as stack:
+        try:
+            subjects = {row.subject: stack.enter_context(start(row)) for row in dict.fromkeys([base, todo[0]])}
+        except SubjectError as error:
+            for row in todo:
+                log.add({**_key(row), "round": 0, "error": str(error)})
+            return
+        for row in todo:
+            log.add({**_key(row), "round": WARM_UP, "load_seconds": subjects[row.subject].load_seconds})
+        for round_ in rounds:
+            _round(round_, base, todo, subjects, replace(call, seed=call.seed + max(0, round_)), log, tell)
+
+
+def _round(
+    round_: int, base: Row, todo: list[Row], subjects: dict[tuple[str, str, str], Subject], call: Call, log: Log,
+    tell: Callable[[Row, int, float | None], None],
+) -> None:  # fmt: skip
+    """One picture of each row, and the base row's first; a row that fails is left out from then on."""
+    wanted: dict[str, Any] = {}
+    for row in [base, *[row for row in todo if row != base]]:
+        if row not in todo and row != base:
+            continue
+        tell(row, round_, None)
+        try:
+            found = subjects[row.subject].picture(replace(call, plan=row.plan))
+        except SubjectError as error:
+            log.add({**_key(row), "round": round_, "error": str(error)})
+            if row == base:
+                raise
+            todo.remove(row)
+            continue
+        arrays = {name: found.pop(name) for name in ("latents", "pictures")}
+        wanted = wanted or arrays
+        tell(row, round_, found["seconds"])
+        beside = todo[0].subject if row == base else None
+        log.add({**_key(row), "round": round_, "beside": beside, "at": time.time(), **found, **_distance(arrays, wanted)})
+
+
+def _key(row: Row) -> Sample:
+    return {"row": row.name, "engine": row.engine}
+
+
+def _distance(made: dict[str, Any], wanted: dict[str, Any]) -> Sample:
+    """How far a picture is from the base row's of the same seed: PSNR in dB of pixels, and the latents' largest difference."""
+    a, b = (one["pictures"].astype(np.float64) for one in (made, wanted))
+    error = float(((a - b) ** 2).mean()) if a.shape == b.shape else float("nan")
+    latents = np.abs(made["latents"] - wanted["latents"]).max() / max(float(np.abs(wanted["latents"]).max()), 1e-12)
+    return {"psnr": 10 * np.log10(255**2 / error) if error else None, "latents_error": float(latents)}

@@ -1,0 +1,109 @@
+"""What a run needs before it measures: bundles, the pipeline's weights as peers read them, and environments for peers."""
+
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.end_to_end.rows import Row, Settings, bundle_folder
+from benchmarks.peers import Peer
+from engines import Bundle
+from engines.errors import UserError
+
+__all__ = ["built", "environment_of", "written_pipeline"]
+
+Say = Callable[[str], None]
+
+
+def built(settings: Settings, variant: str, say: Say) -> Bundle:
+    """The bundle of a variant, with every engine of the run and partitioned for all of its plans."""
+    from exporter import BuildOptions, build
+
+    options = BuildOptions(
+        variant=variant,
+        source=settings.source,
+        engines=settings.engines,
+        plans=tuple(plan for plan in settings.plans if plan != "full" and not plan.startswith("switch")),
+        precision=settings.precision,  # type: ignore[arg-type]
+        sizes=(settings.size,) if settings.size else (),
+        max_images=settings.batch,
+        targets=settings.targets if "tensorrt-rtx" in settings.engines else (),
+        out=bundle_folder(settings, variant),
+        force=True,
+    )
+    say(f"building {options.folder}")
+    return build(options)[0]
+
+
+def written_pipeline(settings: Settings, scheduler_folder: Path, say: Say) -> Path:
+    """The source as a diffusers pipeline on disk, which all peers read: the same weights, and the scheduler that the rows have.
+
+    The text encoder's weights keep the names that older versions of transformers look for.
+    """
+    folder = settings.work / "pipelines" / f"{Path(settings.source).name}-{settings.precision}".replace(":", "-")
+    if (folder / "complete").exists():
+        return folder
+    say(f"writing {folder} for the peers")
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    from exporter.graph.checkpoint import open_source
+    from exporter.graph.graph import DTYPE
+    from runtime.images.schedulers import make_scheduler
+
+    checkpoint = open_source(settings.source, "original")
+    parts = {"unet": checkpoint.unet("original"), "vae": checkpoint.vae(), "text_encoder": checkpoint.text_encoder()}
+    pipeline = StableDiffusionPipeline(
+        **{name: module.eval().to(DTYPE[settings.precision]) for name, module in parts.items()},  # type: ignore[index]
+        tokenizer=CLIPTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True),
+        scheduler=make_scheduler("dpm++", scheduler_folder, settings.steps),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    _name_text_weights(folder / "text_encoder")
+    (folder / "complete").touch()
+    return folder
+
+
+def _name_text_weights(folder: Path) -> None:
+    """Older versions of transformers take a text encoder whose weights lack their prefix for one without any: a random one."""
+    from safetensors.torch import load_file, save_file
+
+    (path,) = folder.glob("*.safetensors")
+    state = load_file(path)
+    save_file({_prefixed(name): tensor for name, tensor in state.items()}, path, {"format": "pt"})
+
+
+def _prefixed(name: str) -> str:
+    return name if name.startswith("text_model.") else f"text_model.{name}"
+
+
+def environment_of(row: Row, settings: Settings, say: Say) -> str:
+    """The interpreter that a row's subject runs in: this one, or that of an environment made for it.
+
+    Raises:
+        UserError: its packages cannot be installed.
+    """
+    if not row.peer.own_environment:
+        return sys.executable
+    folder = settings.work / "environments" / row.peer.module
+    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    if not (folder / "complete").exists():
+        say(f"installing {', '.join(row.peer.to_install)} into {folder}")
+        venv.create(folder, with_pip=True, clear=True)
+        _install(python, row.peer)
+        (folder / "complete").touch()
+    return str(python)
+
+
+def _install(python: Path, peer: Peer) -> None:
+    import torch
+
+    wanted: Sequence[str] = [f"torch=={torch.__version__.partition('+')[0]}", *peer.to_install]
+    command = [str(python), "-m", "pip", "install", "--quiet", *wanted]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"pip install {' '.join(wanted)} failed: {(done.stderr.strip().splitlines() or ['no reason'])[-1][:300]}")

@@ -1,0 +1,168 @@
+"""A run of ``run_trt.py``: build, measure row by row, and report what there is, however the run ends."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.end_to_end.figures import Figures, fails, figures_of
+from benchmarks.end_to_end.measure import Log, measure
+from benchmarks.end_to_end.plots import plot_all
+from benchmarks.end_to_end.prepare import built, environment_of, written_pipeline
+from benchmarks.end_to_end.report import terminal_table, write_all
+from benchmarks.end_to_end.rows import Row, Settings, rows_of
+from benchmarks.end_to_end.worker import Subject, SubjectError
+from benchmarks.gpu.card import card_state, check_engines
+from benchmarks.peers import OURS
+from benchmarks.peers.serve import Call
+from engines import Bundle
+from engines.errors import UserError
+from runtime import Schedule, find_plan
+from runtime.images.schedulers import make_scheduler
+from runtime.report.cost import relative_macs
+from tuning import TuningError
+
+__all__ = ["build", "measured"]
+
+PROMPTS = {"mini": "a red star on a blue background"}
+PROMPT = "a lighthouse on a cliff at dusk, oil painting"
+
+
+def build(settings: Settings, variant: str, console: Console) -> Bundle:
+    """The bundle of a variant, said on the console."""
+    return built(settings, variant, lambda text: console.print(text, highlight=False, soft_wrap=True))
+
+
+def measured(settings: Settings, name: str, out: Path, console: Console, *, resume: bool) -> bool:
+    """Measure and report. Returns whether every row that claims the base row's output has it.
+
+    Raises:
+        UserError: no engine can be had, or ``resume`` finds a run with other settings.
+    """
+    import torch
+
+    found, missing = check_engines(settings.engines, torch.device(settings.device))
+    if not found:
+        raise UserError("; ".join(f"{engine}: {reason}" for engine, reason in missing.items()))
+    rows = rows_of(settings, missing)
+    bundles = {variant: build(settings, variant, console) for variant in settings.variants}
+    try:
+        log = Log(settings.work / f"{name}.jsonl", asdict(settings), resume=resume)
+    except ValueError as error:
+        raise UserError(f"--resume: {settings.work / name}.jsonl is of another run ({error}); leave --resume out") from error
+    run = _Run(settings, bundles, console, log, rows)
+    try:
+        run.all_rows()
+    except KeyboardInterrupt:
+        console.print("interrupted; the rows so far are reported, and the same command with --resume goes on")
+    figures = figures_of(rows, log.samples, {row: _known(row, settings, bundles) for row in rows})
+    return _report(figures, name, out, settings, console)
+
+
+class _Run:
+    """The state of a run: what is there, what is done, and how long the rest will take."""
+
+    def __init__(self, settings: Settings, bundles: dict[str, Bundle], console: Console, log: Log, rows: Sequence[Row]) -> None:
+        self._settings, self._bundles, self._console, self._log, self._rows = settings, bundles, console, log, rows
+        self._pictures = len([row for row in rows if not row.reason]) * (settings.rounds + 1)
+        self._made, self._started = 0, time.monotonic()
+        manifest = bundles["original"].manifest
+        height, width = settings.size or manifest.sizes[0]
+        prompt = settings.prompt or PROMPTS.get(settings.source, PROMPT)
+        self._call = Call(prompt, settings.steps, manifest.guidance_scale, 0, height, width, settings.batch)
+
+    def all_rows(self) -> None:
+        """Measure every subject's rows beside the base row of its engine."""
+        rows = [row for row in self._rows if not row.reason]
+        first = next(row for row in rows if row.is_base)
+        for subject in dict.fromkeys(row.subject for row in rows):
+            own = [row for row in rows if row.subject == subject]
+            base = next((row for row in rows if row.is_base and row.engine == own[0].engine), first)
+            measure(own, base, self._start, self._call, self._settings, self._log, self._tell)
+
+    def _start(self, row: Row) -> Subject:
+        """The process of a row's subject, with what it needs made first. Raises SubjectError."""
+        settings, say = self._settings, partial(self._console.print, highlight=False, soft_wrap=True)
+        scratch = settings.work / "scratch"
+        scratch.mkdir(parents=True, exist_ok=True)
+        options: dict[str, Any] = {
+            "engine": row.engine, "device": settings.device, "threads": settings.threads, "images": settings.batch,
+            "height": self._call.height, "width": self._call.width, "precision_of_weights": settings.precision,
+            "scratch": str(scratch.resolve()),
+        }  # fmt: skip
+        if row.peer is OURS:
+            folder, python = self._bundles[row.variant].folder, ""
+        else:
+            try:
+                python = environment_of(row, settings, say)
+            except UserError as error:
+                raise SubjectError(str(error)) from error
+            folder = written_pipeline(settings, self._bundles["original"].folder / "scheduler", say)
+        options |= {"work": str(folder.parent.resolve() / f"{folder.name}-exported"), **dict(row.peer.settings)}
+        return Subject(row.peer.module, folder, options, python, settings.work / "logs" / f"{'-'.join(row.subject)}.log")
+
+    def _tell(self, row: Row, round_: int, seconds: float | None) -> None:
+        if seconds is None:
+            return
+        self._made += 1
+        spent = time.monotonic() - self._started
+        left = spent / self._made * max(0, self._pictures - self._made)
+        which = "warm-up" if round_ < 0 else f"round {round_ + 1}"
+        name = f"{row.name}, {row.engine}" if row.engine else row.name
+        self._console.print(f"[about {left / 60:.0f} min left] {name}, {which}: {seconds:.2f} s", highlight=False, markup=False)
+
+
+def _known(row: Row, settings: Settings, bundles: dict[str, Bundle]) -> Figures:
+    """What need not be measured: the plan's share of the original's MACs, sizes of files, and what building took."""
+    if row.peer is not OURS:
+        return {}
+    bundle = bundles[row.variant]
+    manifest = bundle.manifest
+    own = [segment for segment in manifest.segments if segment.engines.get(row.engine)]
+    files = [file for segment in own for file in segment.engines[row.engine].files]
+    weights = [file for segment in manifest.segments for file in segment.onnx]
+    return {
+        "macs_ratio": round(_macs(row, settings, bundles), 4),
+        "engine_mb": round(sum(file.bytes for file in files or weights) / 1e6, 1),
+        "build_seconds": round(sum(segment.seconds or 0 for segment in manifest.segments), 1),
+        "segments": len(manifest.unet_segments),
+    }
+
+
+def _macs(row: Row, settings: Settings, bundles: dict[str, Bundle]) -> float:
+    """MACs of the UNet under a plan, as a share of the original's run in full at every step."""
+    bundle, plan = bundles[row.variant], find_plan(row.plan)
+    timesteps = make_scheduler("dpm++", bundle.folder / "scheduler", settings.steps).timesteps.tolist()
+    manifests = {variant: other.manifest for variant, other in bundles.items()}
+    names = [part.unet for part in plan.unets] or [row.variant]
+    unets = {name: manifests[name] for name in dict.fromkeys(["original", *names]) if name in manifests}
+    schedule = Schedule(plan, {name: unets[name] for name in names}, timesteps)
+    own = relative_macs(schedule)
+    last = names[-1]
+    return own * _whole(manifests[last]) / _whole(manifests["original"])
+
+
+def _whole(manifest: Any) -> int:
+    return int(sum(unit.macs for unit in manifest.units if unit.name in set(manifest.unet_units)))
+
+
+def _report(figures: list[Figures], name: str, out: Path, settings: Settings, console: Console) -> bool:
+    console.print(terminal_table(figures, console.width))
+    for one in figures:
+        if "reason" in one:
+            console.print(f"{one['name']}: {one['reason']}", highlight=False, markup=False, soft_wrap=True)
+    paths = write_all(out, name, asdict(settings), figures, card_state() if settings.device == "cuda" else {})
+    try:
+        plot_all(figures, out / f"{name}.png", name)
+        paths.append(out / f"{name}.png")
+    except TuningError as error:
+        console.print(f"no plot: {error}", highlight=False, soft_wrap=True)
+    console.print(f"written: {', '.join(path.name for path in paths)} in {out}", highlight=False, soft_wrap=True)
+    wrong = [one["name"] for one in figures if fails(one)]
+    if wrong:
+        console.print(f"not the output of original full: {', '.join(wrong)}", highlight=False, style="red")
+    return not wrong

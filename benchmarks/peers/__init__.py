@@ -1,0 +1,59 @@
+"""Who is measured: this project, and what people would use otherwise. One adapter each, started as a process of its own.
+
+An adapter has ``load(folder, options)``, which returns what makes a picture of a ``Call``. It imports its packages there, so
+that this table can be read without them. One that cannot live beside the others has ``own_environment``: run_trt.py makes it
+a virtual one.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+__all__ = ["OURS", "PEERS", "Peer"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An adapter: its module in ``benchmarks.peers``, and what it needs.
+
+    Args:
+        module: the adapter's.
+        packages: what pip installs for it, by the module that is then there.
+        devices: those that it runs on.
+        own_environment: whether its packages do not get on with this project's.
+        same_output: whether it claims to compute what ``original full`` does; then its latents are held to that.
+        settings: given to the adapter as they are.
+    """
+
+    module: str
+    packages: tuple[tuple[str, str], ...]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    own_environment: bool = False
+    same_output: bool = True
+    settings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def to_install(self) -> list[str]:
+        """What pip is told."""
+        return [package for _, package in self.packages]
+
+    @property
+    def missing(self) -> list[str]:
+        """The packages that are not installed here."""
+        return [package for module, package in self.packages if find_spec(module) is None]
+
+
+OURS = Peer("ours", ())
+_DIFFUSERS = (("diffusers", "diffusers"), ("transformers", "transformers"))
+_OPTIMUM_ONNX = (("optimum", "optimum-onnx[onnxruntime]"), ("diffusers", "diffusers==0.36.0"), ("accelerate", "accelerate"))
+_OPTIMUM_INTEL = (("optimum", "optimum-intel[openvino,diffusers]"), ("accelerate", "accelerate"))
+
+PEERS = {
+    "diffusers": Peer("diffusers_eager", _DIFFUSERS),
+    "diffusers-channels-last": Peer("diffusers_eager", _DIFFUSERS, ("cuda",), settings=(("memory_format", "channels_last"),)),
+    "torch-compile": Peer("diffusers_compiled", _DIFFUSERS),
+    "deepcache": Peer("deepcache", (*_DIFFUSERS, ("DeepCache", "DeepCache")), same_output=False),
+    "optimum-onnx": Peer("optimum_onnx", _OPTIMUM_ONNX, ("cpu",), own_environment=True),
+    "openvino-f32": Peer("optimum_openvino", _OPTIMUM_INTEL, ("cpu",), own_environment=True, settings=(("precision", "f32"),)),
+    "openvino": Peer("optimum_openvino", _OPTIMUM_INTEL, ("cpu",), own_environment=True, same_output=False),
+}
+"""By the names that ``--peers`` takes."""

@@ -1,0 +1,108 @@
+"""A process that holds one subject and makes a picture each time it is asked, by lines of JSON on its standard input and output.
+
+It runs in whatever environment the subject needs, so it imports nothing of this project but ``benchmarks.peers``.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Call", "Made", "main"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A picture that is asked for: ``plan`` is read by this project's own subjects only."""
+
+    prompt: str
+    steps: int
+    guidance: float
+    seed: int
+    height: int
+    width: int
+    images: int = 1
+    plan: str = "full"
+
+
+@dataclass
+class Made:
+    """What came of it: arrays, and seconds by part; of the UNet by step, with the kind of each."""
+
+    latents: Any
+    pictures: Any
+    text: float
+    vae: float
+    unet: list[tuple[str, float]] = field(default_factory=list)
+
+
+def _peak_mb() -> float | None:
+    """The most memory that the process held since it was last asked, in MB; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, StopIteration):
+        return None
+    return peak / 1024
+
+
+def _device_mb() -> float | None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return float(total - free) / 2**20
+
+
+def _answer(make: Callable[[Call], Made], request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    _peak_mb()
+    started, cpu = time.perf_counter(), time.process_time()
+    made = make(Call(**request))
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    answer: dict[str, Any] = {"seconds": seconds, "cpu": cpu, "peak_mb": _peak_mb(), "device_mb": _device_mb()}
+    for name in ("latents", "pictures"):
+        path = folder / f"{os.getpid()}-{name}.npy"
+        np.save(path, np.asarray(getattr(made, name)))
+        answer[name] = str(path)
+    return answer | {name: value for name, value in asdict(made).items() if name in {"text", "vae", "unet"}}
+
+
+def _told(error: BaseException) -> dict[str, str]:
+    said = " ".join(str(error).split())[:400]
+    return {"error": f"{type(error).__name__}: {said}" if said else type(error).__name__}
+
+
+def main(module: str, folder: str, options: str) -> None:
+    """Load a subject, say so, and answer until the input ends. What libraries print goes to the standard error."""
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        settings = json.loads(options)
+        started = time.perf_counter()
+        try:
+            make = importlib.import_module(f"benchmarks.peers.{module}").load(Path(folder), settings)
+        except Exception as error:
+            traceback.print_exc()
+            print(json.dumps(_told(error)), file=out, flush=True)
+            return
+        print(json.dumps({"load_seconds": time.perf_counter() - started}), file=out, flush=True)
+        for line in sys.stdin:
+            try:
+                answer = _answer(make, json.loads(line), Path(settings["scratch"]))
+            except Exception as error:
+                traceback.print_exc()
+                answer = _told(error)
+            print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,121 @@
+"""The command that compares this project with its peers: the form of its results, never the times in them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks import run_trt
+from benchmarks.end_to_end.rows import Settings, chosen_peers, rows_of
+from benchmarks.peers import PEERS
+from engines.errors import UserError
+from tests.support.sources import save_source
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The script itself, as people start it."""
+    command = [sys.executable, ROOT / "benchmarks" / "run_trt.py", *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.shared_pieces
+def test_every_row_is_measured_or_says_why_not(tmp_path: Path) -> None:
+    """A tiny model, ours and a peer; a second run resumes and measures nothing again."""
+    source = save_source(tmp_path / "tiny")
+    given = [
+        "--source", source, "--variants", "original", "--plans", "full,deepcache:2", "--steps", "4", "--rounds", "2",
+        "--peers", "diffusers,diffusers-channels-last", "--device", "cpu", "--out", tmp_path / "out", "--work", tmp_path / "work",
+    ]  # fmt: skip
+    done = run(*given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "out").glob("*.json")
+    rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["original full", "original deepcache:2", "diffusers", "diffusers-channels-last"]
+    assert rows["diffusers-channels-last"]["reason"] == "runs on cuda only"
+    full, plan, diffusers = (rows[name] for name in ("original full", "original deepcache:2", "diffusers"))
+    assert full["ratio"] == 1
+    assert full["identical"]
+    assert full["macs_ratio"] == 1 > plan["macs_ratio"] > 0
+    assert {kind: step["count"] for kind, step in plan["steps"].items()} == {"key": 2, "inherit": 2}
+    assert diffusers["same_output"]
+    assert diffusers["latents_error"] < 1e-3 < plan["latents_error"], "the peer computes what full does, the plan does not"
+    for row in (full, plan, diffusers):
+        assert 0 < row["low"] <= row["p50"] <= row["p95"] <= row["high"]
+        parts = row["unet_seconds"] + row["text_seconds"] + row["vae_seconds"]
+        assert 0 < parts <= row["high"]
+        assert row["peak_mb"] > 50
+    (table,) = (tmp_path / "out").glob("*.csv")
+    assert [row["name"] for row in csv.DictReader(table.open())] == list(rows)
+    (page,) = (tmp_path / "out").glob("*.md")
+    assert "- diffusers-channels-last: runs on cuda only" in page.read_text()
+    (plot,) = (tmp_path / "out").glob("*.png")
+    with Image.open(plot) as image:
+        assert image.width > 600
+
+    again = run(*given, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "round" not in again.stdout
+    other = run(*given, "--resume", "--guidance-less")
+    assert other.returncode == 2
+    other = run(*[4 if part == "2" else part for part in given], "--resume")
+    assert other.returncode == 2
+    assert "of another run" in other.stderr
+
+
+def test_without_a_gpu_it_says_what_can_be_done() -> None:
+    done = run("--device", "cuda")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "needs an NVIDIA GPU" in line
+    for way in ("--device cpu", "--dry-run", "--build-only"):
+        assert way in line
+    assert done.stdout == ""
+
+
+def test_a_dry_run_builds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_trt.main(["--quick", "--device", "cpu", "--dry-run", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().out
+    for row in ("original deepcache:3", "assembled full", "diffusers"):
+        assert row in told
+    assert "minutes to build" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "diffuser"], "unknown peer 'diffuser'; choose from: all, none, diffusers"),
+        (["--engine", "tensorflow"], "unknown engine 'tensorflow'; choose from: onnxruntime"),
+        (["--plans", "deepcash:3"], "deepcash"),
+        (["--rounds", "0"], "--rounds 0 is too few; give 1 or more"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_built(arguments: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        run_trt.main([*arguments, "--device", "cpu", "--work", str(tmp_path / "work")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_original_full_is_always_measured() -> None:
+    settings = Settings(
+        "mini", ("original",), ("full", "deepcache:3"), ("onnxruntime", "torch"), ("optimum-onnx", "torch-compile"), "cpu", "fp32",
+        None, 20, 1, 5, 1, Path("work"),
+    )  # fmt: skip
+    rows = rows_of(settings, {"torch": "it is not here"})
+    assert [(row.name, row.engine) for row in rows if row.is_base] == [
+        ("original full", "onnxruntime"),
+        ("original full", "torch"),
+    ]
+    assert {row.reason for row in rows if row.engine == "torch"} == {"it is not here"}
+    assert chosen_peers("all") == tuple(PEERS)
+    assert chosen_peers("none") == ()
