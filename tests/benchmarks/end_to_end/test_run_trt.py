@@ -112,10 +112,7 @@ def test_original_full_is_always_measured() -> None:
         None, 20, 1, 5, 1, Path("work"),
     )  # fmt: skip
     rows = rows_of(settings, {"torch": "it is not here"})
-    assert [(row.name, row.engine) for row in rows if row.is_base] == [
-        ("original full", "onnxruntime"),
-        ("original full", "torch"),
-    ]
+    assert [(row.plan, row.engine) for row in rows if row.is_base] == [("full", "onnxruntime"), ("full", "torch")]
     assert {row.reason for row in rows if row.engine == "torch"} == {"it is not here"}
     assert chosen_peers("all") == tuple(PEERS)
     assert chosen_peers("none") == ()
