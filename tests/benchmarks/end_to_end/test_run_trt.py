@@ -108,8 +108,8 @@ def test_mistakes_are_told_before_anything_is_built(arguments: list[str], messag
 
 def test_original_full_is_always_measured() -> None:
     settings = Settings(
-        "mini", ("original",), ("full", "deepcache:3"), ("onnxruntime", "torch"), ("optimum-onnx", "torch-compile"), "cpu", "fp32",
-        None, 20, 1, 5, 1, Path("work"),
+        "mini", ("original",), ("full", "deepcache:3"), ("onnxruntime", "torch"), ("optimum-onnx", "torch-compile"), "cpu",
+        "fp32", None, 20, 1, 5, 1, Path("work"),
     )  # fmt: skip
     rows = rows_of(settings, {"torch": "it is not here"})
     assert [(row.plan, row.engine) for row in rows if row.is_base] == [("full", "onnxruntime"), ("full", "torch")]
