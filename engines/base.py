@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "Engine", "Profile", "Runner", "Traced"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
+_AGAIN = "build the bundle again"
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,18 @@ class Runner(ABC):
             raise EngineError(f"segment {self.segment.name}: {error}; choose a picture size that divides") from error
         except KeyError as error:
             raise EngineError(f"segment {self.segment.name}: no input tells size {error}, which an output needs") from error
+
+    def _checked(self, outputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+        """What the segment's file made, where the file decides its shapes; raises EngineError unless it fits the manifest."""
+        for name, tensor in outputs.items():
+            feature = self.features[name]
+            if tensor.dtype != DTYPES[feature.dtype]:
+                raise EngineError(
+                    f"segment {self.segment.name} made {name} of {tensor.dtype}, expected {feature.dtype}; {_AGAIN}"
+                )
+            if misfit := bind(feature.shape, tensor.shape, sizes):
+                raise EngineError(f"segment {self.segment.name} made {name} of a wrong shape: {misfit}; {_AGAIN}")
+        return outputs
 
     def synchronize(self) -> None:
         """Wait until the work of ``run`` on the current stream has finished; nothing to do on a CPU."""

@@ -11,7 +11,7 @@ import torch
 from torch import Size, nn
 
 from tuning.checkpoints.configs import Extent, check_extent, check_fit, check_kinds
-from tuning.checkpoints.files import check_file, read_json
+from tuning.checkpoints.files import CONFIGURATIONS, check_file, read_json
 from tuning.checkpoints.folder import extent_of, meta_unet, unet_weights
 from tuning.checkpoints.single_file import misfit, shapes_in_file, single_file_weights
 from tuning.checkpoints.weight_files import PICKLES, find_weights
@@ -33,10 +33,6 @@ __all__ = ["PARTS", "FileSource", "FolderSource", "RandomSource", "Source", "che
 
 PARTS = {"unet": True, "vae": True, "text_encoder": True, "tokenizer": False, "scheduler": False}
 """The folders of a checkpoint, and whether they hold weights."""
-_CONFIGURATIONS = {
-    "config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json",
-}  # fmt: skip
 _PREFIX = "text_model."
 """Of a text encoder's weights in most files; some versions of transformers leave it out."""
 _ADAPTERS = (".base_layer.", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")
@@ -288,7 +284,7 @@ def check_part(name: str, checkpoint: Path, part: str, *, weights: bool = True, 
             f"source {name}: {folder} is missing; a diffusers folder has unet, vae, text_encoder, tokenizer and scheduler"
         )
     for path in folder.iterdir():
-        if path.name in _CONFIGURATIONS:
+        if path.name in CONFIGURATIONS:
             check_file(path)
     if weights:
         _check_weights(name, folder, variant)
