@@ -100,6 +100,16 @@ class Runner(ABC):
         except KeyError as error:
             raise EngineError(f"segment {self.segment.name}: no input tells size {error}, which an output needs") from error
 
+    def _checked(self, outputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+        """What the segment's file made, where the file decides its shapes; raises EngineError unless it fits the manifest."""
+        for name, tensor in outputs.items():
+            feature = self.features[name]
+            if tensor.dtype != DTYPES[feature.dtype]:
+                raise NeedsBuildError(f"segment {self.segment.name} made {name} of {tensor.dtype}, expected {feature.dtype}")
+            if misfit := bind(feature.shape, tensor.shape, sizes):
+                raise NeedsBuildError(f"segment {self.segment.name} made {name} of a wrong shape: {misfit}")
+        return outputs
+
     def synchronize(self) -> None:
         """Wait until the work of ``run`` on the current stream has finished; nothing to do on a CPU."""
         if self.device.type == "cuda":

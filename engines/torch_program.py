@@ -53,7 +53,7 @@ class ModuleRunner(Runner):
                 f"segment {self.segment.name}: the module returned {len(outputs)} tensors, expected "
                 f"{len(self.segment.outputs)} ({', '.join(self.segment.outputs)})"
             )
-        return dict(zip(self.segment.outputs, outputs, strict=True))
+        return self._checked(dict(zip(self.segment.outputs, outputs, strict=True)), sizes)
 
 
 def _device_of(module: nn.Module) -> torch.device:

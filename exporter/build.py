@@ -23,6 +23,7 @@ from exporter.segments import known_pieces
 from exporter.segments.artifacts import Artifacts, tidy, working_on
 from exporter.segments.digests import Digests
 from exporter.segments.progress import Progress
+from tuning.checkpoints.files import CONFIGURATIONS
 
 if TYPE_CHECKING:
     from exporter.graph.graph import Graph
@@ -115,13 +116,20 @@ def _reuse_replaced(pieces: Artifacts, folder: Path, wanted: Container[str]) -> 
 
 
 def _copy_files(source: Path, folder: Path) -> Iterator[File]:
-    """Copy the tokenizer and the scheduler configuration."""
+    """Copy the tokenizer and the scheduler configuration: the files that their libraries read, and a licence.
+
+    What else lies beside them, a stranger's link to a file of this machine among it, is not for whoever gets the bundle.
+    """
     for part in ("tokenizer", "scheduler"):
-        for path in sorted(path for path in (source / part).iterdir() if path.is_file()):
+        for path in sorted(path for path in (source / part).iterdir() if path.is_file() and _is_known(path)):
             target = folder / part / path.name
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
             yield describe_file(folder, target)
+
+
+def _is_known(path: Path) -> bool:
+    return path.name in CONFIGURATIONS or (path.name == "LICENSE" and not path.is_symlink())
 
 
 def _manifest(

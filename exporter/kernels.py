@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engines import Bundle, EngineError, Profile, Segment, Traced, make_engine
+from engines.onnx_file import check_onnx
 from engines.tensorrt.engine import TensorRTRTX
 from engines.tensorrt.kernels import CompiledKernels
 
@@ -75,7 +76,8 @@ def counts_of_bundle(bundle: Bundle, target: str = DEFAULT_TARGET) -> Iterator[K
         raise EngineError("kernels are listed by engine tensorrt-rtx only")
     engine.check_targets((target,))
     for segment in bundle.manifest.segments:
-        path, *_ = [bundle.path(file) for file in segment.onnx]
+        path, *others = [bundle.path(file) for file in segment.onnx]
+        check_onnx(bundle, path, {other.name for other in others})
         yield count_kernels(segment.name, path, engine.kernels(Traced(segment, path), _profile(bundle, segment), (target,)))
 
 

@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from engines import Bundle, BundleError, make_engine
+from engines.bundle.folder import MANIFEST_NAME, sha256
 from runtime.errors import RequestError
 from runtime.images.pictures import Picture
 from runtime.pipeline import Callback, Generation, Pipeline
@@ -31,7 +32,7 @@ def default_bundle() -> Path:
 
 
 @lru_cache(maxsize=2)
-def _loaded(folder: Path, key: str, engine: str) -> Pipeline:
+def _loaded(folder: Path, manifest_sha256: str, engine: str) -> Pipeline:
     return Pipeline(Bundle.open(folder), make_engine(engine))
 
 
@@ -51,7 +52,8 @@ def load(bundle: str | Path | None = None, engine: str = "onnxruntime") -> Pipel
         if not isinstance(value, kinds) or "\0" in str(value):
             raise RequestError(f"{name} is a {type(value).__name__} ({value!r:.60}); give a name as text")
     folder = Path(bundle if bundle is not None else default_bundle()).resolve()
-    return _loaded(folder, Bundle.open(folder).manifest.key, engine)
+    Bundle.open(folder)  # says what is wrong with what is there now
+    return _loaded(folder, sha256(folder / MANIFEST_NAME), engine)
 
 
 def generate(

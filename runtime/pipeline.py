@@ -15,6 +15,7 @@ from torch import Tensor
 from engines import Bundle, Engine, Manifest
 from engines.bundle.names import IMAGE, LATENTS, TEXT, TOKENS, VAE_DECODER, VAE_ENCODER
 from engines.cuda.streams import CallStreams
+from engines.support.textual_inversion import expand_words
 from runtime.advice import add_precision_advice, build_advice
 from runtime.errors import NonFiniteError, RequestError
 from runtime.execution.denoising import Callback, denoise
@@ -33,7 +34,6 @@ from runtime.prepared import Prepared, check_shape, latent_shape, sizes_of
 from runtime.process import check_not_forked, note_loaded, on_cpu_by_default
 from runtime.report.memory import check_memory
 from runtime.request import Request
-from runtime.textual_inversion import expand_words
 from runtime.tokenizer import load_tokenizer
 
 __all__ = ["Callback", "Generation", "Pipeline"]

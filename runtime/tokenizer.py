@@ -6,6 +6,7 @@ from typing import Any
 
 from engines import Bundle
 from engines.bundle.damage import damaged
+from engines.support.tokenizers import load_clip_tokenizer
 
 __all__ = ["load_tokenizer"]
 
@@ -19,15 +20,13 @@ def load_tokenizer(bundle: Bundle) -> Any:
     Raises:
         BundleError: its files are missing or damaged, or its numbers are none that the text encoder takes.
     """
-    from transformers import CLIPTokenizer
-
     listed = [file.path for file in bundle.manifest.files]
     if "scheduler/scheduler_config.json" not in listed or not any(path.startswith("tokenizer/") for path in listed):
         raise damaged(bundle.folder, "its manifest lists no tokenizer or no scheduler")
     with bundle.settings() as folder:
         _check_scheduler(bundle, folder)
         try:
-            tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            tokenizer = load_clip_tokenizer(folder / "tokenizer")
             _check(tokenizer, bundle.manifest.text_length, bundle.manifest.vocabulary)
         except BaseException as error:  # libraries raise what they like; panics of compiled code are no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):

@@ -11,6 +11,7 @@ from tuning.distillation.options import DistillOptions
 from tuning.distillation.options import add_arguments as add_distill_arguments
 
 _SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, a .safetensors file, or random:CONFIG"
+_VARIANT_FILES = "which weight files of the source's folder or hub id, such as fp16 (default: those without)"
 
 
 def _parser() -> Parser:
@@ -19,10 +20,12 @@ def _parser() -> Parser:
     assemble = commands.add_parser("assemble", help="remove what a recipe names; every kept weight stays as it is")
     assemble.add_argument("--recipe", default="assembled", help="a recipe's name or its .json file (default: %(default)s)")
     assemble.add_argument("--source", default="mini", help=f"{_SOURCE} (default: %(default)s)")
+    assemble.add_argument("--variant-files", help=_VARIANT_FILES)
     assemble.add_argument("--precision", default="fp16", help="fp16 or fp32 (default: %(default)s)")
     assemble.add_argument("--out", type=Path, required=True, help="the folder of the new UNet")
     rank = commands.add_parser("rank", help="measure the time and the error of each removal, and choose a recipe")
     rank.add_argument("--source", default="mini", help=f"the UNet whose errors count: {_SOURCE} (default: %(default)s)")
+    rank.add_argument("--variant-files", help=_VARIANT_FILES)
     rank.add_argument("--times", help="the UNet whose time counts, such as random:sd15 (default: the source's)")
     rank.add_argument("--speedup", type=float, default=1.35, help="how fast the chosen recipe has to be (default: %(default)s)")
     rank.add_argument("--latents", type=int, default=0, help="side of the latents for timing (default: the UNet's, at most 32)")
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.command == "assemble":
         from tuning.assemble_command import assemble_command
 
-        assemble_command(options.source, options.recipe, options.out, options.precision, console)
+        assemble_command(options.source, options.recipe, options.out, options.precision, console, options.variant_files)
     elif options.command == "distill":
         from tuning.distillation.command import run
 

@@ -23,8 +23,12 @@ __all__ = ["PRECISIONS", "assemble_command", "check_place"]
 PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-def assemble_command(source: str, name: str, out: Path, precision: str, console: Console) -> None:
+def assemble_command(
+    source: str, name: str, out: Path, precision: str, console: Console, variant_files: str | None = None
+) -> None:
     """Assemble a source's UNet by a recipe into ``out``, with a note of what it was made from, and say what changed.
+
+    ``variant_files`` tells which weight files of the source are read, such as fp16, where there are several.
 
     Raises:
         TuningError: no such source, recipe or precision, a recipe that does not fit the UNet, something else at ``out``,
@@ -35,7 +39,7 @@ def assemble_command(source: str, name: str, out: Path, precision: str, console:
     wanted = recipe(name)
     check_apart(out, place_of(source), "source")
     check_place(out)
-    teacher = open_unet(source).unet()
+    teacher = open_unet(source, variant_files).unet()
     table = _table(teacher, wanted)
     before = _parameters(teacher)
     student = assemble(teacher, wanted)

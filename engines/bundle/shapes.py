@@ -6,6 +6,7 @@ of a UNet call: images, twice with guidance), ``images`` (rows of a VAE call), `
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 
 __all__ = ["Dim", "Shape", "bind", "is_dim", "resolve", "size_fault"]
 
@@ -16,6 +17,7 @@ _LONGEST = 40
 _FORM = re.compile(r"^(?:(\d+)\*)?([a-z]+)(?:/(\d+))?$")
 
 
+@lru_cache(4096)
 def _parts(dim: str) -> tuple[int, str, int]:
     found = _FORM.match(dim)
     if found is None:

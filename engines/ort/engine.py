@@ -5,8 +5,8 @@ without copies runs too: its ONNX files are taken as they are, slower and with m
 """
 
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from engines.base import DTYPES, Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import on_stream
-from engines.errors import BundleError, EngineError, NeedsBuildError
-from engines.ort.external import external_files
+from engines.errors import EngineError, NeedsBuildError
+from engines.onnx_file import check_onnx
 from engines.support.caches import cache_places, card_name, first_writable
+from engines.support.records import one_line
 
 __all__ = ["OnnxRuntime"]
 
@@ -110,7 +111,7 @@ class OnnxRuntime(Engine):
         compiled = segment.engines.get(self.name)
         if compiled is not None and not self._tensorrt:  # TensorRT does not know the fused operator
             paths = [bundle.path(file) for file in compiled.files] + paths
-        _check_external(paths[0], bundle, {path.name for path in paths if path.parent == paths[0].parent})
+        check_onnx(bundle, paths[0], {path.name for path in paths if path.parent == paths[0].parent})
         session = self._session(paths[0], segment, self._providers(bundle, segment))
         if self.device.type == "cpu":
             return _ArrayRunner(segment, bundle.manifest.features, session)
@@ -132,6 +133,7 @@ class OnnxRuntime(Engine):
                 "engine onnxruntime could not start on the GPU: the CUDA and cuDNN libraries here do not fit "
                 f"onnxruntime-gpu {self.version()}; install those that its log names, or choose another engine"
             )
+        _check_names(segment, path, session)
         return session
 
     def _providers(self, bundle: Bundle, segment: Segment) -> list[Any]:
@@ -178,21 +180,31 @@ class OnnxRuntime(Engine):
             options.enable_mem_pattern = False
         else:
             options.enable_cpu_mem_arena = False
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised, and said once
         return options
 
 
-def _check_external(path: Path, bundle: Bundle, listed: set[str]) -> None:
-    """Refuse weights in files that the manifest does not list for the segment: nobody has checked them."""
+def _check_names(segment: Segment, path: Path, session: Any) -> None:
+    """Raise EngineError where a session takes what the segment is not given, or does not make what it should."""
+    unknown = sorted(set(_input_names(session)) - set(segment.inputs))
+    missing = sorted(set(segment.outputs) - {entry.name for entry in session.get_outputs()})
+    if unknown or missing:
+        found = f"takes {unknown[0]!r:.200}, which it is not given" if unknown else f"does not make {missing[0]!r:.200}"
+        raise EngineError(f"segment {segment.name}: {path} {found}; build the bundle again")
+
+
+@contextmanager
+def _explaining(segment: Segment) -> Iterator[None]:
+    """Say which segment it is that fails."""
     try:
-        found = external_files(path)
-    except ValueError as error:
-        raise EngineError(f"bundle {bundle.folder}: {path} cannot be read: {error}") from error
-    if strange := sorted(found - listed):
-        raise BundleError(
-            f"bundle {bundle.folder} is damaged: {path.name} takes weights from {strange[0][:200]!r}, which the manifest does "
-            "not list beside it; build the bundle again, or get it from somebody you trust"
-        )
+        yield
+    except EngineError:
+        raise
+    except Exception as error:  # its exceptions have no base class of their own
+        raise EngineError(
+            f"segment {segment.name}: ONNX Runtime fails: {one_line(error)}; if memory is short, ask for fewer or smaller "
+            "pictures, else build the bundle again"
+        ) from error
 
 
 @cache
@@ -218,8 +230,10 @@ class _ArrayRunner(Runner):
 
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
         feeds = {name: inputs[name].detach().contiguous().numpy() for name in self._taken}
-        arrays = self._session.run(list(self.segment.outputs), feeds)
-        return {name: torch.from_numpy(array) for name, array in zip(self.segment.outputs, arrays, strict=True)}
+        with _explaining(self.segment):
+            arrays = self._session.run(list(self.segment.outputs), feeds)
+            outputs = {name: torch.from_numpy(array) for name, array in zip(self.segment.outputs, arrays, strict=True)}
+        return self._checked(outputs, sizes)
 
 
 class _BoundRunner(Runner):
@@ -256,7 +270,7 @@ class _BoundRunner(Runner):
                 binding.bind_input(name, *self._place(tensor))
             for name, tensor in outputs.items():
                 binding.bind_output(name, *self._place(tensor))
-            with self._running:
+            with self._running, _explaining(self.segment):
                 self._session.run_with_iobinding(binding, self._options)
         return outputs
 

@@ -11,7 +11,6 @@ from engines.errors import UserError
 __all__ = ["Parser", "parse_size", "quiet_libraries", "run_command"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 _MOST_SHOWN = 300
 """Characters of an argument that a message shows."""
@@ -67,7 +66,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except OSError as error:
         if error.errno in _FULL:
             message = f"the disk is full ({error}); {_KEPT}, once there is space"
-        elif error.errno in _NO_PLACE:
+        elif error.errno is not None and error.filename is not None:  # a file or folder is at fault, not this program
             message = f"{error.filename} cannot be read or written ({error.strerror}); choose another path"
         else:
             raise

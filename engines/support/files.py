@@ -6,6 +6,7 @@ same file at once: the last one stays.
 
 import ctypes
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from glob import escape
 from pathlib import Path
 from secrets import token_hex
 
-__all__ = ["atomic_directory", "atomic_file", "remove_partials", "swap_in", "write_bytes", "write_text"]
+__all__ = ["atomic_directory", "atomic_file", "os_errors", "remove_partials", "swap_in", "write_bytes", "write_text"]
 
 _HERE = -100  # AT_FDCWD: relative paths are those of the process
 _EXCHANGE = 2  # RENAME_EXCHANGE
@@ -32,6 +33,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Raise OSError for what safetensors says in words: it tells the system's number of an error at the end of its message."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d{1,4})\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def remove_partials(path: Path) -> None:

@@ -130,7 +130,7 @@ def tidy(folder: Path) -> None:
     place = _place(folder)
     if not place.is_dir():
         return
-    with suppress(BuildError), _lock(place, folder):  # another build is at work there
+    with suppress(BuildError, OSError), _lock(place, folder):  # another build is at work there, or nothing can be written
         _recover(place, folder)
         if _is_in_place(place, folder):
             shutil.rmtree(place)

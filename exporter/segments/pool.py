@@ -1,11 +1,14 @@
 """Writes a bundle's segments, one after another or in several processes, each of which holds one segment's weights."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context, parent_process
 
@@ -20,6 +23,7 @@ __all__ = ["write_all"]
 
 _PARAMETERS = 1e8
 """So many take about as long as one unit more, in the blocks of Stable Diffusion 1.5's UNet: for estimates of the time left."""
+_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
 _WORKER: list[Writer] = []
 """In a worker process: its writer."""
 
@@ -100,6 +104,16 @@ def _side_by_side(
 def _start(jobs: int, reopen: Callable[[], Writer]) -> None:
     """In a new process: open what it needs, and see to it that it does not outlive the build."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the build stops its processes itself
+    _end_with_the_build()
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    _WORKER.append(reopen())
+
+
+def _end_with_the_build() -> None:
+    """End this process when the one that started it ends, even if it is killed: the next build writes in the same place.
+
+    Linux does so at once; elsewhere a thread does, as soon as what runs lets it.
+    """
     parent = parent_process()
     assert parent is not None
 
@@ -108,8 +122,9 @@ def _start(jobs: int, reopen: Callable[[], Writer]) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-    _WORKER.append(reopen())
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):  # a C library without it
+            ctypes.CDLL(None).prctl(_AT_PARENTS_DEATH, signal.SIGKILL)
 
 
 def _write(segment: Segment) -> Segment:

@@ -73,6 +73,21 @@ def test_a_build_names_every_file_it_wrote(options: BuildOptions, fake_trace: Fa
     assert steps[-1] == Step(12, 12, "", "done", 0.0)
 
 
+def test_only_what_is_known_is_copied_from_a_checkpoint(tiny_source: Path, tmp_path: Path, fake_trace: FakeTrace) -> None:
+    """A stranger's folder may hold links to this machine's files, which would leave it with the bundle."""
+    fake_trace()
+    secret, source = tmp_path / "secret", shutil.copytree(tiny_source, tmp_path / "source")
+    secret.write_text("secret")
+    for name in ("LICENSE", "notes.json", "model.bin"):
+        (source / "tokenizer" / name).symlink_to(secret)
+    (source / "scheduler" / "LICENSE").write_text("free")
+    bundle, _ = build(BuildOptions(source=str(source), out=tmp_path / "bundle"))
+    copied = {path.relative_to(bundle.folder).as_posix() for path in bundle.folder.glob("[ts]*er/*")}
+    own = {f"tokenizer/{name}" for name in names_in(tiny_source / "tokenizer")}
+    assert copied == own | {"scheduler/scheduler_config.json", "scheduler/LICENSE"}
+    assert not [path for path in bundle.folder.rglob("*") if path.is_file() and path.read_bytes() == b"secret"]
+
+
 def test_the_manifest_describes_the_checkpoint(options: BuildOptions, fake_trace: FakeTrace) -> None:
     fake_trace()
     manifest = build(changed(options, precision="fp16", sizes=((32, 48), (16, 16)), max_images=2))[0].manifest

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,6 +248,37 @@ def test_a_place_where_nothing_can_be_written(
         exporter("build", "--source", tiny_source, "--out", tmp_path / "file" / "bundle"), "file", "choose another path"
     )
     assert (tmp_path / "file").read_text() == "notes"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_place_where_no_folder_can_be(exporter: Command, fake_trace: FakeTrace, tiny_source: Path) -> None:
+    fake_trace()
+    assert_refused(exporter("build", "--source", tiny_source, "--out", "/proc/none/bundle"), "/proc/none", "choose another path")
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_a_place_that_can_only_be_read(
+    exporter: Command, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Found out at the first folder or file, with an old bundle in the place, which stays as it is."""
+    fake_trace()
+    out = tmp_path / "place" / "bundle"
+    assert exporter("build", "--source", tiny_source, "--out", out).code == 0
+    before, real = contents(out), getattr(os, call)
+
+    def refuse(path: Any, *rest: Any, **more: Any) -> Any:
+        if str(path).startswith(str(out.parent)):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path, *rest, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, refuse)
+        outcome = exporter("build", "--source", tiny_source, "--out", out, "--precision", "fp16", "--force")
+        assert exporter("build", "--source", tiny_source, "--out", out).code == 0, "it is up to date"
+    assert_refused(outcome, "place", "Read-only file system", "choose another path")
+    assert contents(out) == before
+    assert exporter("build", "--source", tiny_source, "--out", out, "--precision", "fp16", "--force").code == 0
+    assert names_in(out.parent) == ["bundle"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")

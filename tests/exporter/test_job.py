@@ -19,6 +19,7 @@ HARMLESS = {
     "engines/bundle/folder.py",
     "engines/cuda/*.py",
     "engines/null.py",
+    "engines/onnx_file.py",
     "engines/program.py",
     "engines/support/*.py",
     "engines/tensorrt/diagnostics.py",

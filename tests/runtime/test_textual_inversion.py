@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import runtime
+from engines.support.textual_inversion import expand_words
 from exporter.build import build
 from exporter.options import BuildOptions
-from runtime.textual_inversion import expand_words
 from tests.support.sources import save_source
 from tests.support.unets import TEXT_WIDTH
 from tuning.checkpoints.find_source import find_source
+from tuning.training.teacher import Teacher
 
 PROMPT, NEGATIVE = "a <cat> on a <mat>, a red star", "a <dog>"
 
@@ -74,6 +75,16 @@ def test_the_latents_are_those_of_the_pipeline(folder: Path, bundle: Path) -> No
 def test_words_are_expanded_as_diffusers_does(folder: Path, prompt: str) -> None:
     pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     assert expand_words(prompt, pipeline.tokenizer) == pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer)
+
+
+def test_captions_of_a_training_are_expanded_likewise(folder: Path) -> None:
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    wanted = [
+        pipeline.tokenizer(pipeline.maybe_convert_prompt(text, pipeline.tokenizer)).input_ids for text in (PROMPT, NEGATIVE)
+    ]
+    found = Teacher.load(str(folder)).ids([PROMPT, NEGATIVE]).tolist()
+    assert [ids[: len(row)] for ids, row in zip(found, wanted, strict=True)] == wanted
+    assert len(wanted[1]) == 5, "a word of two vectors, between the marks"
 
 
 def test_vectors_that_a_prompt_names_itself_are_not_doubled(folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
 
+import onnx
 import pytest
 import torch
 
@@ -21,12 +22,29 @@ from engines.torch_program import Torch
 from runtime import Pipeline
 from tests.conftest import build_shared
 from tests.engines.test_pt2 import Members, Trap, members_of, pickled_constant
+from tests.support.commands import Command, Outcome, assert_refused, command
 
 
 @pytest.fixture(scope="module")
 def torch_bundle(bundles: Path) -> Bundle:
     """The embedded model with programs of the torch engine. Not to be changed."""
     return build_shared(bundles, "mini-torch", engines=("torch",))
+
+
+@pytest.fixture
+def exporter(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """``python -m exporter`` in this process."""
+    from exporter.__main__ import main
+
+    return command(main, capfd, monkeypatch)
+
+
+@pytest.fixture
+def command_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """``python -m runtime`` in this process."""
+    from runtime.__main__ import main
+
+    return command(main, capfd, monkeypatch)
 
 
 @pytest.fixture
@@ -93,8 +111,12 @@ PLACES: dict[str, Callable[[Path, bytes], object]] = {
 }
 
 
+HARMLESS = {"sample inputs", "tokenizer, beside", "scheduler, beside"}
+"""Where nothing would read a pickle."""
+
+
 @pytest.mark.parametrize("place", PLACES)
-def test_no_pickle_is_opened(copy: Path, place: str, tmp_path: Path) -> None:
+def test_no_pickle_is_opened(copy: Path, place: str, tmp_path: Path, exporter: Command) -> None:
     witness = tmp_path / "witness"
     PLACES[place](copy, pickle.dumps(Trap(witness)))
     rewritten(copy, nothing)
@@ -104,7 +126,56 @@ def test_no_pickle_is_opened(copy: Path, place: str, tmp_path: Path) -> None:
     except UserError as error:
         said = str(error)
     assert not witness.exists()
-    assert bool(said) == (place not in {"sample inputs", "tokenizer, beside", "scheduler, beside"}), said
+    assert bool(said) == (place not in HARMLESS), said
+    verified = exporter("verify", copy, "--engine", "torch", "--sizes", "64x64")
+    assert not witness.exists()
+    if "tokenizer" in place or "scheduler" in place or place in HARMLESS:  # verify feeds numbers, and no steps
+        assert verified.code == 0, verified.err
+    else:
+        assert_refused(verified, str(copy), "stem.pt2")
+
+
+def cyclic_onnx(folder: Path) -> None:
+    """The first two operators of a segment need one another."""
+    path = folder / "segments" / "stem.onnx"
+    model = onnx.load(path, load_external_data=False)
+    first, second = model.graph.node[:2]
+    first.input[0] = second.output[0]
+    path.write_bytes(model.SerializeToString())
+
+
+def cyclic_program(folder: Path) -> None:
+    """The same for the torch engine."""
+
+    def turn(members: Members, trap: bytes) -> None:
+        name = "archive/models/model.json"
+        model = json.loads(members[name])
+        nodes = model["graph_module"]["graph"]["nodes"]
+        *_, last = (node["outputs"][0]["as_tensor"]["name"] for node in nodes if "as_tensor" in next(iter(node["outputs"]), {}))
+        for node in nodes:
+            if node["target"] == "torch.ops.aten.linear.default":
+                node["inputs"][0]["arg"]["as_tensor"]["name"] = last
+        members[name] = json.dumps(model).encode()
+
+    into_archive(turn)(folder, b"")
+
+
+def test_a_graph_that_goes_round_is_refused_by_who_reads_it(copy: Path, exporter: Command, command_line: Command) -> None:
+    def drawn(engine: str) -> Outcome:
+        return command_line("a red star", "--bundle", copy, "--engine", engine, "--steps", "1", "-o", copy / "star.png")
+
+    cyclic_onnx(copy)
+    rewritten(copy, nothing)
+    for outcome in (drawn("onnxruntime"), exporter("verify", copy)):
+        assert_refused(outcome, str(copy / "segments" / "stem.onnx"), "'Unsqueeze' and 'Mul': the graph is cyclic")
+    assert exporter("inspect", copy).code == 0, "it reads no graph"
+    assert drawn("torch").code == 0
+    (copy / "star.png").unlink()
+    cyclic_program(copy)
+    rewritten(copy, nothing)
+    for outcome in (drawn("torch"), exporter("verify", copy, "--engine", "torch")):
+        assert_refused(outcome, str(copy / "engines" / "torch" / "stem.pt2"), "which nothing before it makes")
+    assert not (copy / "star.png").exists()
 
 
 def test_tokens_put_beside_do_not_exist(copy: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
 
 import tuning
 from tests.support.commands import Command, assert_refused, command, contents
@@ -145,6 +146,12 @@ def test_a_full_disk_leaves_what_was_there(run: Command, folder: Path, tmp_path:
     def full(*_args: Any, **_more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tuning.assemble_command.save_part", full)
-    assert_refused(run("assemble", "--source", folder, "--recipe", "bk-small", "--out", out), "the disk is full")
+    def full_says_safetensors(*_args: Any, **_more: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tuning.assemble_command.save_part", full)
+        assert_refused(run("assemble", "--source", folder, "--recipe", "bk-small", "--out", out), "the disk is full")
+    monkeypatch.setattr("safetensors.torch.save_file", full_says_safetensors)
+    assert_refused(run("assemble", "--source", folder, "--recipe", "bk-small", "--out", out), "the disk is full", "unet.partial")
     assert contents(tmp_path) == before

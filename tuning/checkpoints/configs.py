@@ -15,7 +15,7 @@ from torch import Size
 
 from tuning.errors import TuningError
 
-__all__ = ["Extent", "check_channels", "check_extent", "check_fit", "check_kinds", "latent_size", "text_width"]
+__all__ = ["Extent", "check_channels", "check_extent", "check_fit", "check_kinds", "latent_size", "text_settings", "text_width"]
 
 _USUAL_LATENTS = 64
 """Side in latents where a configuration names none, as diffusers' pipelines have it for Stable Diffusion."""
@@ -51,6 +51,8 @@ _UNKNOWN = Extent(10_000, 1_000_000)
 def check_extent(config: Mapping[str, Any], extent: Extent | None) -> None:
     """Raise ValueError where a configuration asks for more, or wider, layers than the files can hold."""
     extent = extent or _UNKNOWN
+    if config.get("quantization_config") is not None:
+        raise ValueError("it describes quantized weights, and what is built is made of floating-point ones")
     for name, value in config.items():
         for number in _numbers(value):
             if abs(number) > _LARGEST_NUMBER or (name in _COUNTS | _WIDTHS and number < 1):
@@ -121,6 +123,12 @@ def latent_size(unet: Any) -> tuple[int, int]:
 def _is_before_0_9(written: Any) -> bool:
     found = re.match(r"(\d{1,4})\.(\d{1,4})", written) if isinstance(written, str) else None
     return found is not None and (int(found[1]), int(found[2])) < (0, 9)
+
+
+def text_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of the text encoder in its configuration, which may be that of the whole of CLIP."""
+    inner = config.get("text_config")
+    return inner if config.get("model_type") == "clip" and isinstance(inner, dict) else config
 
 
 def text_width(unet: Any) -> int:

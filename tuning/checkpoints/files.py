@@ -6,8 +6,13 @@ from typing import Any
 
 from tuning.errors import TuningError
 
-__all__ = ["check_file", "read_json"]
+__all__ = ["CONFIGURATIONS", "check_file", "read_json"]
 
+CONFIGURATIONS = frozenset({
+    "config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json",
+})  # fmt: skip
+"""The files that diffusers and transformers read from the folders of a checkpoint beside weights."""
 _POINTER = b"version https://git-lfs"
 _LARGEST_JSON = 1 << 26
 """Bytes; the index of a large model has some 100 kB, CLIP's vocabulary 1 MB."""

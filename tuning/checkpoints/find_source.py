@@ -39,38 +39,44 @@ _HUB_CONFIGURATIONS = ("*.json", "*/*.json", "*/*.txt")
 
 @dataclass(frozen=True)
 class UNetSource:
-    """A UNet that can be loaded: in a ``folder`` of its own, a part of a ``whole`` checkpoint, or random."""
+    """A UNet that can be loaded: in a ``folder`` of its own (files of a ``variant``), in a ``whole`` checkpoint, or random."""
 
     name: str
     folder: Path | None = None
     whole: Source | None = None
+    variant: str | None = None
 
     def unet(self) -> UNet2DConditionModel:
         """The UNet, float32, in evaluation mode. Raises TuningError when its files cannot be read."""
         if self.whole is not None:
             unet: UNet2DConditionModel = self.whole.model("unet")
             return unet
-        return random_unet(self.name) if self.folder is None else load_unet(self.folder)
+        return random_unet(self.name) if self.folder is None else load_unet(self.folder, self.variant)
 
 
-def open_unet(source: str) -> UNetSource:
+def open_unet(source: str, variant: str | None = None) -> UNetSource:
     """Find a UNet: in any source of a whole checkpoint, or in a folder of its own, as diffusers writes it.
+
+    Args:
+        source: as ``find_source`` takes it, or a UNet's folder.
+        variant: of the weights' files, as in ``find_source``.
 
     Raises:
         TuningError: there is no such source, or it holds no UNet with safetensors.
     """
+    _check_variant(source, variant)
     if source.startswith(RANDOM):
         _random_config(source)
         return UNetSource(source)
     path = _path(source)
     if path.suffix == ".safetensors":
         return UNetSource(source, whole=_file_source(source, path, None))
-    folder = path if path.is_dir() else _fetch(source)
+    folder = path if path.is_dir() else _fetch(source, variant)
     if not (folder / "unet").is_dir() and (folder / "config.json").is_file():
-        check_part(source, folder.parent, folder.name)
-        return UNetSource(source, folder)
-    check_part(source, folder, "unet")
-    return UNetSource(source, whole=FolderSource(source, folder))
+        check_part(source, folder.parent, folder.name, variant=variant)
+        return UNetSource(source, folder, variant=variant)
+    check_part(source, folder, "unet", variant=variant)
+    return UNetSource(source, whole=FolderSource(source, folder, variant))
 
 
 def random_unet(source: str, seed: int = 0) -> UNet2DConditionModel:
@@ -98,8 +104,7 @@ def find_source(source: str, config: Path | None = None, variant: str | None = N
     """
     if config is not None and not (config / "unet" / "config.json").is_file():
         raise TuningError(f"config {config} is no diffusers folder: {config / 'unet' / 'config.json'} is missing")
-    if variant is not None and (source.startswith(RANDOM) or Path(source).suffix == ".safetensors"):
-        raise TuningError(f"source {source} has no files in variants: leave --variant-files out, which is for diffusers folders")
+    _check_variant(source, variant)
     if source.startswith(RANDOM):
         return _random_source(source, config)
     path = _path(source)
@@ -111,6 +116,11 @@ def find_source(source: str, config: Path | None = None, variant: str | None = N
     for part, has_weights in PARTS.items():
         check_part(source, folder, part, weights=has_weights, variant=variant)
     return FolderSource(source, folder, variant)
+
+
+def _check_variant(source: str, variant: str | None) -> None:
+    if variant is not None and (source.startswith(RANDOM) or Path(source).suffix == ".safetensors"):
+        raise TuningError(f"source {source} has no files in variants: leave --variant-files out, which is for diffusers folders")
 
 
 def place_of(source: str) -> Path:

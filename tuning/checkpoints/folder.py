@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.bundle.folder import sha256
+from engines.support.files import os_errors
 from tuning.checkpoints.configs import Extent, check_extent, check_kinds
 from tuning.checkpoints.files import read_json
 from tuning.checkpoints.weight_files import find_weights
@@ -51,24 +52,27 @@ def save_part(model: Any, folder: Path, dtype: torch.dtype = torch.float16) -> N
     # The copy takes these weights instead of copying its own: no second one in full precision, nor any in the dtype it has.
     cast = {id(w): nn.Parameter(w.detach().to(dtype), requires_grad=False) for w in model.parameters()}
     half: nn.Module = copy.deepcopy(model, cast).to(dtype)  # buffers are left to cast
-    half.save_pretrained(temporary, safe_serialization=True)  # type: ignore[operator]
-    config = json.loads((temporary / "config.json").read_text())
-    config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
-    (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, folder / file.name)
-    temporary.rmdir()
+    try:
+        with os_errors(temporary):
+            half.save_pretrained(temporary, safe_serialization=True)  # type: ignore[operator]
+        config = json.loads((temporary / "config.json").read_text())
+        config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+        (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_unet(folder: Path) -> UNet2DConditionModel:
-    """The UNet of a folder that `save_part` or diffusers wrote, float32, in evaluation mode.
+def load_unet(folder: Path, variant: str | None = None) -> UNet2DConditionModel:
+    """The UNet of a folder that `save_part` or diffusers wrote, float32, in evaluation mode; `variant` as in `unet_weights`.
 
     Raises:
         TuningError: the folder holds no UNet, its weights are pickled, damaged or others than its configuration needs.
     """
-    unet = meta_unet(folder / "config.json", extent_of(folder))
-    return materialize(unet, unet_weights(folder, unet))
+    unet = meta_unet(folder / "config.json", extent_of(folder, variant))
+    return materialize(unet, unet_weights(folder, unet, variant))
 
 
 def unet_weights(folder: Path, unet: nn.Module, variant: str | None = None) -> Weights:

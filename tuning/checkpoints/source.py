@@ -1,7 +1,7 @@
 """A whole Stable Diffusion checkpoint: the modules of its parts without weights, and the weights, whatever they are kept in."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Size, nn
 
-from tuning.checkpoints.configs import Extent, check_extent, check_fit, check_kinds
-from tuning.checkpoints.files import check_file, read_json
+from engines.support.tokenizers import load_clip_tokenizer
+from tuning.checkpoints.configs import Extent, check_fit
+from tuning.checkpoints.files import CONFIGURATIONS, check_file
 from tuning.checkpoints.folder import extent_of, meta_unet, unet_weights
+from tuning.checkpoints.parts import LOADERS, SKELETONS
 from tuning.checkpoints.single_file import misfit, shapes_in_file, single_file_weights
 from tuning.checkpoints.weight_files import PICKLES, find_weights
 from tuning.checkpoints.weights import (
@@ -33,10 +35,6 @@ __all__ = ["PARTS", "FileSource", "FolderSource", "RandomSource", "Source", "che
 
 PARTS = {"unet": True, "vae": True, "text_encoder": True, "tokenizer": False, "scheduler": False}
 """The folders of a checkpoint, and whether they hold weights."""
-_CONFIGURATIONS = {
-    "config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json",
-}  # fmt: skip
 _PREFIX = "text_model."
 """Of a text encoder's weights in most files; some versions of transformers leave it out."""
 _ADAPTERS = (".base_layer.", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")
@@ -59,7 +57,7 @@ class Source(ABC):
             unet: nn.Module = meta_unet(self.folder / part / "config.json", self._extent(part))
             return unet
         with reading(self.name, self.folder / part):
-            return _SKELETONS[part](self.folder / part, self._extent(part)).eval()
+            return SKELETONS[part](self.folder / part, self._extent(part)).eval()
 
     def _extent(self, part: str) -> Extent | None:
         """How much the part's weights can describe; None where there are no files of them."""
@@ -72,6 +70,17 @@ class Source(ABC):
     @abstractmethod
     def files(self, part: str) -> Iterator[Path]:
         """Every file that reading a part, ``tokenizer`` or ``scheduler`` depends on."""
+
+    def tokenizer(self, text: Any) -> Any:
+        """The tokenizer, whose prompts are as long as its text encoder reads. Raises TuningError where it is another's."""
+        folder = self.folder / "tokenizer"
+        with reading(self.name, folder):
+            tokenizer = load_clip_tokenizer(folder)
+            largest = max(tokenizer.get_vocab().values(), default=-1)
+            if not 0 <= largest < text.config.vocab_size:
+                raise ValueError(f"its numbers go up to {largest}, and the text encoder knows {text.config.vocab_size}")
+        tokenizer.model_max_length = min(tokenizer.model_max_length, text.config.max_position_embeddings)
+        return tokenizer
 
     def check_fit(self) -> None:
         """Raise TuningError unless the parts fit together as text to image needs it: latent channels, and the text's width.
@@ -110,7 +119,7 @@ class FolderSource(Source):
 
         def load(dtype: torch.dtype) -> nn.Module:
             with reading(self.name, folder):
-                return _LOADERS[part](folder, dtype, found.variant)
+                return LOADERS[part](folder, dtype, found.variant)
 
         return LoadedWeights(str(folder), shapes, load)
 
@@ -189,67 +198,6 @@ def _configurations(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in {".safetensors", *PICKLES})
 
 
-def _vae_skeleton(folder: Path, extent: Extent | None) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    config = read_json(folder / "config.json")
-    if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ValueError(f"it is {kind!r:.60}, and AutoencoderKL is the only kind of VAE that can be built")
-    check_kinds(config, AutoencoderKL)
-    check_extent(config, extent)
-    if config.get("scaling_factor", 1) <= 0:
-        raise ValueError(f"its scaling_factor is {config['scaling_factor']}, and must be more than 0")
-    with torch.device("meta"):
-        vae: nn.Module = AutoencoderKL.from_config(config)
-    return vae
-
-
-def _text_skeleton(folder: Path, extent: Extent | None) -> nn.Module:
-    from accelerate import init_empty_weights
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    found = read_json(folder / "config.json")
-    if (kind := found.get("model_type", "clip_text_model")) not in {"clip_text_model", "clip"}:
-        raise ValueError(f"it is of the kind {kind!r:.60}, and CLIP is the only kind of text encoder that can be built")
-    check_extent(found.get("text_config") or found, extent)
-    config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
-    with init_empty_weights(include_buffers=False):  # its position numbers are a buffer that no file has
-        text: nn.Module = CLIPTextModel(config)
-    return text
-
-
-_SKELETONS: dict[str, Callable[[Path, Extent | None], nn.Module]] = {"vae": _vae_skeleton, "text_encoder": _text_skeleton}
-
-
-def _load_vae(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    vae, info = AutoencoderKL.from_pretrained(
-        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, variant=variant
-    )
-    return _complete(vae, info)
-
-
-def _load_text_encoder(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
-    from transformers import CLIPTextModel
-
-    with _no_progress_bar():
-        text, info = CLIPTextModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, variant=variant
-        )
-    return _complete(text, info)
-
-
-def _complete(model: nn.Module, info: dict[str, Any]) -> nn.Module:
-    """The model, unless a tensor that was missing was made up."""
-    if info["missing_keys"]:
-        raise ValueError(f"{sorted(info['missing_keys'])[0]} is missing")
-    return model
-
-
-_LOADERS: dict[str, Callable[[Path, torch.dtype, str | None], nn.Module]] = {"vae": _load_vae, "text_encoder": _load_text_encoder}
-
-
 @contextmanager
 def reading(name: str, folder: Path) -> Iterator[None]:
     """Turn what diffusers and transformers raise for missing and damaged files, of many kinds, into TuningError."""
@@ -266,20 +214,6 @@ def reading(name: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers' own bar out of our commands' output."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def check_part(name: str, checkpoint: Path, part: str, *, weights: bool = True, variant: str | None = None) -> None:
     """Raise TuningError unless a checkpoint's folder has the part, with safetensors of the variant where it has ``weights``."""
     folder = checkpoint / part
@@ -288,7 +222,7 @@ def check_part(name: str, checkpoint: Path, part: str, *, weights: bool = True, 
             f"source {name}: {folder} is missing; a diffusers folder has unet, vae, text_encoder, tokenizer and scheduler"
         )
     for path in folder.iterdir():
-        if path.name in _CONFIGURATIONS:
+        if path.name in CONFIGURATIONS:
             check_file(path)
     if weights:
         _check_weights(name, folder, variant)

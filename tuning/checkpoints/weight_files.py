@@ -10,10 +10,20 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuning.checkpoints.configs import text_settings
 from tuning.checkpoints.files import check_file, read_json
 from tuning.errors import TuningError
 
-__all__ = ["PICKLES", "WeightFiles", "choose_variant", "find_weights", "stem_of", "variant_patterns", "variants_in"]
+__all__ = [
+    "PICKLES",
+    "WeightFiles",
+    "choose_variant",
+    "find_weights",
+    "stem_of",
+    "variant_patterns",
+    "variants_in",
+    "weights_named_in",
+]
 
 PICKLES = frozenset({".ckpt", ".bin", ".pt", ".pth", ".pkl"})
 _SHARD = r"-\d+-of-\d+"
@@ -91,6 +101,10 @@ def find_weights(folder: Path, wanted: str | None = None) -> WeightFiles:
     Raises:
         TuningError: there are none, an index or a shard is missing or damaged, or a file is a Git LFS pointer.
     """
+    if (named := weights_named_in(folder)) is not None:
+        path = folder / named
+        check_file(path)
+        return WeightFiles((path,)) if path.suffix == ".safetensors" else _checked(WeightFiles(_shards(path), path))
     stem = stem_of(folder.name)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     found = variants_in(names, stem)
@@ -100,6 +114,32 @@ def find_weights(folder: Path, wanted: str | None = None) -> WeightFiles:
     single, index = folder / _single(stem, variant), folder / _index(stem, variant)
     sharded = index.name in names and (stem != "model" or single.name not in names)
     weights = WeightFiles(_shards(index), index, variant) if sharded else WeightFiles((single,), None, variant)
+    return _checked(weights)
+
+
+def weights_named_in(folder: Path) -> str | None:
+    """The file or index that a text encoder's configuration names as its weights (``transformers_weights``), if it names any.
+
+    transformers then reads it and no other.
+
+    Raises:
+        TuningError: it is no safetensors file beside the configuration; transformers would open a pickle of a certain name.
+    """
+    path = folder / "config.json"
+    if stem_of(folder.name) != "model" or not path.is_file():
+        return None
+    named = text_settings(read_json(path)).get("transformers_weights")
+    if named is None:
+        return None
+    if not isinstance(named, str) or Path(named).name != named or not named.endswith((".safetensors", ".safetensors.index.json")):
+        raise TuningError(
+            f"{path} has transformers_weights = {named!r:.60}; it may name a .safetensors file beside it or an index of some, or "
+            "be left out"
+        )
+    return named
+
+
+def _checked(weights: WeightFiles) -> WeightFiles:
     for path in weights.files:
         check_file(path)
     return weights

@@ -134,7 +134,7 @@ class _Run:
         need("matplotlib", "drawing curves")
         remember(options, self.folder, workers.count, write=False)
         torch.manual_seed(options.seed)
-        self.teacher = Teacher.load(options.teacher)
+        self.teacher = Teacher.load(options.teacher, options.variant_files)
         self.recipe, student = _student(options.student, self.teacher.unet)
         self.stages = stages_of(self.recipe)
         check_pair(self.teacher.unet, student)

@@ -18,12 +18,14 @@ class LatentsOptions:
     out: Path
     size: int | None = None
     batch: int = 8
+    variant_files: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `latents`."""
     add, whole = parser.add_argument, number(int, 1)
     add("--source", required=True, help="whose autoencoder and tokenizer are used: mini, a diffusers folder, a hub id, a file")
+    add("--variant-files", help="which weight files of a folder or hub id, such as fp16 (default: those without)")
     add("--data", required=True, help="a folder of pictures and metadata.jsonl, or .tar shards")
     add("--out", type=Path, required=True, help="folder for the latents")
     add("--size", type=whole, help="pixels of the pictures' sides (default: the model's)")
@@ -43,7 +45,7 @@ def run(options: LatentsOptions) -> None:
 
     workers = Workers()
     try:
-        teacher = Teacher.load(options.source)
+        teacher = Teacher.load(options.source, options.variant_files)
         size, pictures = check_size(teacher, options.size), Pictures(Path(options.data).expanduser())
         teacher.vae.to(workers.device, memory_format=torch.channels_last)
         console, count = Console(stderr=True), len(pictures.captions)

@@ -20,7 +20,7 @@ __all__ = ["DistillOptions", "add_arguments", "number", "remember"]
 _MINI = {"batch": 64, "lr": 1e-3, "muon_lr": 0.01, "warmup": 100, "decay": 0.9, "guidance": 3.0}
 _OTHER = {"batch": 8, "lr": 5e-5, "muon_lr": 0.0, "warmup": 500, "decay": 0.0, "guidance": 7.5}
 # A run that is resumed with others of these would be another run.
-_SAME = ("teacher", "student", "data", "batch", "accumulate", "size", "dropout", "seed", "processes")
+_SAME = ("teacher", "variant_files", "student", "data", "batch", "accumulate", "size", "dropout", "seed", "processes")
 _LOOP = ("steps", "minutes", "wall_minutes", "lr", "muon_lr", "warmup", "decay", "clip", "ema", "seed", "accumulate")
 _INTERVALS = ("log_every", "validate_minutes", "validate_every", "sample_every", "save_minutes")
 
@@ -33,6 +33,7 @@ class DistillOptions(BaseModel):
     teacher: str = Field(min_length=1)
     student: str = Field(min_length=1)
     data: str = Field(min_length=1)
+    variant_files: str | None = None
     out: Path
     work: Path | None = None
     steps: int | None = Field(None, ge=1)
@@ -118,6 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole, some, least = number(int, 1), number(float, 1e-9), number(float, 0)
     add = parser.add_argument
     add("--teacher", required=True, help="mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG")
+    add("--variant-files", help="which weight files of the teacher's folder or hub id, such as fp16 (default: those without)")
     add("--student", required=True, help="a recipe (name or .json), made of the teacher, or the folder of a UNet")
     add("--data", required=True, help="mini, a folder of pictures and metadata.jsonl, .tar shards, or latents (see latents)")
     add("--out", required=True, type=Path, help="folder for the student, in the diffusers layout")

@@ -35,12 +35,13 @@ RECIPE_NAME = "assembled"
 
 @dataclass(frozen=True)
 class RankOptions:
-    """The UNet to rank, the one to time, and how thoroughly.
+    """The UNet to rank, in which files its source has it, the one to time, and how thoroughly.
 
     `latents` is a side, 0 for the UNet's own, at most 32; `device` is "cpu" or "cuda", None for CUDA where torch sees it.
     """
 
     source: str = "mini"
+    variant_files: str | None = None
     times: str | None = None
     speedup: float = 1.35
     latents: int = 0
@@ -103,11 +104,12 @@ def _check(options: RankOptions) -> None:
         raise TuningError("--device cuda: torch sees no NVIDIA GPU here; leave it out, or give cpu")
     if options.out.exists() and not options.out.is_dir():
         raise TuningError(f"{options.out} exists and is no folder; choose another --out")
+    options.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found out before anything is measured
 
 
 def _measure(options: RankOptions, bar: Progress) -> Result:
-    source = open_unet(options.source)
-    timed = open_unet(options.times or options.source)
+    source = open_unet(options.source, options.variant_files)
+    timed = source if options.times in (None, options.source) else open_unet(str(options.times))
     device = _device(options)
     if source.whole is not None:
         source.whole.check_fit()

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from tuning.checkpoints.configs import text_width
 from tuning.checkpoints.find_source import UNetSource
@@ -80,9 +79,8 @@ def trajectories(
 
 def _read(source: Source, prompts: int) -> tuple[Tensor, Any]:
     """Text states of the empty prompt and of `prompts` others, and the scheduler's configuration."""
-    text, tokens = source.model("text_encoder"), source.folder / "tokenizer"
-    with reading(source.name, tokens):
-        tokenizer = CLIPTokenizer.from_pretrained(tokens, local_files_only=True)
+    text = source.model("text_encoder")
+    tokenizer = source.tokenizer(text)
     with reading(source.name, source.folder / "scheduler"):
         config = DPMSolverMultistepScheduler.load_config(source.folder / "scheduler", local_files_only=True)
     words = ["", *held_back_prompts(prompts, seed=2)]  # seeds 0 and 1 are for published figures and for validation

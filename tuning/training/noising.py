@@ -7,6 +7,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from engines.support.textual_inversion import expand_words
 from tuning.errors import TuningError
 from tuning.training.distributed import Workers
 
@@ -21,8 +22,9 @@ def generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Captions -> (n, model_max_length) ids, padded and cut."""
-    ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    """Captions -> (n, model_max_length) ids, padded and cut; words of a textual inversion are expanded as for pictures."""
+    words = [expand_words(caption, tokenizer) for caption in captions]
+    ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
     assert isinstance(ids, Tensor)
     return ids
 

@@ -28,16 +28,15 @@ class Teacher:
     schedule: DDPMScheduler
 
     @classmethod
-    def load(cls, source: str) -> "Teacher":
-        """Reads any source of a whole checkpoint.
+    def load(cls, source: str, variant: str | None = None) -> "Teacher":
+        """Reads any source of a whole checkpoint; `variant` of its weight files, such as fp16, where there are several.
 
         Raises TuningError when a part is missing, damaged or a pickle, or when the parts don't fit together.
         """
-        found = find_source(source)
+        found = find_source(source, variant=variant)
         found.check_fit()
         unet, text, vae = (found.model(part).requires_grad_(False) for part in ("unet", "text_encoder", "vae"))
-        with reading(source, found.folder / "tokenizer"):
-            tokenizer = CLIPTokenizer.from_pretrained(found.folder / "tokenizer", local_files_only=True)
+        tokenizer = found.tokenizer(text)
         with reading(source, found.folder / "scheduler"):
             schedule = DDPMScheduler.from_pretrained(found.folder / "scheduler", local_files_only=True)
         return cls(source, unet, text, tokenizer, vae, schedule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -83,15 +84,18 @@ def slow_writing(fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("slow_writing")
+@pytest.mark.parametrize(("jobs", "times"), [(1, 12), (2, 6)])
 @pytest.mark.slow
-def test_a_build_killed_at_twenty_random_points(options: BuildOptions) -> None:
+def test_a_build_killed_at_random_points(options: BuildOptions, jobs: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exporter.segments.pool.get_context", lambda kind: FORK)  # so that they write slowly too
+    options = replace(options, jobs=jobs)
     whole = replace(options, out=folder_of(options).parent / "whole")
     started = time.perf_counter()
     done = build(whole)[0]
     seconds = time.perf_counter() - started
     assert len([file for file in hashes(done.folder) if file.endswith(".engine")]) == len(done.manifest.segments)
     points, kills, wholes = random.Random(0), 0, [hashes(whole.folder)]
-    while kills < 20:
+    while kills < times:
         child = FORK.Process(target=build, args=(options,))
         child.start()
         time.sleep(points.uniform(0, seconds))
@@ -111,6 +115,44 @@ def test_a_build_killed_at_twenty_random_points(options: BuildOptions) -> None:
     assert hashes(bundle.folder) == wholes[-1]
     assert names_in(bundle.folder.parent) == ["bundle", "whole"]
     assert contents(bundle.folder).keys() == contents(whole.folder).keys()
+
+
+def runs(process: int) -> bool:
+    """Whether there is such a process, and it is not only waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_no_process_outlives_a_build_that_is_killed(
+    options: BuildOptions, fake_trace: FakeTrace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even one that is inside a library: it would write into what the next build makes."""
+    fake_trace()
+
+    def hang(*_: object) -> None:
+        (tmp_path / f"{os.getpid()}.process").touch()
+        ctypes.PyDLL(None).sleep(60)  # with Python's lock held
+
+    monkeypatch.setattr("exporter.segments.pool.get_context", lambda kind: FORK)
+    monkeypatch.setattr("exporter.segments.writer.write_onnx", hang)
+    child = FORK.Process(target=build, args=(replace(options, jobs=2),))
+    child.start()
+    deadline = time.monotonic() + 60
+    while len(started := [int(path.stem) for path in tmp_path.glob("*.process")]) < 2:
+        assert child.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert all(runs(process) for process in started)
+    child.kill()
+    child.join()
+    while any(runs(process) for process in started):
+        assert time.monotonic() < deadline, "they should end at once"
+        time.sleep(0.05)
+    fake_trace()
+    build(options)[0].check()
 
 
 def test_an_engine_that_is_half_written_when_the_build_is_killed_is_made_again(

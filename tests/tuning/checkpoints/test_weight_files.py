@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.sources import save_source
+from tuning.__main__ import main as tuning_command
 from tuning.checkpoints.find_source import find_source, open_unet
 from tuning.checkpoints.folder import load_unet
 from tuning.checkpoints.weight_files import find_weights, variants_in
 from tuning.errors import TuningError
+from tuning.training.teacher import Teacher
 
 PARTS = ("unet", "vae", "text_encoder")
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -117,6 +119,29 @@ def test_of_two_variants_the_one_that_was_asked_for(whole: Path, variant: str | 
     assert_as_diffusers(whole, variant, variant)
     files = [path.name for part in PARTS for path in find_source(str(whole), variant=variant).files(part)]
     assert [name for name in files if "fp16" in name] == ([name for name in files if "safetensors" in name] if variant else [])
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_tuning_reads_the_variant_that_was_asked_for(whole: Path, tmp_path: Path, variant: str | None) -> None:
+    wanted = of_diffusers(whole, variant)
+    teacher = Teacher.load(str(whole), variant)
+    options = [] if variant is None else ["--variant-files", variant]
+    assemble = ["assemble", "--source", str(whole), "--recipe", "original", "--precision", "fp32", "--out", str(tmp_path / "a")]
+    tuning_command([*assemble, *options])
+    for unet in (
+        open_unet(str(whole), variant).unet(),  # as rank reads it
+        open_unet(str(whole / "unet"), variant).unet(),
+        teacher.unet,  # as distill and latents read it
+        load_unet(tmp_path / "a"),
+    ):
+        assert all(torch.equal(weight, wanted["unet"][name]) for name, weight in unet.state_dict().items())
+    assert all(torch.equal(weight, wanted["vae"][name]) for name, weight in teacher.vae.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["random:sd15", "model.safetensors"])
+def test_variants_are_of_folders(source: str) -> None:
+    with pytest.raises(TuningError, match="has no files in variants: leave --variant-files out"):
+        open_unet(source, "fp16")
 
 
 def test_the_only_variant_is_read_unasked(half: Path) -> None:

@@ -13,6 +13,8 @@ __all__ = ["expand_words"]
 def expand_words(prompt: str, tokenizer: Any) -> str:
     """The prompt with all tokens of each word of several vectors in it."""
     added = tokenizer.added_tokens_encoder
+    if not any(f"{word}_1" in added for word in added):
+        return prompt
     for word in dict.fromkeys(tokenizer.tokenize(prompt)):
         tokens = [word]
         while (following := f"{word}_{len(tokens)}") in added:

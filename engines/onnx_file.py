@@ -1,0 +1,83 @@
+"""What an ONNX file of a bundle may hold, found out before any library opens it.
+
+A segment is a list of operators that run once, one after the other, on weights of its own files. No build writes loops, branches
+and functions, which could run for ever, nor operators of ONNX Runtime's own that open other files (``EPContext``).
+"""
+
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from engines.bundle.damage import damaged
+from engines.bundle.folder import Bundle
+
+__all__ = ["check_onnx"]
+
+_OPERATORS = {"": None, "ai.onnx": None, "com.microsoft": frozenset({"MultiHeadAttention"})}
+"""By their domain, the operators that may run; None for all. Others than ONNX's own are those of ``fuse_attention``."""
+
+
+def check_onnx(bundle: Bundle, path: Path, listed: set[str]) -> None:
+    """Raise BundleError unless a segment's ONNX file is a plain graph, with weights in files that were checked as it was.
+
+    Args:
+        bundle: whose file it is.
+        path: the file.
+        listed: names of the files beside it that the manifest lists for the segment.
+    """
+    try:
+        model = _read(path)
+        _check_graph(model)
+    except ValueError as error:
+        raise damaged(bundle.folder, f"{path} {error}") from error
+    if strange := sorted(set(_locations(model)) - listed):
+        raise damaged(
+            bundle.folder, f"{path.name} takes weights from {strange[0][:200]!r}, which the manifest does not list beside it"
+        )
+
+
+def _read(path: Path) -> Any:
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"is no ONNX model ({error})") from error
+    return model
+
+
+def _check_graph(model: Any) -> None:
+    """Raise ValueError unless the graph's operators can run one after the other, each once."""
+    if model.functions:
+        raise ValueError(f"has a function of its own, {model.functions[0].name[:80]!r}, and a segment has operators alone")
+    makers: dict[str, int] = {}
+    for number, node in enumerate(model.graph.node):
+        known = _OPERATORS.get(node.domain, frozenset())
+        if known is not None and node.op_type not in known:
+            raise ValueError(f"has an operator {node.op_type[:80]!r} of {node.domain[:80]!r}, which is none that may run")
+        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+            raise ValueError(f"has an operator {node.op_type[:80]!r} with a graph inside, and a segment is one graph")
+        makers.update((name, number) for name in node.output if name)
+    needs = {number: {makers[name] for name in node.input if name in makers} for number, node in enumerate(model.graph.node)}
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        names = " and ".join(repr(model.graph.node[number].op_type[:80]) for number in sorted(set(error.args[1]))[:2])
+        raise ValueError(f"has operators that need one another, {names}: the graph is cyclic") from error
+
+
+def _locations(message: Any) -> Iterator[str]:
+    """What any message inside this one names as a tensor's file."""
+    for field, value in message.ListFields():
+        if field.name == "external_data":
+            yield from (entry.value for entry in value if entry.key == "location")
+        elif field.type == field.TYPE_MESSAGE:
+            for inner in value if _is_list(value) else [value]:
+                yield from _locations(inner)
+
+
+def _is_list(value: Any) -> bool:
+    return not hasattr(value, "ListFields")
