@@ -28,7 +28,19 @@ from tuning.surgery.units import unit_modules
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-__all__ = ["CHAIN", "LEAST_COSINE", "LEAST_PSNR", "TOLERANCE", "Comparison", "Reference", "compare_latents", "verify"]
+__all__ = [
+    "CHAIN",
+    "LEAST_COSINE",
+    "LEAST_PSNR",
+    "TOLERANCE",
+    "Comparison",
+    "Reference",
+    "compare_latents",
+    "counts_to_compare",
+    "random_inputs",
+    "sizes_to_compare",
+    "verify",
+]
 
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3}
 """Largest allowed error relative to the reference's maximum. The reference is float32 in both cases."""
@@ -142,9 +154,9 @@ def verify(
         check_size(size, manifest.size_multiple)
     reference = reference or Reference.load(bundle)
     network = LoadedBundle.load(bundle, engine)
-    for height, width in sizes or _sizes(manifest, engine):
-        for images in _counts(manifest, engine):
-            inputs = _inputs(manifest, engine, images, height, width)
+    for height, width in sizes or sizes_to_compare(manifest, engine):
+        for images in counts_to_compare(manifest, engine):
+            inputs = random_inputs(manifest, engine, images, height, width)
             features = reference.features(inputs)
             for segment, error, angle in _errors(network, engine, inputs, features):
                 yield Comparison(segment, images, height, width, error, angle)
@@ -167,7 +179,7 @@ def compare_latents(
     """
     reference = reference or Reference.load(bundle)
     network = LoadedBundle.load(bundle, engine)
-    inputs = _inputs(bundle.manifest, engine, _counts(bundle.manifest, engine)[0], *size)
+    inputs = random_inputs(bundle.manifest, engine, counts_to_compare(bundle.manifest, engine)[0], *size)
     with torch.no_grad():
         text = reference.text(inputs[TOKENS])
 
@@ -191,7 +203,8 @@ def _denoised(bundle: Bundle, predict: Callable[[Tensor, Tensor], Tensor], laten
     return latents
 
 
-def _sizes(manifest: Manifest, engine: Engine) -> list[tuple[int, int]]:
+def sizes_to_compare(manifest: Manifest, engine: Engine) -> list[tuple[int, int]]:
+    """Picture sizes (height, width) in pixels: the bundle's own and one other."""
     first = manifest.sizes[0]
     if engine.has_profile:
         return list(dict.fromkeys([first, manifest.sizes[-1]]))
@@ -202,14 +215,14 @@ def _is_static(manifest: Manifest, engine: Engine) -> bool:
     return engine.has_profile and manifest.static
 
 
-def _counts(manifest: Manifest, engine: Engine) -> list[int]:
+def counts_to_compare(manifest: Manifest, engine: Engine) -> list[int]:
     """Numbers of images to compare with: one and, where they can be had, three."""
     if _is_static(manifest, engine):
         return [manifest.max_images]
     return sorted({1, min(3, manifest.max_images) if engine.has_profile else 3})
 
 
-def _inputs(manifest: Manifest, engine: Engine, images: int, height: int, width: int) -> dict[str, Tensor]:
+def random_inputs(manifest: Manifest, engine: Engine, images: int, height: int, width: int) -> dict[str, Tensor]:
     """Random inputs. One row of the UNet per image, as guidance only means more rows; but static engines take no fewer."""
     rows = 2 * images if _is_static(manifest, engine) else images
     dims = {"batch": rows, "images": images, "height": height // manifest.vae_scale, "width": width // manifest.vae_scale}
