@@ -26,6 +26,7 @@ def _parser() -> Parser:
     build.add_argument("--granularity", help="largest segment: block, layer or unit (default: block, without --plan)")
     build.add_argument("--plan", action="append", default=[], help="segments as large as this plan allows; may be repeated")
     build.add_argument("--precision", default="fp32", help="fp32 or fp16 (default: %(default)s)")
+    build.add_argument("--vae-precision", help="fp32, bf16 or fp16, for the VAE alone (default: --precision)")
     build.add_argument("--sizes", default="", help="HEIGHTxWIDTH,... for engines with a profile (default: the model's own)")
     build.add_argument("--batch", help="images per call, for engines with a profile (default: 1..4, with --static 1)")
     build.add_argument("--static", action="store_true", help="build these engines for one size and --batch images with guidance")
@@ -124,6 +125,7 @@ def _build(given: object, console: Console) -> None:
         granularity=values["granularity"] or (None if values["plan"] else "block"),
         plans=tuple(values["plan"]),
         precision=values["precision"],
+        vae_precision=values["vae_precision"],
         sizes=tuple(parse_size(size) for size in _names(values["sizes"])),
         max_images=_max_images(values["batch"] or ("1" if values["static"] else "1..4"), values["static"]),
         static=values["static"],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines import Engine, make_engine
 from engines.bundle.manifest import MANIFEST_VERSION
-from exporter.options import BuildOptions, check_choices, check_static, targets_of, versions
+from exporter.options import BuildOptions, check_choices, check_precision, check_static, targets_of, versions
 from exporter.segments.artifacts import key_of
 from exporter.segments.digests import Digests
 from exporter.segments.progress import Progress, Step
@@ -35,7 +35,7 @@ class BuildJob:
     """What a build works with.
 
     ``targets`` are the compute capabilities by the name of the engine that builds for them; ``made_from`` is what all pieces of
-    the bundle depend on: weights, variant, precision, versions, code.
+    the bundle depend on: weights, variant, versions, code.
     """
 
     options: BuildOptions
@@ -59,6 +59,7 @@ class BuildJob:
         checkpoint = open_source(options.source, options.variant, options.unet, options.config, options.variant_files)
         engines = tuple(make_engine(name) for name in dict.fromkeys(options.engines))
         check_static(options, engines)
+        check_precision(options, engines)
         targets = targets_of(options, engines)
         progress(Step(0, None, "", "reading the source"))
         made_from = {
@@ -67,7 +68,6 @@ class BuildJob:
             "manifest": MANIFEST_VERSION,
             "source": checkpoint.fingerprint(options.variant, digests),
             "variant": options.variant,
-            "precision": options.precision,
         }
         return cls(options, checkpoint, engines, targets, made_from)
 
@@ -90,11 +90,12 @@ class BuildJob:
         options = self.options
         self.checkpoint.check_weights(options.variant)
         first = options.sizes[0] if options.sizes else None
-        graph = load_graph(self.checkpoint, options.variant, DTYPE[options.precision], first)
+        precision, vae_precision = options.precision, options.vae_precision or options.precision
+        graph = load_graph(self.checkpoint, options.variant, DTYPE[precision], first, DTYPE[vae_precision])
         sizes = options.sizes or (graph.size,)
         for size in sizes:
             check_size(size, graph.size_multiple)
-        spec = CompileSpec(self.made_from, self.targets, sizes, options.max_images, options.static)
+        spec = CompileSpec(self.made_from, self.targets, sizes, options.max_images, precision, vae_precision, options.static)
         return Writer(graph, self.engines, spec, pieces)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engines.bundle.manifest import VaePrecision
 from exporter.verification.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE
 
 __all__ = ["Ends", "Fit", "Found", "Memory", "Row"]
@@ -102,9 +103,9 @@ class Found:
         """What is not as it must be. Errors of final latents depend on the plan and the model, and are only reported."""
         faults = [f"{name}: broke off: {reason}" for name, reason in self.ended.items()]
         for name, fits in self.segments.items():
-            allowed = TOLERANCE["fp16" if name.endswith("fp16") else "fp32"]
+            precision: VaePrecision = "fp16" if name.endswith("fp16") else "fp32"
             for segment, fit in fits.items():
-                if not (fit.error <= allowed and fit.cosine >= LEAST_COSINE):
+                if not (fit.error <= TOLERANCE[precision] and fit.cosine >= LEAST_COSINE[precision]):
                     faults.append(f"{name}: segment {segment} is off by {fit.error:.1e}, its cosine by {1 - fit.cosine:.1e}")
         for name, psnr in self.psnr.items():
             if not psnr >= LEAST_PSNR:

@@ -43,6 +43,7 @@ class OnnxRuntime(Engine):
 
     name = "onnxruntime"
     compiles = True
+    has_bfloat16 = False  # it has no convolutions of them
 
     def __init__(self, threads: int | None = None, device: torch.device | str | None = None, tensorrt: bool = False) -> None:
         try:
@@ -143,7 +144,7 @@ class OnnxRuntime(Engine):
             return ["CPUExecutionProvider"]
         place = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self._stream.cuda_stream)}
         # fp32 means fp32. The TensorRT provider has no such option (https://github.com/microsoft/onnxruntime/issues/26029).
-        exact = {"use_tf32": "0"} if bundle.manifest.precision == "fp32" else {}
+        exact = {"use_tf32": "0"} if bundle.manifest.precision_of(segment) == "fp32" else {}
         providers: list[Any] = [(_CUDA, place | exact), "CPUExecutionProvider"]
         return [(_TENSORRT, place | self._kept(bundle, segment)), *providers] if self._tensorrt else providers
 

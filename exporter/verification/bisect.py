@@ -91,7 +91,7 @@ def bisect(
         check_size(size, manifest.size_multiple)
     height, width = size or min(sizes_to_compare(manifest, engine), key=lambda side: side[0] * side[1])
     images = counts_to_compare(manifest, engine)[0]
-    setting = Setting(name, engine.name, height, width, images, TOLERANCE[manifest.precision])
+    setting = Setting(name, engine.name, height, width, images, TOLERANCE[manifest.precision_of(segment)])
     features = (reference or Reference.load(bundle)).features(random_inputs(manifest, engine, images, height, width))
     given = {key: features[key].to(DTYPES[manifest.features[key].dtype]) for key in segment.inputs}
     made = engine.load(bundle, segment).run({key: tensor.to(engine.device) for key, tensor in given.items()})
