@@ -36,7 +36,7 @@ from engines import ENGINES, Bundle, Engine, EngineError
 from engines.errors import UserError
 from engines.support.cli import Parser, parse_size, run_command
 from exporter import BuildOptions, build
-from exporter.graph.graph import DTYPE
+from exporter.options import PRECISIONS
 from exporter.verification.command import FP16_STEPS
 from exporter.verification.verify import Reference, compare_latents, verify
 from runtime import Pipeline
@@ -235,7 +235,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)
     options.targets = [target for target in options.targets.split(",") if target]
-    for name, allowed in (("engines", ENGINES), ("precision", DTYPE), ("only", PARTS), ("plans", None)):
+    for name, allowed in (("engines", ENGINES), ("precision", PRECISIONS), ("only", PARTS), ("plans", None)):
         chosen = getattr(options, name).split(",")
         for one in chosen:
             if allowed is not None and one not in allowed:
