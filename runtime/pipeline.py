@@ -83,7 +83,7 @@ class Pipeline:
         self.networks = self.swapper.networks
         self.network = self.networks[bundle.manifest.variant]
         self._lock = threading.Lock()
-        self._streams = CallStreams(engine.device)
+        self.streams = CallStreams(engine.device)
         self._train_steps = read_train_steps(bundle.folder / "scheduler")
 
     @property
@@ -173,13 +173,13 @@ class Pipeline:
         started = time.perf_counter()
         with on_cpu_by_default():
             prepared = self.prepare(request)
-            with self._streams.one():
+            with self.streams.one():
                 text, start = self._text(prepared), self._initial_state(prepared)
                 latents, records = self._denoise(self.executor(prepared.schedule), prepared, text, start, callback)
                 pixels = self._pixels(latents)
                 if not (is_finite(latents) and is_finite(pixels)):
                     self._report_nonfinite(request)
-                self._streams.hand_over(latents)
+                self.streams.hand_over(latents)
             self.engine.flush()
             images = to_pictures(pixels)
         return Generation(images, latents, records, time.perf_counter() - started, prepared.schedule.plan)

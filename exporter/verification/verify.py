@@ -210,6 +210,7 @@ def verify(
             for segment, error, angle in _errors(network, engine, inputs, features):
                 precision = manifest.precision if segment == CHAIN else manifest.precision_of(manifest.segment(segment))
                 yield Comparison(segment, images, height, width, precision, error, angle, reference.peaks.get(segment))
+    engine.flush()
 
 
 def compare_latents(
@@ -241,6 +242,7 @@ def compare_latents(
         return reference.unet(sample, timestep, text).sample  # type: ignore[no-any-return]
 
     made, wanted = (_denoised(bundle, predict, inputs[SAMPLE], steps) for predict in (chain, whole))
+    engine.flush()
     return psnr(made, wanted)
 
 
