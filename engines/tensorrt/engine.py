@@ -20,10 +20,12 @@ from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.errors import EngineError, EngineMemoryError
 from engines.support.caches import cache_places, card_name
 from engines.tensorrt.diagnostics import advise, is_out_of_memory
+from engines.tensorrt.error_log import ErrorLog
 from engines.tensorrt.kernel_cache import RuntimeCache
 from engines.tensorrt.kernels import CompiledKernels, read_kernels
-from engines.tensorrt.runner import EngineRunner, ErrorLog, StreamWorkspace
+from engines.tensorrt.runner import EngineRunner
 from engines.tensorrt.timing_cache import TimingCache
+from engines.tensorrt.workspace import StreamWorkspace
 
 __all__ = ["TensorRT", "TensorRTRTX"]
 
