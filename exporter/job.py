@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 __all__ = ["CODE", "BuildJob", "open_writer"]
 
 CODE = {
-    "engines": ("bundle/manifest", "bundle/names", "bundle/shapes", "ort/*", "pt2", "tensorrt/engine", "torch_program"),
+    "engines": (
+        "bundle/manifest",
+        "bundle/names",
+        "bundle/shapes",
+        "ort/*",
+        "pt2",
+        "tensorrt/compiling",
+        "tensorrt/engine",
+        "torch_program",
+    ),
     "exporter": ("build", "graph/*", "job", "options", "segments/precision", "segments/trace", "segments/writer"),
     "runtime": ("plans/demand", "plans/key_steps", "plans/plan", "plans/presets"),
     "tuning": ("checkpoints/*", "surgery/*"),
