@@ -102,9 +102,17 @@ class OnnxRuntime(Engine):
         """A session on the segment's copy for this engine, or else on its ONNX file, after checking the hashes of all its files.
 
         Raises:
-            EngineError: the segment has no ONNX file, or ONNX Runtime refuses it.
+            EngineError: the segment has no ONNX file, computes in bfloat16, or ONNX Runtime refuses it.
             BundleError: a file is missing or damaged.
         """
+        if bundle.manifest.precision_of(segment) == "bf16":
+            have = (
+                ", ".join(name for name in segment.engines if name != self.name) or "none; build it with another --vae-precision"
+            )
+            raise EngineError(
+                f"segment {segment.name} of bundle {bundle.folder} computes in bfloat16, which engine {self.name} does not; "
+                f"choose an engine that the bundle has: {have}"
+            )
         paths = [bundle.path(file) for file in segment.onnx]
         if not paths:
             raise EngineError(

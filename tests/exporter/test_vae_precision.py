@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engines import Bundle, make_engine
+from engines import Bundle, EngineError, make_engine
 from engines.bundle.names import LATENTS, VAE_DECODER
 from exporter import BuildOptions, build
 from runtime.execution.loaded_bundle import LoadedBundle
@@ -97,6 +97,8 @@ def test_bfloat16_has_the_range(source: Path, folder: Path, tmp_path: Path) -> N
     segment = bundle.manifest.segment("vae_decoder")
     assert bundle.manifest.precision_of(segment) == "bf16"
     assert bundle.manifest.precision_of(bundle.manifest.segment("text_encoder")) == "fp16"
+    with pytest.raises(EngineError, match=r"vae_decoder .* computes in bfloat16, which engine onnxruntime does not; .* torch"):
+        make_engine("onnxruntime").load(bundle, segment)
 
 
 def test_what_cannot_be_is_one_line(source: Path, exporter: Command, tmp_path: Path) -> None:
