@@ -10,6 +10,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 # Test processes: each has one thread; they take files in turn, as they are listed: those of a few long tests come first.
 WORKERS ?= 2
+# Options of the GPU check: GPU_ARGS="--dry-run" says what it would do, here too.
+GPU_ARGS ?=
 PROMPT ?= a red star on a blue background
 export PROMPT
 VENV := .venv
@@ -59,7 +61,7 @@ bench-trt: $(VENV)/.installed-train ## this project and its peers, a picture fro
 	$(BIN)/python benchmarks/run_trt.py
 
 gpu-check: $(VENV)/.installed-test ## errors, memory and times of every engine on the NVIDIA GPU at hand
-	$(BIN)/python -m benchmarks.gpu.gpu_check
+	$(BIN)/python -m benchmarks.gpu.gpu_check $(GPU_ARGS)
 
 clean: ## remove bundles and tool caches; .venv, training runs and the committed model stay
 	rm -rf bundles build dist htmlcov *.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis

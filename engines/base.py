@@ -135,6 +135,9 @@ class Engine(ABC):
     has_profile: ClassVar[bool] = False
     """Whether compiled segments only take the sizes and batches they were built for."""
 
+    has_bfloat16: ClassVar[bool] = True
+    """Whether segments may compute in bfloat16."""
+
     targets_allowed: ClassVar[tuple[str, ...]] = ()
     """The compute capabilities a user may name for ``compile``, such as ``sm89``; empty where there is no choice."""
 

@@ -113,5 +113,5 @@ class Torch(Engine):
                 f"{path} cannot be read by PyTorch {self.version()}: {error}; it was made by PyTorch "
                 f"{segment.engines[self.name].version}"
             ) from error
-        exact = self.device.type == "cuda" and bundle.manifest.precision == "fp32"
+        exact = self.device.type == "cuda" and bundle.manifest.precision_of(segment) == "fp32"
         return ModuleRunner(segment, bundle.manifest.features, module, self.device, exact)

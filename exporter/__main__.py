@@ -26,6 +26,7 @@ def _parser() -> Parser:
     build.add_argument("--granularity", help="largest segment: block, layer or unit (default: block, without --plan)")
     build.add_argument("--plan", action="append", default=[], help="segments as large as this plan allows; may be repeated")
     build.add_argument("--precision", default="fp32", help="fp32 or fp16 (default: %(default)s)")
+    build.add_argument("--vae-precision", help="fp32, bf16 or fp16, for the VAE alone (default: --precision)")
     build.add_argument("--sizes", default="", help="HEIGHTxWIDTH,... for engines with a profile (default: the model's own)")
     build.add_argument("--batch", help="images per call, for engines with a profile (default: 1..4, with --static 1)")
     build.add_argument("--static", action="store_true", help="build these engines for one size and --batch images with guidance")
@@ -40,6 +41,7 @@ def _parser() -> Parser:
     verify.add_argument("--engine", default="onnxruntime", help="the engine to verify (default: %(default)s)")
     verify.add_argument("--sizes", default="", help="HEIGHTxWIDTH,... to compare at (default: the bundle's own and one other)")
     verify.add_argument("--steps", type=int, help="denoising steps to compare latents after (default: 20 for fp16, else none)")
+    verify.add_argument("--bisect", metavar="SEGMENT", help="find the first layer of a segment that the engine gets wrong")
     inspect = commands.add_parser("inspect", help="show what is in a bundle")
     inspect.add_argument("bundle", type=Path)
     inspect.add_argument("--kernels", action="store_true", help="compile with TensorRT-RTX, GPU or none, and count its kernels")
@@ -68,14 +70,27 @@ def main(arguments: Sequence[str]) -> None:
     if options.command == "inspect":
         _inspect(options, console)
     elif options.command == "verify":
-        from exporter.verification.command import verify_command
-
-        quiet_libraries()
-        sizes = tuple(parse_size(size) for size in _names(options.sizes))
-        if not verify_command(options.bundle, options.engine, sizes, options.steps, console):
-            sys.exit(1)
+        _verify(options, console)
     else:
         _build(options, console)
+
+
+def _verify(given: object, console: Console) -> None:
+    options = vars(given)
+    quiet_libraries()
+    sizes = tuple(parse_size(size) for size in _names(options["sizes"]))
+    if options["bisect"] is None:
+        from exporter.verification.command import verify_command
+
+        good = verify_command(options["bundle"], options["engine"], sizes, options["steps"], console)
+    elif options["steps"] is not None:
+        raise UserError("--steps does not go with --bisect, which runs one step; leave one of them out")
+    else:
+        from exporter.verification.bisect_command import bisect_command
+
+        good = bisect_command(options["bundle"], options["engine"], options["bisect"], sizes, console)
+    if not good:
+        sys.exit(1)
 
 
 def _inspect(given: object, console: Console) -> None:
@@ -111,6 +126,7 @@ def _build(given: object, console: Console) -> None:
         granularity=values["granularity"] or (None if values["plan"] else "block"),
         plans=tuple(values["plan"]),
         precision=values["precision"],
+        vae_precision=values["vae_precision"],
         sizes=tuple(parse_size(size) for size in _names(values["sizes"])),
         max_images=_max_images(values["batch"] or ("1" if values["static"] else "1..4"), values["static"]),
         static=values["static"],

@@ -146,6 +146,7 @@ def _manifest(
         source_sha256=job.made_from["source"],
         distilled=checkpoint.is_distilled(options.variant),
         precision=options.precision,
+        vae_precision=None if options.vae_precision == options.precision else options.vae_precision,
         sizes=tuple(sizes),
         max_images=options.max_images,
         vae_images=1,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines import Engine, make_engine
 from engines.bundle.manifest import MANIFEST_VERSION
-from exporter.options import BuildOptions, check_choices, check_static, targets_of, versions
+from exporter.options import BuildOptions, check_choices, check_precision, check_static, targets_of, versions
 from exporter.segments.artifacts import key_of
 from exporter.segments.digests import Digests
 from exporter.segments.progress import Progress, Step
@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 __all__ = ["CODE", "BuildJob", "open_writer"]
 
 CODE = {
-    "engines": ("bundle/manifest", "bundle/names", "bundle/shapes", "ort/*", "pt2", "tensorrt/engine", "torch_program"),
+    "engines": (
+        "bundle/manifest",
+        "bundle/names",
+        "bundle/shapes",
+        "ort/*",
+        "pt2",
+        "tensorrt/compiling",
+        "tensorrt/engine",
+        "torch_program",
+    ),
     "exporter": (
         "build",
         "graph/*",
@@ -44,8 +53,8 @@ class BuildJob:
     """What a build works with.
 
     ``targets`` are the compute capabilities by the name of the engine that builds for them; ``made_from`` is what all pieces of
-    the bundle depend on: weights, variant, precision, versions, code. Of it ``source`` is a hash of all weights, ``parts`` those
-    of UNet, text encoder and VAE.
+    the bundle depend on: weights, variant, versions, code. Of it ``source`` is a hash of all weights, ``parts`` those of UNet,
+    text encoder and VAE.
     """
 
     options: BuildOptions
@@ -70,6 +79,7 @@ class BuildJob:
         checkpoint = open_source(options.source, options.variant, options.unet, options.config, options.variant_files)
         engines = tuple(make_engine(name) for name in dict.fromkeys(options.engines))
         check_static(options, engines)
+        check_precision(options, engines)
         targets = targets_of(options, engines)
         progress(Step(0, None, "", "reading the source"))
         made_from = {
@@ -79,7 +89,6 @@ class BuildJob:
             "source": checkpoint.fingerprint(options.variant, digests),
             "parts": {part: checkpoint.fingerprint(options.variant, digests, {part}) for part in MODELS},
             "variant": options.variant,
-            "precision": options.precision,
         }
         return cls(options, checkpoint, engines, targets, made_from)
 
@@ -102,11 +111,12 @@ class BuildJob:
         options = self.options
         self.checkpoint.check_weights(options.variant)
         first = options.sizes[0] if options.sizes else None
-        graph = load_graph(self.checkpoint, options.variant, DTYPE[options.precision], first)
+        precision, vae_precision = options.precision, options.vae_precision or options.precision
+        graph = load_graph(self.checkpoint, options.variant, DTYPE[precision], first, DTYPE[vae_precision])
         sizes = options.sizes or (graph.size,)
         for size in sizes:
             check_size(size, graph.size_multiple)
-        spec = CompileSpec(self.made_from, self.targets, sizes, options.max_images, options.static)
+        spec = CompileSpec(self.made_from, self.targets, sizes, options.max_images, precision, vae_precision, options.static)
         return Writer(graph, self.engines, spec, pieces)
 
 

@@ -8,13 +8,23 @@ from pathlib import Path
 
 from engines import ENGINES, Engine
 from engines.bundle.folder import sha256
-from engines.bundle.manifest import Precision, Variant
+from engines.bundle.manifest import Precision, VaePrecision, Variant
 from exporter.errors import BuildError
 from exporter.graph.partition import GRANULARITIES, Granularity
 
-__all__ = ["PRECISIONS", "BuildOptions", "check_choices", "check_static", "targets_of", "versions"]
+__all__ = [
+    "PRECISIONS",
+    "VAE_PRECISIONS",
+    "BuildOptions",
+    "check_choices",
+    "check_precision",
+    "check_static",
+    "targets_of",
+    "versions",
+]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+VAE_PRECISIONS: tuple[VaePrecision, ...] = ("fp32", "bf16", "fp16")
 _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -25,6 +35,7 @@ class BuildOptions:
     Without a ``granularity``, segments are as large as ``plans`` allow. ``unet`` is the folder of the
     variant's UNet, where the source does not hold it; ``config`` the folder of configurations, where a source has none and is
     not SD 1.x/2.x; ``variant_files`` the variant of a folder's weight files, such as fp16.
+    ``vae_precision`` is the VAE's, by default ``precision``.
     ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call; ``static``
     engines take nothing less either. ``fresh`` builds take no pieces of other bundles. ``jobs`` processes work side by side.
     """
@@ -38,6 +49,7 @@ class BuildOptions:
     granularity: Granularity | None = "block"
     plans: tuple[str, ...] = ()
     precision: Precision = "fp32"
+    vae_precision: VaePrecision | None = None
     sizes: tuple[tuple[int, int], ...] = ()
     max_images: int = 4
     static: bool = False
@@ -77,12 +89,24 @@ def check_choices(options: BuildOptions) -> None:
         raise BuildError(f"unknown granularity {options.granularity!r}; choose from: {', '.join(GRANULARITIES)}")
     if options.precision not in PRECISIONS:
         raise BuildError(f"unknown precision {options.precision!r}; choose from: {', '.join(PRECISIONS)}")
+    if options.vae_precision not in (None, *VAE_PRECISIONS):
+        raise BuildError(f"unknown VAE precision {options.vae_precision!r}; choose from: {', '.join(VAE_PRECISIONS)}")
     if not options.engines:
         raise BuildError(f"no engine is named; choose from: {', '.join(ENGINES)}")
     if options.jobs < 1:
         raise BuildError(f"jobs {options.jobs}: at least 1 process must do the work")
     if options.max_images < 1:
         raise BuildError(f"batch {options.max_images}: a bundle must take at least 1 image")
+
+
+def check_precision(options: BuildOptions, engines: Sequence[Engine]) -> None:
+    """Raise BuildError where an engine cannot compute in the VAE's precision."""
+    unable = [engine.name for engine in engines if options.vae_precision == "bf16" and not engine.has_bfloat16]
+    if unable:
+        raise BuildError(
+            f"VAE precision bf16: engine {', '.join(unable)} does not compute in it; "
+            "choose --vae-precision fp32, or another --engine"
+        )
 
 
 def check_static(options: BuildOptions, engines: Sequence[Engine]) -> None:

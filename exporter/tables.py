@@ -48,7 +48,8 @@ def show_segments(bundle: Bundle, console: Console) -> None:
     manifest = bundle.manifest
     engines = _engines(manifest)
     height, width = manifest.sizes[0]
-    made_from = f"{manifest.variant} UNet of {manifest.source}, {manifest.precision}"
+    vae = f", VAE {manifest.vae_precision}" if manifest.vae_precision else ""
+    made_from = f"{manifest.variant} UNet of {manifest.source}, {manifest.precision}{vae}"
     table = Table(title=f"{bundle.folder}: {made_from}; MACs of one row at {height}x{width}", box=SIMPLE)
     table.add_column("segment", no_wrap=True)
     for name in ("units", "params\nM", "MACs\nM", "build\ns", *(f"{name}\nMiB" for name in engines)):

@@ -21,8 +21,11 @@ from runtime.api import default_bundle, load
 from runtime.execution.executor import StepRecord
 from runtime.pipeline import Generation, Pipeline
 from runtime.plans.presets import PRESETS
+from runtime.report.cards import find_card
 from runtime.report.explain import explain, listed, plot
+from runtime.report.least_time import least_time
 from runtime.report.plan_table import list_plans
+from runtime.report.traffic import traffic_for
 from runtime.request import Request
 
 __all__ = ["main"]
@@ -52,6 +55,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--explain", action="store_true", help="print what the plan does and costs, step by step; make no picture"
     )
+    parser.add_argument("--card", help="with --explain: the least time that the plan could take on that GPU, such as rtx4090")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the plan, steps across and units down; make no picture")
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="write the picture, with a warning, where numbers became infinite or NaN"
@@ -65,11 +69,16 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     console = Console(highlight=False, markup=False)
     warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
+    if options.card and not options.explain:
+        raise UserError(f"--card {options.card} goes with --explain; add that, or leave it out")
     if options.explain or options.plot:
         if options.plot:
             _check_png(options.plot)
         request = _request(options)
-        _explain(load(options.bundle, options.engine), request, options, console)
+        if options.card:
+            _explain_card(request, options, console)
+        else:
+            _explain(load(options.bundle, options.engine), request, options, console)
         return
     if options.prompt == "plans":
         _plans(options, console)
@@ -156,6 +165,20 @@ def _explain(pipeline: Pipeline, request: Request, options: Namespace, console: 
         table, summary = explain(prepared.schedule, pipeline.networks, prepared.sizes, pipeline.swapper)
         console.print(table)
         console.print(summary, soft_wrap=True)
+
+
+def _explain_card(request: Request, options: Namespace, console: Console) -> None:
+    """What the plan could do on a card that is not here: from the manifests alone, nothing is loaded."""
+    card, pipeline = find_card(options.card), load(options.bundle, "null")
+    prepared = pipeline.prepare(request)
+    if options.plot:
+        plot(prepared.schedule, options.plot)
+        console.print(f"wrote {options.plot}", soft_wrap=True)
+    traffic, counted = traffic_for({name: pipeline.swapper.bundle_of(name) for name in prepared.schedule.unets}, card)
+    table, lines = least_time(prepared.schedule, card, prepared.sizes, request.images, traffic, counted)
+    console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def _steps(generation: Generation, segments: Mapping[str, int]) -> Table:

@@ -10,7 +10,7 @@ from engines import Bundle, NeedsBuildError
 from runtime.errors import NonFiniteError, PartitionError, SiblingError
 from runtime.plans.plan import Plan
 
-__all__ = ["add_precision_advice", "build_advice", "rebuild_advice"]
+__all__ = ["add_precision_advice", "build_advice", "rebuild_advice", "wider_vae"]
 
 
 @contextmanager
@@ -52,15 +52,29 @@ def rebuild_advice(bundle: Bundle, engine: str) -> Iterator[None]:
         raise
 
 
-def add_precision_advice(error: NonFiniteError, bundle: Bundle, engine: str) -> None:
-    """Add to an error what keeps numbers finite: fp32, or other weights where they are in fp32 already."""
-    if bundle.manifest.precision == "fp32":
-        error.add_note("look at the weights and the guidance scale: fp32 has room for all that a sound model computes")
+def add_precision_advice(error: NonFiniteError, bundle: Bundle, engine: str, precision: str, *, vae: bool) -> None:
+    """Add to an error what keeps numbers finite: fp32, of the VAE alone where it is to blame, or else other weights.
+
+    Args:
+        error: to be told to the user.
+        bundle: which ran.
+        engine: name of the engine that ran it.
+        precision: of the segment that made the numbers.
+        vae: whether it is one of the VAE's.
+    """
+    if precision != "fp16":
+        error.add_note(f"look at the weights and the guidance scale: {precision} has room for all that a sound model computes")
         return
-    wider = replace(bundle, manifest=bundle.manifest.model_copy(update={"precision": "fp32"}))
+    wider = wider_vae(bundle) if vae else replace(bundle, manifest=bundle.manifest.model_copy(update={"precision": "fp32"}))
     error.add_note(
-        f"build the bundle in fp32: {wider.rebuild_command(engine)}; or take the picture as it is with allow_nonfinite"
+        f"build {'the VAE' if vae else 'the bundle'} in fp32: {wider.rebuild_command(engine)}; "
+        "or take the picture as it is with allow_nonfinite"
     )
+
+
+def wider_vae(bundle: Bundle) -> Bundle:
+    """The bundle with a VAE in single precision: what a VAE that overflows in half precision is to be built as."""
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"vae_precision": "fp32"}))
 
 
 def _sibling_command(bundle: Bundle, variant: str, plan: Plan, engine: str) -> str:

@@ -37,6 +37,7 @@ class _Call:
     first: int
     shape: torch.Size
     executor: Executor
+    stream: "torch.cuda.Stream | None"
     next: int
     records: list[StepRecord] = field(default_factory=list)
 
@@ -139,16 +140,21 @@ class UNet:
         check_not_forked()
         self._check_inputs(sample, encoder_hidden_states)
         call, index = self._turn(sample.shape, timestep)
-        device = self.device
-        prediction, record = call.executor.step(
-            index,
-            sample.to(device, torch.float32),
-            timestep.reshape(-1)[:1].to(device, torch.float32),
-            encoder_hidden_states.to(device, self.dtype),
-        )
+        device, streams = self.device, self._pipeline.streams
+        with streams.use(call.stream):
+            prediction, record = call.executor.step(
+                index,
+                sample.to(device, torch.float32),
+                timestep.reshape(-1)[:1].to(device, torch.float32),
+                encoder_hidden_states.to(device, self.dtype),
+            )
+            prediction = prediction.to(sample.device, sample.dtype)
+            if call.stream is not None:
+                streams.hand_over(prediction)
         call.records.append(record)
         call.next += 1
-        prediction = prediction.to(sample.device, sample.dtype)
+        if call.next == len(call.timesteps):
+            self._pipeline.engine.flush()
         return Prediction(prediction) if return_dict else (prediction,)
 
     def _check_inputs(self, sample: Tensor, text: Tensor) -> None:
@@ -176,11 +182,10 @@ class UNet:
         timesteps, index = _all_timesteps(timestep)
         call = self._call
         if call is None or call.timesteps.data_ptr() != timesteps.data_ptr() or call.shape != shape or _again(call, index):
-            if call is not None:
-                call.executor.close()
+            self._end()
             schedule = self._pipeline.schedule(self.plan, timesteps[index:].tolist())
             executor = self._pipeline.executor(schedule)
-            call = self._call = _Call(timesteps, index, shape, executor, next=index)
+            call = self._call = _Call(timesteps, index, shape, executor, self._pipeline.streams.take(), next=index)
         elif index != call.next:
             raise RequestError(
                 f"evaluation {index} of {len(timesteps)} (timestep {float(timesteps[index]):g}) is out of turn, expected number "
@@ -188,6 +193,15 @@ class UNet:
                 "call scheduler.set_timesteps before each loop"
             )
         return call, index - call.first
+
+    def _end(self) -> None:
+        """Let the last call go: what it keeps, its stream, and what it has compiled if it broke off before its last step."""
+        if self._call is not None:
+            call, self._call = self._call, None
+            call.executor.close()
+            self._pipeline.streams.give_back(call.stream)
+            if call.next < len(call.timesteps):
+                self._pipeline.engine.flush()
 
 
 def _again(call: _Call, index: int) -> bool:

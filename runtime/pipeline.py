@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from engines import Bundle, Engine, Manifest
-from engines.bundle.names import IMAGE, LATENTS, TEXT, TOKENS, VAE_DECODER, VAE_ENCODER
+from engines.bundle.names import IMAGE, LATENTS, TEXT, TOKENS, VAE, VAE_DECODER, VAE_ENCODER
 from engines.cuda.streams import CallStreams
 from engines.support.textual_inversion import expand_words
 from runtime.advice import add_precision_advice, build_advice
@@ -83,7 +83,7 @@ class Pipeline:
         self.networks = self.swapper.networks
         self.network = self.networks[bundle.manifest.variant]
         self._lock = threading.Lock()
-        self._streams = CallStreams(engine.device)
+        self.streams = CallStreams(engine.device)
         self._train_steps = read_train_steps(bundle.folder / "scheduler")
 
     @property
@@ -173,13 +173,13 @@ class Pipeline:
         started = time.perf_counter()
         with on_cpu_by_default():
             prepared = self.prepare(request)
-            with self._streams.one():
+            with self.streams.one():
                 text, start = self._text(prepared), self._initial_state(prepared)
                 latents, records = self._denoise(self.executor(prepared.schedule), prepared, text, start, callback)
                 pixels = self._pixels(latents)
                 if not (is_finite(latents) and is_finite(pixels)):
                     self._report_nonfinite(request)
-                self._streams.hand_over(latents)
+                self.streams.hand_over(latents)
             self.engine.flush()
             images = to_pictures(pixels)
         return Generation(images, latents, records, time.perf_counter() - started, prepared.schedule.plan)
@@ -237,22 +237,24 @@ class Pipeline:
 
     def _report_nonfinite(self, request: Request) -> None:
         """Raise NonFiniteError, or with ``allow_nonfinite`` warn; the call runs once more to find where it began."""
-        error = NonFiniteError(
-            f"{self._find_nonfinite(request)} gave numbers that are not finite ({self.manifest.precision}): the picture is lost"
-        )
-        add_precision_advice(error, self.bundle, self.engine.name)
+        where, segment = self._find_nonfinite(request)
+        vae = segment in VAE
+        precision = (self.manifest.vae_precision if vae else None) or self.manifest.precision
+        error = NonFiniteError(f"{where} gave numbers that are not finite ({precision}): the picture is lost")
+        add_precision_advice(error, self.bundle, self.engine.name, precision, vae=vae)
         if not request.allow_nonfinite:
             raise error
         warnings.warn(error.line, stacklevel=4)
 
-    def _find_nonfinite(self, request: Request) -> str:
-        """The first segment, and the step, whose output is not finite."""
+    def _find_nonfinite(self, request: Request) -> tuple[str, str]:
+        """Where the first output is that is not finite, in words, and the name of the segment (or of what else) made it."""
         prepared = self.prepare(request)
         if not is_finite(text := self._text(prepared)):
-            return f"segment {TEXT}"
+            return f"segment {TEXT}", TEXT
         start, done = self._initial_state(prepared), list[int]()
         if not is_finite(start.latents):
-            return f"segment {VAE_ENCODER}" if prepared.original else "the scheduler, before the first step,"
+            before = "the scheduler, before the first step,"
+            return (f"segment {VAE_ENCODER}", VAE_ENCODER) if prepared.original else (before, "the scheduler")
 
         def look(record: StepRecord, latents: Tensor) -> None:
             if not is_finite(latents):
@@ -264,8 +266,8 @@ class Pipeline:
             self._denoise(Executor(networks, prepared.schedule, None, self.swapper), prepared, text, start, look)
         except NonFinite as found:
             part = found.segment if found.segment == "the scheduler" else f"segment {found.segment}"
-            return f"step {len(done)} of {prepared.schedule.steps}: {part}"
-        return f"segment {VAE_DECODER}"
+            return f"step {len(done)} of {prepared.schedule.steps}: {part}", found.segment
+        return f"segment {VAE_DECODER}", VAE_DECODER
 
 
 def _checked_callback(callback: Any) -> Callback | None:

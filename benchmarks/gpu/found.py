@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engines.bundle.manifest import VaePrecision
 from exporter.verification.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE
 
 __all__ = ["Ends", "Fit", "Found", "Memory", "Row"]
@@ -90,6 +91,8 @@ class Found:
     """Seconds of a second process, which finds what the first one has compiled."""
     baselines: list[Mapping[str, Any]] = field(default_factory=list)
     """Diffusers' own pipeline on the same card."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What each part took."""
     build_seconds: dict[str, float] = field(default_factory=dict)
     cards: dict[str, Mapping[str, str]] = field(default_factory=dict)
     """The card's clocks, temperature, power and load when a part had ended."""
@@ -102,9 +105,9 @@ class Found:
         """What is not as it must be. Errors of final latents depend on the plan and the model, and are only reported."""
         faults = [f"{name}: broke off: {reason}" for name, reason in self.ended.items()]
         for name, fits in self.segments.items():
-            allowed = TOLERANCE["fp16" if name.endswith("fp16") else "fp32"]
+            precision: VaePrecision = "fp16" if name.endswith("fp16") else "fp32"
             for segment, fit in fits.items():
-                if not (fit.error <= allowed and fit.cosine >= LEAST_COSINE):
+                if not (fit.error <= TOLERANCE[precision] and fit.cosine >= LEAST_COSINE[precision]):
                     faults.append(f"{name}: segment {segment} is off by {fit.error:.1e}, its cosine by {1 - fit.cosine:.1e}")
         for name, psnr in self.psnr.items():
             if not psnr >= LEAST_PSNR:

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,29 +29,22 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.gpu.card import card_state, check_engines, device_named, engine_named
+from benchmarks.gpu.dry_run import show_plan
 from benchmarks.gpu.found import Fit, Found, Memory
+from benchmarks.gpu.options import parse
 from benchmarks.gpu.plan_runs import Settings, measure_ends, measure_plan
 from benchmarks.gpu.tables import show_baselines, show_ends, show_memory, show_rows
 from benchmarks.machine import machine
-from engines import ENGINES, Bundle, Engine, EngineError
+from engines import Bundle, Engine, EngineError
 from engines.errors import UserError
-from engines.support.cli import Parser, parse_size, run_command
+from engines.support.cli import run_command
 from exporter import BuildOptions, build
-from exporter.graph.graph import DTYPE
 from exporter.verification.command import FP16_STEPS
 from exporter.verification.verify import Reference, compare_latents, verify
 from runtime import Pipeline
 from runtime.execution.swapping import free_bytes
 
 __all__ = ["main"]
-
-PARTS = {
-    "plans": "time, memory and latents of each plan",
-    "segments": "each segment against the diffusers model",
-    "start": "a second process",
-    "baselines": "diffusers itself",
-}
-"""What ``--only`` chooses from."""
 
 
 @dataclass
@@ -91,7 +85,8 @@ class _Check:
         """Do a part of the work; whatever becomes of it, what the others do is worth knowing, and what was found is written."""
         if not self.has_time(name):
             return
-        self.console.print(f"[{time.monotonic() - self.began:.0f} s] {name}", highlight=False, markup=False)
+        started = time.monotonic()
+        self.console.print(f"[{started - self.began:.0f} s] {name}", highlight=False, markup=False)
         try:
             work()
         except Exception as error:
@@ -101,6 +96,7 @@ class _Check:
             self.found.ended[name] = f"{type(error).__name__}: {error}"
         gc.collect()  # what an exception has held, and an engine's memory with it
         self.found.cards[name] = card_state()
+        self.found.seconds[name] = round(time.monotonic() - started, 1)
         _write(self)
 
 
@@ -146,7 +142,9 @@ def _build(check: _Check, engines: Sequence[str], precision: str) -> None:
 
 
 def _check_engine(check: _Check, name: str, precision: str) -> None:
-    """Everything about one engine at one precision."""
+    """Everything about one engine at one precision, unless its bundle could not be built."""
+    if f"build {precision}" in check.found.ended:
+        return
     free = free_bytes(check.device)
     bundle = Bundle.open(_folder(check.options, precision))
     if name not in bundle.manifest.segments[0].engines and name != "onnxruntime":
@@ -215,55 +213,36 @@ def _baselines(check: _Check, compiled: bool) -> None:
             out.unlink()
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m benchmarks.gpu.gpu_check", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the program itself; no graphs")
-    parser.add_argument("--source", default="mini", help="as for python -m exporter build (default: mini)")
-    parser.add_argument("--variant", default="original")
-    parser.add_argument("--engines", default="torch,tensorrt-rtx,tensorrt,onnxruntime", help="torch comes first: the reference")
-    parser.add_argument("--precision", default="fp32,fp16")
-    parser.add_argument("--plans", default="full,deepcache:3,adaptive:0.2")
-    parser.add_argument("--only", default="plans,segments,start,baselines", help="parts, of: %(default)s")
-    parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin nothing new after so long")
-    parser.add_argument("--granularity", help="largest segment of the bundle (default: as large as the plans allow)")
-    parser.add_argument("--targets", default="", help="of tensorrt-rtx, as for python -m exporter build")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that build side by side")
-    parser.add_argument("--size", type=parse_size, help="of the picture (default: the model's own)")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--work", type=Path, default=Path("bundles/gpu-check"), help="where bundles are built")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args(arguments)
-    options.targets = [target for target in options.targets.split(",") if target]
-    for name, allowed in (("engines", ENGINES), ("precision", DTYPE), ("only", PARTS), ("plans", None)):
-        chosen = getattr(options, name).split(",")
-        for one in chosen:
-            if allowed is not None and one not in allowed:
-                raise UserError(f"--{name}: unknown {one!r}; choose from: {', '.join(allowed)}")
-        setattr(options, name, chosen)
-    return options
+def _parts(options: argparse.Namespace, engines: Sequence[str]) -> list[tuple[str, Callable[[_Check], None]]]:
+    """What the check does, in order: the name of each part, and its work."""
+    parts: list[tuple[str, Callable[[_Check], None]]] = [
+        (f"build {precision}", partial(_build, engines=engines, precision=precision)) for precision in options.precision
+    ]
+    if not {"plans", "segments"}.isdisjoint(options.only):
+        parts += [
+            (f"{name} {precision}", partial(_check_engine, name=name, precision=precision))
+            for precision in options.precision
+            for name in engines
+        ]
+    last = options.precision[-1]
+    if "start" in options.only:
+        parts += [(f"start {name} {last}", partial(_start_again, name=name, precision=last)) for name in engines]
+    if "baselines" in options.only:
+        parts += [("baselines", partial(_baselines, compiled=False)), ("baselines, compiled", partial(_baselines, compiled=True))]
+    return parts
 
 
 def main(arguments: Sequence[str]) -> None:
     """Check what runs on the GPU; raises UserError without one, exits with 1 where something is wrong."""
-    options = _parse(arguments)
+    options = parse(arguments, __doc__ or "")
+    if options.dry_run:
+        show_plan(Console(width=80), options, [name for name, _ in _parts(options, options.engines)])
+        return
     check = _Check(options, device_named(options.device), Console(width=150))
     engines, missing = check_engines(options.engines, check.device)
     check.found.skipped |= missing
-    for precision in options.precision:
-        check.part(f"build {precision}", lambda precision=precision: _build(check, engines, precision))  # type: ignore[misc]
-    for precision in options.precision:
-        for name in engines:
-            if f"build {precision}" not in check.found.ended:
-                check.part(f"{name} {precision}", lambda n=name, p=precision: _check_engine(check, n, p))  # type: ignore[misc]
-    if "start" in options.only:
-        for name in engines:
-            last = options.precision[-1]
-            check.part(f"start {name} {last}", lambda n=name, p=last: _start_again(check, n, p))  # type: ignore[misc]
-    if "baselines" in options.only:
-        for compiled in (False, True):
-            name = "baselines, compiled" if compiled else "baselines"
-            check.part(name, lambda compiled=compiled: _baselines(check, compiled))  # type: ignore[misc]
+    for name, work in _parts(options, engines):
+        check.part(name, partial(work, check))
     _report(check)
 
 

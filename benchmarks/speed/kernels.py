@@ -25,6 +25,7 @@ from exporter.graph.checkpoint import open_source
 from exporter.graph.graph import DTYPE, Graph, load_graph
 from exporter.graph.segmentation import segments_of
 from exporter.kernels import DEFAULT_TARGET, KernelCounts, count_kernels, total
+from exporter.options import PRECISIONS
 from exporter.segments import precision
 from exporter.segments.trace import trace_program, write_onnx
 from exporter.segments.writer import profile_of
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--source", default="random:sd15", help="whose segments (default: %(default)s)")
     parser.add_argument("--size", type=parse_size, default=(512, 512), help="HEIGHTxWIDTH (default: 512x512)")
     parser.add_argument("--target", default=DEFAULT_TARGET, help="compute capability (default: %(default)s)")
-    parser.add_argument("--precision", default="fp16", choices=tuple(DTYPE), help="(default: %(default)s)")
+    parser.add_argument("--precision", default="fp16", choices=PRECISIONS, help="(default: %(default)s)")
     parser.add_argument("--segments", help="only these, by name, separated by commas")
     parser.add_argument("--whole", action="store_true", help="the UNet as one engine too: takes 6 GB of memory")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))

@@ -24,6 +24,7 @@ from engines.support.cli import Parser, run_command
 from exporter.graph.checkpoint import open_source
 from exporter.graph.graph import DTYPE, Graph, load_graph
 from exporter.graph.segmentation import segments_of
+from exporter.options import PRECISIONS
 from exporter.segments.trace import trace_program, write_onnx
 from exporter.segments.writer import profile_of
 
@@ -67,7 +68,7 @@ def measure(source: str, block: str, side: int, rounds: int, threads: int, folde
     """One row for each precision and opset; ``side`` is the latents' height and width in ONNX Runtime."""
     rows: list[dict[str, Any]] = []
     sessions = {}
-    for precision in DTYPE:
+    for precision in PRECISIONS:
         graph, segment = graph_of(source, precision, block)
         program = trace_program(segment, graph.segment_module(segment), graph.features, graph.depth)
         for opset in OPSETS:

@@ -13,15 +13,29 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from engines.bundle.names import OUTSIDE
+from engines.bundle.names import OUTSIDE, VAE
 from engines.bundle.shapes import Shape
 from engines.support.records import Record
 
-__all__ = ["MANIFEST_VERSION", "Compiled", "Feature", "File", "Manifest", "Precision", "Segment", "Unit", "Variant", "is_variant"]
+__all__ = [
+    "MANIFEST_VERSION",
+    "Compiled",
+    "Feature",
+    "File",
+    "Manifest",
+    "Precision",
+    "Segment",
+    "Unit",
+    "VaePrecision",
+    "Variant",
+    "is_variant",
+]
 
 MANIFEST_VERSION: Literal[1] = 1
 
 Precision = Literal["fp32", "fp16"]
+VaePrecision = Literal["fp32", "fp16", "bf16"]
+"""bfloat16 has float32's range; it stays inside the VAE, whose inputs and outputs are float32."""
 _VARIANT = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 Variant = Annotated[str, Field(pattern=_VARIANT)]
 """The name of the recipe by which the UNet was made: original, assembled, bk-tiny, ..."""
@@ -120,6 +134,8 @@ class Manifest(Record):
     distilled: bool = True
     """Whether the UNet's weights were trained for it, not only cut out of the original's."""
     precision: Precision
+    vae_precision: VaePrecision | None = None
+    """Of the VAE's segments, where it is not ``precision``; written where it is not."""
     sizes: tuple[tuple[int, int], ...]
     """Picture sizes (height, width) in pixels that engines with a profile were built for; the first is the default."""
     max_images: int
@@ -155,8 +171,8 @@ class Manifest(Record):
     def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
         defaults: dict[str, tuple[Any, ...]] = {
-            "unet": (None,), "config": (None,), "variant_files": (None,), "vae_images": (None,), "static": (False,),
-            "granularity": ("block",), "plans": ((), []),
+            "unet": (None,), "config": (None,), "variant_files": (None,), "vae_precision": (None,), "vae_images": (None,),
+            "static": (False,), "granularity": ("block",), "plans": ((), []),
         }  # fmt: skip
         return {key: value for key, value in written.items() if value not in defaults.get(key, ())}
 
@@ -200,8 +216,13 @@ class Manifest(Record):
         names = sorted({engine, *(name for segment in self.segments for name in segment.engines)})
         sizes = ",".join(f"{height}x{width}" for height, width in self.sizes)
         batch = f"{self.max_images} --static" if self.static else f"1..{self.max_images}"
-        options = f"--precision {self.precision} --engine {','.join(names)} --sizes {sizes} --batch {batch}"
+        precision = self.precision if self.vae_precision is None else f"{self.precision} --vae-precision {self.vae_precision}"
+        options = f"--precision {precision} --engine {','.join(names)} --sizes {sizes} --batch {batch}"
         return f"{self.build_command} {options}"
+
+    def precision_of(self, segment: Segment) -> VaePrecision:
+        """What a segment computes in: the VAE's may have a precision of their own."""
+        return (self.vae_precision or self.precision) if VAE.issuperset(segment.units) else self.precision
 
     def segment(self, name: str) -> Segment:
         """The segment of that name; KeyError if there is none."""

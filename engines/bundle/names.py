@@ -16,6 +16,7 @@ __all__ = [
     "TIME",
     "TIMESTEP",
     "TOKENS",
+    "VAE",
     "VAE_DECODER",
     "VAE_ENCODER",
 ]
@@ -37,7 +38,8 @@ VAE_DECODER = "vae_decoder"
 """A picture in [-1, 1] (images, 3, pixels, pixels), float32."""
 VAE_ENCODER = "vae_encoder"
 """Means and standard deviations of a picture's latents (images, 2 * channels, height, width), float32."""
-OUTSIDE = frozenset({TEXT, VAE_DECODER, VAE_ENCODER})
+VAE = frozenset({VAE_DECODER, VAE_ENCODER})
+OUTSIDE = frozenset({TEXT, *VAE})
 """The units that are not the UNet's: no plan can name them."""
 
 TIME = "time"

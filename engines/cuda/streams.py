@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -32,17 +32,30 @@ class CallStreams:
 
         Where the current stream is not the default one, the caller has chosen, and it stays.
         """
-        if self._device.type != "cuda" or torch.cuda.current_stream(self._device) != torch.cuda.default_stream(self._device):
-            yield
-            return
-        with self._lock:
-            stream = self._free.pop() if self._free else torch.cuda.Stream(self._device)
+        stream = self.take()
         try:
-            with on_stream(stream):
+            with self.use(stream):
                 yield
         finally:
+            self.give_back(stream)
+
+    def take(self) -> "torch.cuda.Stream | None":
+        """A stream for a call that is made piece by piece, until it is given back; None where the current one is to stay."""
+        if self._device.type != "cuda" or torch.cuda.current_stream(self._device) != torch.cuda.default_stream(self._device):
+            return None
+        with self._lock:
+            return self._free.pop() if self._free else torch.cuda.Stream(self._device)
+
+    def give_back(self, stream: "torch.cuda.Stream | None") -> None:
+        """The call is over: the next may have its stream."""
+        if stream is not None:
             with self._lock:
                 self._free.append(stream)
+
+    @staticmethod
+    def use(stream: "torch.cuda.Stream | None") -> AbstractContextManager[None]:
+        """Inside it, work goes to a call's stream, as in ``one``."""
+        return nullcontext() if stream is None else on_stream(stream)
 
     def hand_over(self, tensor: torch.Tensor) -> torch.Tensor:
         """To be called inside ``one``: the tensor may be read on the default stream after the block, where it is let go, too."""

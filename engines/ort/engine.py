@@ -44,6 +44,7 @@ class OnnxRuntime(Engine):
 
     name = "onnxruntime"
     compiles = True
+    has_bfloat16 = False  # it has no convolutions of them
 
     def __init__(self, threads: int | None = None, device: torch.device | str | None = None, tensorrt: bool = False) -> None:
         try:
@@ -102,9 +103,17 @@ class OnnxRuntime(Engine):
         """A session on the segment's copy for this engine, or else on its ONNX file, after checking the hashes of all its files.
 
         Raises:
-            EngineError: the segment has no ONNX file, or ONNX Runtime refuses it.
+            EngineError: the segment has no ONNX file, computes in bfloat16, or ONNX Runtime refuses it.
             BundleError: a file is missing or damaged.
         """
+        if bundle.manifest.precision_of(segment) == "bf16":
+            have = (
+                ", ".join(name for name in segment.engines if name != self.name) or "none; build it with another --vae-precision"
+            )
+            raise EngineError(
+                f"segment {segment.name} of bundle {bundle.folder} computes in bfloat16, which engine {self.name} does not; "
+                f"choose an engine that the bundle has: {have}"
+            )
         paths = [bundle.path(file) for file in segment.onnx]
         if not paths:
             raise NeedsBuildError(f"bundle {bundle.folder} has no ONNX file for segment {segment.name}")
@@ -142,7 +151,7 @@ class OnnxRuntime(Engine):
             return ["CPUExecutionProvider"]
         place = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self._stream.cuda_stream)}
         # fp32 means fp32. The TensorRT provider has no such option (https://github.com/microsoft/onnxruntime/issues/26029).
-        exact = {"use_tf32": "0"} if bundle.manifest.precision == "fp32" else {}
+        exact = {"use_tf32": "0"} if bundle.manifest.precision_of(segment) == "fp32" else {}
         providers: list[Any] = [(_CUDA, place | exact), "CPUExecutionProvider"]
         return [(_TENSORRT, place | self._kept(bundle, segment)), *providers] if self._tensorrt else providers
 

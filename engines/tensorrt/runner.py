@@ -1,10 +1,8 @@
-"""The runner of TensorRT engines, and the log that their errors are read from."""
+"""The runner of TensorRT engines: how an execution context is given addresses."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, ClassVar, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -12,59 +10,15 @@ import torch
 
 from engines.base import DTYPES, Runner
 from engines.bundle.manifest import Feature, Segment
-from engines.cuda.graphs import CannotRecord, current_recording, on_stream
+from engines.cuda.graphs import CannotRecord, current_recording
 from engines.errors import EngineError, NeedsBuildError
 from engines.tensorrt.diagnostics import refusal
-from engines.tensorrt.workspace import Workspace
+from engines.tensorrt.error_log import ErrorLog
+from engines.tensorrt.workspace import StreamWorkspace
 
-__all__ = ["EngineRunner", "ErrorLog", "StreamWorkspace"]
+__all__ = ["EngineRunner"]
 
 _DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
-
-
-class ErrorLog:
-    """Collects what a TensorRT module logs: its errors, or everything where that is asked for."""
-
-    def __init__(self, trt: Any) -> None:
-        self.logger = _logger(trt)
-
-    def collect(self) -> AbstractContextManager[list[str]]:
-        """The errors logged until the block ends, one line each, from whatever thread."""
-        return self._listen(self.logger.listeners)
-
-    def collect_all(self) -> AbstractContextManager[list[str]]:
-        """Every message logged until the block ends, as it comes: with detailed profiling, the kernels of an engine."""
-        return self._listen(self.logger.verbose)
-
-    @contextmanager
-    def _listen(self, listeners: dict[int, list[str]]) -> Iterator[list[str]]:
-        collected: list[str] = []
-        listeners[id(collected)] = collected
-        try:
-            yield collected
-        finally:
-            del listeners[id(collected)]
-
-
-@cache
-def _logger(trt: Any) -> Any:
-    """The one logger of a module: the library keeps hold of the first that it is given, so it must live for ever."""
-    wanted = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
-
-    def start(self: Any) -> None:
-        trt.ILogger.__init__(self)
-        self.listeners, self.verbose = {}, {}
-
-    def log(self: Any, severity: Any, message: str) -> None:
-        for listener in list(self.verbose.values()):
-            listener.append(message)
-        if severity in wanted:
-            for listener in list(self.listeners.values()):
-                listener.append(" ".join(message.split()))
-
-    # Made by hand, because the base class is only known when the module is.
-    make: Callable[[], Any] = type("Logger", (trt.ILogger,), {"__init__": start, "log": log})
-    return make()
 
 
 @dataclass(eq=False)
@@ -82,38 +36,6 @@ class _Context:
     """The shapes that it writes then."""
     launched: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
     """The input shapes that it has run with."""
-
-
-class StreamWorkspace:
-    """Where an engine's runners work, and what they share there.
-
-    Args:
-        device: where tensors live; CPU in tests only.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.scratch = Workspace(device)
-        self._lock = threading.Lock()
-        self._own: torch.cuda.Stream | None = None
-
-    @contextmanager
-    def stream(self) -> Iterator[int]:
-        """The handle of the stream to launch on, which is the current one inside; never the default stream.
-
-        On the default stream TensorRT waits for the whole device at every launch.
-        """
-        if self.device.type != "cuda":
-            yield 0
-            return
-        current = torch.cuda.current_stream(self.device)
-        if current != torch.cuda.default_stream(self.device):
-            yield int(current.cuda_stream)
-            return
-        with self._lock:
-            self._own = self._own or torch.cuda.Stream(self.device)
-        with on_stream(self._own):
-            yield int(self._own.cuda_stream)
 
 
 class EngineRunner(Runner):

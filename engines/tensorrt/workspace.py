@@ -3,9 +3,15 @@
 There are two for each stream that is used: that of the UNet's engines, and that of text encoder and VAE, whose need is greater.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-__all__ = ["Workspace"]
+from engines.cuda.graphs import on_stream
+
+__all__ = ["StreamWorkspace", "Workspace"]
 
 
 class Workspace:
@@ -39,3 +45,35 @@ class Workspace:
         if block is None or block.numel() < self._need:
             block = self._blocks[stream] = torch.empty(self._need, dtype=torch.uint8, device=self._device)
         return block
+
+
+class StreamWorkspace:
+    """Where an engine's runners work, and what they share there.
+
+    Args:
+        device: where tensors live; CPU in tests only.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.scratch = Workspace(device)
+        self._lock = threading.Lock()
+        self._own: torch.cuda.Stream | None = None
+
+    @contextmanager
+    def stream(self) -> Iterator[int]:
+        """The handle of the stream to launch on, which is the current one inside; never the default stream.
+
+        On the default stream TensorRT waits for the whole device at every launch.
+        """
+        if self.device.type != "cuda":
+            yield 0
+            return
+        current = torch.cuda.current_stream(self.device)
+        if current != torch.cuda.default_stream(self.device):
+            yield int(current.cuda_stream)
+            return
+        with self._lock:
+            self._own = self._own or torch.cuda.Stream(self.device)
+        with on_stream(self._own):
+            yield int(self._own.cuda_stream)

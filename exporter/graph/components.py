@@ -33,13 +33,15 @@ class Components:
         checkpoint: from ``open_source``.
         variant: which UNet.
         dtype: of the weights; those of the time embedding stay float32.
+        vae_dtype: of the VAE's weights, by default the same.
     """
 
-    def __init__(self, checkpoint: "Checkpoint", variant: str, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: "Checkpoint", variant: str, dtype: torch.dtype, vae_dtype: torch.dtype | None = None) -> None:
         self.checkpoint, self._variant = checkpoint, variant
         self.models = {part: checkpoint.skeleton(part, variant) for part in MODELS}
-        for model in self.models.values():
-            nn.Module.to(model, dtype)  # diffusers' own warns of modules kept in float32, of which there are none here
+        for part, model in self.models.items():
+            wanted = (vae_dtype or dtype) if part == "vae" else dtype
+            nn.Module.to(model, wanted)  # diffusers' own warns of modules kept in float32, of which there are none here
         self.models["unet"].get_submodule("time_embedding").float()
 
     def modules(self, units: Iterable[str]) -> dict[str, nn.Module]:

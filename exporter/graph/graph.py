@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engines.bundle.manifest import Feature, Precision, Segment, Unit
+from engines.bundle.manifest import Feature, Segment, Unit, VaePrecision
 from engines.bundle.names import IMAGE, LATENTS, OUTSIDE, SAMPLE, TEXT, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
 from engines.bundle.shapes import size_fault
 from exporter.errors import BuildError, SourceError
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DTYPE", "Graph", "check_size", "load_graph"]
 
-DTYPE: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
-"""Of weights, and of the features between segments."""
+DTYPE: dict[VaePrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Of weights, and of the features between segments; bfloat16 is the VAE's only, and stays inside it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,13 @@ class Graph:
         return SegmentModule(units, modules, segment.inputs, segment.outputs)
 
 
-def load_graph(checkpoint: "Checkpoint", variant: str, dtype: torch.dtype, size: tuple[int, int] | None = None) -> Graph:
+def load_graph(
+    checkpoint: "Checkpoint",
+    variant: str,
+    dtype: torch.dtype,
+    size: tuple[int, int] | None = None,
+    vae_dtype: torch.dtype | None = None,
+) -> Graph:
     """Derive a checkpoint's graph from its configurations; weights are loaded when a segment is asked for.
 
     Args:
@@ -70,12 +76,13 @@ def load_graph(checkpoint: "Checkpoint", variant: str, dtype: torch.dtype, size:
         variant: which UNet.
         dtype: of the weights and of the features inside the graph; its inputs and outputs stay float32.
         size: picture height and width in pixels at which MACs are counted; None for the model's own size.
+        vae_dtype: of the VAE's weights, by default ``dtype``.
 
     Raises:
         SourceError: the UNet is of another family, or the parts do not fit together.
         BuildError: the size is not a multiple of what the UNet's depth needs.
     """
-    parts = Components(checkpoint, variant, dtype)
+    parts = Components(checkpoint, variant, dtype, vae_dtype)
     unet: Any = parts.models["unet"]
     vae: Any = parts.models["vae"].config
     text: Any = parts.models["text_encoder"].config

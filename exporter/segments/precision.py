@@ -7,7 +7,7 @@ puts casts there itself.
 
 The product of queries and keys is float16, because a float32 product would not be fused. Scores above 65,504 overflow there, as
 those of Stable Diffusion 2.1 do: queries and keys are multiplied by a further 1/4 each, and the scores by 16 once they are
-float32. Powers of two cost no precision.
+float32. Powers of two cost no precision. bfloat16 has the range of float32.
 """
 
 from collections.abc import Iterator
@@ -19,20 +19,22 @@ __all__ = ["WIDE", "keep_in_float32", "shrink_scores"]
 
 WIDE = frozenset({"Softmax"})
 """Operators that compute in float32 between casts of their own."""
+_HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _SHRINK = 4
 """Queries and keys are divided by it, scores multiplied by its square."""
 
 
 def keep_in_float32(model: ir.Model) -> int:
     """Put casts to float32 and back around every operator in ``WIDE`` that has half-precision inputs; returns how many."""
-    nodes = [node for node in model.graph if node.op_type in WIDE and _is_half(node)]
+    nodes = [node for node in model.graph if node.op_type in WIDE and _halves_of(node)]
     for node in nodes:
+        half, *_ = _halves_of(node)
         for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype == ir.DataType.FLOAT16:
+            if value is not None and value.dtype == half:
                 node.replace_input_with(index, _cast(node, value, ir.DataType.FLOAT, before=True))
         (result,) = node.outputs
         result.dtype = ir.DataType.FLOAT
-        back = _cast(node, result, ir.DataType.FLOAT16, before=False)
+        back = _cast(node, result, half, before=False)
         readers = [(user, index) for user, index in result.uses() if user is not back.producer()]
         for user, index in readers:
             user.replace_input_with(index, back)
@@ -65,7 +67,7 @@ def _half_attentions(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, tuple
     """Each softmax of half-precision scores, its input in float32, and the nodes that scale queries and keys."""
     for softmax in graph:
         cast = _maker(softmax, 0, "Cast") if softmax.op_type == "Softmax" else None
-        product = _maker(cast, 0, "MatMul") if cast is not None and _is_half(cast) else None
+        product = _maker(cast, 0, "MatMul") if cast is not None and _is_float16(cast) else None
         if cast is None or product is None:
             continue
         factors = [_maker(product, side, "Mul") for side in (0, 1)]
@@ -88,8 +90,13 @@ def _constant(model: ir.Model, name: str, number: "np.typing.NDArray[np.generic]
     return value
 
 
-def _is_half(node: ir.Node) -> bool:
-    return any(value is not None and value.dtype == ir.DataType.FLOAT16 for value in node.inputs)
+def _halves_of(node: ir.Node) -> list[ir.DataType]:
+    """The 16-bit types among a node's inputs."""
+    return [value.dtype for value in node.inputs if value is not None and value.dtype in _HALVES]
+
+
+def _is_float16(node: ir.Node) -> bool:
+    return ir.DataType.FLOAT16 in _halves_of(node)
 
 
 def _cast(node: ir.Node, value: ir.Value, dtype: ir.DataType, *, before: bool) -> ir.Value:

@@ -17,21 +17,28 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from engines import DTYPES, Segment, Traced
-from engines.bundle.manifest import Feature
+from engines.bundle.manifest import Feature, VaePrecision
 from engines.bundle.shapes import resolve
 from exporter.segments.precision import keep_in_float32, shrink_scores
 from exporter.segments.quick_export import quick_export
 
-__all__ = ["OPSET", "trace", "trace_program", "write_onnx"]
+__all__ = ["OPSET", "opset_of", "trace", "trace_program", "write_onnx"]
 
 OPSET = 20
 """GELU is one operator from 20 on. Opset 21's group norm gains nothing more, and 23's attention does not build in fp32."""
+_OPSET_BF16 = 22
+"""The first whose convolutions and norms take bfloat16."""
 
 # Sizes of the example: no two alike and none equal to 1, so that nothing is taken for a constant.
 _EXAMPLE = {"batch": 2, "images": 2, "height": 2, "width": 3}
 
 # diffusers' upsampler branches at 64 rows (to copy, not to compute otherwise). Only the torch engine holds to the limit.
 _MAX_ROWS = 63
+
+
+def opset_of(precision: VaePrecision) -> int:
+    """The opset that a segment of a precision is written at."""
+    return _OPSET_BF16 if precision == "bf16" else OPSET
 
 
 def trace(segment: Segment, module: nn.Module, features: Mapping[str, Feature], depth: int, path: Path) -> Traced:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from engines import Engine, Profile, Segment, Traced
-from engines.bundle.manifest import Compiled, Feature
-from engines.bundle.names import TOKENS
+from engines.bundle.manifest import Compiled, Feature, Precision, VaePrecision
+from engines.bundle.names import TOKENS, VAE
 from engines.bundle.shapes import resolve
 from exporter.graph.components import part_of
 from exporter.graph.graph import Graph
 from exporter.segments.artifacts import Artifacts, key_of
-from exporter.segments.trace import OPSET, trace_program, write_onnx
+from exporter.segments.trace import opset_of, trace_program, write_onnx
 
 __all__ = ["CompileSpec", "Writer", "profile_of"]
 
@@ -31,10 +31,12 @@ class CompileSpec:
     """What is to be made of every segment.
 
     Args:
-        made_from: what all pieces depend on: weights, variant, precision, versions, code.
+        made_from: what all pieces depend on: weights, variant, versions, code.
         targets: compute capabilities by the name of the engine that compiles for them.
         sizes: picture sizes (height, width) in pixels, for engines with a profile.
         max_images: images per call, likewise.
+        precision: of the UNet and the text encoder.
+        vae_precision: of the VAE.
         static: whether such engines are for nothing but the first size and that many images, with guidance.
     """
 
@@ -42,7 +44,13 @@ class CompileSpec:
     targets: Mapping[str, Sequence[str]]
     sizes: Sequence[tuple[int, int]]
     max_images: int
+    precision: Precision
+    vae_precision: VaePrecision
     static: bool = False
+
+    def precision_of(self, segment: Segment) -> VaePrecision:
+        """What a segment computes in."""
+        return self.vae_precision if VAE.issuperset(segment.units) else self.precision
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Writer:
 
     def keys(self, segment: Segment) -> dict[str, str]:
         """What the pieces of a segment are kept under: ``onnx``, and the name of each engine that compiles."""
-        keys = {"onnx": key_of({**self._made_from(segment), "opset": OPSET})}
+        precision = self.wanted.precision_of(segment)
+        keys = {"onnx": key_of({**self._made_from(segment), "precision": precision, "opset": opset_of(precision)})}
         for engine in self.engines:
             if engine.compiles:
                 profile = vars(self._profile(segment)) if engine.has_profile else None
@@ -110,7 +119,8 @@ class Writer:
         if onnx is None:
             assert program is not None
             path.parent.mkdir(exist_ok=True)
-            onnx = self.pieces.add(keys["onnx"], write_onnx(program, segment, path))
+            opset = opset_of(self.wanted.precision_of(segment))
+            onnx = self.pieces.add(keys["onnx"], write_onnx(program, segment, path, opset))
         traced = Traced(segment, path, program if any(engine.wants_program for engine in todo) else None)
         del program
         if self.graph.parameters(segment) > _LARGE:

@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from engines import Bundle, make_engine
-from engines.bundle.manifest import Precision
 from exporter.verification.verify import (
     CHAIN,
+    LARGEST_FP16,
     LEAST_COSINE,
     LEAST_PSNR,
     TOLERANCE,
@@ -19,6 +19,7 @@ from exporter.verification.verify import (
     compare_latents,
     verify,
 )
+from runtime.advice import wider_vae
 
 __all__ = ["verify_command"]
 
@@ -39,15 +40,17 @@ def verify_command(folder: Path, engine: str, sizes: Sequence[tuple[int, int]], 
     bundle, runs = Bundle.open(folder), make_engine(engine)
     bundle.check_complete()
     bundle.check()
-    precision, reference = bundle.manifest.precision, Reference.load(bundle)
+    reference = Reference.load(bundle)
     found: list[Comparison] = []
     for comparison in verify(bundle, runs, sizes, reference):
         found.append(comparison)
         if comparison.segment == CHAIN:
             console.print(f"compared {_column(comparison)}", highlight=False)
-    console.print(_table(found, precision, f"{folder} on {engine}"))
-    good = _say_errors(found, precision, console)
-    steps = (FP16_STEPS if precision == "fp16" else 0) if steps is None else steps
+    console.print(_table(found, f"{folder} on {engine}"))
+    near = _say_errors(found, console)
+    _say_overflows(found, bundle, engine, console)
+    good = near and all(comparison.is_good for comparison in found)
+    steps = (FP16_STEPS if bundle.manifest.precision == "fp16" else 0) if steps is None else steps
     if steps:
         size = min(((c.height, c.width) for c in found), key=lambda size: size[0] * size[1])
         noise = compare_latents(bundle, runs, size, steps, reference)
@@ -65,28 +68,45 @@ def _column(comparison: Comparison) -> str:
     return f"{comparison.images} x {comparison.height}x{comparison.width}"
 
 
-def _table(found: Sequence[Comparison], precision: Precision, what: str) -> Table:
+def _table(found: Sequence[Comparison], what: str) -> Table:
     """A row for each segment: its error at each size, and how far its least cosine is from 1."""
-    table = Table(title=f"{what}: error relative to torch float32 (allowed: {TOLERANCE[precision]:g})")
+    allowed = ", ".join(f"{precision} {TOLERANCE[precision]:g}" for precision in dict.fromkeys(c.precision for c in found))
+    table = Table(title=f"{what}: error relative to torch float32 (allowed: {allowed})")
     table.add_column("segment")
     for column in dict.fromkeys(_column(comparison) for comparison in found):
         table.add_column(column, justify="right")
     table.add_column("1 - cosine", justify="right")
     for segment in dict.fromkeys(comparison.segment for comparison in found):
         row = [comparison for comparison in found if comparison.segment == segment]
-        least = min(comparison.cosine for comparison in row)
-        cells = [(f"{c.error:.1e}", c.error <= TOLERANCE[precision]) for c in row] + [(f"{1 - least:.1e}", least >= LEAST_COSINE)]
+        least, precision = min(comparison.cosine for comparison in row), row[0].precision
+        cells = [(f"{c.error:.1e}", c.error <= TOLERANCE[precision]) for c in row]
+        cells.append((f"{1 - least:.1e}", least >= LEAST_COSINE[precision]))
         table.add_row(segment, *(Text(text, "" if good else "red") for text, good in cells))
     return table
 
 
-def _say_errors(found: Sequence[Comparison], precision: Precision, console: Console) -> bool:
-    good = all(comparison.within(precision) for comparison in found)
-    worst, least = max(found, key=lambda c: c.error), min(found, key=lambda c: c.cosine)
-    console.print(
-        f"{'all within' if good else 'NOT within'} {TOLERANCE[precision]:g} and {1 - LEAST_COSINE:.0e} of a cosine of 1; the "
-        f"largest error is {worst.error:.1e} ({worst.segment}), the least cosine 1 - {1 - least.cosine:.1e} ({least.segment})",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return good
+def _say_errors(found: Sequence[Comparison], console: Console) -> bool:
+    """Say whether all is within what is allowed: for each precision that segments are in."""
+    for precision in dict.fromkeys(comparison.precision for comparison in found):
+        some = [comparison for comparison in found if comparison.precision == precision]
+        worst, least = max(some, key=lambda c: c.error), min(some, key=lambda c: c.cosine)
+        console.print(
+            f"{'all within' if all(c.is_near for c in some) else 'NOT within'} {TOLERANCE[precision]:g} and "
+            f"{1 - LEAST_COSINE[precision]:.0e} of a cosine of 1; the largest error is {worst.error:.1e} ({worst.segment}), "
+            f"the least cosine 1 - {1 - least.cosine:.1e} ({least.segment})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return all(comparison.is_near for comparison in found)
+
+
+def _say_overflows(found: Sequence[Comparison], bundle: Bundle, engine: str, console: Console) -> None:
+    """Say which halves of the VAE make numbers that half precision has not, and what builds one that has them."""
+    for segment in dict.fromkeys(comparison.segment for comparison in found if comparison.overflows):
+        largest = max((c.peak for c in found if c.segment == segment and c.peak), key=lambda peak: peak.value)
+        console.print(
+            f"{segment} overflows in fp16: {largest.module} makes numbers up to {largest.value:,.0f}, and the largest of half "
+            f"precision is {LARGEST_FP16:,.0f}; build the VAE wider: {wider_vae(bundle).rebuild_command(engine)}",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -6,15 +6,16 @@ the chain is fed its own, and over denoising steps its own latents.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engines import DTYPES, Bundle, Engine
-from engines.bundle.manifest import Manifest, Precision
+from engines.bundle.manifest import Manifest, VaePrecision
 from engines.bundle.names import IMAGE, LATENTS, NOISE, SAMPLE, TEXT, TIME, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
 from engines.bundle.shapes import resolve
 from exporter.errors import BuildError
@@ -28,16 +29,39 @@ from tuning.surgery.units import unit_modules
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-__all__ = ["CHAIN", "LEAST_COSINE", "LEAST_PSNR", "TOLERANCE", "Comparison", "Reference", "compare_latents", "verify"]
+__all__ = [
+    "CHAIN",
+    "LARGEST_FP16",
+    "LEAST_COSINE",
+    "LEAST_PSNR",
+    "TOLERANCE",
+    "Comparison",
+    "Peak",
+    "Reference",
+    "compare_latents",
+    "counts_to_compare",
+    "random_inputs",
+    "sizes_to_compare",
+    "verify",
+]
 
-TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "fp16": 5e-3}
-"""Largest allowed error relative to the reference's maximum. The reference is float32 in both cases."""
-LEAST_COSINE = 0.9999
+TOLERANCE: dict[VaePrecision, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
+"""Largest allowed error relative to the maximum of the reference, which is float32. bfloat16 has three bits less than float16."""
+LEAST_COSINE: dict[VaePrecision, float] = {"fp32": 0.9999, "fp16": 0.9999, "bf16": 0.999}
 """Of a segment's outputs with the reference's, taken as vectors."""
+LARGEST_FP16 = 65504.0
+"""What is larger is infinite in half precision."""
 LEAST_PSNR = 35.0
 """Of final latents, in decibels."""
 CHAIN = "the chain"
 """What all segments of the UNet together are called, fed with nothing but the UNet's inputs."""
+
+
+class Peak(NamedTuple):
+    """The largest number that a module makes, and the module's name."""
+
+    value: float
+    module: str
 
 
 @dataclass(frozen=True)
@@ -45,18 +69,33 @@ class Comparison:
     """One segment (or the chain) at one size.
 
     ``error`` is the largest of its outputs, relative to the reference's maximum, ``cosine`` the least with the reference's.
+    ``peak`` is the largest number inside a half of the VAE, as the reference computes it, and the module that makes it: an
+    engine on a CPU may compute in more bits than the bundle asks for, and then its outputs do not tell of an overflow.
     """
 
     segment: str
     images: int
     height: int
     width: int
+    precision: VaePrecision
     error: float
     cosine: float
+    peak: Peak | None = None
 
-    def within(self, precision: Precision) -> bool:
-        """Whether it is as exact as a bundle of that precision has to be."""
-        return self.error <= TOLERANCE[precision] and self.cosine >= LEAST_COSINE
+    @property
+    def is_near(self) -> bool:
+        """Whether its outputs are as exact as its precision has to be."""
+        return self.error <= TOLERANCE[self.precision] and self.cosine >= LEAST_COSINE[self.precision]
+
+    @property
+    def overflows(self) -> bool:
+        """Whether numbers inside are too large for its precision."""
+        return self.precision == "fp16" and self.peak is not None and self.peak.value > LARGEST_FP16
+
+    @property
+    def is_good(self) -> bool:
+        """Both."""
+        return self.is_near and not self.overflows
 
 
 @dataclass(frozen=True)
@@ -66,6 +105,8 @@ class Reference:
     unet: nn.Module
     text: nn.Module
     vae: "AutoencoderKL"
+    peaks: dict[str, Peak] = field(default_factory=dict)
+    """Of each half of the VAE, at the last call of ``features``."""
 
     @classmethod
     def load(cls, bundle: Bundle) -> "Reference":
@@ -106,11 +147,31 @@ class Reference:
 
     def _vae_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         scaling = self.vae.config.scaling_factor
-        latents = self.vae.encode(inputs[IMAGE]).latent_dist
-        return {
-            VAE_DECODER: self.vae.decode(inputs[LATENTS] / scaling).sample,
-            VAE_ENCODER: torch.cat([latents.mean, latents.std], dim=1) * scaling,
-        }
+        with self._watched(VAE_ENCODER):
+            latents = self.vae.encode(inputs[IMAGE]).latent_dist
+        with self._watched(VAE_DECODER):
+            picture = self.vae.decode(inputs[LATENTS] / scaling).sample
+        return {VAE_DECODER: picture, VAE_ENCODER: torch.cat([latents.mean, latents.std], dim=1) * scaling}
+
+    @contextmanager
+    def _watched(self, half: str) -> Iterator[None]:
+        """Note the largest number that a module of the VAE makes meanwhile."""
+        found = [Peak(0.0, "")]
+
+        def hook(name: str) -> Callable[[nn.Module, object, object], None]:
+            def look(module: nn.Module, args: object, output: object) -> None:
+                if isinstance(output, Tensor):
+                    found.append(max(found.pop(), Peak(float(output.abs().max()), name), key=lambda peak: peak.value))
+
+            return look
+
+        hooks = [module.register_forward_hook(hook(name)) for name, module in self.vae.named_modules() if name]
+        try:
+            yield
+        finally:
+            for entry in hooks:
+                entry.remove()
+        self.peaks[half] = found[0]
 
 
 def _keep(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:
@@ -142,12 +203,14 @@ def verify(
         check_size(size, manifest.size_multiple)
     reference = reference or Reference.load(bundle)
     network = LoadedBundle.load(bundle, engine)
-    for height, width in sizes or _sizes(manifest, engine):
-        for images in _counts(manifest, engine):
-            inputs = _inputs(manifest, engine, images, height, width)
+    for height, width in sizes or sizes_to_compare(manifest, engine):
+        for images in counts_to_compare(manifest, engine):
+            inputs = random_inputs(manifest, engine, images, height, width)
             features = reference.features(inputs)
             for segment, error, angle in _errors(network, engine, inputs, features):
-                yield Comparison(segment, images, height, width, error, angle)
+                precision = manifest.precision if segment == CHAIN else manifest.precision_of(manifest.segment(segment))
+                yield Comparison(segment, images, height, width, precision, error, angle, reference.peaks.get(segment))
+    engine.flush()
 
 
 def compare_latents(
@@ -167,7 +230,7 @@ def compare_latents(
     """
     reference = reference or Reference.load(bundle)
     network = LoadedBundle.load(bundle, engine)
-    inputs = _inputs(bundle.manifest, engine, _counts(bundle.manifest, engine)[0], *size)
+    inputs = random_inputs(bundle.manifest, engine, counts_to_compare(bundle.manifest, engine)[0], *size)
     with torch.no_grad():
         text = reference.text(inputs[TOKENS])
 
@@ -179,6 +242,7 @@ def compare_latents(
         return reference.unet(sample, timestep, text).sample  # type: ignore[no-any-return]
 
     made, wanted = (_denoised(bundle, predict, inputs[SAMPLE], steps) for predict in (chain, whole))
+    engine.flush()
     return psnr(made, wanted)
 
 
@@ -191,7 +255,8 @@ def _denoised(bundle: Bundle, predict: Callable[[Tensor, Tensor], Tensor], laten
     return latents
 
 
-def _sizes(manifest: Manifest, engine: Engine) -> list[tuple[int, int]]:
+def sizes_to_compare(manifest: Manifest, engine: Engine) -> list[tuple[int, int]]:
+    """Picture sizes (height, width) in pixels: the bundle's own and one other."""
     first = manifest.sizes[0]
     if engine.has_profile:
         return list(dict.fromkeys([first, manifest.sizes[-1]]))
@@ -202,14 +267,14 @@ def _is_static(manifest: Manifest, engine: Engine) -> bool:
     return engine.has_profile and manifest.static
 
 
-def _counts(manifest: Manifest, engine: Engine) -> list[int]:
+def counts_to_compare(manifest: Manifest, engine: Engine) -> list[int]:
     """Numbers of images to compare with: one and, where they can be had, three."""
     if _is_static(manifest, engine):
         return [manifest.max_images]
     return sorted({1, min(3, manifest.max_images) if engine.has_profile else 3})
 
 
-def _inputs(manifest: Manifest, engine: Engine, images: int, height: int, width: int) -> dict[str, Tensor]:
+def random_inputs(manifest: Manifest, engine: Engine, images: int, height: int, width: int) -> dict[str, Tensor]:
     """Random inputs. One row of the UNet per image, as guidance only means more rows; but static engines take no fewer."""
     rows = 2 * images if _is_static(manifest, engine) else images
     dims = {"batch": rows, "images": images, "height": height // manifest.vae_scale, "width": width // manifest.vae_scale}

@@ -43,7 +43,7 @@ def fake_trace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     def install(fail_at: str | None = None, error: BaseException | None = None, content: str = "") -> list[str]:
         traced: list[str] = []
 
-        def write(program: Any, segment: Segment, path: Path) -> list[Path]:
+        def write(program: Any, segment: Segment, path: Path, opset: int = 0) -> list[Path]:
             path.write_bytes(f"{segment.name}{content}".encode() * 10)
             if segment.name == fail_at:
                 assert error is not None

@@ -291,7 +291,7 @@ def test_a_real_limit_on_what_may_be_written(tiny_source: Path, tmp_path: Path) 
         "import errno, resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "import engines.support.cli, exporter.__main__, exporter.segments.writer\n"
-        "def write(program, segment, path):\n"
+        "def write(program, segment, path, opset):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "    try:\n"
         "        path.write_bytes(bytes(8192))\n"

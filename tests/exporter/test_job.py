@@ -23,6 +23,7 @@ HARMLESS = {
     "engines/program.py",
     "engines/support/*.py",
     "engines/tensorrt/diagnostics.py",
+    "engines/tensorrt/error_log.py",
     "engines/tensorrt/kernel_cache.py",
     "engines/tensorrt/kernels.py",
     "engines/tensorrt/runner.py",

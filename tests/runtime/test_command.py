@@ -172,6 +172,19 @@ def test_a_plan_is_explained_with_or_without_a_prompt(
     assert [path.name for path in here.iterdir()] == ["plan.png"]
 
 
+def test_a_plan_on_a_card_that_is_not_here(runtime: Command, mini_bundle: Bundle) -> None:
+    """Nothing is loaded or run; a mistake in the card's name is one line."""
+    given = ["--bundle", mini_bundle.folder, "--plan", "deepcache:3"]
+    outcome = runtime(*given, "--explain", "--card", "rtx4090")
+    assert outcome.code == 0
+    assert "plan deepcache:3 on a rtx4090, at best" in outcome.out[0]
+    assert sum(word in line.split() for line in outcome.out for word in ("key", "inherit")) == 2
+    assert "a bound, not a promise" in outcome.out[-1]
+    assert "has no tensorrt-rtx engines whose kernels could be counted" in outcome.out[-1]
+    assert_refused(runtime(*given, "--explain", "--card", "rtx9090"), "unknown card 'rtx9090'", "rtx4090")
+    assert_refused(runtime(*given, "--card", "rtx4090"), "--card rtx4090 goes with --explain")
+
+
 @pytest.mark.parametrize("path", ["nowhere/plan.png", "plan.xyz", "plan"])
 def test_a_plot_that_cannot_be_written(runtime: Command, here: Path, path: str) -> None:
     """Said before a bundle is looked for: there is none here."""

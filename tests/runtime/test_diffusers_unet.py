@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from engines import Bundle
+from engines.cuda.streams import CallStreams
 from runtime import Pipeline, PlanError, RequestError, UNet
 from runtime.diffusers_unet import _all_timesteps
 from tests.support.diffusers_pipelines import NEGATIVE, PIPELINES, PROMPT, SEED, inputs, latents, pipeline
@@ -60,6 +63,38 @@ def test_plans(mini_bundle: Bundle, mini_pipeline: Pipeline, plan: str, kind: st
 def test_full_is_what_diffusers_gives(mini_bundle: Bundle) -> None:
     made = latents(pipeline("text", "dpm++", UNet(mini_bundle.folder)), images=2)
     assert relative_error(made, latents(pipeline("text", "dpm++"), images=2)) < TOLERANCE
+
+
+class CountedStreams(CallStreams):
+    """Streams that only have numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.taken, self.given_back, self.used = 0, list[int](), list[int]()
+
+    def take(self) -> Any:
+        self.taken += 1
+        return self.taken
+
+    def give_back(self, stream: Any) -> None:
+        self.given_back.append(stream)
+
+    @contextmanager
+    def use(self, stream: Any) -> Iterator[None]:  # type: ignore[override]
+        self.used.append(stream)
+        yield
+
+
+def test_each_call_has_a_stream_and_writes_its_caches_once(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step keeps must lie on the stream of the step that reads it; what runs have compiled is not lost."""
+    streams, flushed = CountedStreams(), list[int]()
+    monkeypatch.setattr(unet._pipeline, "streams", streams)
+    monkeypatch.setattr(unet._pipeline.engine, "flush", lambda: flushed.append(len(unet.steps)))
+    made = pipeline("text", "ddim", unet)
+    latents(made)
+    latents(made)
+    assert (streams.taken, streams.used, streams.given_back) == (2, [1] * 6 + [2] * 6, [1])
+    assert flushed == [6, 6]
 
 
 def test_calls_in_a_row_are_alike(unet: UNet) -> None:

@@ -101,6 +101,16 @@ def test_in_half_precision_the_remedy_is_a_command(mini_pipeline: Pipeline) -> N
     assert "--precision fp32" in refusal.value.__notes__[0]
 
 
+def test_where_the_vae_overflows_the_vae_alone_is_built_anew(mini_pipeline: Pipeline) -> None:
+    broken = spoilt(mini_pipeline, "vae_decoder", value=float("inf"))
+    manifest = broken.manifest.model_copy(update={"precision": "fp16"})
+    broken.bundle = dataclasses.replace(broken.bundle, manifest=manifest)
+    with pytest.raises(NonFiniteError, match=r"segment vae_decoder gave numbers that are not finite \(fp16\)") as refusal:
+        broken.generate(PROMPT, steps=2)
+    assert "build the VAE in fp32: python -m exporter build" in refusal.value.__notes__[0]
+    assert "--precision fp16 --vae-precision fp32" in refusal.value.__notes__[0]
+
+
 def test_nothing_is_looked_at_while_all_is_well(mini_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU every look would wait for the device: there are two, after the last step."""
     looks: list[int] = []

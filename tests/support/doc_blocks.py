@@ -114,6 +114,8 @@ class Reader:
             subprocess.run([*words, "--dry-run"], check=True, capture_output=True, timeout=60)
         elif words[:2] == ["pip", "install"]:
             _check_install(words[2:])
+        elif words[:2] == ["pip", "uninstall"]:
+            assert dry, "what is uninstalled is missing from the blocks after it"
         elif words[0] in {"cd", "git", "export"}:
             assert len(words) > 1
         else:

@@ -43,6 +43,28 @@ def test_a_wrong_word_is_a_users_mistake(arguments: list[str], message: str) -> 
         main(arguments)
 
 
+def test_a_dry_run_says_what_would_be_done(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main(["--dry-run", "--source", "random:sd15", "--engines", "torch,tensorrt-rtx", "--work", str(tmp_path / "work")])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if line.split() and line.split()[0].isdecimal()]
+    names = [" ".join(row[1:-2]) for row in rows]
+    assert names == [
+        "build fp32", "build fp16", "torch fp32", "tensorrt-rtx fp32", "torch fp16", "tensorrt-rtx fp16", "start torch fp16",
+        "start tensorrt-rtx fp16", "baselines", "baselines, compiled",
+    ]  # fmt: skip
+    begins, takes = ([float(row[column]) for row in rows] for column in (-2, -1))
+    assert begins == pytest.approx([sum(takes[:number]) for number in range(len(rows))], abs=0.3)
+    assert any(f"about {sum(takes):.0f} minutes; nothing was built or run" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_within_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--dry-run", "--engines", "torch", "--precision", "fp16", "--budget", "0.9"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "not begun, for the budget of 0.9 minutes: start torch fp16, baselines, baselines, compiled" in out
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of what runners return, counted while it lives, in the place of a GPU's allocator."""

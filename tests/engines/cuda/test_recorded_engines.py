@@ -13,7 +13,7 @@ import torch
 from engines import EngineError
 from engines.cuda.graphs import CannotRecord, current_recording
 from engines.tensorrt.engine import TensorRTRTX
-from engines.tensorrt.runner import StreamWorkspace
+from engines.tensorrt.workspace import StreamWorkspace
 from tests.engines.conftest import random_inputs, write_bundle
 from tests.support.fake_tensorrt import FakeCache
 from tests.support.recording import FakeRecorder

@@ -74,6 +74,20 @@ def test_a_stream_that_the_caller_chose_stays(streams: SimpleNamespace) -> None:
         assert streams.current is chosen
 
 
+def test_a_call_in_pieces_keeps_its_stream(streams: SimpleNamespace) -> None:
+    pool = CallStreams(CUDA)
+    mine, other = pool.take(), pool.take()
+    assert len({id(stream) for stream in (mine, other, streams.default)}) == 3
+    for _ in range(2):
+        with pool.use(mine):
+            assert streams.current is mine
+        assert streams.current is streams.default
+    pool.give_back(mine)
+    assert pool.take() is mine
+    streams.current = FakeStream(CUDA)
+    assert pool.take() is None, "the caller has chosen"
+
+
 def test_without_cuda_there_are_none() -> None:
     pool, x = CallStreams(torch.device("cpu")), torch.zeros(1)
     with pool.one():

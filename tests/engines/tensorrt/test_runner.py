@@ -11,7 +11,8 @@ import torch
 from engines import EngineError, NeedsBuildError
 from engines.errors import EngineMemoryError
 from engines.tensorrt.engine import TensorRT, TensorRTRTX
-from engines.tensorrt.runner import EngineRunner, StreamWorkspace
+from engines.tensorrt.runner import EngineRunner
+from engines.tensorrt.workspace import StreamWorkspace
 from tests.engines.conftest import random_inputs, write_bundle
 from tests.support.fake_tensorrt import ALIGNMENT, DataType, EngineInvalidityDiagnostics
 

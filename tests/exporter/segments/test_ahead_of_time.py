@@ -9,7 +9,7 @@ import torch
 
 from engines import Bundle, EngineError
 from engines.tensorrt.engine import TensorRTRTX
-from engines.tensorrt.runner import ErrorLog
+from engines.tensorrt.error_log import ErrorLog
 from exporter import BuildOptions, build
 from exporter.segments.progress import Step
 

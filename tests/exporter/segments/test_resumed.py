@@ -68,7 +68,7 @@ def slow_writing(fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch) -> None
     """Segments and engines whose files grow for a while, so that a kill finds some half written."""
     fake_trace()
 
-    def write(program: Any, segment: Segment, path: Path) -> list[Path]:
+    def write(program: Any, segment: Segment, path: Path, opset: int = 0) -> list[Path]:
         data = path.with_name(f"{path.name}.data")
         for file in (path, data):
             write_slowly(file, segment.name, 5)

@@ -17,7 +17,9 @@ from engines import Manifest, Unit
 from engines.bundle.shapes import resolve
 from engines.cuda.graphs import CudaRecorder
 from engines.errors import EngineMemoryError
-from engines.tensorrt.runner import EngineRunner, ErrorLog, StreamWorkspace
+from engines.tensorrt.error_log import ErrorLog
+from engines.tensorrt.runner import EngineRunner
+from engines.tensorrt.workspace import StreamWorkspace
 from runtime import Executor, LoadedBundle, Plan, PlanError, Rule, Schedule, UNetRange, find_plan
 from runtime.execution.graph_cache import CudaGraphCache
 from runtime.plans.checks import check_runs

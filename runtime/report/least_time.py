@@ -1,0 +1,180 @@
+"""The least time that a plan can take on a card, from what its segments compute and move: a bound, not a promise.
+
+A segment takes at least as long as its multiply-accumulates at the card's full rate, and as its bytes at the full speed of the
+card's memory: the longer of both (the roofline model, Williams, Waterman and Patterson 2009). Segments run one after another.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from engines import DTYPES, Manifest, Segment
+from engines.bundle.names import NOISE, TEXT, VAE_DECODER
+from engines.bundle.shapes import resolve
+from runtime.errors import PlanError
+from runtime.plans.checks import check_runs
+from runtime.plans.presets import PRESETS, find_plan
+from runtime.plans.schedule import Schedule
+from runtime.plans.subgraph import subgraph_for
+from runtime.report.cards import Card
+from runtime.report.cost import from_to, macs_of
+
+__all__ = ["Bound", "Traffic", "border_bytes", "least_time", "weight_bytes"]
+
+PAYS = 0.95
+"""A plan that takes a larger share of the time of `full` than this, at best, is said not to pay."""
+_WIDTH = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+Traffic = Callable[[Manifest, Segment, Mapping[str, int]], int]
+"""Bytes of activations that a segment moves, for given values of ``batch``, ``images``, ``height`` and ``width``."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The least seconds of something: for its arithmetic, for its memory, and (the sum over segments of the longer) in all."""
+
+    arithmetic: float
+    memory: float
+    seconds: float
+
+    def __add__(self, other: "Bound") -> "Bound":
+        return Bound(self.arithmetic + other.arithmetic, self.memory + other.memory, self.seconds + other.seconds)
+
+    @property
+    def by(self) -> str:
+        """What there is more of to wait for."""
+        return "memory" if self.memory > self.arithmetic else "arithmetic"
+
+
+def weight_bytes(manifest: Manifest, segment: Segment) -> int:
+    """Bytes of a segment's weights, each read once."""
+    parameters = sum(unit.parameters for unit in manifest.units if unit.name in segment.units)
+    return parameters * _WIDTH[manifest.precision_of(segment)]
+
+
+def border_bytes(manifest: Manifest, segment: Segment, sizes: Mapping[str, int]) -> int:
+    """What a segment cannot but move: its inputs, read once, and its outputs, written once."""
+    features = (manifest.features[name] for name in (*segment.inputs, *segment.outputs))
+    return sum(prod(resolve(feature.shape, sizes)) * DTYPES[feature.dtype].itemsize for feature in features)
+
+
+class _Bounds:
+    """The least times of segments on a card."""
+
+    def __init__(self, card: Card, sizes: Mapping[str, int], traffic: Traffic) -> None:
+        self._card, self._sizes, self._traffic = card, {"images": 1, **sizes}, traffic
+        self._known: dict[tuple[str, str], Bound] = {}
+
+    def of(self, manifest: Manifest, names: Sequence[str]) -> Bound:
+        """Of segments, one after another."""
+        for name in names:
+            if (manifest.variant, name) not in self._known:
+                self._known[manifest.variant, name] = self._of_segment(manifest, name)
+        return sum((self._known[manifest.variant, name] for name in names), Bound(0, 0, 0))
+
+    def _of_segment(self, manifest: Manifest, name: str) -> Bound:
+        segment, sizes, card = manifest.segment(name), self._sizes, self._card
+        height, width = (side // manifest.vae_scale for side in manifest.sizes[0])
+        share = sizes["height"] * sizes["width"] / (height * width)
+        rows = 1 if name.startswith("vae_") else sizes["batch"]
+        moved = self._traffic(manifest, segment, sizes) + weight_bytes(manifest, segment)
+        scale = rows * (1 if TEXT in segment.units else share)
+        arithmetic = 2 * macs_of(manifest, [name]) * scale / card.flops(manifest.precision_of(segment))
+        memory = moved / (1e9 * card.bandwidth)
+        return Bound(arithmetic, memory, max(arithmetic, memory))
+
+
+def least_time(
+    schedule: Schedule, card: Card, sizes: Mapping[str, int], images: int, traffic: Traffic = border_bytes, counted: str = ""
+) -> tuple[Table, list[str]]:
+    """The table of kinds of step with their least times, and lines on the picture, on what the plan saves and on other plans.
+
+    Steps that are decided while they run are shown as computing afresh; sums go from the least to the most. Other plans are
+    compared by the least.
+
+    Args:
+        schedule: a plan laid out.
+        card: where it is to run.
+        sizes: ``batch`` (rows of a UNet call), and ``height`` and ``width`` of the latents.
+        images: pictures of the call.
+        traffic: tells the bytes of a segment's activations.
+        counted: how these were counted, in words.
+    """
+    bounds, last = _Bounds(card, sizes, traffic), schedule.unets[schedule.all_steps()[-1].unet]
+    full = bounds.of(last, subgraph_for(last, frozenset({NOISE})).segment_names)
+    table = Table(title=f"plan {schedule.plan.name} on a {card.name}, at best", box=SIMPLE)
+    for name in ("UNet", "kind", "steps", "MACs\nms", "bytes\nms", "least\nms", "of\nfull", "bound by"):
+        table.add_column(name, justify="left" if name in {"UNet", "kind", "bound by"} else "right", no_wrap=True)
+    for (unet, kind, _), (count, bound) in _kinds(schedule, bounds).items():
+        numbers = (f"{1000 * seconds:.3f}" for seconds in (bound.arithmetic, bound.memory, bound.seconds))
+        table.add_row(unet, kind, str(count), *numbers, f"{bound.seconds / full.seconds:.3f}", bound.by)
+    ends = _ends(last, bounds, images)
+    return table, [*_sums(schedule, bounds, full, ends), *_others(schedule, bounds, full), _how(card, last, sizes, counted)]
+
+
+def _kinds(schedule: Schedule, bounds: _Bounds) -> dict[tuple[str, str, tuple[str, ...]], tuple[int, Bound]]:
+    """How many steps of each kind there are, and the least time of one; adaptive rules are taken to compute afresh."""
+    found: Counter[tuple[str, str, tuple[str, ...]]] = Counter()
+    for step in schedule.all_steps():
+        names = tuple(schedule.subgraph(step).segment_names)
+        found[step.unet, "key" if step.key else "inherit", names] += 1
+    return {key: (count, bounds.of(schedule.unets[key[0]], key[2])) for key, count in found.items()}
+
+
+def _ends(manifest: Manifest, bounds: _Bounds, images: int) -> Bound:
+    """The text encoder, once, and the VAE's decoder, picture by picture."""
+    there = {name for segment in manifest.segments for name in segment.units}
+    names = [segment.name for segment in manifest.segments if TEXT in segment.units]
+    names += [segment.name for segment in manifest.segments if VAE_DECODER in segment.units] * images
+    return bounds.of(manifest, names) if {TEXT, VAE_DECODER} <= there else Bound(0, 0, 0)
+
+
+def _unet_time(schedule: Schedule, bounds: _Bounds, changed: bool) -> float:
+    steps = schedule.all_steps(changed)
+    return sum(bounds.of(schedule.unets[step.unet], schedule.subgraph(step).segment_names).seconds for step in steps)
+
+
+def _sums(schedule: Schedule, bounds: _Bounds, full: Bound, ends: Bound) -> Iterator[str]:
+    least, most = (_unet_time(schedule, bounds, changed) for changed in (False, True))
+    whole = full.seconds * schedule.steps
+    picture, unet = (from_to(1e3 * (least + more), 1e3 * (most + more), digits=2) for more in (ends.seconds, 0.0))
+    slower, faster = ((whole + ends.seconds) / (seconds + ends.seconds) for seconds in (most, least))
+    yield (
+        f"at best {picture} ms in all: the UNet's steps {unet} ms (full: {1e3 * whole:.2f}), text encoder and VAE "
+        f"{1e3 * ends.seconds:.2f} ms; {from_to(slower, faster, digits=2)} times as fast as full"
+    )
+
+
+def _others(schedule: Schedule, bounds: _Bounds, full: Bound) -> Iterator[str]:
+    """What other plans that these segments can run take: where memory binds, fewer MACs are not less time."""
+    shares = {preset.example: _share(preset.example, schedule, bounds, full) for preset in PRESETS.values()}
+    known = {name: share for name, share in shares.items() if share is not None}
+    pays, fails = ([f"{name} {share:.2f}" for name, share in known.items() if (share <= PAYS) is good] for good in (True, False))
+    yield f"the UNet's steps at best, full being 1: {', '.join(pays) or 'no other plan saves any'}"
+    if fails:
+        yield f"plans that do not pay there (above {PAYS:g}): {', '.join(fails)}"
+
+
+def _share(name: str, schedule: Schedule, bounds: _Bounds, full: Bound) -> float | None:
+    """A plan's least time with these UNets relative to ``full``; None where it is that, or they cannot run it."""
+    if name == "full":
+        return None
+    try:
+        other = Schedule(find_plan(name), schedule.unets, schedule.timesteps)
+        check_runs(other)
+        return _unet_time(other, bounds, changed=False) / (full.seconds * schedule.steps)
+    except PlanError:
+        return None
+
+
+def _how(card: Card, manifest: Manifest, sizes: Mapping[str, int], counted: str) -> str:
+    height, width = (sizes[name] * manifest.vae_scale for name in ("height", "width"))
+    rate = card.flops(manifest.precision) / 1e12
+    return (
+        f"a bound, not a promise: the longer of MACs at {rate:g} TFLOPS and bytes at {card.bandwidth:g} GB/s, segment by "
+        f"segment, {sizes['batch']} rows at {height}x{width}, {manifest.precision}; bytes are weights and {counted}"
+    )

@@ -1,0 +1,41 @@
+"""How the bytes that segments move are counted: from the kernels that TensorRT-RTX makes of them, or else from their borders."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from engines import Bundle, EngineError, Manifest, Profile, Segment, Traced, make_engine
+from engines.bundle.shapes import resolve
+from runtime.report.cards import Card
+from runtime.report.least_time import Traffic, border_bytes
+
+__all__ = ["traffic_for"]
+
+_ENGINE = "tensorrt-rtx"
+_BORDERS = "each segment's own inputs and outputs, moved once"
+
+
+def traffic_for(bundles: Mapping[str, Bundle], card: Card) -> tuple[Traffic, str]:
+    """What tells the bytes of a segment's activations on a card, and how, in words.
+
+    With TensorRT-RTX engines in the bundles, segments are compiled for the card and their kernels counted, which takes seconds
+    for each and no GPU. Without, or where the compiler does not know the card, they are what no engine can do without.
+
+    Args:
+        bundles: by the name of their UNet.
+        card: whose kernels.
+    """
+    if not all(_ENGINE in segment.engines for bundle in bundles.values() for segment in bundle.manifest.segments):
+        return border_bytes, f"{_BORDERS} (the bundle has no {_ENGINE} engines whose kernels could be counted)"
+    try:
+        engine: Any = make_engine(_ENGINE)
+        targets = engine.check_targets((card.target,))
+    except EngineError as error:
+        return border_bytes, f"{_BORDERS} (kernels cannot be counted: {error})"
+
+    def count(manifest: Manifest, segment: Segment, sizes: Mapping[str, int]) -> int:
+        path, *_ = [bundles[manifest.variant].path(file) for file in segment.onnx]
+        shapes = {name: resolve(manifest.features[name].shape, sizes) for name in segment.inputs}
+        moved: int = engine.kernels(Traced(segment, path), Profile(shapes, shapes, shapes), targets).bytes_moved
+        return moved
+
+    return count, f"what all kernels of {_ENGINE} {engine.version()} read and write of activations, with no help from caches"
