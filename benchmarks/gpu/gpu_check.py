@@ -50,7 +50,7 @@ PARTS = {
     "start": "a second process",
     "baselines": "diffusers itself",
 }
-"""What ``--only`` chooses from."""
+"""The parts that ``--only`` chooses from."""
 
 
 @dataclass

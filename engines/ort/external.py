@@ -25,7 +25,7 @@ def external_files(path: Path) -> frozenset[str]:
 
 
 def _locations(message: Any) -> Iterator[str]:
-    """What any message inside this one names as a tensor's file."""
+    """Yield every file that this message, or one inside it, names for a tensor's data."""
     for field, value in message.ListFields():
         if field.name == "external_data":
             yield from (entry.value for entry in value if entry.key == "location")

@@ -37,7 +37,7 @@ LEAST_COSINE = 0.9999
 LEAST_PSNR = 35.0
 """Of final latents, in decibels."""
 CHAIN = "the chain"
-"""What all segments of the UNet together are called, fed with nothing but the UNet's inputs."""
+"""Name for all segments of the UNet run together, given nothing but the UNet's inputs."""
 
 
 @dataclass(frozen=True)
