@@ -56,7 +56,7 @@ def inherited_by(units: Sequence[Unit], plan: str) -> frozenset[str]:
 
 
 def states(units: Sequence[Unit], inherited: frozenset[str]) -> tuple[dict[str, str], set[str], float]:
-    """What becomes of each drawn unit at a step that inherits these features, the nodes that run, and their share of all MACs."""
+    """The state of each drawn unit at a step that inherits these features, the nodes that run, and their share of all MACs."""
     running = demand(units, {NOISE}, inherited | {TEXT})
     read = {name for unit in running for name in unit.inputs}
     names = {unit.name for unit in running}

@@ -1,4 +1,4 @@
-"""What a bundle is on disk, and how one segment of it is compiled and run.
+"""The bundle on disk, and the engines that compile and run its segments.
 
 Engines are named in one table, one class each; the packages behind them are imported when an engine is made.
 """

@@ -1,4 +1,4 @@
-"""What an engine is: a loader (bundle and segment in, runner out) and, for most, a compiler (ONNX in, files out).
+"""The interface of an engine: a loader (bundle and segment in, runner out) and, for most, a compiler (ONNX in, files out).
 
 The currency between runners is ``torch.Tensor`` on the engine's device: what one runner returns is what the next one
 reads and what the cache keeps, without a copy.
@@ -189,7 +189,7 @@ class Engine(ABC):
         return 0
 
     def recorder(self) -> Recorder | None:
-        """What records work of this engine's runners on its device; None where it cannot be, as on a CPU."""
+        """The recorder for work of this engine's runners on its device; None where work cannot be recorded, as on a CPU."""
         return None
 
     def compiled_files(self, bundle: Bundle, segment: Segment) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What a user can get wrong with a bundle or an engine. The commands print these as one line and exit with code 2."""
+"""Mistakes that a user can make with a bundle or an engine. The commands print them as one line and exit with code 2."""
 
 __all__ = ["BundleError", "EngineError", "EngineMemoryError", "NeedsBuildError", "UserError"]
 

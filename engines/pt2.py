@@ -47,7 +47,7 @@ _WORDS = frozenset({"none", "tanh", "constant", "reflect", "replicate", "circula
 """The only strings that operators are given: no operator is told a file's name."""
 _POSITIONAL = 1
 _SAMPLE_INPUTS = "data/sample_inputs/"
-"""What the program was traced with, as a pickle. Nobody needs it."""
+"""The inputs that the program was traced with, as a pickle. Nobody needs them."""
 
 
 def read_program(path: Path, device: torch.device) -> Program:

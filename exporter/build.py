@@ -107,7 +107,7 @@ def _make(job: BuildJob, progress: Progress) -> None:
 
 
 def _reuse_replaced(pieces: Artifacts, folder: Path, wanted: Container[str]) -> None:
-    """What still holds of the bundle that is to be replaced need not be made again."""
+    """Reuse the pieces that are still valid of the bundle that is to be replaced."""
     if folder.exists():
         try:
             pieces.reuse_from(Bundle.open(folder), wanted)

@@ -1,4 +1,4 @@
-"""What a user can get wrong when building. The commands print these as one line and exit with code 2."""
+"""Mistakes that a user can make when building. The commands print them as one line and exit with code 2."""
 
 from engines.errors import UserError
 

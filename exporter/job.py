@@ -50,7 +50,7 @@ CODE = {
 
 @dataclass(frozen=True)
 class BuildJob:
-    """What a build works with.
+    """A build with everything resolved: options, checkpoint, engines and targets.
 
     ``targets`` are the compute capabilities by the name of the engine that builds for them; ``made_from`` is what all pieces of
     the bundle depend on: weights, variant, versions, code. Of it ``source`` is a hash of all weights, ``parts`` those of UNet,
@@ -99,7 +99,7 @@ class BuildJob:
         return key_of({**self.options.made_from, **made_by, "made_from": self.made_from})
 
     def writer(self, pieces: "Artifacts") -> "Writer":
-        """What writes the bundle's segments; everything that can be found out before anything is written is found out here.
+        """Return the writer of the bundle's segments; all that can be checked before anything is written is checked here.
 
         Raises:
             SourceError: the source cannot be read, is damaged, or its parts do not fit together.

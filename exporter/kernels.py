@@ -1,4 +1,4 @@
-"""What TensorRT-RTX's compiler makes of a bundle's segments, counted on a machine with no GPU: ``inspect BUNDLE --kernels``."""
+"""Counts of the kernels that TensorRT-RTX compiles segments to, taken without a GPU: ``inspect BUNDLE --kernels``."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ _NORM = frozenset({"InstanceNormalization", "GroupNormalization"})
 
 @dataclass(frozen=True)
 class KernelCounts:
-    """What one segment was compiled to, at its profile's optimum.
+    """Counts of the kernels that one segment was compiled to, at its profile's optimum.
 
     ``attentions`` and ``norms`` are in the ONNX file; ``fused_attentions`` and ``fused_norms`` of them became one kernel each.
     ``casts`` and ``transposes`` are kernels that do nothing else. ``bytes_moved`` is what all kernels read and write of

@@ -68,7 +68,7 @@ class BuildOptions:
 
     @property
     def made_from(self) -> dict[str, object]:
-        """What of it decides what is in the bundle, in JSON's terms."""
+        """The options that decide what the bundle holds, as JSON values."""
         options = asdict(self)
         for name in ("out", "force", "fresh", "jobs"):
             del options[name]

@@ -130,7 +130,7 @@ def _row(manifest: Manifest, name: str) -> tuple[str, str]:
 
 
 def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
-    """What a plan inherits, or why the bundle cannot run it; and its MACs, where they are this UNet's alone."""
+    """Return what a plan inherits, or why the bundle cannot run it; and its MACs, where they are this UNet's alone."""
     try:
         schedule = lay_out_part(plan, manifest, _TIMESTEPS)
     except PlanError as error:

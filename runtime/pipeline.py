@@ -201,7 +201,7 @@ class Pipeline:
         return to_pictures(self._pixels(latents))
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        """What the VAE makes of latents (images, 3, height, width), about in [-1, 1], float32 on the CPU.
+        """Decode latents to pixels (images, 3, height, width), about in [-1, 1], float32 on the CPU.
 
         As many pictures at a time as its engines take.
         """

@@ -1,1 +1,1 @@
-"""What runs on the GPU at hand, and how fast."""
+"""The engines on the GPU at hand: which of them run, and how fast."""

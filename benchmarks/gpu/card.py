@@ -1,4 +1,4 @@
-"""What is at hand: the card, as its driver describes it, and the engines that can be had on it."""
+"""The card, as its driver describes it, and the engines that can be had on it."""
 
 import subprocess
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _FIELDS = (
 
 
 def card_state() -> dict[str, str]:
-    """What nvidia-smi says of the first card now: driver, clocks, temperature, power, load; empty where there is none."""
+    """The first card's state, as nvidia-smi reports it: driver, clocks, temperature, power, load; empty where there is none."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

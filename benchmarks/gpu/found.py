@@ -1,4 +1,4 @@
-"""What the GPU check finds, and what of it is not as it must be."""
+"""Findings of the GPU check, and the faults among them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,11 +40,11 @@ class Row:
     picture_seconds: float | None = None
     """Of a picture from prompt to pixels, as the host sees it, with graphs where there are any; the median of the rounds."""
     device_bytes: int | None = None
-    """What the whole device has less after the plan than before the engine, by its driver."""
+    """Free memory of the whole device before the engine less that after the plan, as its driver reports both."""
 
     @property
     def name(self) -> str:
-        """What was run."""
+        """The engine, the precision and the plan, in words."""
         return f"{self.engine} {self.precision} {self.plan}"
 
 
@@ -58,7 +58,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Ends:
-    """What comes before and after the UNet, in milliseconds; and how many kernels one full step of the UNet is."""
+    """Times of the text encoder and the VAE decoder; and how many kernels one full step of the UNet is."""
 
     text_milliseconds: float
     vae_milliseconds: float
@@ -72,14 +72,14 @@ class Memory:
     weights_bytes: int
     """Of the UNet's files."""
     scratch_bytes: int
-    """What the engine says that it works in, for each stream; 0 where it does not say."""
+    """Scratch memory for each stream, as the engine states it; 0 where it does not."""
     device_bytes: int | None
-    """What the whole device had less at the end than at the beginning, by its driver: with all that libraries keep."""
+    """Free memory of the whole device at the beginning less that at the end, by its driver: with all that libraries keep."""
 
 
 @dataclass
 class Found:
-    """What the check has found, by engine and precision."""
+    """Findings of the check, by engine and precision."""
 
     rows: list[Row] = field(default_factory=list)
     segments: dict[str, dict[str, Fit]] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Found:
     """How an engine broke off in the middle."""
 
     def faults(self) -> list[str]:
-        """What is not as it must be. Errors of final latents depend on the plan and the model, and are only reported."""
+        """List what fails the check. Errors of final latents depend on the plan and the model, and are only reported."""
         faults = [f"{name}: broke off: {reason}" for name, reason in self.ended.items()]
         for name, fits in self.segments.items():
             precision: VaePrecision = "fp16" if name.endswith("fp16") else "fp32"

@@ -33,7 +33,7 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
 
 
 def show_ends(console: Console, ends: Mapping[str, Ends]) -> None:
-    """What comes before and after the UNet, and its kernels."""
+    """Print the times of text encoder and VAE decoder, and the kernels of a full step."""
     table = Table("engine", "text encoder ms", "VAE decoder ms", "kernels of a full step", box=SIMPLE)
     for name, one in ends.items():
         table.add_row(name, _text(one.text_milliseconds), _text(one.vae_milliseconds), _text(one.kernels, ".0f"))

@@ -39,13 +39,13 @@ WAYS: dict[str, tuple[int, frozenset[str], bool]] = {
 }
 """Opset, the operators that compute in float32 between casts, and whether features between segments lie channels last."""
 BUILT = "opset 20, channels last"
-"""What builds do."""
+"""The way that builds use."""
 
 
 def measure(
     graph: Graph, segment: Segment, size: tuple[int, int], target: str, ways: Sequence[str]
 ) -> Iterator[tuple[str, KernelCounts]]:
-    """What a segment is compiled to, for each way of writing it."""
+    """Yield the kernels that a segment is compiled to, for each way of writing it."""
     program = trace_program(segment, graph.segment_module(segment), graph.features, graph.depth)
     profile = profile_of(segment, graph.features, [size], 1, graph.vae_scale)
     engine = TensorRTRTX()

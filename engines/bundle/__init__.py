@@ -1,1 +1,1 @@
-"""What a bundle is on disk: its manifest, its shapes and its folder."""
+"""The bundle on disk: its manifest, its shapes and its folder."""

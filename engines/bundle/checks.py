@@ -174,7 +174,7 @@ def _check_segments(manifest: Manifest) -> None:
 
 
 def _check_inside(segment: Segment, units: Iterable[tuple[str, tuple[str, ...]]]) -> None:
-    """What a unit of a segment reads is made in it or given to it."""
+    """Raise ManifestError unless all that a segment's units read is made inside it or is one of its inputs."""
     given = {*segment.inputs, *segment.units}
     for unit, inputs in units:
         for name in inputs:

@@ -89,7 +89,7 @@ class Unit(Record):
 
 
 class Compiled(Record):
-    """What one engine made of one segment: its files, its version, and the GPUs it was made for (empty: any).
+    """One segment compiled by one engine: the files, the engine's version, and the GPUs that they are for (empty: any).
 
     ``key`` is a hash of what it was made from.
     """

@@ -33,7 +33,7 @@ def is_dim(dim: str, names: Collection[str], largest: int) -> bool:
 
 
 def size_fault(size: tuple[int, int], multiple: int) -> str | None:
-    """What is wrong with a picture's height and width in pixels; None where the UNet's depth divides them.
+    """Say what is wrong with a picture's height and width in pixels; None where both are multiples.
 
     Args:
         size: height and width.

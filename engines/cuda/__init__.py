@@ -1,1 +1,1 @@
-"""What holds for every engine on an NVIDIA GPU: CUDA graphs, streams and single precision."""
+"""Shared by all engines on an NVIDIA GPU: CUDA graphs, streams and single precision."""

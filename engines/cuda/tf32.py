@@ -12,7 +12,7 @@ __all__ = ["without_tf32"]
 _LOCK = threading.Lock()
 _inside = 0
 _before: list[str] = []
-"""What the first to come in has found, for the last to leave."""
+"""The settings that the first thread to enter found; the last to leave puts them back."""
 
 
 @contextmanager

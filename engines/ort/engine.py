@@ -146,7 +146,7 @@ class OnnxRuntime(Engine):
         return session
 
     def _providers(self, bundle: Bundle, segment: Segment) -> list[Any]:
-        """What may run a segment, in the order in which it is asked, with options."""
+        """The execution providers for a segment, in order of preference, with their options."""
         if self._stream is None:
             return ["CPUExecutionProvider"]
         place = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self._stream.cuda_stream)}

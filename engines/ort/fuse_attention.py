@@ -40,7 +40,7 @@ def fuse_attention(path: Path, copy: Path) -> int:
 
 
 def _traced(op: Any, query: Any, key: Any, value: Any, query_factor: Any, key_factor: Any, score_factor: Any) -> Any:
-    """What torch's exporter makes of ``scaled_dot_product_attention``: projections (batch, tokens, channels) in and out.
+    """The pattern that torch exports ``scaled_dot_product_attention`` as: projections (batch, tokens, channels) in and out.
 
     In half precision the softmax is computed in single precision, between two casts, and the scores are multiplied there by what
     queries and keys were divided by.

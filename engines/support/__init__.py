@@ -1,1 +1,1 @@
-"""What every package shares: the form of commands, files that are written whole, cache folders."""
+"""Shared by all packages: the form of commands, files that are written whole, cache folders."""

@@ -1,4 +1,4 @@
-"""What the commands share: one line for a user's mistake, exit code 2; an unexpected fault keeps its traceback."""
+"""The form of all commands: one line for a user's mistake, exit code 2; an unexpected fault keeps its traceback."""
 
 import argparse
 import errno

@@ -33,7 +33,7 @@ _FALLBACK = "--engine torch or --engine onnxruntime, which run without"
 
 
 class _TensorRTBase(Compiling):
-    """What the two have in common.
+    """Base of both engines: loading and the checks of the card.
 
     Args:
         trt: the module to drive, by default the installed one; tests pass a fake.
@@ -121,7 +121,7 @@ class _TensorRTBase(Compiling):
         return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._ends
 
     def scratch_bytes(self) -> int:
-        """What execution contexts will work in, as the engines say when they are loaded."""
+        """Scratch memory, in bytes, that execution contexts have yet to take, as the engines state it when they are loaded."""
         return self._unet.scratch.missing + self._ends.scratch.missing
 
     def check_device(self) -> None:
@@ -142,7 +142,7 @@ class _TensorRTBase(Compiling):
         )
 
     def _invalid(self, runtime: Any, data: bytes) -> list[str]:
-        """What TensorRT-RTX says is wrong with an engine on this machine, in words; empty where it cannot tell."""
+        """Return TensorRT-RTX's reasons why an engine is invalid on this machine, in words; empty where it cannot tell."""
         examine = getattr(runtime, "get_engine_validity", None)
         if examine is None:
             return []
@@ -184,7 +184,7 @@ class TensorRT(_TensorRTBase):
         return self._here()
 
     def _here(self) -> tuple[str, ...]:
-        """What engines built here are for; empty without a GPU."""
+        """The targets of engines built here: this GPU's compute capability and name; empty without a GPU."""
         card = _card(self.device)
         return (card, card_name(self.device)) if card else ()
 

@@ -36,7 +36,7 @@ class Kernel:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """What a generated kernel does, such as ("Silu", "Gnor"); empty for kernels with names of their own."""
+        """The operations of a generated kernel, such as ("Silu", "Gnor"); empty for kernels with names of their own."""
         match = _STEPS.match(self.name)
         return tuple(re.findall(r"[A-Z][a-z]+", match.group(1))) if match else ()
 

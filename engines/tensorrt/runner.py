@@ -27,7 +27,7 @@ class _Context:
 
     handle: Any
     needs: Any = None
-    """What must outlive the handle. Fields are let go in their order."""
+    """Objects that must outlive the handle. Fields are freed in their order."""
     scratch: torch.Tensor | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What TensorRT measured of kernels while it built, kept for later builds on a card: like layers are not measured again."""
+"""Kernel timings that TensorRT took while it built, kept for later builds on the card: like layers are not timed again."""
 
 import contextlib
 from pathlib import Path

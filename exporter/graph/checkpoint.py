@@ -1,4 +1,4 @@
-"""What a build reads: a Stable Diffusion checkpoint, with the UNet of a variant (see `tuning.checkpoints.find_source`)."""
+"""A build's input: a Stable Diffusion checkpoint, with the UNet of a variant (see `tuning.checkpoints.find_source`)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What the user called the source."""
+        """The source as the user named it."""
         return self.source.name
 
     @property
@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def guidance_scale(self) -> float:
-        """What pictures look best with: Stable Diffusion's usual 7.5; the embedded model was measured to want less."""
+        """The default guidance scale: Stable Diffusion's usual 7.5; the embedded model was measured to want less."""
         return 3.0 if self.folder == MINI else 7.5
 
     def skeleton(self, part: str, variant: str) -> Any:

@@ -71,7 +71,7 @@ class Components:
         model.load_state_dict(taken, strict=False, assign=True)
 
     def _paths(self, unit: str) -> tuple[str, ...]:
-        """What the names of the unit's weights start with."""
+        """The prefixes of the names of the unit's weights."""
         if unit == TEXT:
             return ("",)
         inside = _VAE_PATHS.get(unit) or paths_of(self.models["unet"], unit)

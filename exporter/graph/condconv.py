@@ -24,7 +24,7 @@ Form = Literal["scan", "slices", "experts", "grouped"]
 then their weighted sum; the batch folded into groups, whose number is fixed when it is exported."""
 FORMS: tuple[Form, ...] = get_args(Form)
 FORM: Form = "scan"
-"""What bundles have: of those for any batch the fastest on ONNX Runtime's CPU, and the one with the fewest layers in
+"""The form in bundles: of those for any batch the fastest on ONNX Runtime's CPU, and the one with the fewest layers in
 TensorRT-RTX (29 for one convolution, slices 437): benchmarks/results/condconv.json."""
 
 

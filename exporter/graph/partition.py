@@ -166,7 +166,7 @@ def _segments(units: Sequence[Unit], groups: list[list[Unit]], probed: set[str])
 
 
 def _name(group: list[Unit], units: Sequence[Unit]) -> str:
-    """What a group is called: its block where that is whole, else its unit or layer, or its first and last block."""
+    """Name a group: after its block where that is whole, else after its unit or layer, or its first and last block."""
     names = [unit.name.removesuffix(BRANCH).split(".") for unit in group if unit.name != TIME] or [[TIME]]
     first, last = block_of(".".join(names[0])), block_of(".".join(names[-1]))
     if first != last:

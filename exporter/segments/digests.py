@@ -28,7 +28,7 @@ class Digests:
 
     @classmethod
     def load(cls, path: Path) -> "Digests":
-        """What was saved in a folder; nothing, where nothing was or it cannot be read."""
+        """Load what ``save`` wrote; start empty where there is no such file or it cannot be read."""
         try:
             known = json.loads(path.read_bytes())
         except (OSError, ValueError):
@@ -63,6 +63,6 @@ class Digests:
 
 
 def _state(path: Path) -> list[object]:
-    """What changes when a file does: its size, and when it was written."""
+    """A file's size and modification time, which change when the file does."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]

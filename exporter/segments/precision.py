@@ -1,4 +1,4 @@
-"""What a half-precision graph computes in float32, and how the scores of its attentions stay within float16's range.
+"""Keep parts of a half-precision graph in float32, and the scores of its attentions within float16's range.
 
 Softmax is computed in float32, between two casts that become part of the fused attention. LayerNormalization is by its definition
 (stash_type). Group norms have no casts: the kernel that TensorRT makes of one sums in float32 by itself, and casts round it are

@@ -1,4 +1,4 @@
-"""What a build tells of its progress."""
+"""Progress of a build: its steps, and an estimate of the time left."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ __all__ = ["Progress", "Step", "TimeLeft"]
 
 
 class Step(NamedTuple):
-    """What is being done: steps done, steps in all (None where that is not known yet), of which segment, and what comes next.
+    """The step that begins: steps done before it, steps in all (None where not known yet), its segment and its phase.
 
     ``seconds_left`` is an estimate for all that is still to be done, from now on; None while nothing is known.
     """

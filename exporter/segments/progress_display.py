@@ -18,7 +18,7 @@ __all__ = ["show_progress"]
 
 @contextmanager
 def show_progress(console: Console, *, as_json: bool) -> Iterator[Progress]:
-    """What a build is to tell its steps."""
+    """Yield the function that a build reports its steps to; it shows them as a bar, lines or JSON."""
     if as_json:
         yield _json_lines(console)
     elif console.is_terminal:

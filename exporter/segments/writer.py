@@ -28,7 +28,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class CompileSpec:
-    """What is to be made of every segment.
+    """The settings for compiling every segment.
 
     Args:
         made_from: what all pieces depend on: weights, variant, versions, code.
@@ -63,7 +63,7 @@ class Writer:
     pieces: Artifacts
 
     def keys(self, segment: Segment) -> dict[str, str]:
-        """What the pieces of a segment are kept under: ``onnx``, and the name of each engine that compiles."""
+        """The keys of a segment's pieces, by piece: ``onnx``, and the name of each engine that compiles."""
         precision = self.wanted.precision_of(segment)
         keys = {"onnx": key_of({**self._made_from(segment), "precision": precision, "opset": opset_of(precision)})}
         for engine in self.engines:
@@ -74,7 +74,7 @@ class Writer:
         return keys
 
     def _made_from(self, segment: Segment) -> dict[str, Any]:
-        """What a segment's graph and weights depend on. The text encoder and the VAE are the same beside whichever UNet."""
+        """All that a segment's graph and weights depend on. Text encoder and VAE are the same beside whichever UNet."""
         part = part_of(segment.units[0])
         apart = {"source", "parts"} if part == "unet" else {"source", "parts", "variant"}
         shared = {name: value for name, value in self.wanted.made_from.items() if name not in apart}
@@ -91,7 +91,7 @@ class Writer:
         }
 
     def _depth(self, segment: Segment) -> int:
-        """What latent height and width are multiples of: nothing, for the text encoder and the VAE."""
+        """The number that latent height and width must be multiples of: 1 for the text encoder and the VAE."""
         return self.graph.depth if part_of(segment.units[0]) == "unet" else 1
 
     def is_written(self, segment: Segment) -> bool:

@@ -54,7 +54,7 @@ LARGEST_FP16 = 65504.0
 LEAST_PSNR = 35.0
 """Of final latents, in decibels."""
 CHAIN = "the chain"
-"""What all segments of the UNet together are called, fed with nothing but the UNet's inputs."""
+"""Name for all segments of the UNet run together, given nothing but the UNet's inputs."""
 
 
 class Peak(NamedTuple):

@@ -28,7 +28,7 @@ class Timer:
 
     @property
     def seconds(self) -> float:
-        """What it took. Reading it waits until the device has got to the stop."""
+        """The time taken, in seconds. Reading it waits until the device has reached the stop."""
         if self._seconds is None:
             if self._events is None:
                 raise RuntimeError("the timer still runs")

@@ -69,7 +69,7 @@ class CudaGraphCache:
         self._recorder.forget()
 
     def of(self, unet: str, network: LoadedBundle) -> "GraphedNetwork":
-        """What runs a network for the call that has the graphs."""
+        """Return a network that runs through these graphs, for the call that holds them."""
         return GraphedNetwork(unet, network, self)
 
     def run(

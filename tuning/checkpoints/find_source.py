@@ -189,7 +189,10 @@ def _random_config(source: str) -> tuple[Path, str | None]:
 
 
 def _hub_patterns(source: str, names: Sequence[str] | None, wanted: str | None) -> list[str]:
-    """What to fetch of a repository with files of these names (None: unknown): configurations, and weights in one variant."""
+    """Patterns of the files to fetch from a repository that has these: configurations, and weights in one variant.
+
+    ``names`` is None where the repository cannot be asked.
+    """
     patterns = list(_HUB_CONFIGURATIONS)
     for part in ("", *(part for part, has_weights in PARTS.items() if has_weights)):
         inside = f"{part}/" if part else ""

@@ -44,7 +44,7 @@ class WeightFiles:
 
 
 def stem_of(part: str) -> str:
-    """What the names of a part's weights begin with; parts other than the text encoder are diffusers'."""
+    """The stem of the names of a part's weight files: transformers' for the text encoder, diffusers' for other parts."""
     return "model" if part == "text_encoder" else "diffusion_pytorch_model"
 
 

@@ -1,4 +1,4 @@
-"""What every stage of the emoji training shares: its clock, its optimizer, averaged weights, checkpoints and log.
+"""Shared by all stages of the emoji training: clock, optimizer, averaged weights, checkpoints and log.
 
 Nothing in it waits for the GPU between two lines of the log: a step's cost there is that of its kernels.
 """

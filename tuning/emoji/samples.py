@@ -22,7 +22,7 @@ _COLUMNS, _PICTURES, _AT_A_TIME = 12, 48, 32
 
 
 def prompt_of(icon: Icon) -> str:
-    """What is asked for where a pair's picture is wanted."""
+    """The prompt for a pair's picture: concept and style."""
     return f"{icon.concept}, {icon.style} style"
 
 
