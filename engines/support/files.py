@@ -15,10 +15,30 @@ from glob import escape
 from pathlib import Path
 from secrets import token_hex
 
-__all__ = ["atomic_directory", "atomic_file", "os_errors", "remove_partials", "swap_in", "write_bytes", "write_text"]
+__all__ = [
+    "atomic_directory",
+    "atomic_file",
+    "expanded",
+    "os_errors",
+    "real_path",
+    "remove_partials",
+    "swap_in",
+    "write_bytes",
+    "write_text",
+]
 
 _HERE = -100  # AT_FDCWD: relative paths are those of the process
 _EXCHANGE = 2  # RENAME_EXCHANGE
+
+
+def expanded(name: str | Path) -> Path:
+    """A path with the user's folder in the place of ``~``; of a user that there is not, the name as it is."""
+    return Path(os.path.expanduser(name))
+
+
+def real_path(path: Path) -> Path:
+    """The place that a path leads to; links that lead round in circles end somewhere in them."""
+    return Path(os.path.realpath(path))  # pathlib's raises RuntimeError
 
 
 @contextmanager
