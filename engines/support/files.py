@@ -14,10 +14,12 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from secrets import token_hex
+from tempfile import TemporaryFile
 
 __all__ = [
     "atomic_directory",
     "atomic_file",
+    "check_writable",
     "expanded",
     "os_errors",
     "real_path",
@@ -29,6 +31,13 @@ __all__ = [
 
 _HERE = -100  # AT_FDCWD: relative paths are those of the process
 _EXCHANGE = 2  # RENAME_EXCHANGE
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError where nothing can be written into a folder, or into the one that it would be made in; leaves no trace."""
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    with TemporaryFile(dir=place):
+        pass
 
 
 def expanded(name: str | Path) -> Path:

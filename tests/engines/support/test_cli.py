@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from engines.errors import UserError
 from engines.support.cli import Parser
-from engines.support.files import expanded, os_errors, real_path
+from engines.support.files import check_writable, expanded, os_errors, real_path
 from tests.support.commands import assert_refused, command
 
 
@@ -58,6 +58,14 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     assert real_path(tmp_path / "loop").name == "loop"
     assert expanded("~no-such-user/x") == Path("~no-such-user/x")
     assert expanded("~") == Path.home()
+
+
+def test_a_place_is_tried_without_a_trace(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory"):
+        check_writable(tmp_path / "file" / "b")
 
 
 def test_safetensors_tells_the_systems_errors_in_words(tmp_path: Path) -> None:
