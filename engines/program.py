@@ -58,6 +58,8 @@ class Program(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run all operators; raises ProgramError where one cannot take what it is given."""
+        if len(tensors) != len(self._inputs):
+            raise ProgramError(f"it takes {len(self._inputs)} inputs and is given {len(tensors)}")
         values: dict[str, Any] = {**self._weights, **dict(zip(self._inputs, tensors, strict=True))}
         for node in self._nodes:
             try:
@@ -65,14 +67,17 @@ class Program(nn.Module):
                     *(_filled(value, values) for value in node.arguments),
                     **{name: _filled(value, values) for name, value in node.keywords.items()},
                 )
+                _assign(values, node, result)
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+            except (RuntimeError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
                 raise ProgramError(f"operator {node.target} fails: {first_line(error)}") from error
-            _assign(values, node, result)
             for name in node.last:
                 values.pop(name, None)
-        return tuple(values[name] for name in self._outputs)
+        made = tuple(values.get(name) for name in self._outputs)
+        if not all(isinstance(value, Tensor) for value in made):
+            raise ProgramError("an output is no tensor")
+        return tuple(value for value in made if isinstance(value, Tensor))
 
 
 def _read_by(node: Node) -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engines import Bundle, BundleError, make_engine
 from engines.bundle.folder import MANIFEST_NAME, sha256
+from engines.support.files import real_path
 from runtime.errors import RequestError
 from runtime.images.pictures import Picture
 from runtime.pipeline import Callback, Generation, Pipeline
@@ -51,7 +52,7 @@ def load(bundle: str | Path | None = None, engine: str = "onnxruntime") -> Pipel
     for name, value, kinds in (("bundle", bundle, str | Path | None), ("engine", engine, str)):
         if not isinstance(value, kinds) or "\0" in str(value):
             raise RequestError(f"{name} is a {type(value).__name__} ({value!r:.60}); give a name as text")
-    folder = Path(bundle if bundle is not None else default_bundle()).resolve()
+    folder = real_path(Path(bundle if bundle is not None else default_bundle()))
     Bundle.open(folder)  # says what is wrong with what is there now
     return _loaded(folder, sha256(folder / MANIFEST_NAME), engine)
 

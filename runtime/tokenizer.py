@@ -54,6 +54,7 @@ def _check(tokenizer: Any, length: int, vocabulary: int) -> None:
     if not 0 <= largest < vocabulary:
         raise ValueError(f"token numbers up to {largest}, expected up to {vocabulary - 1}")
     for prompt in _TRIALS:
+        len(tokenizer(prompt, verbose=False).input_ids)
         numbers = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
         if len(numbers) != length or not all(0 <= number < vocabulary for number in numbers):
             raise ValueError(f"a prompt becomes {len(numbers)} numbers, expected {length} from 0 to {vocabulary - 1}")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from engines.errors import UserError
+from engines.errors import UserError, in_one_line
 
 __all__ = ["Parser", "parse_size", "quiet_libraries", "run_command"]
 
@@ -20,6 +20,15 @@ _KEPT = "nothing half-written was kept; the same command resumes from what was f
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As argparse's, which takes ``--name=--`` for a list of nothing."""
+        for given in sys.argv[1:] if args is None else args:
+            if given.startswith("--") and given.endswith("=--"):
+                self.error(f"argument {given.removesuffix('=--')}: expected one argument")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError instead of printing the usage."""
@@ -70,7 +79,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
             message = f"{error.filename} cannot be read or written ({error.strerror}); choose another path"
         else:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {in_one_line(message)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"interrupted; {_KEPT}", file=sys.stderr)

@@ -14,11 +14,40 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from secrets import token_hex
+from tempfile import TemporaryFile
 
-__all__ = ["atomic_directory", "atomic_file", "os_errors", "remove_partials", "swap_in", "write_bytes", "write_text"]
+__all__ = [
+    "atomic_directory",
+    "atomic_file",
+    "check_writable",
+    "expanded",
+    "os_errors",
+    "real_path",
+    "remove_partials",
+    "swap_in",
+    "write_bytes",
+    "write_text",
+]
 
 _HERE = -100  # AT_FDCWD: relative paths are those of the process
 _EXCHANGE = 2  # RENAME_EXCHANGE
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError where nothing can be written into a folder, or into the one that it would be made in; leaves no trace."""
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    with TemporaryFile(dir=place):
+        pass
+
+
+def expanded(name: str | Path) -> Path:
+    """A path with the user's folder in the place of ``~``; of a user that there is not, the name as it is."""
+    return Path(os.path.expanduser(name))
+
+
+def real_path(path: Path) -> Path:
+    """The place that a path leads to; links that lead round in circles end somewhere in them."""
+    return Path(os.path.realpath(path))  # pathlib's raises RuntimeError
 
 
 @contextmanager

@@ -32,5 +32,7 @@ def load_clip_tokenizer(folder: Path) -> Any:
                 shutil.copyfile(folder / name, Path(temporary) / name)
         config = json.loads((folder / _CONFIG).read_text("utf-8")) if (folder / _CONFIG).is_file() else {}
         kept = {name: value for name, value in config.items() if name in _SETTINGS}
+        if not isinstance(length := kept.get("model_max_length"), int) or length < 1:
+            kept.pop("model_max_length", None)
         (Path(temporary) / _CONFIG).write_text(json.dumps(kept), "utf-8")
         return CLIPTokenizer.from_pretrained(temporary, local_files_only=True)

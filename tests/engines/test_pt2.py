@@ -128,6 +128,22 @@ def argument(**value: Any) -> Callable[[Members, bytes], None]:
     return plant
 
 
+def test_inputs_of_another_number_and_outputs_that_are_none(saved: tuple[Layer, bytes], tmp_path: Path) -> None:
+    members = members_of(saved[1])
+    program = read_program(written(tmp_path / "a.pt2", members), CPU)
+    with pytest.raises(ProgramError, match="it takes 1 inputs and is given 2"):
+        program(torch.zeros(1, 4), torch.zeros(1, 4))
+
+    def a_size(data: Any) -> None:
+        graph = data["graph_module"]["graph"]
+        sizes = [node["outputs"][0]["as_sym_int"]["as_name"] for node in graph["nodes"] if "sym_size" in node["target"]]
+        data["graph_module"]["signature"]["output_specs"][0]["user_output"]["arg"]["as_tensor"]["name"] = sizes[0]
+
+    edited(members, MODEL, a_size)
+    with pytest.raises(ProgramError, match="an output is no tensor"):
+        read_program(written(tmp_path / "a.pt2", members), CPU)(torch.zeros(1, 4))
+
+
 REFUSED = {
     "weight": (pickled_weight, "is pickled, and no pickle is opened"),
     "tensor constant": (pickled_constant("tensor"), "is pickled, and no pickle is opened"),

@@ -142,6 +142,12 @@ def test_files_elsewhere_that_a_tokenizers_configuration_names_are_not_read(
         assert load_clip_tokenizer(folder / "tokenizer")("a red star").input_ids == wanted
 
 
+@pytest.mark.parametrize("length", ["a", -1, None, [5], 0, True, 1.5])
+def test_a_length_that_is_none(folder: Path, length: Any) -> None:
+    change(folder / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    assert len(load_clip_tokenizer(folder / "tokenizer")("a red star", verbose=False).input_ids) > 2
+
+
 @pytest.mark.parametrize("family", ["sd15", "sd21", "mini", "emoji"])
 def test_tokenizers_are_those_of_transformers(family: str) -> None:
     theirs, ours = (load(CONFIGS / family / "tokenizer") for load in (CLIPTokenizer.from_pretrained, load_clip_tokenizer))

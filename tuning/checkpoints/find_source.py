@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.support.files import expanded, real_path
 from tuning.checkpoints.configs import text_width
 from tuning.checkpoints.folder import load_unet, meta_unet
 from tuning.checkpoints.single_file import GIVE_CONFIG, check_single_file, text_width_in_file
@@ -74,8 +75,10 @@ def open_unet(source: str, variant: str | None = None) -> UNetSource:
     folder = path if path.is_dir() else _fetch(source, variant)
     if not (folder / "unet").is_dir() and (folder / "config.json").is_file():
         check_part(source, folder.parent, folder.name, variant=variant)
+        _check_has(source, folder, variant)
         return UNetSource(source, folder, variant=variant)
     check_part(source, folder, "unet", variant=variant)
+    _check_has(source, folder, variant)
     return UNetSource(source, whole=FolderSource(source, folder, variant))
 
 
@@ -115,6 +118,7 @@ def find_source(source: str, config: Path | None = None, variant: str | None = N
     folder = path if path.is_dir() else _fetch(source, variant)
     for part, has_weights in PARTS.items():
         check_part(source, folder, part, weights=has_weights, variant=variant)
+    _check_has(source, folder, variant)
     return FolderSource(source, folder, variant)
 
 
@@ -123,14 +127,28 @@ def _check_variant(source: str, variant: str | None) -> None:
         raise TuningError(f"source {source} has no files in variants: leave --variant-files out, which is for diffusers folders")
 
 
+def _check_has(source: str, folder: Path, variant: str | None) -> None:
+    """Raise TuningError where no part has weights of the variant: a name that was misspelt would be without effect."""
+    found: set[str | None] = set()
+    for place in (folder, *(folder / part for part, has_weights in PARTS.items() if has_weights)):
+        names = [path.name for path in place.iterdir()] if place.is_dir() else []
+        found |= {name for stem in ("model", stem_of("unet")) for name in variants_in(names, stem)}
+    if variant is not None and variant not in found:
+        others = ", ".join(sorted(name for name in found if name)) or "none"
+        raise TuningError(
+            f"source {source} has no weights of the variant {variant!r:.60} (variants that it has: {others}); name one of "
+            "them, or leave --variant-files out"
+        )
+
+
 def place_of(source: str) -> Path:
     """The folder or the file that a source's name means, whether it is there or not."""
-    return MINI if source == "mini" else Path(source).expanduser()
+    return MINI if source == "mini" else expanded(source)
 
 
 def check_apart(out: Path, read: Path, what: str) -> None:
     """Raise TuningError where ``out`` is the folder ``read``, or that of a part of it: what is read may not be written over."""
-    if read.is_dir() and out.expanduser().resolve() in {place.resolve() for place in (read, *(read / part for part in PARTS))}:
+    if read.is_dir() and real_path(expanded(out)) in {real_path(place) for place in (read, *(read / part for part in PARTS))}:
         raise TuningError(f"--out {out} is where the {what} is read from; choose another folder")
 
 
@@ -180,7 +198,7 @@ def _random_config(source: str) -> tuple[Path, str | None]:
     if name in RANDOM_CONFIGS:
         family = name if name in _FAMILIES.values() else "sd15"
         return _MODELS / family / "unet" / "config.json", None if name == family else name
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix != ".json" or not path.is_file():
         raise TuningError(
             f"source {source}: no such configuration; choose from: {', '.join(RANDOM_CONFIGS)}, or a UNet's config.json"

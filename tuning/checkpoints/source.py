@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Size, nn
 
+from engines.support.records import one_line
 from engines.support.tokenizers import load_clip_tokenizer
 from tuning.checkpoints.configs import Extent, check_fit
 from tuning.checkpoints.files import CONFIGURATIONS, check_file
@@ -207,7 +208,7 @@ def reading(name: str, folder: Path) -> Iterator[None]:
     except TuningError as error:
         raise TuningError(f"source {name}: {error}") from error
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = one_line((str(error).strip() or type(error).__name__).splitlines()[0], 300)
         raise TuningError(
             f"source {name}: {folder} cannot be read ({reason}); get its files again, or save the model again with diffusers' "
             "save_pretrained"

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor, nn
 
+from engines.support.records import one_line
 from tuning.checkpoints.files import check_file
 from tuning.errors import TuningError
 
@@ -185,7 +186,7 @@ def mmap_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping, it only has keys()
     except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error, 200)
         raise TuningError(f"{path}: its weights cannot be read ({reason}); get the file again") from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from engines.support.files import expanded
 from tuning.checkpoints.find_source import check_apart, place_of
 from tuning.checkpoints.folder import load_unet, save_part
 from tuning.distillation.losses import check_pair
@@ -47,7 +48,7 @@ class _Distill(Distillation):
 
 def _student(option: str, teacher: UNet2DConditionModel) -> tuple[Recipe, UNet2DConditionModel]:
     """The student to begin with, and the recipe that it follows; a UNet's folder is a recipe that removes nothing."""
-    path = Path(option).expanduser()
+    path = expanded(option)
     if path.is_dir():
         return Recipe(name=path.name or "student"), load_unet(path)
     if path.is_file() and path.suffix != ".json":
@@ -101,7 +102,7 @@ def _check_out(options: DistillOptions) -> None:
     """Nothing that is read may be written over."""
     check_apart(options.out, place_of(options.teacher), "teacher")
     for name in ("student", "data"):
-        check_apart(options.out, Path(getattr(options, name)).expanduser(), name)
+        check_apart(options.out, expanded(getattr(options, name)), name)
 
 
 def run(options: DistillOptions) -> None:

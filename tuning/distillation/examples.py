@@ -1,11 +1,11 @@
 """Training examples from a folder: pictures with captions, or latents computed before, in seeded passes over all of them."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engines.support.files import expanded
 from tuning.distillation.latents import MANIFEST, LatentFolder
 from tuning.distillation.pictures import Pictures
 from tuning.errors import TuningError
@@ -74,7 +74,7 @@ def open_examples(
 
     Raises TuningError for a folder that is missing, empty or without captions, and for latents of another model.
     """
-    path = Path(data).expanduser()
+    path = expanded(data)
     read: Read
     if (path / MANIFEST).is_file():
         latents = LatentFolder(path, teacher)

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.support.files import expanded
 from tuning.distillation.options import number
 
 __all__ = ["LatentsOptions", "add_arguments", "run"]
@@ -46,7 +47,7 @@ def run(options: LatentsOptions) -> None:
     workers = Workers()
     try:
         teacher = Teacher.load(options.source, options.variant_files)
-        size, pictures = check_size(teacher, options.size), Pictures(Path(options.data).expanduser())
+        size, pictures = check_size(teacher, options.size), Pictures(expanded(options.data))
         teacher.vae.to(workers.device, memory_format=torch.channels_last)
         console, count = Console(stderr=True), len(pictures.captions)
 

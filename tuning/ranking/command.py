@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from engines.support.files import write_text
+from engines.support.files import check_writable, write_text
 from tuning.checkpoints.configs import check_channels, latent_size
 from tuning.checkpoints.find_source import RANDOM, UNetSource, open_unet
 from tuning.errors import TuningError
@@ -77,6 +77,7 @@ def rank_command(options: RankOptions, console: Console) -> None:
     """
     _check(options)
     need("matplotlib", "the plot")  # before anything is measured
+    check_writable(options.out)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}"), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         try:
@@ -104,7 +105,6 @@ def _check(options: RankOptions) -> None:
         raise TuningError("--device cuda: torch sees no NVIDIA GPU here; leave it out, or give cpu")
     if options.out.exists() and not options.out.is_dir():
         raise TuningError(f"{options.out} exists and is no folder; choose another --out")
-    options.out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found out before anything is measured
 
 
 def _measure(options: RankOptions, bar: Progress) -> Result:

@@ -138,6 +138,13 @@ def test_tuning_reads_the_variant_that_was_asked_for(whole: Path, tmp_path: Path
     assert all(torch.equal(weight, wanted["vae"][name]) for name, weight in teacher.vae.state_dict().items())
 
 
+def test_a_variant_that_no_part_has(whole: Path) -> None:
+    """A name that was misspelt would be without effect."""
+    for find in (find_source, open_unet):
+        with pytest.raises(TuningError, match=r"has no weights of the variant 'fp61' \(variants that it has: fp16\)"):
+            find(str(whole), variant="fp61")
+
+
 @pytest.mark.parametrize("source", ["random:sd15", "model.safetensors"])
 def test_variants_are_of_folders(source: str) -> None:
     with pytest.raises(TuningError, match="has no files in variants: leave --variant-files out"):
