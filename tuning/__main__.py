@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from engines.support.cli import Parser, quiet_libraries, run_command
+from engines.support.cli import Parser, quiet_libraries, resumable, run_command
 from tuning.distillation.latents_command import add_arguments as add_latents_arguments
 from tuning.distillation.options import DistillOptions
 from tuning.distillation.options import add_arguments as add_distill_arguments
@@ -13,8 +13,9 @@ from tuning.distillation.options import add_arguments as add_distill_arguments
 _SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, a .safetensors file, or random:CONFIG"
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m tuning", description="Make UNets smaller.")
+def _parser(prog: str = "python -m tuning") -> Parser:
+    parser = Parser(prog=prog, description="Make UNets smaller.")
+    parser.add_version()
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     assemble = commands.add_parser("assemble", help="remove what a recipe names; every kept weight stays as it is")
     assemble.add_argument("--recipe", default="assembled", help="a recipe's name or its .json file (default: %(default)s)")
@@ -40,9 +41,9 @@ def _parser() -> Parser:
     return parser
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run one command; raises UserError for a user's mistake."""
-    options = _parser().parse_args(arguments)
+def main(arguments: Sequence[str], prog: str = "python -m tuning") -> None:
+    """Run one command, which is called ``prog`` in messages; raises UserError for a user's mistake."""
+    options = _parser(prog).parse_args(arguments)
     quiet_libraries()
     console = Console()
     given = {key: value for key, value in vars(options).items() if key != "command"}
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str]) -> None:
     elif options.command == "distill":
         from tuning.distillation.command import run
 
-        run(DistillOptions.of(given))
+        with resumable():
+            run(DistillOptions.of(given))
     elif options.command == "latents":
         from tuning.distillation.latents_command import LatentsOptions
         from tuning.distillation.latents_command import run as encode
