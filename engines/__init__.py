@@ -5,6 +5,10 @@ Engines are named in one table, one class each; the packages behind them are imp
 
 from importlib import import_module
 
+from engines.support.environment import check_environment
+
+check_environment()  # before the first import that fails without it
+
 from engines.base import DTYPES, Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Manifest, Segment, Unit

@@ -7,14 +7,15 @@ from pathlib import Path
 from rich.console import Console
 
 from engines import ENGINES, Bundle, UserError
-from engines.support.cli import Parser, parse_size, quiet_libraries, run_command
+from engines.support.cli import Parser, parse_size, quiet_libraries, resumable, run_command
 
 _SOURCES = "mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG (default: %(default)s)"
 _BUILD = """A UNet in, a bundle out: ONNX segments and compiled engines that `python -m runtime` runs."""
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m exporter", description="Build, verify and inspect bundles.")
+def _parser(prog: str) -> Parser:
+    parser = Parser(prog=prog, description="Build, verify and inspect bundles.")
+    parser.add_version()
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     build = commands.add_parser("build", help="make a bundle", description=_BUILD)
     build.add_argument("--variant", default="original", help="original, assembled, bk-tiny, ... (default: %(default)s)")
@@ -63,9 +64,9 @@ def _max_images(text: str, static: bool) -> int:
     return int(high or low)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run one command; raises UserError for a user's mistake."""
-    options = _parser().parse_args(arguments)
+def main(arguments: Sequence[str], prog: str = "python -m exporter") -> None:
+    """Run one command, which is called ``prog`` in messages; raises UserError for a user's mistake."""
+    options = _parser(prog).parse_args(arguments)
     console = Console(markup=False)
     if options.command == "inspect":
         _inspect(options, console)
@@ -136,7 +137,7 @@ def _build(given: object, console: Console) -> None:
         fresh=values["fresh"],
         jobs=values["jobs"],
     )
-    with show_progress(console, as_json=values["json"]) as progress:
+    with resumable(), show_progress(console, as_json=values["json"]) as progress:
         bundle, built = build(options, progress)
     show_built(bundle, built, console, as_json=values["json"])
 

@@ -31,11 +31,12 @@ from runtime.request import Request
 __all__ = ["main"]
 
 
-def _parser() -> Parser:
+def _parser(prog: str) -> Parser:
     parser = Parser(
-        prog="python -m runtime",
+        prog=prog,
         description="Generate pictures from a prompt; `plans` as the prompt lists the plans and their costs.",
     )
+    parser.add_version()
     parser.add_argument("prompt", nargs="?", help="what the picture shows, or the word `plans`")
     parser.add_argument("--negative", default="", help="what it should not show")
     parser.add_argument("--bundle", type=Path, help="a bundle's folder (default: the one in ./bundles that was built last)")
@@ -64,9 +65,9 @@ def _parser() -> Parser:
     return parser
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command; raises UserError for a user's mistake."""
-    options = _parser().parse_args(arguments)
+def main(arguments: Sequence[str], prog: str = "python -m runtime") -> None:
+    """Run the command, which is called ``prog`` in messages; raises UserError for a user's mistake."""
+    options = _parser(prog).parse_args(arguments)
     console = Console(highlight=False, markup=False)
     warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
     if options.card and not options.explain:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from engines.support.cli import Parser, quiet_libraries, run_command
+from engines.support.cli import Parser, quiet_libraries, resumable, run_command
 from tuning.distillation.latents_command import add_arguments as add_latents_arguments
 from tuning.distillation.options import DistillOptions
 from tuning.distillation.options import add_arguments as add_distill_arguments
@@ -14,8 +14,9 @@ _SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, a .sa
 _VARIANT_FILES = "which weight files of the source's folder or hub id, such as fp16 (default: those without)"
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m tuning", description="Make UNets smaller.")
+def _parser(prog: str = "python -m tuning") -> Parser:
+    parser = Parser(prog=prog, description="Make UNets smaller.")
+    parser.add_version()
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     assemble = commands.add_parser("assemble", help="remove what a recipe names; every kept weight stays as it is")
     assemble.add_argument("--recipe", default="assembled", help="a recipe's name or its .json file (default: %(default)s)")
@@ -43,9 +44,9 @@ def _parser() -> Parser:
     return parser
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run one command; raises UserError for a user's mistake."""
-    options = _parser().parse_args(arguments)
+def main(arguments: Sequence[str], prog: str = "python -m tuning") -> None:
+    """Run one command, which is called ``prog`` in messages; raises UserError for a user's mistake."""
+    options = _parser(prog).parse_args(arguments)
     quiet_libraries()
     console = Console()
     given = {key: value for key, value in vars(options).items() if key != "command"}
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str]) -> None:
     elif options.command == "distill":
         from tuning.distillation.command import run
 
-        run(DistillOptions.of(given))
+        with resumable():
+            run(DistillOptions.of(given))
     elif options.command == "latents":
         from tuning.distillation.latents_command import LatentsOptions
         from tuning.distillation.latents_command import run as encode

@@ -16,6 +16,7 @@ import runtime
 from benchmarks.machine import write_results
 from benchmarks.quality.table import show
 from engines.errors import UserError
+from engines.support.extras import need
 from tuning.mini.reader_network import read_batch
 from tuning.mini.reader_rules import Seen, read
 from tuning.mini.reader_score import judge, shares
@@ -112,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     args = _arguments(argv)
     try:
+        need("scipy", "reading the pictures")
         rows = _run(args)
     except UserError as error:
         print(f"error: {error.line}", file=sys.stderr)

@@ -31,6 +31,7 @@ from benchmarks.quality.grid import draw
 from benchmarks.quality.plans_plot import front, plot
 from engines import UserError
 from engines.support.cli import run_command
+from engines.support.extras import need
 from engines.support.files import write_text
 from runtime.report.cost import macs_of
 from tuning.mini.scenes import held_back_prompts
@@ -165,6 +166,8 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Measure every plan; raises UserError where the bundle is missing or cannot run one."""
     options = _arguments(arguments)
+    need("scipy", "reading the pictures")  # before anything is measured
+    need("matplotlib", "the plot")
     pipeline = runtime.load(options.bundle)
     for plan in PLANS:  # refused now rather than after an hour; this loads the bundles to switch to
         pipeline.schedule(runtime.find_plan(plan), [1000 * (1 - step / options.steps) for step in range(options.steps)])

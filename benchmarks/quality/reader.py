@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks.machine import write_results
 from benchmarks.quality.table import show
+from engines.errors import UserError
+from engines.support.extras import need
 from tuning.mini.autoencoder import reconstruct
 from tuning.mini.data import batch, to_bytes
 from tuning.mini.reader_network import IGNORED, ReaderNetwork, labels, load, read_batch, save
@@ -82,6 +84,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="pictures to check on (default: 1000)")
     parser.add_argument("--model", type=Path, default=Path("models/mini"), help="whose autoencoder to check with")
     args = parser.parse_args(argv)
+    try:
+        need("scipy", "drawing and reading pictures")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if args.action == "train":
         started = time.process_time()
         save(train(args.steps))

@@ -26,6 +26,7 @@ from benchmarks.quality.grid import PROMPTS, draw
 from benchmarks.quality.variants_page import BEFORE, markdown, measured_before, page
 from engines import Bundle, make_engine
 from engines.support.cli import run_command
+from engines.support.extras import need
 from exporter import BuildOptions, build
 from tuning.checkpoints.folder import save_part
 from tuning.mini.data import to_tensor
@@ -153,6 +154,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--pictures", type=Path, default=Path("docs/variants.png"))
     parser.add_argument("--page", action="store_true", help="measure nothing: write --table from what --out holds")
     options = parser.parse_args(arguments)
+    if not options.page:  # before anything is measured
+        need("scipy", "reading the pictures")
+        need("matplotlib", "the page's pictures")
     result = measured_before(options.out) if options.page else _measure(options)
     options.table.parent.mkdir(parents=True, exist_ok=True)
     options.table.write_text(page(result))

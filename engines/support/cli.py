@@ -3,23 +3,30 @@
 import argparse
 import errno
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from engines.errors import UserError, in_one_line
+from engines.support.version import our_version
 
-__all__ = ["Parser", "parse_size", "quiet_libraries", "run_command"]
+__all__ = ["Parser", "parse_size", "quiet_libraries", "resumable", "run_command"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 _MOST_SHOWN = 300
 """Characters of an argument that a message shows."""
 
-_KEPT = "nothing half-written was kept; the same command resumes from what was finished"
+_KEPT = "nothing half-written was kept"
+_RESUMES = "the same command resumes from what was finished"
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
+
+    def add_version(self) -> None:
+        """Take ``--version``, which prints this project's."""
+        self.add_argument("--version", action="version", version=f"unet-heirloom {our_version()}")
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -61,27 +68,41 @@ def quiet_libraries() -> None:
         logging.disable_progress_bar()
 
 
-def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Run a command's main function on the arguments given and exit.
+@contextmanager
+def resumable() -> Iterator[None]:
+    """What is stopped inside by the user or by the system is said to be resumed by the same command."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        error.add_note(_RESUMES)
+        raise
+
+
+def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command's main function on the arguments given, or else the process', and exit.
 
     Exit codes: 0, 1 where the command itself says so, 2 for a user's mistake, a full disk or a path that cannot be written,
     130 when interrupted.
     """
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"error: {error.line}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno in _FULL:
-            message = f"the disk is full ({error}); {_KEPT}, once there is space"
+            message = f"the disk is full ({error}); {_kept(error)}; make space first"
         elif error.errno is not None and error.filename is not None:  # a file or folder is at fault, not this program
             message = f"{error.filename} cannot be read or written ({error.strerror}); choose another path"
         else:
             raise
         print(f"error: {in_one_line(message)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"interrupted; {_KEPT}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted; {_kept(error)}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _kept(error: BaseException) -> str:
+    return "; ".join([_KEPT, *getattr(error, "__notes__", [])])

@@ -12,6 +12,7 @@ from rich.table import Table
 from engines import DTYPES
 from engines.bundle.names import BRANCH, NOISE, TEXT
 from engines.bundle.shapes import resolve
+from engines.support.extras import need
 from runtime.errors import RequestError
 from runtime.execution.executor import LoadedBundle
 from runtime.execution.swapping import Swapper
@@ -119,10 +120,9 @@ def plot(schedule: Schedule, path: Path) -> None:
     Raises:
         RequestError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise RequestError(f"--plot needs matplotlib ({error}); install it with: pip install matplotlib") from error
+    need("matplotlib", "--plot", error=RequestError)
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot
     from matplotlib.colors import ListedColormap

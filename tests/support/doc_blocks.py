@@ -28,6 +28,8 @@ from typing import Any, NoReturn
 
 import pytest
 
+from unet_heirloom.__main__ import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = {"bash", "bash dry-run", "python", "python dry-run", "json", "text"}
 _NOT_IN_A_CLONE = {".git", ".venv", "bundles", "runs", "build", "dist"}
@@ -108,6 +110,9 @@ class Reader:
         words = shlex.split(text)
         if words[:2] == ["python", "-m"] and words[2] != "pip":
             self._module(words[2], words[3:], dry=dry)
+        elif words[0] == "unet-heirloom":
+            assert words[1] in COMMANDS
+            self._module("unet_heirloom", words[1:], dry=dry)
         elif words[0] == "python":
             self._script(Path(words[1]), words[2:])
         elif words[0] == "make":
@@ -124,6 +129,9 @@ class Reader:
     def _module(self, module: str, arguments: list[str], *, dry: bool) -> None:
         if importlib.util.find_spec(module) is None:
             raise AssertionError(f"no module {module}")
+        if dry and module == "unet_heirloom":
+            name, *rest = arguments
+            module, arguments = COMMANDS[name].module.removesuffix(".__main__"), [*(() if name == "run" else (name,)), *rest]
         if dry:
             self._parse(module, arguments)
             return

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["MINI", "RANDOM", "RANDOM_CONFIGS", "UNetSource", "check_apart", "find_source", "open_unet", "place_of", "random_unet"]
 
-_MODELS = Path(__file__).resolve().parents[2] / "models"
+_PACKAGE = Path(__file__).resolve().parents[1]
+_MODELS = next((found for found in [_PACKAGE / "models"] if found.is_dir()), _PACKAGE.parent / "models")
+"""Inside of the installed package (see setup.py), or else the repository's."""
 MINI = _MODELS / "mini"
 RANDOM = "random:"
 """Prefix of the names of sources with random weights."""

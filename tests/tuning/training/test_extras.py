@@ -9,7 +9,8 @@ import pytest
 
 from tuning import TuningError
 from tuning.__main__ import main
-from tuning.training.extras import INSTALL
+
+INSTALL = 'pip install --constraint constraints.txt --editable ".[{}]"'
 
 
 @pytest.mark.parametrize(
@@ -33,12 +34,14 @@ def test_a_missing_package_is_named_with_its_command(
     out = tmp_path / "out"
     with pytest.raises(TuningError, match=f"needs {package}; install it") as caught:
         main(command.format(out=out, model=small_model, pictures=pictures).split())
-    assert str(caught.value).endswith(INSTALL)
+    extra = "train" if package == "datasets" else "plots"
+    assert str(caught.value).endswith(INSTALL.format(extra))
     assert not out.exists()
     extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert any(line.startswith(package) for line in extras["train"])
+    assert any(line.startswith(package) for line in extras[extra])
+    assert "unet-heirloom[plots]" in extras["train"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tuning.md"])
-def test_pages_show_that_command(page: str) -> None:
-    assert f"\n{INSTALL}\n" in Path(page).read_text()
+@pytest.mark.parametrize(("page", "extra"), [("README.md", "train"), ("README.md", "plots"), ("docs/tuning.md", "train")])
+def test_pages_show_that_command(page: str, extra: str) -> None:
+    assert f"\n{INSTALL.format(extra)}" in Path(page).read_text()
