@@ -15,7 +15,7 @@ class TimingCache:
     The library checks what it is given: what is damaged, or of another card or version, counts as empty.
 
     Args:
-        place: of the file; its name has the version of TensorRT and the card.
+        place: the file's path; its name has the version of TensorRT and the card.
     """
 
     def __init__(self, place: Path) -> None:

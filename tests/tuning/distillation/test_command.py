@@ -200,7 +200,7 @@ def test_a_finished_run_says_its_figures_once(given: list[str], tmp_path: Path) 
     ("spoil", "says"),
     [
         (lambda state: state | {"optimizer": [1, 2]}, "checkpoint.pt is no checkpoint of this distill"),
-        (lambda state: state | {"counters": state["counters"] | {"step": "2"}}, "counters that are none"),
+        (lambda state: state | {"counters": state["counters"] | {"step": "2"}}, "counters that are not valid"),
         (lambda state: state | {"counters": state["counters"] | {"progress": "half"}}, "checkpoint.pt is no checkpoint"),
         (lambda state: state | {"counters": [1]}, "checkpoint.pt is no checkpoint"),
         (lambda state: [state], "checkpoint.pt is no checkpoint"),
@@ -368,7 +368,7 @@ def test_mistakes_are_one_line(given: list[str], small_model: Path, latents: Pat
         ("--data nowhere --steps 1", "nowhere: no such folder"),
         (f"--prompts {tmp_path / 'blank.txt'} --steps 1", "is empty; write a prompt"),
         ("", "needs a bound"),
-        ("--steps 0", "got '0', wanted a whole number of at least 1"),
+        ("--steps 0", "got '0', expected a whole number of at least 1"),
         ("--steps 1 --lr nan", "got 'nan', wanted a number"),
         ("--steps 1 --ema 2", "--ema 2.0 is no share"),
         ("--steps 1 --size 128", "leave --size out"),
