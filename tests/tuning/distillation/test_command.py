@@ -369,7 +369,7 @@ def test_mistakes_are_one_line(given: list[str], small_model: Path, latents: Pat
         (f"--prompts {tmp_path / 'blank.txt'} --steps 1", "is empty; write a prompt"),
         ("", "needs a bound"),
         ("--steps 0", "got '0', expected a whole number of at least 1"),
-        ("--steps 1 --lr nan", "got 'nan', wanted a number"),
+        ("--steps 1 --lr nan", "got 'nan', expected a number"),
         ("--steps 1 --ema 2", "--ema 2.0 is no share"),
         ("--steps 1 --size 128", "leave --size out"),
         (f"--out {small_model / 'unet'} --steps 1", "is where the teacher is read from"),
