@@ -148,7 +148,7 @@ def _function(target: str) -> Callable[..., Any]:
     packet = getattr(torch.ops.aten, found[1], None) if found else None
     function = getattr(packet, found[2], None) if found and isinstance(packet, torch._ops.OpOverloadPacket) else None
     if not isinstance(function, torch._ops.OpOverload) or function._schema.is_mutable:
-        raise ProgramError(f"operator {target[:80]!r} is none that may run; expected one of ATen that changes none of its inputs")
+        raise ProgramError(f"operator {target[:80]!r} is not allowed; expected one of ATen that changes none of its inputs")
     return function
 
 
@@ -175,7 +175,7 @@ def _value(argument: Mapping[str, Any], device: torch.device) -> Any:
         return torch.strided
     if kind == "as_device":
         return device
-    raise ProgramError(f"argument {kind} = {str(value)[:80]!r} is none that an operator may be given")
+    raise ProgramError(f"argument {kind} = {str(value)[:80]!r} is not allowed as an operator's argument")
 
 
 def _symbol(value: Mapping[str, Any]) -> Any:

@@ -1,8 +1,8 @@
 """Build a bundle: trace every segment, compile it for every engine, and name all of it in a manifest.
 
-A bundle is put in its place whole or not at all. A build that was stopped is resumed by the same command: finished pieces are
-kept under hashes of what they are made from (see ``exporter.segments.artifacts``), and other bundles that this machine has built
-hand on those that still hold.
+A bundle appears at its path whole or not at all. A build that was stopped is resumed by the same command: finished pieces are
+kept under hashes of what they are made from (see ``exporter.segments.artifacts``), and those of other bundles that
+this machine has built are reused where they are still valid.
 
 What is imported here is light, so that a bundle that is up to date is soon found to be: diffusers alone takes seconds.
 """
@@ -35,13 +35,13 @@ DIGESTS = ".digests.json"
 
 
 def build(options: BuildOptions, progress: Progress = lambda step: None) -> tuple[Bundle, bool]:
-    """Build a bundle, unless the one in its place was made from the very same things.
+    """Build a bundle, unless the one at its path was made from the very same things.
 
     Returns:
         The bundle, and whether it had to be built.
 
     Raises:
-        BuildError: something else is in its place, another build is at work there, or an option is not one of those allowed.
+        BuildError: something else is at its path, another build is at work there, or an option is not one of those allowed.
         SourceError: the weights cannot be found or read.
         EngineError: an engine is unknown, not installed, or refuses a segment or a target.
         PlanError: a plan to partition for is unknown or names a unit that the UNet does not have.
@@ -62,7 +62,7 @@ def build(options: BuildOptions, progress: Progress = lambda step: None) -> tupl
 
 
 def _existing(options: BuildOptions, key: str, digests: Digests) -> Bundle | None:
-    """The bundle in place, if it is whole and made from the same things; None if a new one may take the place."""
+    """The bundle at its path, if it is whole and made from the same things; None if a new one may replace it."""
     folder = options.folder
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
@@ -86,7 +86,7 @@ def _existing(options: BuildOptions, key: str, digests: Digests) -> Bundle | Non
 
 
 def _make(job: BuildJob, progress: Progress) -> None:
-    """Make a bundle, or what of it is missing, and put it in its place. Raises as ``build`` does."""
+    """Make a bundle, or its missing pieces, and move it to its path. Raises as ``build`` does."""
     from exporter.graph.segmentation import segments_of
     from exporter.segments.pool import write_all
 

@@ -118,8 +118,8 @@ def check_static(options: BuildOptions, engines: Sequence[Engine]) -> None:
         raise BuildError(f"sizes {sizes}: static engines are built for one size; name one, or leave --static out")
     if not any(engine.has_profile for engine in engines):
         raise BuildError(
-            f"static: engine {', '.join(options.engines)} is built for no sizes; add tensorrt or tensorrt-rtx with --engine, "
-            "or leave --static out"
+            f"static: engine {', '.join(options.engines)} is not built for given sizes; "
+            "add tensorrt or tensorrt-rtx with --engine, or leave --static out"
         )
 
 

@@ -45,7 +45,7 @@ def _parser(prog: str) -> Parser:
     parser.add_argument("--scheduler", default="dpm++", help="ddim, pndm, dpm++, euler or heun (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the bundle's, 7.5 or less)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
     parser.add_argument("--size", help="HEIGHTxWIDTH in pixels (default: the bundle's first size)")
     parser.add_argument("--image", type=Path, help="a picture to start from instead of noise")
     parser.add_argument(

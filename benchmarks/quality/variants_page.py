@@ -85,7 +85,7 @@ def _worse(rows: Mapping[str, Any]) -> list[str]:
     fewer = [f"`{name}` shows {_points(100 * (rows[name]['accuracy'] - before['accuracy']))}" for name, before in pairs]
     further = [f"{before['frechet']:.2f} in place of {rows[name]['frechet']:.2f}" for name, before in pairs]
     return [
-        "Pruned without distillation was to be visibly worse, or all this would say nothing:",
+        "Without distillation a pruned UNet has to be visibly worse, or these goals would prove nothing:",
         f"without it {' and '.join(fewer)} than with it, at Frechet distances of {' and '.join(further)}.",
     ]
 

@@ -83,16 +83,16 @@ def _check_texts(manifest: Manifest) -> None:
     }  # fmt: skip
     for field, found in texts.items():
         if len(found) > _MOST or not all(len(text) <= _LONGEST_TEXT and text.isprintable() for text in found):
-            raise ManifestError(f"{field} is no text of a line of at most {_LONGEST_TEXT} characters")
+            raise ManifestError(f"{field} is not one line of at most {_LONGEST_TEXT} characters")
 
 
 def _check_files(manifest: Manifest) -> None:
     known: dict[str, File] = {}
     for file in manifest.all_files:
         if not file.path.isprintable() or len(file.path) > _LONGEST_TEXT or file.path == "manifest.json":
-            raise ManifestError(f"path {_short(file.path)!r} is none that a file of a bundle may have")
+            raise ManifestError(f"path {_short(file.path)!r} is not allowed for a file of a bundle")
         if not _DIGEST.fullmatch(file.sha256) or not 0 <= file.bytes < 1 << 50:
-            raise ManifestError(f"the hash or size of {file.path} is none")
+            raise ManifestError(f"the hash or size of {file.path} is not valid")
         if known.setdefault(file.path, file) != file:
             raise ManifestError(f"{file.path} is listed twice, with different hashes or sizes")
     if len(known) > 16 * _MOST:
@@ -108,7 +108,7 @@ def _check_names(manifest: Manifest) -> None:
             if not _NAME.fullmatch(name):
                 raise ManifestError(f"{field} has the name {_short(name)!r}, expected letters, digits, dots, _ and -")
         if len(set(names)) < len(names):
-            raise ManifestError(f"{field} has two of the name {_twice(names)}")
+            raise ManifestError(f"{field} has the name {_twice(names)} twice")
 
 
 def _check_features(manifest: Manifest) -> None:
@@ -142,11 +142,11 @@ def _check_units(manifest: Manifest) -> None:
             if name in names and name not in made:
                 raise ManifestError(f"unit {unit.name} reads {name}, which no unit before it makes")
         if unit.name not in manifest.features:
-            raise ManifestError(f"unit {unit.name} makes no feature: features has none of its name")
+            raise ManifestError(f"unit {unit.name} makes no feature: features has no entry of its name")
         if unit.parameters < 0 or unit.macs < 0 or max(unit.parameters, unit.macs) >= 1 << 62:
-            raise ManifestError(f"unit {unit.name}: parameters or macs are no count")
+            raise ManifestError(f"unit {unit.name}: parameters or macs is not a valid count")
         if len(unit.inputs) > _MOST or len(unit.kind) > _LONGEST_TEXT or not unit.kind.isprintable():
-            raise ManifestError(f"unit {unit.name}: its kind or its inputs are none")
+            raise ManifestError(f"unit {unit.name}: its kind is not a short text of one line, or it has too many inputs")
         made.add(unit.name)
 
 
@@ -162,9 +162,9 @@ def _check_segments(manifest: Manifest) -> None:
         for field, known in (("units", units.keys()), ("inputs", manifest.features.keys()), ("outputs", set(segment.units))):
             for name in getattr(segment, field):
                 if name not in known:
-                    raise ManifestError(f"segment {segment.name}: {field} has {_short(name)!r}, which is not there")
+                    raise ManifestError(f"segment {segment.name}: {field} has {_short(name)!r}, which does not exist")
         if not segment.units or not segment.outputs or len({*segment.outputs}) < len(segment.outputs):
-            raise ManifestError(f"segment {segment.name} has no units, no outputs, or one twice")
+            raise ManifestError(f"segment {segment.name} has no units, no outputs, or an output twice")
         for name in segment.inputs:
             if name in units and name not in made:
                 raise ManifestError(f"segment {segment.name} reads {name}, which no segment before it makes")
@@ -188,7 +188,7 @@ def _check_engines(segment: Segment) -> None:
     for name, compiled in segment.engines.items():
         texts = (name, compiled.version, *compiled.targets)
         if len(texts) > _MOST or not all(text.isprintable() and len(text) <= _LONGEST_TEXT for text in texts):
-            raise ManifestError(f"segment {segment.name}: engines has what is no name, version or target")
+            raise ManifestError(f"segment {segment.name}: engines has a name, version or target that is not valid")
 
 
 def check_complete(manifest: Manifest) -> None:

@@ -117,7 +117,7 @@ class Bundle:
         return path
 
     def rebuild_command(self, engine: str = "onnxruntime") -> str:
-        """The command that builds the bundle again in its place, for an engine beside those that it has."""
+        """The command that builds the bundle again at its path, for an engine beside those that it has."""
         return f"{self.manifest.whole_build_command(engine)} --force --out {quote(str(self.folder))}"
 
     def check(self, digest: Digest = sha256) -> None:

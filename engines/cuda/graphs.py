@@ -83,17 +83,17 @@ class Recorder(ABC):
         return recording
 
     def wait(self) -> None:  # noqa: B027 - where replays are done at once there is nothing to wait for
-        """Wait until no replay is under way: what one reads and writes may be let go then."""
+        """Wait until no replay is under way: what one reads and writes may be freed then."""
 
     def forget(self) -> None:  # noqa: B027 - most have nothing to forget
-        """All recordings have been let go; called before there is another."""
+        """All recordings have been freed; called before there is another."""
 
 
 class CudaRecorder(Recorder):
     """Records CUDA graphs, on a stream of their own.
 
     Graphs that share a pool of memory may only be replayed in the order of their capture if what one made is to survive another:
-    the memory that the first let go within itself is the next one's to write its outputs to. The order of steps is the plan's, so
+    the memory that the first freed within itself is the next one's to write its outputs to. The order of steps is the plan's, so
     a graph whose outputs last has a pool to itself, and the others share one.
     """
 

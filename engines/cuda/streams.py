@@ -14,7 +14,7 @@ __all__ = ["CallStreams"]
 class CallStreams:
     """As many streams as there are calls at once; one that is free is taken again, for engines keep something for each.
 
-    PyTorch gives memory that was let go to the next work on the stream that it was made on, which must not be another call's:
+    PyTorch gives freed memory to the next work on the stream that it was made on, which must not be another call's:
     the first call's last read may have been put on a third stream in between.
 
     Args:
@@ -58,7 +58,7 @@ class CallStreams:
         return nullcontext() if stream is None else on_stream(stream)
 
     def hand_over(self, tensor: torch.Tensor) -> torch.Tensor:
-        """To be called inside ``one``: the tensor may be read on the default stream after the block, where it is let go, too."""
+        """To be called inside ``one``: the tensor may be read on the default stream after the block, where it is freed, too."""
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.default_stream(tensor.device))
         return tensor

@@ -63,12 +63,12 @@ class OnnxRuntime(Engine):
         self.device = torch.device(device or ("cuda" if cuda else "cpu"))
         if self.device.type == "cuda" and not cuda:
             raise EngineError(
-                "engine onnxruntime cannot run on cuda here: that takes the package onnxruntime-gpu, a PyTorch built "
+                "engine onnxruntime cannot run on cuda here: that needs the package onnxruntime-gpu, a PyTorch built "
                 "for CUDA and an NVIDIA GPU; install them, or leave the device out to run on the CPU"
             )
         if tensorrt and (self.device.type != "cuda" or _TENSORRT not in offered):
             raise EngineError(
-                "engine onnxruntime cannot leave anything to TensorRT here: that takes CUDA and a package onnxruntime-gpu with "
+                "engine onnxruntime cannot leave anything to TensorRT here: that needs CUDA and a package onnxruntime-gpu with "
                 f"{_TENSORRT} (it has: {', '.join(offered)}); leave tensorrt out, or choose engine tensorrt"
             )
         if self.device.type == "cpu":

@@ -40,7 +40,7 @@ class RuntimeCache:
         self._grown = True
 
     def store(self) -> None:
-        """Write the cache, if it has grown, at the first place that can be written."""
+        """Write the cache, if it has grown, to the first of its paths that can be written."""
         with self._lock:
             if not self._grown:
                 return

@@ -82,7 +82,7 @@ def read_kernels(messages: Iterable[str]) -> CompiledKernels:
             listed = True
             kernels += [kernel for line in message.splitlines() if (kernel := _read_line(line.strip())) is not None]
     if not listed:
-        raise ValueError("the compiler logged no list of kernels; it takes a logger of every severity and detailed profiling")
+        raise ValueError("the compiler logged no list of kernels; it needs a logger of every severity and detailed profiling")
     return CompiledKernels(tuple(kernels), scratch)
 
 

@@ -15,11 +15,11 @@ class TimingCache:
     The library checks what it is given: what is damaged, or of another card or version, counts as empty.
 
     Args:
-        place: of the file; its name has the version of TensorRT and the card.
+        place: the file's path; its name has the version of TensorRT and the card.
     """
 
     def __init__(self, place: Path) -> None:
-        self._workspace_for = place
+        self._path = place
 
     def attach(self, config: Any) -> Any:
         """Let a builder's configuration use the cache as it is on disk; returns it, to be kept until the engine is built."""
@@ -37,10 +37,10 @@ class TimingCache:
         if others is not None:
             cache.combine(others, ignore_mismatch=False)
         with contextlib.suppress(OSError):
-            write_bytes(self._workspace_for, bytes(cache.serialize()))
+            write_bytes(self._path, bytes(cache.serialize()))
 
     def _read(self) -> bytes:
         try:
-            return self._workspace_for.read_bytes()
+            return self._path.read_bytes()
         except OSError:
             return b""

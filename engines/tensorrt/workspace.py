@@ -17,7 +17,7 @@ __all__ = ["StreamWorkspace", "Workspace"]
 class Workspace:
     """One block of device memory for each stream, as large as the greatest need of any engine.
 
-    A block that became too small is let go here; a context that was recorded with it keeps it.
+    A block that became too small is freed here; a context that was recorded with it keeps it.
     """
 
     def __init__(self, device: torch.device) -> None:

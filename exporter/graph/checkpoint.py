@@ -35,7 +35,7 @@ VARIANTS = tuple(tuning.RECIPES)
 class Checkpoint:
     """A Stable Diffusion checkpoint with one UNet for each variant. Weights are read when they are taken.
 
-    ``own_unet`` is the folder of a UNet that takes the place of the checkpoint's. Parts are ``unet``, ``vae``, ``text_encoder``.
+    ``own_unet`` is the folder of a UNet that replaces the checkpoint's. Parts are ``unet``, ``vae``, ``text_encoder``.
     """
 
     source: Source

@@ -137,8 +137,8 @@ def _inheriting_at_once(plan: Plan) -> list[tuple[tuple[int, ...], tuple[int, ..
         held = [rules for rules in alike.values() if plan.rules[rules[0]].start <= start < plan.rules[rules[0]].stop]
         if len(held) > _MOST_AT_ONCE:
             raise PlanError(
-                f"plan {plan.name}: rules has {len(held)} that hold at {start:g} of the schedule with key steps of their own, "
-                f"and a bundle can be partitioned for up to {_MOST_AT_ONCE}; give some the same when, start and stop"
+                f"plan {plan.name}: {len(held)} rules with key steps of their own hold at {start:g} of the schedule, "
+                f"and a bundle can be partitioned for at most {_MOST_AT_ONCE}; give some the same when, start and stop"
             )
         for count in range(1, len(held) + 1):
             found |= dict.fromkeys((tuple(chain(*held)), tuple(chain(*chosen))) for chosen in combinations(held, count))

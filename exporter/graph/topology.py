@@ -39,7 +39,7 @@ def check_family(unet: "UNet2DConditionModel") -> None:
         or unet.config.resnet_out_scale_factor != 1
         or unet.config.mid_block_scale_factor != 1
     ):
-        raise SourceError("UNet configuration scales its ResNets otherwise than the Stable Diffusion 1.x/2.x family does")
+        raise SourceError("UNet configuration scales its ResNets unlike the Stable Diffusion 1.x/2.x family")
     blocks = [*unet.down_blocks, *unet.up_blocks] + ([unet.mid_block] if unet.mid_block is not None else [])
     for block in blocks:
         if type(block).__name__ not in _BLOCKS:

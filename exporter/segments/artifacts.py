@@ -101,7 +101,7 @@ class Artifacts:
 def working_on(folder: Path) -> Iterator[Artifacts]:
     """The pieces that are to become a bundle at ``folder``, in a hidden folder beside it.
 
-    At the end they take the bundle's place. Where the work breaks off they stay, if any is finished, for the next build.
+    At the end they become the bundle. If the work stops before that, finished ones stay for the next build.
 
     Raises:
         BuildError: another build is at work there.
@@ -148,7 +148,7 @@ def _recover(place: Path, folder: Path) -> None:
 
 
 def _is_in_place(place: Path, folder: Path) -> bool:
-    """Whether the bundle that was built in ``place`` is the one at ``folder``."""
+    """Whether the bundle that was built in the hidden folder ``place`` is the one at ``folder``."""
     whole = place / _WHOLE
     return whole.is_file() and whole.read_text("utf-8") == _manifest_hash(folder) != ""
 
@@ -161,7 +161,7 @@ def _manifest_hash(folder: Path) -> str:
 
 @contextmanager
 def _lock(place: Path, folder: Path) -> Iterator[None]:
-    """Nobody else works in ``place``; a lock goes with its process, however that ends."""
+    """Lock the hidden folder ``place``; the lock ends with its process, however that ends."""
     lock = FileLock(place / "lock")
     try:
         lock.acquire(timeout=0)

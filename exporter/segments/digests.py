@@ -19,7 +19,7 @@ _SETTLED = 50_000_000
 class Digests:
     """SHA-256 of files by path; called with a path, it reads the file only if it is another than the one it remembers.
 
-    Files under ``root`` are remembered by their place in it, so that the folder may be moved.
+    Files under ``root`` are remembered by their path relative to it, so that the folder may be moved.
     """
 
     def __init__(self, root: Path, known: Mapping[str, list[object]] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Runs a schedule's steps on loaded segments. What runs is decided by ``demand``; what is inherited is kept here.
 
 A step starts from the noise prediction and asks backwards. What later steps inherit is kept as the engine wrote it, without a
-copy; what nobody will read any more is let go at once.
+copy; what nobody will read any more is freed at once.
 """
 
 import weakref
@@ -112,7 +112,7 @@ class Executor:
         start = _Start(self._schedule.resolve(index)) if threshold is None else self._probe(index, threshold, given)
         step, made = start.step, start.made
         network, subgraph = self._network(step.unet), self._schedule.subgraph(step, frozenset(made))
-        # What this step refreshes is let go first, so that old and new are never held together.
+        # What this step refreshes is freed first, so that old and new are never held together.
         for name in step.keep.intersection(self._cache):
             del self._cache[name]
         result = network.run(subgraph, self._with_cached(given, subgraph.cached_inputs), made)
@@ -134,7 +134,7 @@ class Executor:
         return result[NOISE], record
 
     def _probe(self, index: int, threshold: Threshold, given: Mapping[str, Tensor]) -> _Start:
-        """Compute an adaptive rule's feature and compare it with the last key step's; the step goes on from it.
+        """Compute an adaptive rule's feature and compare it with the last key step's; the step continues from it.
 
         While the answer is on its way from the device, what runs whatever it is has been started.
         """

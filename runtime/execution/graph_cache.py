@@ -1,7 +1,8 @@
 """Each kind of step recorded once on the GPU and replayed: what is left of a step on the host is a copy of its inputs.
 
-A recording belongs to the UNet, the segments that run, what is wanted of them, the shapes of the step's own inputs and the places
-of inherited features. Its outputs stay where they are: what a key step's recording writes, an inherit step's reads, uncopied.
+A recording belongs to the UNet, the segments that run, what is wanted of them, the shapes of the step's own inputs and the
+addresses of inherited features. Its outputs stay where they are: an inherit step's recording reads what a key step's wrote,
+uncopied.
 """
 
 import threading
@@ -82,7 +83,7 @@ class CudaGraphCache:
         """``work`` on the inputs, replayed from the second time on.
 
         Args:
-            kind: tells apart all that is done here to inputs of the same names, shapes and places.
+            kind: tells apart all that is done here to inputs of the same names, shapes and addresses.
             inputs: by name; those that are not a step's own must be outputs of earlier recordings.
             work: makes the outputs from the inputs; all that it reads must be among them.
             transient: whether the caller is done with the outputs before anything else is replayed.

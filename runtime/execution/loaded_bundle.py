@@ -43,8 +43,8 @@ class LoadedBundle:
     def run(self, subgraph: Subgraph, given: Mapping[str, Tensor], made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Run a subgraph on the ``given`` features; returns the wanted ones.
 
-        What is given is never replaced. What is ``made`` already is let go, as are the features that are made here, when nobody
-        will read it any more.
+        What is given is never replaced. What is ``made`` already, and the features made here, are freed once nobody will read
+        them any more.
         """
         made = {} if made is None else made
         for segment, freed in zip(subgraph.segments, subgraph.frees, strict=True):

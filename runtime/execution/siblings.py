@@ -27,7 +27,7 @@ def find_sibling(bundle: Bundle, variant: str, plan: Plan, timesteps: Sequence[f
     Raises:
         SiblingError: there is none that can take turns with the bundle on the same latents and text.
     """
-    source, folder = bundle.manifest.source, bundle.folder.parent
+    source = bundle.manifest.source
     if variant == bundle.manifest.variant:
         return bundle
     found = [other for other in _beside(bundle) if (other.manifest.variant, other.manifest.source) == (variant, source)]
@@ -36,8 +36,7 @@ def find_sibling(bundle: Bundle, variant: str, plan: Plan, timesteps: Sequence[f
         return next((other for other in alike if _can_run(plan, other.manifest, timesteps)), alike[0])
     unlike = "".join(f"; {other.folder} cannot take turns with it: {_difference(bundle, other)}" for other in found)
     raise SiblingError(
-        f"the plan runs the UNet {variant!r}, and no bundle in {folder} has it for source {source}, beside {bundle.folder.name}"
-        f"{unlike}",
+        f"the plan runs the UNet {variant!r} of source {source}, and no bundle beside {bundle.folder} has it{unlike}",
         variant,
     )
 

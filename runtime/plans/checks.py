@@ -65,8 +65,8 @@ def _check_decided_first(schedule: Schedule, index: int) -> None:
     for feature, reader in _inherited_reads(schedule, less.unet, less.wanted, less.inherited):
         if feature in decided and reader in early:
             raise PartitionError(
-                f"plan {schedule.plan.name} compares {threshold.feature}, but this bundle makes {reader}, from {feature} "
-                f"that may be inherited, in one segment with what that takes ({early[reader]})",
+                f"plan {schedule.plan.name} compares {threshold.feature} before it decides whether to inherit {feature}, but "
+                f"in this bundle segment {early[reader]}, which must run for that, already computes {reader} from {feature}",
                 less.unet,
             )
 

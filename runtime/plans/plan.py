@@ -123,7 +123,7 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
                 )
         self._check_unets()
         if sum(isinstance(rule.when, Threshold) for rule in self.rules) > 1:
-            raise PlanError(f"plan {self.name}: rules has two of mode threshold; a plan can have one")
+            raise PlanError(f"plan {self.name}: two rules have mode threshold; a plan can have only one")
         return self
 
     def _check_unets(self) -> None:
@@ -190,7 +190,7 @@ def inherited_features(plan: Plan, units: Sequence[str], unet: str = "") -> list
     for number, rule in enumerate(plan.rules):
         features = _named(rule, units, f"{plan_and_unet}: rules.{number}") - taken
         if not features:
-            raise PlanError(f"{plan_and_unet}: rules.{number} names no unit that a rule before it does not inherit already")
+            raise PlanError(f"{plan_and_unet}: rules.{number} inherits nothing: rules before it inherit all that it names")
         found.append(features)
         taken |= features
     return found

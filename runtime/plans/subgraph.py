@@ -49,7 +49,7 @@ def subgraph_for(
         wanted: names of features.
         given: features that need not be computed because the caller has it; graph inputs need not be listed.
         inherited: features that come from an earlier step.
-        made: features that this step has made already, to be let go once they are read.
+        made: features that this step has made already, to be freed once they are read.
     """
     segments = tuple(demand(manifest.segments, wanted, given | inherited | made))
     read = {name for segment in segments for name in segment.inputs} | wanted

@@ -62,7 +62,7 @@ def peak_bytes(schedule: Schedule, sizes: Mapping[str, int]) -> int:
         decisions = [schedule.resolve(index, changed) for changed in (False, True)]
         size = partial(feature_bytes, schedule.unets[decisions[0].unet], sizes=sizes)
         made, probed = _made_by_probe(schedule, index, size)
-        # What a step refreshes is let go as soon as the step is resolved.
+        # What a step refreshes is freed as soon as the step is resolved.
         held = [
             sum(cached[name] for name in cached.keys() - step.keep) + _subgraph_peak(schedule.subgraph(step, made), made, size)
             for step in decisions

@@ -51,7 +51,7 @@ def check_memory(manifest: Manifest, device: torch.device, sizes: Mapping[str, i
     if needed > have or pixels > MOST_PIXELS:
         raise RequestError(
             f"{_short(sizes['images'])} image(s) of {_short(sizes['height'] * scale)}x{_short(sizes['width'] * scale)} take "
-            f"{_short(needed // 2**30)} GiB at least, and {have // 2**30} GiB of memory are there; ask for fewer or smaller "
+            f"at least {_short(needed // 2**30)} GiB of memory, and there are {have // 2**30} GiB; ask for fewer or smaller "
             f"ones, of at most {MOST_PIXELS // 10**6} million pixels"
         )
 

@@ -149,14 +149,14 @@ REFUSED = {
     "tensor constant": (pickled_constant("tensor"), "is pickled, and no pickle is opened"),
     "object of TorchScript": (pickled_constant("custom_obj"), "is pickled, and no pickle is opened"),
     "opaque object": (pickled_constant("opaque_obj"), "is pickled, and no pickle is opened"),
-    "torch.load": (target("torch.load"), "operator 'torch.load' is none that may run"),
-    "a module of torch": (target("torch.os.system"), "operator 'torch.os.system' is none that may run"),
-    "an operator that writes": (target("torch.ops.aten.copy_.default"), "is none that may run"),
-    "a method of an operator": (target("torch.ops.aten.add.overloads"), "is none that may run"),
-    "another library's operator": (target("torch.ops.prim.device.default"), "is none that may run"),
-    "code": (target("__import__('os').system('true')"), "is none that may run"),
-    "a file's name": (argument(as_string="/etc/passwd"), "as_string = '/etc/passwd' is none that an operator may be given"),
-    "a graph": (argument(as_graph={"name": "g", "graph": {}}), "as_graph = .* is none that an operator may be given"),
+    "torch.load": (target("torch.load"), "operator 'torch.load' is not allowed"),
+    "a module of torch": (target("torch.os.system"), "operator 'torch.os.system' is not allowed"),
+    "an operator that writes": (target("torch.ops.aten.copy_.default"), "is not allowed"),
+    "a method of an operator": (target("torch.ops.aten.add.overloads"), "is not allowed"),
+    "another library's operator": (target("torch.ops.prim.device.default"), "is not allowed"),
+    "code": (target("__import__('os').system('true')"), "is not allowed"),
+    "a file's name": (argument(as_string="/etc/passwd"), "as_string = '/etc/passwd' is not allowed as an operator's argument"),
+    "a graph": (argument(as_graph={"name": "g", "graph": {}}), "as_graph = .* is not allowed as an operator's argument"),
 }
 
 

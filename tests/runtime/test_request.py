@@ -109,7 +109,7 @@ def null_pipeline(mini_bundle: Bundle) -> Pipeline:
     ids="+".join,
 )
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_made(null_pipeline: Pipeline, options: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match=r"take .* GiB at least, and \d+ GiB of memory are there; ask for fewer"):
+    with pytest.raises(RequestError, match=r"take at least .* GiB of memory, and there are \d+ GiB; ask for fewer"):
         null_pipeline.generate(**{"prompt": PROMPT, **options})
 
 

@@ -135,7 +135,7 @@ def test_a_file_that_is_too_much(bundle: Bundle, manifest: dict[str, Any], text:
         ({"vae_scale": 0}, "vae_scale is 0"),
         ({"text_length": 10**9}, "text_length is 1000000000, expected 1 to 4096"),
         ({"guidance_scale": 1e300}, "guidance_scale is 1e"),
-        ({"source": "a\nb"}, "source is no text of a line"),
+        ({"source": "a\nb"}, "source is not one line"),
         ({"units": "drop"}, "unit time is in no segment|is not there|reads"),
         ({"segments": "drop"}, "is in no segment"),
         ({"segments": "turn"}, "before it makes"),

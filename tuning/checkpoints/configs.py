@@ -165,6 +165,6 @@ def check_channels(name: str, unet: Any, latent: int) -> None:
     if (unet.in_channels, unet.out_channels) != (latent, latent):
         raise TuningError(
             f"source {name}: its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, and latents have "
-            f"{latent}; a UNet that is given more than latents, as for inpainting, is not what this is for: give one for text "
+            f"{latent}; a UNet that reads more than latents, such as one for inpainting, is not supported: give one for text "
             "to image, with the VAE it was trained with"
         )

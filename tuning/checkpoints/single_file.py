@@ -27,7 +27,7 @@ def check_single_file(path: Path) -> None:
     """Raise TuningError unless the file is a safetensors file that has a UNet in CompVis' layout."""
     names = mmap_safetensors(path)
     if any(name.startswith("conditioner.") for name in names):
-        raise TuningError(f"source {path} is a checkpoint of SDXL; Stable Diffusion 1.x and 2.x are what this is for")
+        raise TuningError(f"source {path} is a checkpoint of SDXL; only Stable Diffusion 1.x and 2.x are supported")
     if not any(name.startswith(_PREFIX["unet"]) for name in names):
         raise TuningError(f"source {path} is no checkpoint in CompVis' layout ({_what_else(names)}")
 

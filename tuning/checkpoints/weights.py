@@ -39,7 +39,7 @@ Part = TypeVar("Part", bound=nn.Module)
 
 
 class Weights(ABC):
-    """The weights of one part. ``shapes`` are those that its module has; ``where`` is what errors call their place."""
+    """The weights of one part. ``shapes`` are those that its module has; ``where`` names their source in errors."""
 
     def __init__(self, where: str, shapes: Mapping[str, Size]) -> None:
         self.where = where

@@ -108,7 +108,7 @@ def number(kind: type, least: float) -> Callable[[str], Any]:
             value = None
         if value is None or not least <= value < float("inf"):
             noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {noun} of at least {least}")
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {noun} of at least {least}")
         return value
 
     return read
@@ -131,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bound.add_argument(
         "--pause-at",
         type=whole,
-        help="leave at this step of a portion (of the run, if there is one); without it the same command resumes",
+        help="stop for now at this step of each portion (or of the run); the same command without it resumes",
     )
     group = parser.add_argument_group("training (defaults for --data mini / for other data)")
     for name, kind, words in (
@@ -152,16 +152,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     group.add_argument("--size", type=whole, help="pixels of the pictures' sides (default: the teacher's)")
     group.add_argument("--pool", type=whole, default=8192, help="--data mini: pictures rendered at a time (default: %(default)s)")
-    group.add_argument("--seed", type=number(int, 0), default=0, help="of data order and noise (default: %(default)s)")
-    look = parser.add_argument_group("looking on")
-    look.add_argument("--log-every", type=whole, default=20, help="steps between lines (default: %(default)s)")
-    look.add_argument("--validate-minutes", type=least, default=6.0, help="between validations (default: %(default)s)")
-    look.add_argument("--validate-every", type=whole, help="steps between them, in place of minutes")
-    look.add_argument("--validation", type=whole, default=512, help="examples held back for it, at most (default: %(default)s)")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="seed of data order and noise (default: %(default)s)")
+    look = parser.add_argument_group("monitoring")
+    look.add_argument("--log-every", type=whole, default=20, help="steps between lines of the log (default: %(default)s)")
+    look.add_argument("--validate-minutes", type=least, default=6.0, help="minutes between validations (default: %(default)s)")
+    look.add_argument("--validate-every", type=whole, help="steps between validations, in place of minutes")
+    look.add_argument(
+        "--validation", type=whole, default=512, help="examples held back to validate, at most (default: %(default)s)"
+    )
     look.add_argument("--sample-every", type=whole, help="steps between sample pictures (default: at every validation)")
-    look.add_argument("--prompts", type=Path, help="file with a prompt per line for them (default: some of the data's)")
-    look.add_argument("--save-minutes", type=least, default=2.0, help="between checkpoints (default: %(default)s)")
-    add("--precision", choices=("fp16", "fp32"), default="fp16", help="of the written student (default: %(default)s)")
+    look.add_argument("--prompts", type=Path, help="prompts of sample pictures, one per line (default: some of the data's)")
+    look.add_argument("--save-minutes", type=least, default=2.0, help="minutes between checkpoints (default: %(default)s)")
+    add("--precision", choices=("fp16", "fp32"), default="fp16", help="precision of the written student (default: %(default)s)")
 
 
 def remember(options: DistillOptions, run: Path, processes: int, *, write: bool) -> None:

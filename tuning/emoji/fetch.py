@@ -2,7 +2,7 @@
 
 Three folders come of it. `icons` holds the sets, which `python -m tuning.emoji.train` draws from. `pictures` holds drawings
 of the training pairs, and `held_back` plain ones of the pairs that training never sees, both with a metadata.jsonl of captions,
-the form that `python -m tuning distill --data` reads. What is there is kept: the same command goes on where it was stopped.
+the form that `python -m tuning distill --data` reads. What is there is kept: the same command resumes where it was stopped.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def _contents(one: IconSet, archive: Path) -> bytes:
     if found != one.sha256:
         raise TuningError(
             f"{one.package} {one.version} has the SHA-256 {found}, not {one.sha256}: nothing of it was kept; "
-            "see whether a registry between stands in the way, and try again"
+            "check which registry npm takes it from, and try again"
         )
     parts = {}
     with tarfile.open(archive) as tar:
@@ -144,12 +144,12 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m tuning.emoji.fetch", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="where the folders go (default: %(default)s)")
     parser.add_argument("--versions", type=int, default=2, help="drawings of each training pair (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that draw (default: one for each core)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes that draw (default: one a core)")
     parser.add_argument("--icons-only", action="store_true", help="download, but draw nothing")
     options = parser.parse_args(arguments)
     for name in ("versions", "processes"):
         if getattr(options, name) < 1:
-            raise TuningError(f"--{name} {getattr(options, name)} is none; give 1 or more")
+            raise TuningError(f"--{name} {getattr(options, name)} is too few; give 1 or more")
     return options
 
 

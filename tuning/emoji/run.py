@@ -59,7 +59,7 @@ class Rates:
 
 
 class Run:
-    """One stage: goes on from its checkpoint where there is one, until its seconds or its steps are used up.
+    """One stage: resumes from its checkpoint where there is one, until its seconds or its steps are used up.
 
     Seconds are those on the clock, over all the times that it was started. Raises TuningError for a damaged
     checkpoint.

@@ -27,7 +27,7 @@ def prompt_of(icon: Icon) -> str:
 
 
 def draw_pairs(model: Teacher, icons: Sequence[Icon], *, steps: int = 20, guidance: float = GUIDANCE, seed: int = 0) -> Tensor:
-    """Pictures (n, 3, h, w) in [-1, 1] of pairs; a part's noise follows from its place, so the order of pairs counts."""
+    """Pictures (n, 3, h, w) in [-1, 1] of pairs; a batch's noise follows from its position, so the order of pairs counts."""
     prompts = [prompt_of(icon) for icon in icons]
     parts = [
         sample(model.unet, model, prompts[at : at + _AT_A_TIME], steps=steps, guidance=guidance, seed=seed + at)

@@ -2,7 +2,7 @@
 
 Stages: `vae` (autoencoder, then whitened), `decoder` (its decoder alone), `unet` (UNet and text encoder on encoded drawings),
 `reader` (needs none of the others). Written for a GPU and some minutes; on a CPU the same takes hours. A stage that was stopped
-goes on from its checkpoint in OUT/checkpoints; more seconds train it longer. With --start it begins from another model.
+resumes from its checkpoint in OUT/checkpoints; more seconds train it longer. With --start it begins from another model.
 """
 
 import json
@@ -38,12 +38,12 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--icons", type=Path, default=Path("runs/emoji/icons"), help="the sets (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji/model"), help="the model folder (default: %(default)s)")
     parser.add_argument("--start", type=Path, help="a model folder to begin from, such as models/emoji")
-    parser.add_argument("--seconds", type=float, help=f"of each stage (default: {_SECONDS})")
-    parser.add_argument("--steps", type=int, help="of each stage, in place of seconds")
-    parser.add_argument("--batch", type=int, help=f"of each stage (default: {_BATCH})")
+    parser.add_argument("--seconds", type=float, help=f"training time of each stage (default: {_SECONDS})")
+    parser.add_argument("--steps", type=int, help="steps of each stage, in place of seconds")
+    parser.add_argument("--batch", type=int, help=f"batch size of each stage (default: {_BATCH})")
     parser.add_argument("--versions", type=int, default=16, help="drawings of a pair encoded at a time (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="of the UNet (default: %(default)s)")
-    parser.add_argument("--concepts", type=int, help="only so many, for trials")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of the UNet (default: %(default)s)")
+    parser.add_argument("--concepts", type=int, help="train on only this many concepts, for trials")
     options = parser.parse_args(arguments)
     for name in ("seconds", "steps", "batch", "versions", "lr", "concepts"):
         value = getattr(options, name)

@@ -77,7 +77,7 @@ def check_names(found: Sequence[Candidate], times: UnitTimes, source: str, timed
     missing = sorted(unit for candidate in found for unit in candidate.units if unit not in times.shares)
     if missing:
         raise TuningError(
-            f"{timed} has no {missing[0]}, which {source} has: times of one UNet hold for another of the same units"
+            f"{timed} has no {missing[0]}, which {source} has: a UNet's times hold only for one with the same units"
         )
 
 
@@ -122,7 +122,9 @@ def choose(
             options.append((max(now - error, NOTHING) / saved, len(options), candidate, now, units))
             tick(f"{len(chosen)} gone, {reached:.2f}x")
         if not options:
-            raise TuningError(f"speed-up {speedup:g}: all that can go makes the UNet {reached:.2f} times as fast; ask for less")
+            raise TuningError(
+                f"speed-up {speedup:g}: with all removals the UNet is only {reached:.2f} times as fast; ask for less"
+            )
         _, _, picked, error, gone = min(options, key=lambda option: option[:2])
         left = [candidate for candidate, *_ in fitting]  # what has gone stays away: what does not fit now never will
         taken, reached = (*taken, *picked.remove), 1 / (1 - _share(gone, times))

@@ -88,7 +88,7 @@ class State:
         except _DAMAGED as error:
             raise TuningError(
                 f"{path} is no checkpoint of this {self.name} ({_reason(error)}): delete it to start anew, "
-                "or choose another place"
+                "or choose another folder"
             ) from error
         self._cpu0, self._wall0 = self._cpu0 - self.cpu, self._wall0 - self.wall
 
@@ -107,7 +107,7 @@ def _counters(state: dict[str, Any]) -> dict[str, float]:
     """How far the run is, as a checkpoint says. Raises KeyError, TypeError or ValueError for anything but finite numbers."""
     counters = {name: state["counters"][name] for name in ("step", "progress", "cpu", "wall")}
     if type(counters["step"]) is not int or not all(math.isfinite(value) and value >= 0 for value in counters.values()):
-        raise ValueError(f"counters that are none: {counters}")
+        raise ValueError(f"counters that are not valid: {counters}")
     return counters
 
 

@@ -123,7 +123,7 @@ def test_rules_with_the_same_key_steps_count_as_one() -> None:
 
 
 def test_too_many_rules_that_may_inherit_at_once_are_refused() -> None:
-    with pytest.raises(PlanError, match=r"plan many: rules has 20 that hold at 0 of .* can be partitioned for up to 12; give"):
+    with pytest.raises(PlanError, match=r"plan many: 20 rules with .* hold at 0 of .* can be partitioned for at most 12; give"):
         partition(units_of("uneven"), None, [many_rules()])
 
 

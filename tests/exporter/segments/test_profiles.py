@@ -109,7 +109,7 @@ def test_a_static_build_is_of_one_image_where_nothing_is_said(
     ("options", "parts"),
     [
         (["--sizes", "16x16,32x32", "--engine", "tensorrt-rtx"], ["sizes 16x16, 32x32: static engines", "leave --static out"]),
-        ([], ["static: engine onnxruntime is built for no sizes; add tensorrt or tensorrt-rtx"]),
+        ([], ["static: engine onnxruntime is not built for given sizes; add tensorrt or tensorrt-rtx"]),
         (["--batch", "1..2", "--engine", "tensorrt-rtx"], ["batch '1..2' is no number; with --static write the number"]),
         (["--batch", "0", "--engine", "tensorrt-rtx"], ["batch 0: "]),
     ],

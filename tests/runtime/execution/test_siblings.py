@@ -28,7 +28,8 @@ def test_a_sibling_is_of_the_same_source_and_lies_beside(original: Path, assembl
 
 def test_a_sibling_that_is_missing_or_does_not_fit(original: Path) -> None:
     bundle = Bundle.open(original)
-    with pytest.raises(SiblingError, match=r"runs the UNet 'assembled', and no bundle .* beside original$") as refusal:
+    message = r"runs the UNet 'assembled' of source .*, and no bundle beside .*original has it$"
+    with pytest.raises(SiblingError, match=message) as refusal:
         find_sibling(bundle, "assembled", SWITCH, TIMESTEPS)
     assert refusal.value.variant == "assembled"
     written_manifest(bundle.manifest, original.parent / "assembled", variant="assembled", latent_channels=8)

@@ -226,7 +226,7 @@ def test_what_decides_is_not_made_in_one_segment_with_what_reads_the_rules_featu
     units = [Unit(name=name, kind="unit", inputs=inputs) for name, inputs in reads.items()]
     plan = Plan(name="p", rules=(Rule(units=("a",), when=Threshold(above=0.1, feature="d")),))
     joined = make_manifest(units=tuple(units), segments=cut(units, [units[:2], units[2:4], units[4:]]))
-    message = r"plan p compares d, but this bundle makes c, from a that may be inherited, in one segment .*\(s1\)"
+    message = r"plan p compares d before it decides whether to inherit a, but in this bundle segment s1, .* computes c from a"
     with pytest.raises(PlanError, match=message):
         check_runs(Schedule(plan, {"one": joined}, [900.0, 600.0]))
     apart = make_manifest(units=tuple(units), segments=cut(units, [units[:2], units[2:3], units[3:4], units[4:]]))

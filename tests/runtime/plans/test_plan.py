@@ -230,7 +230,7 @@ def test_messages_number_the_rule() -> None:
         (Rule(units=("up.7",), when=Uniform(every=2)), "rules.1.units names 'up.7'"),
         (Rule(units=("up.1",), when=Explicit(steps=(1,))), "rules.1.when leaves out step 0"),
         (Rule(units=("up.1",), when=Explicit(steps=(0, 9))), "rules.1.when.steps names step 9"),
-        (Rule(units=("up.0",), when=Uniform(every=3)), "rules.1 names no unit that a rule before it does not inherit already"),
+        (Rule(units=("up.0",), when=Uniform(every=3)), "rules.1 inherits nothing: rules before it inherit all that it names"),
     ):
         with pytest.raises(PlanError, match=message):
             laid_out(Plan(name="two", rules=(fine, second)))

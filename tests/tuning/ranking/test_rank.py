@@ -153,7 +153,7 @@ def test_errors_are_measured_anew_after_each_removal(two_stages: UNet2DCondition
 
 def test_a_speed_up_out_of_reach(two_stages: UNet2DConditionModel) -> None:
     found, errors = candidates(two_stages)[:2], Errors(two_stages, points(two_stages))
-    with pytest.raises(TuningError, match=r"speed-up 9: all that can go makes the UNet 1\.\d+ times as fast; ask for less"):
+    with pytest.raises(TuningError, match=r"speed-up 9: with all removals the UNet is only 1\.\d+ times as fast; ask for less"):
         choose(two_stages, found, errors, times(two_stages), 9)
 
 
@@ -236,10 +236,10 @@ def test_a_checkpoint_whose_parts_do_not_fit(run: Command, tmp_path: Path) -> No
     other = save_source(tmp_path / "other", unet_of("two stages", cross_attention_dim=24))
     unlike = save_source(tmp_path / "unlike", latent_channels=8)
     for source, says in (
-        (inpainting, "its UNet takes 9 channels and gives 4, and latents have 4; a UNet that is given more than latents"),
+        (inpainting, "its UNet takes 9 channels and gives 4, and latents have 4; a UNet that reads more than latents"),
         (
             inpainting / "unet",
-            "its UNet takes 9 channels and gives 4, and latents have 4; a UNet that is given more than latents",
+            "its UNet takes 9 channels and gives 4, and latents have 4; a UNet that reads more than latents",
         ),
         (other, "its UNet reads text of width 24 and its text encoder writes 16; take both from the same checkpoint"),
         (unlike, "its UNet takes 4 channels and gives 4, and latents have 8"),
@@ -307,7 +307,7 @@ def test_a_source_that_is_only_a_unet_and_times_of_another(
     assert json.loads((tmp_path / "out" / "rank.json").read_text())["text"] == "random states"
     unet_of("no mid").save_pretrained(tmp_path / "other")
     other = ("--times", tmp_path / "other", "--out", tmp_path / "none")
-    assert_refused(run("rank", "--source", tmp_path / "unet", *other, *QUICK), "which", "has: times of one UNet hold")
+    assert_refused(run("rank", "--source", tmp_path / "unet", *other, *QUICK), "which", "has: a UNet's times hold")
     assert not (tmp_path / "none").exists()
 
 
