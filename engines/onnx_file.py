@@ -1,4 +1,4 @@
-"""What an ONNX file of a bundle may hold, found out before any library opens it.
+"""The bounds of what an ONNX file of a bundle may hold, checked before any library opens it.
 
 A segment is a list of operators that run once, one after the other, on weights of its own files. No build writes loops, branches
 and functions, which could run for ever, nor operators of ONNX Runtime's own that open other files (``EPContext``).
@@ -70,7 +70,7 @@ def _check_graph(model: Any) -> None:
 
 
 def _locations(message: Any) -> Iterator[str]:
-    """What any message inside this one names as a tensor's file."""
+    """The files that any message inside this one names for a tensor."""
     for field, value in message.ListFields():
         if field.name == "external_data":
             yield from (entry.value for entry in value if entry.key == "location")

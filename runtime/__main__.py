@@ -169,7 +169,7 @@ def _explain(pipeline: Pipeline, request: Request, options: Namespace, console: 
 
 
 def _explain_card(request: Request, options: Namespace, console: Console) -> None:
-    """What the plan could do on a card that is not here: from the manifests alone, nothing is loaded."""
+    """Print what the plan could do on a card that is not here: from the manifests alone, nothing is loaded."""
     card, pipeline = find_card(options.card), load(options.bundle, "null")
     prepared = pipeline.prepare(request)
     if options.plot:

@@ -13,7 +13,7 @@ _PROGRAM = "unet-heirloom"
 
 
 class Command(NamedTuple):
-    """What a command does, in words; the module whose ``main`` it is; and how that is called with the command's arguments."""
+    """A command: its purpose in words; the module whose ``main`` it is; and how that is called with the command's arguments."""
 
     summary: str
     module: str

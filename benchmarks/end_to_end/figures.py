@@ -1,4 +1,4 @@
-"""What the samples of a run say of each row."""
+"""Figures of each row, from the samples of a run."""
 
 import statistics
 from collections import defaultdict

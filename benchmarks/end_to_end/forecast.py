@@ -1,4 +1,4 @@
-"""What a run would do, before anything is built: its rows, what they take on disk, and about how long all of it takes."""
+"""A forecast of a run, before anything is built: its rows, what they take on disk, and about how long all of it takes."""
 
 import shutil
 import time

@@ -24,7 +24,7 @@ WARM_UP = -1
 
 
 class Log:
-    """What was found, one line of JSON each. Raises ValueError where the file is of a run with other settings."""
+    """The samples found so far, one line of JSON each. Raises ValueError where the file is of a run with other settings."""
 
     def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool) -> None:
         self._path = path

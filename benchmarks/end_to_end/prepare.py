@@ -1,4 +1,4 @@
-"""What a run needs before it measures: bundles, the pipeline's weights as peers read them, and environments for peers."""
+"""Preparations of a run: bundles, the pipeline's weights as peers read them, and environments for peers."""
 
 import subprocess
 import sys

@@ -31,7 +31,7 @@ COLUMNS = (
     "load s",
 )
 _SHORT = ("row", "engine", "s/picture", "times as fast", "dB")
-"""What an 80-column terminal shows."""
+"""Columns that fit a terminal of 80."""
 
 
 def _cells(figures: Figures) -> dict[str, str]:

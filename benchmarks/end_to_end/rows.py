@@ -12,7 +12,7 @@ __all__ = ["Row", "Settings", "bundle_folder", "chosen_peers", "rows_of"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how: the options of ``run_trt.py``. ``size`` is in pixels, None for the model's own."""
+    """The subject and the manner of the measuring: the options of ``run_trt.py``. ``size`` is in pixels, None for the model's own."""
 
     source: str
     variants: tuple[str, ...]

@@ -117,7 +117,7 @@ class _Run:
 
 
 def _known(row: Row, settings: Settings, bundles: dict[str, Bundle]) -> Figures:
-    """What need not be measured: the plan's share of the original's MACs, sizes of files, and what building took."""
+    """Figures that need no measuring: the plan's share of the original's MACs, sizes of files, and what building took."""
     if row.peer is not OURS:
         return {}
     bundle = bundles[row.variant]

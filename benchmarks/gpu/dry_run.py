@@ -1,4 +1,4 @@
-"""What the GPU check would do, in which order and in about which time, said without a GPU and without doing any of it."""
+"""The GPU check's parts in their order and with about their times, said without a GPU and without doing any of it."""
 
 from argparse import Namespace
 from collections.abc import Iterable, Sequence

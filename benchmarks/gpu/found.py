@@ -92,7 +92,7 @@ class Found:
     baselines: list[Mapping[str, Any]] = field(default_factory=list)
     """Diffusers' own pipeline on the same card."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """What each part took."""
+    """Seconds that each part took."""
     build_seconds: dict[str, float] = field(default_factory=dict)
     cards: dict[str, Mapping[str, str]] = field(default_factory=dict)
     """The card's clocks, temperature, power and load when a part had ended."""

@@ -214,7 +214,7 @@ def _baselines(check: _Check, compiled: bool) -> None:
 
 
 def _parts(options: argparse.Namespace, engines: Sequence[str]) -> list[tuple[str, Callable[[_Check], None]]]:
-    """What the check does, in order: the name of each part, and its work."""
+    """The parts of the check, in order: the name of each part, and its work."""
     parts: list[tuple[str, Callable[[_Check], None]]] = [
         (f"build {precision}", partial(_build, engines=engines, precision=precision)) for precision in options.precision
     ]

@@ -17,7 +17,7 @@ PARTS = {
     "start": "a second process",
     "baselines": "diffusers itself",
 }
-"""What ``--only`` chooses from."""
+"""The parts that ``--only`` chooses from."""
 
 
 def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:

@@ -33,7 +33,7 @@ class Peer:
 
     @property
     def to_install(self) -> list[str]:
-        """What pip is told."""
+        """The packages as pip is told them."""
         return [package for _, package in self.packages]
 
     @property

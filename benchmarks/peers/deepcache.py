@@ -14,7 +14,7 @@ EVERY = 3
 
 
 def load(folder: Path, options: dict[str, Any]) -> Callable[[Call], Made]:
-    """What makes pictures with it."""
+    """A maker of pictures."""
     from DeepCache import DeepCacheSDHelper
 
     pipeline = pipeline_of(folder, options)

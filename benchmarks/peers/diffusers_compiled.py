@@ -12,7 +12,7 @@ __all__ = ["load"]
 
 
 def load(folder: Path, options: dict[str, Any]) -> Callable[[Call], Made]:
-    """What makes pictures with it; the first one compiles."""
+    """A maker of pictures; the first picture compiles."""
     import torch
 
     cuda = options["device"] == "cuda"

@@ -24,5 +24,5 @@ def pipeline_of(folder: Path, options: dict[str, Any]) -> Any:
 
 
 def load(folder: Path, options: dict[str, Any]) -> Callable[[Call], Made]:
-    """What makes pictures with it."""
+    """A maker of pictures."""
     return maker(pipeline_of(folder, options), options["device"])

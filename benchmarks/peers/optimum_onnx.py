@@ -11,7 +11,7 @@ __all__ = ["load"]
 
 
 def load(folder: Path, options: dict[str, Any]) -> Callable[[Call], Made]:
-    """What makes pictures with it."""
+    """A maker of pictures."""
     from optimum.onnxruntime import ORTStableDiffusionPipeline  # type: ignore[import-not-found]
 
     exported = Path(options["work"]) / "optimum-onnx"

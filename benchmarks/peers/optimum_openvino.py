@@ -11,7 +11,7 @@ __all__ = ["load"]
 
 
 def load(folder: Path, options: dict[str, Any]) -> Callable[[Call], Made]:
-    """What makes pictures with it; the UNet is compiled for the size asked for, as its documentation advises."""
+    """A maker of pictures; the UNet is compiled for the size asked for, as its documentation advises."""
     from optimum.intel import OVStableDiffusionPipeline  # type: ignore[import-not-found]
 
     exported = Path(options["work"]) / "optimum-openvino"

@@ -30,7 +30,7 @@ class _Clock:
 
 
 def load(folder: Path, options: dict[str, Any]) -> Callable[[Call], Made]:
-    """What makes pictures with the bundle in a folder."""
+    """A maker of pictures with the bundle in a folder."""
     import numpy as np
     import torch
 

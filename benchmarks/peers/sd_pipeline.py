@@ -1,4 +1,4 @@
-"""What adapters of Stable Diffusion pipelines share: a picture from one, with the time of each of its parts."""
+"""Shared by adapters of Stable Diffusion pipelines: a picture from one, with the time of each of its parts."""
 
 import time
 from collections.abc import Callable

@@ -36,7 +36,7 @@ class Call:
 
 @dataclass
 class Made:
-    """What came of it: arrays, and seconds by part; of the UNet by step, with the kind of each."""
+    """The result of a call: arrays, and seconds by part; of the UNet by step, with the kind of each."""
 
     latents: Any
     pictures: Any

@@ -31,7 +31,7 @@ from exporter.segments.writer import profile_of
 
 @dataclass(frozen=True)
 class Scratch:
-    """What one half of the VAE works in, for a call of so many images, of which it takes so many at a time."""
+    """Bytes that one half of the VAE works in, for a call of so many images, of which it takes so many at a time."""
 
     segment: str
     images: int

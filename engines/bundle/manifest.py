@@ -221,7 +221,7 @@ class Manifest(Record):
         return f"{self.build_command} {options}"
 
     def precision_of(self, segment: Segment) -> VaePrecision:
-        """What a segment computes in: the VAE's may have a precision of their own."""
+        """The precision that a segment computes in: the VAE's may have a precision of their own."""
         return (self.vae_precision or self.precision) if VAE.issuperset(segment.units) else self.precision
 
     def segment(self, name: str) -> Segment:

@@ -70,7 +70,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """What is stopped inside by the user or by the system is said to be resumed by the same command."""
+    """Say of work that is stopped inside, by the user or the system, that the same command resumes it."""
     try:
         yield
     except (KeyboardInterrupt, OSError) as error:

@@ -15,7 +15,7 @@ _SETTINGS = frozenset({
     "extra_special_tokens", "added_tokens_decoder", "model_max_length", "padding_side", "truncation_side", "add_prefix_space",
     "split_special_tokens", "clean_up_tokenization_spaces", "do_lower_case", "errors", "tokenizer_class", "backend",
 })  # fmt: skip
-"""What a configuration may say. Others (``gguf_file``, ``vocab_file``, ``init_inputs``) lead to files anywhere."""
+"""The entries that a configuration may have. Others (``gguf_file``, ``vocab_file``, ``init_inputs``) lead to files anywhere."""
 
 
 def load_clip_tokenizer(folder: Path) -> Any:

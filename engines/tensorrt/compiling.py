@@ -105,7 +105,7 @@ class Compiling(Engine):
 
 
 def _advice(reason: str) -> str:
-    """What to do about the build errors that users meet."""
+    """Advice on the build errors that users meet, to follow the message; empty for others."""
     if "FP32 GEMM is not supported" in reason:
         return "; Turing (sm75) multiplies no fp32 matrices here: build with --precision fp16, or leave sm75 out"
     return ""

@@ -1,4 +1,4 @@
-"""What a TensorRT module logs, collected: errors for our own messages, everything for the list of kernels."""
+"""The log of a TensorRT module, collected: errors for our own messages, everything for the list of kernels."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -49,7 +49,7 @@ class CompileSpec:
     static: bool = False
 
     def precision_of(self, segment: Segment) -> VaePrecision:
-        """What a segment computes in."""
+        """The precision that a segment computes in."""
         return self.vae_precision if VAE.issuperset(segment.units) else self.precision
 
 

@@ -87,7 +87,7 @@ def compare(
 
 
 def run_reference(path: Path, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What ONNX Runtime makes of a file, unoptimised, on the CPU."""
+    """A runner of ONNX Runtime for a file, unoptimised, on the CPU."""
     with _reference(path) as runner:
         return {name: np.array(array) for name, array in runner.infer(dict(feed)).items()}
 

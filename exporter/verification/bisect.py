@@ -26,7 +26,7 @@ __all__ = ["Bisection", "Culprit", "LayerSearch", "Setting", "bisect"]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a segment is compared with, and at which size: picture height and width in pixels, and the number of images."""
+    """The reference of a comparison and its size: picture height and width in pixels, and the number of images."""
 
     segment: str
     engine: str
@@ -52,7 +52,7 @@ class Culprit:
 
 @dataclass(frozen=True)
 class Bisection:
-    """What was found: errors of the segment's outputs, each relative to the maximum of what it is compared with.
+    """The findings: errors of the segment's outputs, each relative to the maximum of what it is compared with.
 
     ``graph_error`` is ONNX Runtime's in float32 against torch: where it is too large, the ONNX file is wrong and no engine is to
     blame. ``engine_error`` is the bundle's own engine against torch, ``outputs`` the backend that is bisected against ONNX
@@ -197,7 +197,7 @@ class LayerSearch:
         return next((name for name in self._layers if name in errors and errors[name].departs), None)
 
     def _ancestors(self, tensor: str) -> list[str]:
-        """What a tensor is computed from and both sides have, in order."""
+        """The tensors that one is computed from and that both sides have, in order."""
         needed = {tensor}
         for layer in reversed(list(self._layers.values())):
             if layer.tensor in needed:

@@ -50,7 +50,7 @@ TOLERANCE: dict[VaePrecision, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2
 LEAST_COSINE: dict[VaePrecision, float] = {"fp32": 0.9999, "fp16": 0.9999, "bf16": 0.999}
 """Of a segment's outputs with the reference's, taken as vectors."""
 LARGEST_FP16 = 65504.0
-"""What is larger is infinite in half precision."""
+"""The largest number of half precision; beyond it is infinity."""
 LEAST_PSNR = 35.0
 """Of final latents, in decibels."""
 CHAIN = "the chain"

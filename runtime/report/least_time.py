@@ -46,7 +46,7 @@ class Bound:
 
     @property
     def by(self) -> str:
-        """What there is more of to wait for."""
+        """The resource that is waited for longer."""
         return "memory" if self.memory > self.arithmetic else "arithmetic"
 
 
@@ -57,7 +57,7 @@ def weight_bytes(manifest: Manifest, segment: Segment) -> int:
 
 
 def border_bytes(manifest: Manifest, segment: Segment, sizes: Mapping[str, int]) -> int:
-    """What a segment cannot but move: its inputs, read once, and its outputs, written once."""
+    """The bytes that a segment moves at least: its inputs, read once, and its outputs, written once."""
     features = (manifest.features[name] for name in (*segment.inputs, *segment.outputs))
     return sum(prod(resolve(feature.shape, sizes)) * DTYPES[feature.dtype].itemsize for feature in features)
 
@@ -150,7 +150,7 @@ def _sums(schedule: Schedule, bounds: _Bounds, full: Bound, ends: Bound) -> Iter
 
 
 def _others(schedule: Schedule, bounds: _Bounds, full: Bound) -> Iterator[str]:
-    """What other plans that these segments can run take: where memory binds, fewer MACs are not less time."""
+    """The least times of other plans that these segments can run: where memory binds, fewer MACs are not less time."""
     shares = {preset.example: _share(preset.example, schedule, bounds, full) for preset in PRESETS.values()}
     known = {name: share for name, share in shares.items() if share is not None}
     pays, fails = ([f"{name} {share:.2f}" for name, share in known.items() if (share <= PAYS) is good] for good in (True, False))

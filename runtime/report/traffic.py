@@ -15,7 +15,7 @@ _BORDERS = "each segment's own inputs and outputs, moved once"
 
 
 def traffic_for(bundles: Mapping[str, Bundle], card: Card) -> tuple[Traffic, str]:
-    """What tells the bytes of a segment's activations on a card, and how, in words.
+    """A function that tells the bytes of a segment's activations on a card, and how, in words.
 
     With TensorRT-RTX engines in the bundles, segments are compiled for the card and their kernels counted, which takes seconds
     for each and no GPU. Without, or where the compiler does not know the card, they are what no engine can do without.

@@ -47,7 +47,7 @@ def _text_skeleton(folder: Path, extent: Extent | None) -> nn.Module:
 
 
 def _text_config(folder: Path, extent: Extent | None = None) -> Any:
-    """What the model is, and where its weights are, without the rest that a configuration may ask of transformers.
+    """A model's configuration and the files of its weights, without the rest that a configuration may ask of transformers.
 
     Such as an ``attn_implementation`` from a hub, which would be fetched and run.
     """
