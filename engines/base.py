@@ -101,7 +101,7 @@ class Runner(ABC):
             raise EngineError(f"segment {self.segment.name}: no input tells size {error}, which an output needs") from error
 
     def _checked(self, outputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-        """The outputs that the segment's file made, where the file decides its shapes; raises EngineError unless it fits the manifest."""
+        """The outputs that the segment's file made; raises NeedsBuildError unless they fit the manifest."""
         for name, tensor in outputs.items():
             feature = self.features[name]
             if tensor.dtype != DTYPES[feature.dtype]:

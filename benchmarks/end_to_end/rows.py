@@ -12,7 +12,7 @@ __all__ = ["Row", "Settings", "bundle_folder", "chosen_peers", "rows_of"]
 
 @dataclass(frozen=True)
 class Settings:
-    """The subject and the manner of the measuring: the options of ``run_trt.py``. ``size`` is in pixels, None for the model's own."""
+    """The options of ``run_trt.py``, checked. ``size`` is in pixels, None for the model's own."""
 
     source: str
     variants: tuple[str, ...]
