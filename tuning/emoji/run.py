@@ -61,8 +61,8 @@ class Rates:
 class Run:
     """One stage: resumes from its checkpoint where there is one, until its seconds or its steps are used up.
 
-    Seconds are those on the clock, over all the times that it was started. Raises TuningError for a damaged
-    checkpoint.
+    Seconds are those on the clock, over all the times that it was started; on a CPU, which it may share with other work, they are
+    the process's own. Raises TuningError for a damaged checkpoint.
     """
 
     def __init__(
@@ -82,15 +82,16 @@ class Run:
         betas, decay = (0.9, 0.98), rates.weight_decay
         self._optimizer = torch.optim.AdamW(self._parameters, lr=rates.lr, betas=betas, weight_decay=decay, fused=fused)
         self._average = [p.detach().clone() for p in self._parameters]
+        self._clock = time.monotonic if fused else time.process_time
         self._used = 0.0
         if checkpoint.exists():
             self._load()
-        self._started = self._saved = time.monotonic()
+        self._started, self._saved = self._clock(), time.monotonic()
 
     @property
     def used(self) -> float:
         """Seconds used up."""
-        return self._used + time.monotonic() - self._started
+        return self._used + self._clock() - self._started
 
     @property
     def progress(self) -> float:
