@@ -19,11 +19,13 @@ from benchmarks.end_to_end.worker import Subject, SubjectError
 from benchmarks.gpu.card import card_state, check_engines
 from benchmarks.peers import OURS
 from benchmarks.peers.serve import Call
-from engines import Bundle
+from engines import Bundle, Manifest
+from engines.bundle.names import NOISE
 from engines.errors import UserError
 from runtime import Schedule, find_plan
 from runtime.images.schedulers import make_scheduler
-from runtime.report.cost import relative_macs
+from runtime.plans.subgraph import subgraph_for
+from runtime.report.cost import macs_of, relative_macs
 from tuning import TuningError
 
 __all__ = ["build", "measured"]
@@ -141,13 +143,16 @@ def _macs(row: Row, settings: Settings, bundles: dict[str, Bundle]) -> float:
     names = [part.unet for part in plan.unets] or [row.variant]
     unets = {name: manifests[name] for name in dict.fromkeys(["original", *names]) if name in manifests}
     schedule = Schedule(plan, {name: unets[name] for name in names}, timesteps)
-    own = relative_macs(schedule)
-    last = names[-1]
-    return own * _whole(manifests[last]) / _whole(manifests["original"])
+    manifest = manifests["original"]
+    height, width = (side // manifest.vae_scale for side in settings.size or manifest.sizes[0])
+    sizes = {"height": height, "width": width}
+    last = manifests[names[-1]]
+    return relative_macs(schedule, sizes=sizes) * _whole(last, sizes) / _whole(manifest, sizes)
 
 
-def _whole(manifest: Any) -> int:
-    return int(sum(unit.macs for unit in manifest.units if unit.name in set(manifest.unet_units)))
+def _whole(manifest: Manifest, sizes: dict[str, int]) -> float:
+    """MACs of the UNet run in full."""
+    return macs_of(manifest, subgraph_for(manifest, frozenset({NOISE})).segment_names, sizes)
 
 
 def _report(figures: list[Figures], name: str, out: Path, settings: Settings, console: Console) -> bool:

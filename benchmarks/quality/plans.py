@@ -107,7 +107,7 @@ def costs(pipeline: runtime.Pipeline, plans: Sequence[str], options: argparse.Na
     return found
 
 
-def _cost(pipeline: runtime.Pipeline, plan: str, seed: int, options: argparse.Namespace) -> tuple[int, float]:
+def _cost(pipeline: runtime.Pipeline, plan: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
     """MACs of one row, and seconds, of a picture's UNet calls."""
     made = pipeline.generate(PROMPT, steps=options.steps, guidance_scale=options.guidance, seed=seed, plan=plan)
     macs = sum(macs_of(pipeline.networks[record.unet].manifest, record.ran) for record in made.steps)

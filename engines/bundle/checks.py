@@ -143,7 +143,8 @@ def _check_units(manifest: Manifest) -> None:
                 raise ManifestError(f"unit {unit.name} reads {name}, which no unit before it makes")
         if unit.name not in manifest.features:
             raise ManifestError(f"unit {unit.name} makes no feature: features has no entry of its name")
-        if unit.parameters < 0 or unit.macs < 0 or max(unit.parameters, unit.macs) >= 1 << 62:
+        counts = (unit.parameters, unit.macs, unit.macs_fixed, unit.macs_quadratic)
+        if min(counts) < 0 or max(counts) >= 1 << 62 or unit.macs_fixed + unit.macs_quadratic > unit.macs:
             raise ManifestError(f"unit {unit.name}: parameters or macs is not a valid count")
         if len(unit.inputs) > _MOST or len(unit.kind) > _LONGEST_TEXT or not unit.kind.isprintable():
             raise ManifestError(f"unit {unit.name}: its kind is not a short text of one line, or it has too many inputs")

@@ -73,7 +73,9 @@ class Feature(Record):
 class Unit(Record):
     """The smallest thing that can be skipped: a stem, ResNet, transformer, down- or upsampler, head, text encoder or VAE.
 
-    Its output is the feature of the same name. ``macs`` are multiply-accumulates of one row at the bundle's first size.
+    Its output is the feature of the same name. ``macs`` are multiply-accumulates of one row at the bundle's first size; of
+    these, ``macs_fixed`` are the same at every size (of the text and the time) and ``macs_quadratic`` grow with the area's square
+    (of self-attention). The others grow with the area.
     """
 
     name: str
@@ -81,6 +83,13 @@ class Unit(Record):
     inputs: tuple[str, ...]
     parameters: int = 0
     macs: int = 0
+    macs_fixed: int = 0
+    macs_quadratic: int = 0
+
+    def macs_at(self, area: float) -> float:
+        """Multiply-accumulates of one row at so many times the area of the bundle's first size."""
+        linear = self.macs - self.macs_fixed - self.macs_quadratic
+        return self.macs_fixed + linear * area + self.macs_quadratic * area**2
 
     @property
     def outputs(self) -> tuple[str, ...]:

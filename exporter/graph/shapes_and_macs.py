@@ -31,22 +31,40 @@ def infer_shapes_and_macs(
     Returns:
         The units with ``parameters`` and ``macs`` (multiply-accumulates of one row), and all features with the inputs.
     """
-    sizes = {**sizes, "batch": 1, "images": 1}
-    features = dict(inputs)
+    units = [
+        unit.model_copy(update={"parameters": sum(weight.numel() for weight in modules[unit.name].parameters())})
+        for unit in units
+    ]
+    bare = {unit.name: _on_meta(modules[unit.name]) for unit in units}
+    double, four = ({**sizes, "height": 2 * sizes["height"], "width": wide * sizes["width"]} for wide in (1, 2))
+    (macs, features), (macs_double, _), (macs_four, _) = (_run(units, bare, inputs, at) for at in (sizes, double, four))
     measured = []
+    for unit, once, twice, fourfold in zip(units, macs, macs_double, macs_four, strict=True):
+        quadratic, rest = divmod(fourfold - 3 * twice + 2 * once, 6)
+        fixed = 2 * once - twice + 2 * quadratic
+        exact = rest == 0 and quadratic >= 0 and 0 <= fixed <= once - quadratic
+        parts = {"macs_fixed": fixed, "macs_quadratic": quadratic} if exact else {}
+        measured.append(unit.model_copy(update={"macs": once, **parts}))
+    return measured, features
+
+
+def _run(
+    units: Sequence[Unit], modules: Mapping[str, nn.Module], inputs: Mapping[str, Feature], sizes: Mapping[str, int]
+) -> tuple[list[int], dict[str, Feature]]:
+    """The MACs of each unit at a size, and all features."""
+    sizes = {**sizes, "batch": 1, "images": 1}
+    features, macs = dict(inputs), []
     # The attention kernels of a CPU are unknown to the counter; the plain form is two matrix products, which it knows.
     with torch.no_grad(), torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
         tensors = {
             name: torch.empty(resolve(feature.shape, sizes), dtype=DTYPES[feature.dtype]) for name, feature in inputs.items()
         }
         for unit in units:
-            module = _on_meta(modules[unit.name])
             with FlopCounterMode(display=False) as counter:
-                tensors[unit.name] = module(*(tensors[name] for name in unit.inputs))
-            parameters = sum(weight.numel() for weight in module.parameters())
-            measured.append(unit.model_copy(update={"parameters": parameters, "macs": counter.get_total_flops() // 2}))
+                tensors[unit.name] = modules[unit.name](*(tensors[name] for name in unit.inputs))
+            macs.append(counter.get_total_flops() // 2)
             features[unit.name] = _describe(tensors[unit.name], features[unit.inputs[0]].shape[0], sizes)
-    return measured, features
+    return macs, features
 
 
 def _on_meta(module: nn.Module) -> nn.Module:

@@ -14,25 +14,32 @@ from runtime.plans.subgraph import Subgraph, subgraph_for
 __all__ = ["feature_bytes", "from_to", "macs_of", "peak_bytes", "relative_macs"]
 
 
-def macs_of(manifest: Manifest, segments: Collection[str]) -> int:
-    """Multiply-accumulates of segments, by name, for one row at the bundle's first size."""
-    macs = {unit.name: unit.macs for unit in manifest.units}
+def macs_of(manifest: Manifest, segments: Collection[str], sizes: Mapping[str, int] | None = None) -> float:
+    """Multiply-accumulates of segments, by name, for one row; at ``height`` and ``width`` of the latents, or the first size."""
+    area = 1.0
+    if sizes is not None:
+        height, width = (side // manifest.vae_scale for side in manifest.sizes[0])
+        area = sizes["height"] * sizes["width"] / (height * width)
+    macs = {unit.name: unit.macs_at(area) for unit in manifest.units}
     return sum(macs[unit] for segment in manifest.segments if segment.name in segments for unit in segment.units)
 
 
-def relative_macs(schedule: Schedule, full: str | None = None, changed: bool = True) -> float:
+def relative_macs(
+    schedule: Schedule, full: str | None = None, changed: bool = True, sizes: Mapping[str, int] | None = None
+) -> float:
     """MACs of a schedule as a share of running all of one UNet at every step.
 
     Args:
         schedule: of any plan.
         full: name of the UNet to compare with; by default the last one that runs.
         changed: whether adaptive rules are taken to compute afresh at every step, or never where they may inherit.
+        sizes: ``height`` and ``width`` of the latents; by default those of each bundle's first size.
     """
     steps = schedule.all_steps(changed)
     reference = schedule.unets[full or steps[-1].unet]
     kinds = Counter((step.unet, schedule.subgraph(step).segment_names) for step in steps)
-    total = sum(count * macs_of(schedule.unets[unet], ran) for (unet, ran), count in kinds.items())
-    return total / (macs_of(reference, subgraph_for(reference, frozenset({NOISE})).segment_names) * len(steps))
+    total = sum(count * macs_of(schedule.unets[unet], ran, sizes) for (unet, ran), count in kinds.items())
+    return total / (macs_of(reference, subgraph_for(reference, frozenset({NOISE})).segment_names, sizes) * len(steps))
 
 
 def from_to(least: float, most: float, digits: int = 3) -> str:

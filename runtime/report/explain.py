@@ -67,14 +67,15 @@ def explain(
     last = schedule.unets[steps[-1].unet]
     whole = subgraph_for(last, frozenset({NOISE}))
     full_macs, full_seconds = (
-        macs_of(last, whole.segment_names),
+        macs_of(last, whole.segment_names, sizes),
         sum(seconds[steps[-1].unet][name] for name in whole.segment_names),
     )
 
     def cost(step: Step) -> tuple[float, float]:
         """A step's MACs and time, relative to those of the whole UNet."""
         ran = schedule.subgraph(step).segment_names
-        return macs_of(schedule.unets[step.unet], ran) / full_macs, sum(seconds[step.unet][name] for name in ran) / full_seconds
+        time = sum(seconds[step.unet][name] for name in ran) / full_seconds
+        return macs_of(schedule.unets[step.unet], ran, sizes) / full_macs, time
 
     for step in steps:
         subgraph, (macs, time) = schedule.subgraph(step), cost(step)

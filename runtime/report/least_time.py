@@ -78,12 +78,9 @@ class _Bounds:
 
     def _of_segment(self, manifest: Manifest, name: str) -> Bound:
         segment, sizes, card = manifest.segment(name), self._sizes, self._card
-        height, width = (side // manifest.vae_scale for side in manifest.sizes[0])
-        share = sizes["height"] * sizes["width"] / (height * width)
         rows = 1 if name.startswith("vae_") else sizes["batch"]
         moved = self._traffic(manifest, segment, sizes) + weight_bytes(manifest, segment)
-        scale = rows * (1 if TEXT in segment.units else share)
-        arithmetic = 2 * macs_of(manifest, [name]) * scale / card.flops(manifest.precision_of(segment))
+        arithmetic = 2 * rows * macs_of(manifest, [name], sizes) / card.flops(manifest.precision_of(segment))
         memory = moved / (1e9 * card.bandwidth)
         return Bound(arithmetic, memory, max(arithmetic, memory))
 

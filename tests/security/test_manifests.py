@@ -136,7 +136,7 @@ def test_a_file_that_is_too_much(bundle: Bundle, manifest: dict[str, Any], text:
         ({"text_length": 10**9}, "text_length is 1000000000, expected 1 to 4096"),
         ({"guidance_scale": 1e300}, "guidance_scale is 1e"),
         ({"source": "a\nb"}, "source is not one line"),
-        ({"units": "drop"}, "unit time is in no segment|is not there|reads"),
+        ({"units": "drop"}, "unit time is in no segment|does not exist|reads"),
         ({"segments": "drop"}, "is in no segment"),
         ({"segments": "turn"}, "before it makes"),
         ({"units": "many"}, "units has 300|has more than 16777216 bytes"),

@@ -125,6 +125,16 @@ def test_sd15_on_the_meta_device() -> None:
     assert features["up.2.sampler"].shape == ("batch", 640, "height", "width")
     assert features["time"].shape == (1, 1280)
     assert depth_factor(unet) == 8
+    with torch.device("meta"):
+        elsewhere, _ = infer_shapes_and_macs(units, modules, inputs, {"height": 96, "width": 40})
+    area = 96 * 40 / 64**2
+    for unit, counted in zip(measured, elsewhere, strict=True):
+        assert unit.macs_at(area) == pytest.approx(counted.macs), unit.name
+    assert measured[0].macs_fixed == measured[0].macs, "the time is the same at every size"
+    quadratic = sum(unit.macs_quadratic for unit in measured)
+    assert {unit.kind for unit in measured if unit.macs_quadratic} == {"attention branch"}
+    # Scores and sums of self-attention: twice the squared pixels times the channels, in five, five, five and one transformers.
+    assert quadratic == 2 * (5 * 4096**2 * 320 + 5 * 1024**2 * 640 + 5 * 256**2 * 1280 + 64**2 * 1280)
 
 
 def test_no_mid_block_and_one_layer_per_block() -> None:
