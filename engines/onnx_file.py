@@ -1,7 +1,8 @@
 """The bounds of what an ONNX file of a bundle may hold, checked before any library opens it.
 
-A segment is a list of operators that run once, one after the other, on weights of its own files. No build writes loops, branches
-and functions, which could run for ever, nor operators of ONNX Runtime's own that open other files (``EPContext``).
+A segment is a list of operators that run once, one after the other, on weights of its own files. Builds write no loops, branches
+or functions, which could run for ever, except for a Scan that goes once over the rows; nor operators of ONNX Runtime's own that
+open other files (``EPContext``).
 """
 
 from collections.abc import Iterator
@@ -50,23 +51,39 @@ def _read(path: Path) -> Any:
 
 
 def _check_graph(model: Any) -> None:
-    """Raise ValueError unless the graph's operators can run one after the other, each once."""
+    """Raise ValueError unless the graph's operators can run one after the other, each once, or in a Scan once for each row."""
     if model.functions:
         raise ValueError(f"has a function of its own, {model.functions[0].name[:80]!r}, and a segment has operators alone")
+    _check_nodes(model.graph)
+
+
+def _check_nodes(graph: Any, *, inside: bool = False) -> set[str]:
+    """As ``_check_graph``, of a graph or, ``inside``, of a Scan's; returns the names that it takes from around it."""
     makers: dict[str, int] = {}
-    for number, node in enumerate(model.graph.node):
+    needs: dict[int, set[str]] = {}
+    for number, node in enumerate(graph.node):
         known = _OPERATORS.get(node.domain, frozenset())
         if known is not None and node.op_type not in known:
             raise ValueError(f"has an operator {node.op_type[:80]!r} of {node.domain[:80]!r}, which is none that may run")
-        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
-            raise ValueError(f"has an operator {node.op_type[:80]!r} with a graph inside, and a segment is one graph")
+        needs[number] = {name for name in node.input if name} | _taken_by_body(node, inside=inside)
         makers.update((name, number) for name in node.output if name)
-    needs = {number: {makers[name] for name in node.input if name in makers} for number, node in enumerate(model.graph.node)}
     try:
-        TopologicalSorter(needs).prepare()
+        TopologicalSorter(
+            {number: {makers[name] for name in names if name in makers} for number, names in needs.items()}
+        ).prepare()
     except CycleError as error:
-        names = " and ".join(repr(model.graph.node[number].op_type[:80]) for number in sorted(set(error.args[1]))[:2])
+        names = " and ".join(repr(graph.node[number].op_type[:80]) for number in sorted(set(error.args[1]))[:2])
         raise ValueError(f"has operators that need one another, {names}: the graph is cyclic") from error
+    own = {*makers, *(value.name for value in graph.input), *(tensor.name for tensor in graph.initializer)}
+    return set().union(*needs.values()) - own
+
+
+def _taken_by_body(node: Any, *, inside: bool) -> set[str]:
+    """The names that an operator's graph takes from around it: only a Scan, which ends with its input's rows, has one."""
+    bodies = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+    if any(attribute.graphs for attribute in node.attribute) or (bodies and (inside or node.op_type != "Scan" or node.domain)):
+        raise ValueError(f"has an operator {node.op_type[:80]!r} with a graph inside, and a segment is one graph")
+    return set().union(*(_check_nodes(body, inside=True) for body in bodies))
 
 
 def _locations(message: Any) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 It rebuilds its registry of operators at each export, and traces the program a second time to decompose operators that it cannot
 write. The segments have none of those but changes of dtype, which are rewritten here. Both are internals of PyTorch: where these
-are not as they are known here, or a program has another operator to be decomposed, the exporter is left to do as it does.
+are not as they are known here, or a program has an operator that is not, the exporter is left to do as it does.
 """
 
 import copy
@@ -22,6 +22,14 @@ _EXPORTER = "torch.onnx._internal.exporter"
 _ATEN = torch.ops.aten
 _TO = {_ATEN.to.dtype: 1, _ATEN.to.device: 2}
 """Changes of dtype, and which argument is the dtype."""
+_ALIKE = {
+    "add.Tensor", "arange.default", "arange.start", "argmax.default", "cat.default", "chunk.default", "clamp.default",
+    "conv2d.default", "cos.default", "div.Tensor", "dropout.default", "embedding.default", "eq.Scalar", "exp.default",
+    "expand.default", "gelu.default", "group_norm.default", "index.Tensor", "layer_norm.default", "le.Tensor", "linear.default",
+    "mul.Tensor", "pad.default", "reshape.default", "scaled_dot_product_attention.default", "sigmoid.default", "silu.default",
+    "sin.default", "slice.Tensor", "sym_size.int", "transpose.int", "unsqueeze.default", "upsample_nearest2d.vec", "view.default",
+}  # fmt: skip
+"""Operators of ATen that the exporter writes as it would write what they decompose into: seen on Stable Diffusion's segments."""
 _CHECKS = {_ATEN._assert_tensor_metadata.default, _ATEN.sym_constrain_range_for_size.default, _ATEN._assert_scalar.default}
 """The exporter takes them out itself."""
 
@@ -61,9 +69,9 @@ def _decomposed(
     registry: Any,
 ) -> ExportedProgram:
     """A program whose operators the exporter can write: with its changes of dtype rewritten, where that is all it takes."""
-    known = {*implemented(registry), *_TO, *_CHECKS}
+    known = set(implemented(registry))
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    if any(node.target not in known or _writes(node) for node in calls):
+    if not all(_is_simple(node) and (node.target in known or node.target in {*_TO, *_CHECKS}) for node in calls):
         return decompose(program, registry)
     module = copy.deepcopy(program.graph_module)
     for node in module.graph.nodes:
@@ -83,10 +91,11 @@ def _decomposed(
     )
 
 
-def _writes(node: Node) -> bool:
-    """Whether an operator changes what it is given."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+def _is_simple(node: Node) -> bool:
+    """Whether nothing of an operator has to be decomposed: arithmetic of sizes, a change of dtype, or one of those known."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    return node.target in {*_TO, *_CHECKS} or (node.target.namespace == "aten" and str(node.target)[5:] in _ALIKE)
 
 
 def _rewrite(node: Node) -> None:

@@ -38,6 +38,29 @@ def endless(model: Any) -> None:
     model.graph.node.append(make_node("Loop", ["often", "yes"], [], body=loop))
 
 
+def scan(body: Any) -> Any:
+    return make_node("Scan", ["a"], ["rows"], body=body, num_scan_inputs=1)
+
+
+def test_a_scan_over_the_rows_is_plain(bundle: Bundle, tmp_path: Path) -> None:
+    """It ends with its input; what it takes from around it must be there before it."""
+    model, path = plain(), tmp_path / "stem.onnx"
+    sides = [make_tensor_value_info(name, FLOAT, []) for name in ("row", "doubled")]
+    model.graph.node.append(scan(make_graph([make_node("Mul", ["row", "twice"], ["doubled"])], "body", sides[:1], sides[1:])))
+    path.write_bytes(model.SerializeToString())
+    check_onnx(bundle, path, set())
+    model.graph.node[1].input[0] = "rows"  # of which ``twice`` is made, which the scan takes
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match="need one another, 'Add' and 'Scan': the graph is cyclic"):
+        check_onnx(bundle, path, set())
+
+
+def endless_inside(model: Any) -> None:
+    endless(model)
+    loop = model.graph.node.pop()
+    model.graph.node.append(scan(make_graph([loop], "body", [], [])))
+
+
 def recursive(model: Any) -> None:
     inner = [make_node("F", ["x"], ["y"], domain="own")]
     model.functions.append(make_function("own", "F", ["x"], ["y"], inner, [make_opsetid("own", 1)]))
@@ -62,6 +85,7 @@ def outside(model: Any) -> None:
 
 @pytest.mark.parametrize(("change", "says"), [
     (endless, "has an operator 'Loop' with a graph inside"),
+    (endless_inside, "has an operator 'Loop' with a graph inside"),
     (recursive, "has a function of its own, 'F'"),
     (cyclic, "has operators that need one another, 'Mul' and 'Add': the graph is cyclic"),
     (itself, "has operators that need one another, 'Mul': the graph is cyclic"),

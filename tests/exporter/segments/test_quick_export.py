@@ -34,7 +34,8 @@ class Block(nn.Module):
         rows, channels, height, width = x.shape
         hidden = self.conv(nn.functional.silu(self.norm(x.to(torch.float64).float())))
         tokens = hidden.reshape(rows, channels, height * width).transpose(1, 2)
-        mixed = nn.functional.scaled_dot_product_attention(*self.attend(tokens)[:, None].chunk(3, dim=-1))[:, 0]
+        mixed = nn.functional.scaled_dot_product_attention(*self.attend(tokens).unsqueeze(1).chunk(3, dim=-1))
+        mixed = mixed.reshape(rows, height * width, channels)
         return (x + mixed.transpose(1, 2).reshape(rows, channels, height, width).to(x.device, x.dtype),)
 
 
