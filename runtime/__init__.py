@@ -1,6 +1,7 @@
 """Bundles and a prompt in, images out: plans, the demand-driven executor, and the pipeline."""
 
 from runtime.api import default_bundle, generate, load
+from runtime.attachment import Attachment, attach
 from runtime.diffusers_unet import UNet
 from runtime.errors import NonFiniteError, PlanError, RequestError
 from runtime.execution.executor import Executor, LoadedBundle, StepRecord
@@ -12,6 +13,7 @@ from runtime.request import Request
 
 __all__ = [
     "PRESETS",
+    "Attachment",
     "Executor",
     "Generation",
     "LoadedBundle",
@@ -26,6 +28,7 @@ __all__ = [
     "StepRecord",
     "UNet",
     "UNetRange",
+    "attach",
     "default_bundle",
     "find_plan",
     "generate",

@@ -223,10 +223,12 @@ def test_evaluations_out_of_turn_are_refused(unet: UNet, sample: dict[str, Any],
         unet(timestep=timesteps[order[-1]], **sample)
 
 
-def test_a_timestep_alone_is_a_call_of_its_own(unet: UNet, sample: dict[str, Any]) -> None:
-    for timestep in (torch.tensor(501), torch.tensor(501), torch.tensor([301.0])):
+def test_a_timestep_alone_is_a_call_of_its_own(unet: UNet, sample: dict[str, Any], recwarn: pytest.WarningsRecorder) -> None:
+    """A model of one step is called with the same timestep again and again, which is nothing to warn of."""
+    for timestep in (torch.tensor(501), torch.tensor(501), torch.tensor([501.0])):
         unet(timestep=timestep, **sample)
         assert kinds(unet.steps) == ["key"]
+    assert not [each for each in recwarn if "copy, which" in str(each.message)]
 
 
 def test_outputs_are_as_the_sample_is(unet: UNet, sample: dict[str, Any]) -> None:
