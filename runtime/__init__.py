@@ -5,7 +5,8 @@ from runtime.attachment import Attachment, attach
 from runtime.diffusers_unet import UNet
 from runtime.errors import NonFiniteError, PlanError, RequestError
 from runtime.execution.executor import Executor, LoadedBundle, StepRecord
-from runtime.pipeline import Generation, Pipeline
+from runtime.generation import Generation
+from runtime.pipeline import Pipeline
 from runtime.plans.plan import Plan, Rule, UNetRange
 from runtime.plans.presets import PRESETS, find_plan
 from runtime.plans.schedule import Schedule

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import runtime
 from exporter.build import build
 from exporter.options import BuildOptions
-from runtime.textual_inversion import expand_words
+from runtime.text.textual_inversion import expand_words
 from tests.support.sources import save_source
 from tests.support.unets import TEXT_WIDTH
 from tuning.checkpoints.find_source import find_source
