@@ -1,10 +1,12 @@
 """Bundles and a prompt in, images out: plans, the demand-driven executor, and the pipeline."""
 
 from runtime.api import default_bundle, generate, load
+from runtime.attachment import Attachment, attach
 from runtime.diffusers_unet import UNet
 from runtime.errors import NonFiniteError, PlanError, RequestError
 from runtime.execution.executor import Executor, LoadedBundle, StepRecord
-from runtime.pipeline import Generation, Pipeline
+from runtime.generation import Generation
+from runtime.pipeline import Pipeline
 from runtime.plans.plan import Plan, Rule, UNetRange
 from runtime.plans.presets import PRESETS, find_plan
 from runtime.plans.schedule import Schedule
@@ -12,6 +14,7 @@ from runtime.request import Request
 
 __all__ = [
     "PRESETS",
+    "Attachment",
     "Executor",
     "Generation",
     "LoadedBundle",
@@ -26,6 +29,7 @@ __all__ = [
     "StepRecord",
     "UNet",
     "UNetRange",
+    "attach",
     "default_bundle",
     "find_plan",
     "generate",

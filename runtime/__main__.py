@@ -19,7 +19,8 @@ from engines.support.cli import Parser, parse_size, run_command
 from engines.support.files import atomic_file
 from runtime.api import default_bundle, load
 from runtime.execution.executor import StepRecord
-from runtime.pipeline import Generation, Pipeline
+from runtime.generation import Generation
+from runtime.pipeline import Pipeline
 from runtime.plans.presets import PRESETS
 from runtime.report.cards import find_card
 from runtime.report.explain import explain, listed, plot

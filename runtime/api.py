@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from engines import Bundle, BundleError, make_engine
 from engines.bundle.folder import MANIFEST_NAME, sha256
 from engines.support.files import real_path
+from runtime.arguments.aliases import with_our_names
 from runtime.errors import RequestError
+from runtime.generation import Generation
 from runtime.images.pictures import Picture
-from runtime.pipeline import Callback, Generation, Pipeline
+from runtime.pipeline import Callback, Pipeline
 from runtime.plans.plan import Plan
-from runtime.request import Request
+from runtime.request import FIELDS, Request
 
 __all__ = ["default_bundle", "generate", "load"]
 
@@ -58,14 +61,14 @@ def load(bundle: str | Path | None = None, engine: str = "onnxruntime") -> Pipel
 
 
 def generate(
-    prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str] = "",
-    steps: int = 20,
+    prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str] | None = "",
+    steps: int | None = None,
     guidance_scale: float | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     height: int | None = None,
     width: int | None = None,
-    num_images: int = 1,
+    num_images: int | None = None,
     scheduler: str = "dpm++",
     plan: str | Path | Plan = "full",
     bundle: str | Path | None = None,
@@ -75,50 +78,56 @@ def generate(
     strength: float = 0.6,
     mask: Picture | None = None,
     allow_nonfinite: bool = False,
+    **diffusers: Any,
 ) -> Generation:
     """Generate pictures from a prompt, or from a prompt and a picture.
 
+    diffusers' names are taken beside these: ``num_inference_steps``, ``num_images_per_prompt``, ``mask_image``, ``generator``,
+    ``latents``, ``prompt_embeds``, ``negative_prompt_embeds``, ``guidance_rescale``, ``callback_on_step_end`` and ``output_type``
+    (pil, np, pt or latent), each with the meaning that it has there.
+
     Args:
-        prompt: what the picture shows; a list of prompts makes ``num_images`` of each in one batch.
+        prompt: what the picture shows; a list of prompts makes ``num_images`` of each in one batch. None with ``prompt_embeds``.
         negative_prompt: what it should not show; read only with guidance. A list has one for each prompt.
-        steps: denoising steps.
+        steps: denoising steps; 20 where it is not given.
         guidance_scale: of classifier-free guidance (arXiv 2207.12598); None for the bundle's own (7.5, and 3 for the embedded
             model); 1 or less turns it off and halves the work.
-        seed: of the first picture's noise; picture i has seed + i.
+        seed: of the first picture's noise; picture i has seed + i. None draws one, which the result has in ``seeds``.
         height: in pixels; None for the image's own, or the bundle's first size. An image of another size is resized.
         width: likewise.
-        num_images: pictures per prompt.
-        scheduler: ddim, pndm, dpm++, euler or heun.
+        num_images: pictures per prompt; 1 where it is not given.
+        scheduler: ddim, pndm, dpm++, euler, heun, euler a, unipc, lcm or another, or the name of a class of diffusers.
         plan: a preset such as ``deepcache:3``, a JSON file, or a ``Plan``.
         bundle: a bundle's folder; None for the one in ``./bundles`` that was built last.
         engine: what runs the segments.
-        callback: called after every model evaluation; what it raises ends the call.
+        callback: called after every model evaluation with its record and the latents; what it raises ends the call.
         image: a picture to start from instead of noise (image-to-image): a PIL image or a file's path.
         strength: in (0, 1], the share of the steps that run, the last ones; read only with an image. Plans count those that run.
-        mask: what to repaint of the image (inpainting), of its size: white is repainted, black is kept.
+        mask: what to repaint of the image (inpainting), of its size: white is repainted, black is kept to the pixel.
         allow_nonfinite: whether numbers that are not finite (an overflow in half precision) are only warned of.
+        diffusers: see above. Both names of one thing may be given only with the same value.
 
     Raises:
-        RequestError: an argument of a wrong type, an empty prompt, an image or mask that cannot be read or does not fit, or a
-            size, strength, number of steps or scheduler that cannot be had.
+        RequestError: an argument of a wrong type, an empty prompt, an image or mask that cannot be read or does not fit, a size,
+            strength, number of steps or scheduler that cannot be had, or a name that there is not.
         PlanError: a plan that is unknown, malformed, or that the bundle's segments cannot run.
         BundleError: no bundle, or a damaged one.
         EngineError: an unknown engine, or one that is not installed or not in the bundle.
     """
-    request = Request(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        height=height,
-        width=width,
-        num_images=num_images,
-        scheduler=scheduler,
-        plan=plan,
-        image=image,
-        strength=strength,
-        mask=mask,
-        allow_nonfinite=allow_nonfinite,
-    )
-    return load(bundle, engine).generate(request, callback=callback)
+    options = {
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "height": height,
+        "width": width,
+        "scheduler": scheduler,
+        "plan": plan,
+        "image": image,
+        "strength": strength,
+        "allow_nonfinite": allow_nonfinite,
+    }
+    # What has another name in diffusers is given only if it is.
+    named = {"steps": steps, "num_images": num_images, "mask": mask}
+    options |= {name: value for name, value in named.items() if value is not None}
+    step_end = {name: diffusers.pop(name) for name in list(diffusers) if name.startswith("callback_on_step_end")}
+    request = Request(prompt, negative_prompt, **with_our_names(options | diffusers, FIELDS))  # before anything is loaded
+    return load(bundle, engine).generate(request, callback=callback, **step_end)

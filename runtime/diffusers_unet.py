@@ -1,12 +1,14 @@
 """A bundle's UNet, run by a plan, instead of a diffusers pipeline's own."""
 
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engines import DTYPES
 from engines.bundle.names import TEXT
@@ -37,6 +39,7 @@ class _Call:
     first: int
     shape: torch.Size
     executor: Executor
+    plan: Plan
     stream: "torch.cuda.Stream | None"
     next: int
     records: list[StepRecord] = field(default_factory=list)
@@ -58,8 +61,10 @@ class UNet:
     address means another call, whatever became of the one before. Nothing is inherited from one call to the next.
 
     A loop of your own does the same: ``scheduler.set_timesteps(n)``, then ``for t in scheduler.timesteps``. A change of the
-    number of rows or of the size (guidance that is turned off on the way) begins anew with the evaluations that are left. A
-    tensor that holds one timestep is a call of one evaluation: right, and nothing saved.
+    number of rows or of the size (guidance that is turned off on the way) begins anew with the evaluations that are left.
+
+    A copy of a timestep (``t.repeat(2)``, ``t.to(torch.float32)``) tells its value and nothing else. With the ``scheduler``
+    known, its number is found by that value; without, each copy is a call of one evaluation: right, nothing saved, and warned of.
 
     An object serves one denoising loop at a time; objects on the same bundle share its loaded engines.
 
@@ -67,6 +72,7 @@ class UNet:
         bundle: a bundle's folder; None for the one in ``./bundles`` that was built last.
         plan: a preset such as ``deepcache:3``, a JSON file, or a ``Plan``.
         engine: what runs the segments.
+        scheduler: whose timesteps are walked over, or a function that gives it; needed only for copied timesteps.
 
     Raises:
         PlanError: a plan that is unknown or malformed. Whether the bundle can run it is checked as a call begins.
@@ -74,17 +80,37 @@ class UNet:
         EngineError: an unknown engine, or one that is not installed or not in the bundle.
     """
 
-    def __init__(self, bundle: str | Path | None = None, plan: str | Path | Plan = "full", engine: str = "onnxruntime") -> None:
-        self.plan = find_plan(plan)
-        self._pipeline = load(bundle, engine)
+    training = False
+
+    def __init__(
+        self,
+        bundle: str | Path | None = None,
+        plan: str | Path | Plan = "full",
+        engine: str = "onnxruntime",
+        scheduler: Any = None,
+    ) -> None:
+        self._plan = find_plan(plan)
+        self.pipeline = load(bundle, engine)
+        self._scheduler: Callable[[], Any] = scheduler if callable(scheduler) else lambda: scheduler
         self._call: _Call | None = None
+        self._single: float | None = None
+        self._warned = False
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the calls to come; a preset or a file can be assigned, and a call that has begun keeps its own."""
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: str | Path | Plan) -> None:
+        self._plan = find_plan(plan)
 
     @cached_property
     def config(self) -> Any:
         """The part of a UNet's configuration that pipelines read, as diffusers has it: by key or by attribute."""
         from diffusers.configuration_utils import FrozenDict
 
-        manifest = self._pipeline.manifest
+        manifest = self.pipeline.manifest
         absent = ("time_cond_proj_dim", "addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds")
         return FrozenDict(
             _diffusers_version=manifest.made_with.get("diffusers", "0"),
@@ -99,12 +125,27 @@ class UNet:
     @property
     def dtype(self) -> torch.dtype:
         """Of the text features that the engines take. Others are converted, and predictions have the dtype of the sample."""
-        return DTYPES[self._pipeline.manifest.features[TEXT].dtype]
+        return DTYPES[self.pipeline.manifest.features[TEXT].dtype]
 
     @property
     def device(self) -> torch.device:
         """Where the engines are. Tensors elsewhere are moved there and back."""
-        return self._pipeline.engine.device
+        return self.pipeline.engine.device
+
+    @property
+    def last_plan(self) -> Plan:
+        """The plan of the last call, or of the first to come."""
+        return self._call.plan if self._call else self._plan
+
+    def to(self, *args: object, **kwargs: object) -> "UNet":
+        """The object itself, as its engines stay where and as they are; so do ``eval``, ``requires_grad_`` and the like."""
+        return self
+
+    eval = train = requires_grad_ = to
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """One parameter without elements, whose dtype and device are those of the UNet: its weights are inside of its engines."""
+        yield nn.Parameter(torch.empty(0, dtype=self.dtype, device=self.device), requires_grad=False)
 
     @property
     def steps(self) -> list[StepRecord]:
@@ -140,7 +181,7 @@ class UNet:
         check_not_forked()
         self._check_inputs(sample, encoder_hidden_states)
         call, index = self._turn(sample.shape, timestep)
-        device, streams = self.device, self._pipeline.streams
+        device, streams = self.device, self.pipeline.streams
         with streams.use(call.stream):
             prediction, record = call.executor.step(
                 index,
@@ -154,12 +195,12 @@ class UNet:
         call.records.append(record)
         call.next += 1
         if call.next == len(call.timesteps):
-            self._pipeline.engine.flush()
+            self.pipeline.engine.flush()
         return Prediction(prediction) if return_dict else (prediction,)
 
     def _check_inputs(self, sample: Tensor, text: Tensor) -> None:
         """Raise RequestError unless latents and text features have a shape that the bundle takes."""
-        manifest = self._pipeline.manifest
+        manifest = self.pipeline.manifest
         for name, tensor in (("sample", sample), ("encoder_hidden_states", text)):
             if not isinstance(tensor, Tensor):
                 raise RequestError(f"{name} is a {type(tensor).__name__}; give a tensor")
@@ -179,13 +220,13 @@ class UNet:
 
     def _turn(self, shape: torch.Size, timestep: Tensor) -> tuple[_Call, int]:
         """The call that an evaluation belongs to, and the evaluation's number in it."""
-        timesteps, index = _all_timesteps(timestep)
+        timesteps, index, counted = self._place(timestep)
         call = self._call
-        if call is None or call.timesteps.data_ptr() != timesteps.data_ptr() or call.shape != shape or _again(call, index):
+        if call is None or not _is_of(call, timesteps, shape) or _again(call, index) or (counted and index != call.next):
             self._end()
-            schedule = self._pipeline.schedule(self.plan, timesteps[index:].tolist())
-            executor = self._pipeline.executor(schedule)
-            call = self._call = _Call(timesteps, index, shape, executor, self._pipeline.streams.take(), next=index)
+            schedule = self.pipeline.schedule(self.plan, timesteps[index:].tolist())
+            executor, stream = self.pipeline.executor(schedule), self.pipeline.streams.take()
+            call = self._call = _Call(timesteps, index, shape, executor, self.plan, stream, next=index)
         elif index != call.next:
             raise RequestError(
                 f"evaluation {index} of {len(timesteps)} (timestep {float(timesteps[index]):g}) is out of turn, expected number "
@@ -199,9 +240,43 @@ class UNet:
         if self._call is not None:
             call, self._call = self._call, None
             call.executor.close()
-            self._pipeline.streams.give_back(call.stream)
+            self.pipeline.streams.give_back(call.stream)
             if call.next < len(call.timesteps):
-                self._pipeline.engine.flush()
+                self.pipeline.engine.flush()
+
+    def _place(self, timestep: Tensor) -> tuple[Tensor, int, bool]:
+        """All timesteps of the call, the number of this one among them, and whether it was found by its value."""
+        timesteps, index = _all_timesteps(timestep)
+        if len(timesteps) > timestep.numel():
+            return timesteps, index, False
+        value = float(timestep.reshape(-1)[0])
+        walked = getattr(self._scheduler(), "timesteps", None)
+        if isinstance(walked, Tensor) and (found := self._number(walked, timestep)) is not None:
+            return walked.detach(), found, True
+        if self._single not in (None, value) and not self._warned and not (isinstance(walked, Tensor) and len(walked) == 1):
+            self._warned = True
+            warnings.warn(
+                f"timestep {value:g} is a copy, which does not tell its number among scheduler.timesteps, so every step computes "
+                "everything; hand over the elements of scheduler.timesteps themselves, or give runtime.UNet the scheduler",
+                stacklevel=4,
+            )
+        self._single = value
+        return timesteps[:1], 0, False
+
+    def _number(self, walked: Tensor, timestep: Tensor) -> int | None:
+        """The number of a timestep by its value, None where none has it: the next, or the first from the scheduler's begin."""
+        value = timestep.detach().reshape(-1)[0].double().cpu()
+        tolerance = 1e-6 + float(value) * (torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0)
+        alike = ((walked.detach().double().cpu() - value).abs() <= tolerance).tolist()
+        call = self._call
+        if call is not None and call.timesteps.data_ptr() == walked.data_ptr() and call.next < len(alike) and alike[call.next]:
+            return call.next
+        begin = getattr(self._scheduler(), "begin_index", None) or 0
+        return next((number for number in range(begin, len(alike)) if alike[number]), None)
+
+
+def _is_of(call: _Call, timesteps: Tensor, shape: torch.Size) -> bool:
+    return call.timesteps.data_ptr() == timesteps.data_ptr() and call.shape == shape
 
 
 def _again(call: _Call, index: int) -> bool:

@@ -1,11 +1,9 @@
 """Text to image and image to image: a bundle and a prompt in, pictures out."""
 
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +13,9 @@ from torch import Tensor
 from engines import Bundle, Engine, Manifest
 from engines.bundle.names import IMAGE, LATENTS, TEXT, TOKENS, VAE, VAE_DECODER, VAE_ENCODER
 from engines.cuda.streams import CallStreams
-from engines.support.textual_inversion import expand_words
 from runtime.advice import add_precision_advice, build_advice
+from runtime.arguments.aliases import with_our_names
+from runtime.arguments.callbacks import StepEnd, checked_callback, diffusers_callback
 from runtime.errors import NonFiniteError, RequestError
 from runtime.execution.denoising import Callback, denoise
 from runtime.execution.executor import Executor, StepRecord
@@ -24,35 +23,28 @@ from runtime.execution.graph_cache import CudaGraphCache
 from runtime.execution.nonfinite import NonFinite, is_finite, watched
 from runtime.execution.siblings import find_sibling
 from runtime.execution.swapping import Swapper, free_bytes
-from runtime.images.initial_latents import InitialState, from_noise, from_picture, generators_of, timesteps_from
+from runtime.generation import Generation
+from runtime.images.initial_latents import (
+    InitialState,
+    from_latents,
+    from_noise,
+    from_picture,
+    generators_of,
+    timesteps_from,
+)
 from runtime.images.pictures import Original, read_original, to_pictures
 from runtime.images.schedulers import make_scheduler, read_train_steps
 from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
-from runtime.prepared import Prepared, check_shape, latent_shape, sizes_of
+from runtime.prepared import Prepared, check_shape, check_tensors, latent_shape, sizes_of
 from runtime.process import check_not_forked, note_loaded, on_cpu_by_default
 from runtime.report.memory import check_memory
-from runtime.request import Request
-from runtime.tokenizer import load_tokenizer
+from runtime.request import FIELDS, Request
+from runtime.text.encoding import Prompts
+from runtime.text.tokenizer import load_tokenizer
 
-__all__ = ["Callback", "Generation", "Pipeline"]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The result of one call: pictures, final latents (images, channels, height, width), and what ran at every step."""
-
-    images: list[Image.Image]
-    latents: Tensor
-    steps: list[StepRecord]
-    seconds: float
-    plan: Plan
-
-    @property
-    def image(self) -> Image.Image:
-        """The first picture."""
-        return self.images[0]
+__all__ = ["Callback", "Pipeline"]
 
 
 class Pipeline:
@@ -82,8 +74,9 @@ class Pipeline:
         self.swapper = Swapper(bundle, engine, self.graphs, free)
         self.networks = self.swapper.networks
         self.network = self.networks[bundle.manifest.variant]
-        self._lock = threading.Lock()
+        self._prompts = Prompts(self.manifest, self.tokenizer, self._encode_tokens, engine.device)
         self.streams = CallStreams(engine.device)
+        self._warned: set[str] = set()
         self._train_steps = read_train_steps(bundle.folder / "scheduler")
 
     @property
@@ -122,6 +115,7 @@ class Pipeline:
         """
         manifest = self.manifest
         original = self._original(request)
+        check_tensors(manifest, request)
         height, width = self._size(request, original)
         guidance_scale = manifest.guidance_scale if request.guidance_scale is None else request.guidance_scale
         check_shape(manifest, self.engine, request.images, height, width, guidance_scale)
@@ -140,6 +134,13 @@ class Pipeline:
         if original:
             return original.fitting_size(request.height, request.width, self.manifest.size_multiple)
         height, width = self.manifest.sizes[0]
+        if request.latents is not None:
+            height, width = (int(side) * self.manifest.vae_scale for side in request.latents.shape[2:])
+            if (request.height or height, request.width or width) != (height, width):
+                raise RequestError(
+                    f"size {request.height or height}x{request.width or width} and latents of {height}x{width} pixels are given; "
+                    "leave the size out"
+                )
         return height if request.height is None else request.height, width if request.width is None else request.width
 
     def _original(self, request: Request) -> Original | None:
@@ -155,46 +156,84 @@ class Pipeline:
         return original
 
     def generate(
-        self, prompt: Request | str | Sequence[str], negative_prompt: str | Sequence[str] = "", **options: Any
+        self,
+        prompt: Request | str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = "",
+        **options: Any,
     ) -> Generation:
         """Generate pictures.
 
         Args:
             prompt: a ``Request``; or a prompt or several, with the other fields of ``Request`` by name.
             negative_prompt: likewise.
-            options: other fields of ``Request``, and ``callback``.
+            options: other fields of ``Request``, by our names or diffusers'; ``callback`` and ``callback_on_step_end``.
 
         Raises:
             As ``runtime.generate``.
         """
-        callback = _checked_callback(options.pop("callback", None))
-        request = prompt if isinstance(prompt, Request) else Request(prompt, negative_prompt, **options)
+        callback = checked_callback("callback", options.pop("callback", None))
+        inputs = options.pop("callback_on_step_end_tensor_inputs", None)
+        step_end = diffusers_callback(self, options.pop("callback_on_step_end", None), inputs)
+        request = self._request(prompt, negative_prompt, options)
         check_not_forked()
         started = time.perf_counter()
         with on_cpu_by_default():
             prepared = self.prepare(request)
+            self._warn(prepared)
             with self.streams.one():
-                text, start = self._text(prepared), self._initial_state(prepared)
-                latents, records = self._denoise(self.executor(prepared.schedule), prepared, text, start, callback)
-                pixels = self._pixels(latents)
-                if not (is_finite(latents) and is_finite(pixels)):
+                text, unread = self._prompts.features(request, prepared.guided)
+                start = self._initial_state(prepared)
+                latents, records = self._denoise(self.executor(prepared.schedule), prepared, text, start, callback, step_end)
+                pixels = None if request.output_type == "latent" else self._pixels(latents)
+                if not (is_finite(latents) and (pixels is None or is_finite(pixels))):
                     self._report_nonfinite(request)
                 self.streams.hand_over(latents)
             self.engine.flush()
-            images = to_pictures(pixels)
-        return Generation(images, latents, records, time.perf_counter() - started, prepared.schedule.plan)
+            images: Any = latents if pixels is None else self._output(prepared, pixels)
+        return Generation(
+            images,
+            latents,
+            records,
+            time.perf_counter() - started,
+            prepared.schedule.plan,
+            request.seeds,
+            request,
+            self.manifest,
+            prepared.guidance_scale,
+            unread,
+        )
+
+    @staticmethod
+    def _request(prompt: Request | str | Sequence[str] | None, negative: Any, options: dict[str, Any]) -> Request:
+        return prompt if isinstance(prompt, Request) else Request(prompt, negative, **with_our_names(options, FIELDS))
+
+    def _warn(self, prepared: Prepared) -> None:
+        """Warn of a UNet whose pictures suffer, once for each."""
+        for name in prepared.schedule.unets:
+            if not self.networks[name].manifest.distilled and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"the {name} UNet of {self.bundle.folder} was cut out of a larger one and never distilled, so its pictures "
+                    "suffer; python -m tuning distill teaches it (docs/tuning.md)",
+                    stacklevel=4,
+                )
+
+    def _output(self, prepared: Prepared, pixels: Tensor) -> Any:
+        """What the request's ``output_type`` asks for, from what the VAE made; inpainting keeps what its mask leaves out."""
+        if prepared.original is not None:
+            pixels = prepared.original.kept_in(pixels)
+        kind = prepared.request.output_type
+        if kind == "pil":
+            return to_pictures(pixels)
+        levels = (pixels.nan_to_num(nan=-1.0) / 2 + 0.5).clamp(0, 1)
+        return levels if kind == "pt" else levels.permute(0, 2, 3, 1).numpy()
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The text encoder's output (prompts, tokens, width); a prompt that is too long is cut with a warning."""
-        length = self.manifest.text_length
-        with self._lock:  # padding and truncation are state of the tokenizer: two threads would change each other's
-            words = [expand_words(prompt, self.tokenizer) for prompt in prompts]
-            whole = [len(self.tokenizer(prompt, verbose=False).input_ids) for prompt in words]
-            ids = self.tokenizer(words, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        for prompt, tokens in zip(prompts, whole, strict=True):
-            if tokens > length:
-                warnings.warn(f"prompt cut to {length} tokens, it has {tokens}: {prompt!r:.200}", stacklevel=3)
-        return self.network.compute(TEXT, {TOKENS: ids.to(self.engine.device)})
+        return self._prompts.encode(prompts)[0]
+
+    def _encode_tokens(self, tokens: Tensor) -> Tensor:
+        return self.network.compute(TEXT, {TOKENS: tokens})
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures from latents (images, channels, height, width)."""
@@ -208,19 +247,13 @@ class Pipeline:
         parts = latents.split(self.manifest.vae_images or len(latents))
         return torch.cat([self.network.compute(VAE_DECODER, {LATENTS: part}).float().cpu() for part in parts])
 
-    def _text(self, prepared: Prepared) -> Tensor:
-        """Text features of a UNet call: with guidance, the negative prompts' rows and then the prompts'."""
-        request = prepared.request
-        text = self.encode(request.prompts).repeat_interleave(request.num_images, dim=0)
-        if not prepared.guided:
-            return text
-        negative = self.encode(request.negative_prompts)
-        repeats = len(text) // len(negative)
-        return torch.cat([negative.repeat_interleave(repeats, dim=0), text])
-
     def _initial_state(self, prepared: Prepared) -> InitialState:
-        generators = generators_of(range(prepared.request.seed, prepared.request.seed + prepared.request.images))
+        request = prepared.request
+        seeds = range(request.first_seed, request.first_seed + request.images)
+        generators = request.generators or generators_of(seeds)
         original, device = prepared.original, self.engine.device
+        if request.latents is not None:
+            return from_latents(prepared.scheduler, request.latents, generators, device)
         if original is None:
             shape = latent_shape(self.manifest, prepared.height, prepared.width)
             return from_noise(prepared.scheduler, shape, generators, device)
@@ -230,10 +263,16 @@ class Pipeline:
         return from_picture(prepared.scheduler, distribution, mask, prepared.timesteps, prepared.request.strength, generators)
 
     def _denoise(
-        self, executor: Executor, prepared: Prepared, text: Tensor, start: InitialState, callback: Callback | None
+        self,
+        executor: Executor,
+        prepared: Prepared,
+        text: Tensor,
+        start: InitialState,
+        callback: Callback | None,
+        step_end: StepEnd | None = None,
     ) -> tuple[Tensor, list[StepRecord]]:
         with self.swapper.exclusive(), closing(executor):
-            return denoise(executor, prepared, text, start, self.engine.device, callback)
+            return denoise(executor, prepared, text, start, self.engine.device, callback, step_end)
 
     def _report_nonfinite(self, request: Request) -> None:
         """Raise NonFiniteError, or with ``allow_nonfinite`` warn; the call runs once more to find where it began."""
@@ -249,7 +288,10 @@ class Pipeline:
     def _find_nonfinite(self, request: Request) -> tuple[str, str]:
         """Where the first output is that is not finite, in words, and the name of the segment (or of what else) made it."""
         prepared = self.prepare(request)
-        if not is_finite(text := self._text(prepared)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is to be said of the prompts was said
+            text, _ = self._prompts.features(request, prepared.guided)
+        if not is_finite(text):
             return f"segment {TEXT}", TEXT
         start, done = self._initial_state(prepared), list[int]()
         if not is_finite(start.latents):
@@ -268,10 +310,3 @@ class Pipeline:
             part = found.segment if found.segment == "the scheduler" else f"segment {found.segment}"
             return f"step {len(done)} of {prepared.schedule.steps}: {part}", found.segment
         return f"segment {VAE_DECODER}", VAE_DECODER
-
-
-def _checked_callback(callback: Any) -> Callback | None:
-    if callback is not None and not callable(callback):
-        raise RequestError(f"callback is a {type(callback).__name__}; give a function of a StepRecord and the latents")
-    found: Callback | None = callback
-    return found

@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from engines import Engine, Manifest
+from engines.bundle.names import TEXT
 from engines.bundle.shapes import size_fault
 from runtime.errors import RequestError
 from runtime.images.pictures import Original
 from runtime.plans.schedule import Schedule
 from runtime.request import Request
 
-__all__ = ["Prepared", "check_shape", "latent_shape"]
+__all__ = ["Prepared", "check_shape", "check_tensors", "latent_shape"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,17 @@ def check_shape(manifest: Manifest, engine: Engine, images: int, height: int, wi
         _check_static(manifest, engine.name, images, height, width, guidance_scale)
     elif engine.has_profile:
         _check_profile(manifest, engine.name, images, height, width)
+
+
+def check_tensors(manifest: Manifest, request: Request) -> None:
+    """Raise RequestError unless the latents and text features that were given have the shape of this bundle's."""
+    text = (None, *manifest.features[TEXT].shape[1:])
+    shapes = {"latents": (request.images, manifest.latent_channels), "prompt_embeds": text, "negative_prompt_embeds": text}
+    for name, shape in shapes.items():
+        given = getattr(request, name)
+        if given is not None and any(side not in {None, got} for side, got in zip(shape, given.shape, strict=False)):
+            named = ", ".join(str(side or "prompts") for side in shape) + (", height, width" if name == "latents" else "")
+            raise RequestError(f"{name} has shape {tuple(given.shape)}; this bundle takes ({named})")
 
 
 def _check_profile(manifest: Manifest, engine: str, images: int, height: int, width: int) -> None:

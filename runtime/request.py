@@ -1,28 +1,26 @@
 """A request for pictures: all that a call of ``generate`` asks of a bundle, checked before anything is loaded or computed."""
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from numbers import Integral, Real
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
+import torch
+from torch import Tensor
 
+from runtime.arguments.values import CHECKS, shown
 from runtime.errors import RequestError
 from runtime.images.pictures import Picture
 from runtime.images.schedulers import check_scheduler
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 
-__all__ = ["Request"]
+__all__ = ["FIELDS", "Request"]
 
 _SEEDS = 2**63
 """PyTorch's generators take seeds of 64 bits."""
-_MOST_CHARACTERS = 20_000
-"""Of a prompt: a hundred times what any text encoder reads."""
-_MOST_SHOWN = 40
-_MOST_PROMPTS = 10_000
+_DRAWN_SEEDS = 2**32
+"""Seeds that are drawn are below this, so that people can read them out."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,11 @@ class Request:
         PlanError: the plan is unknown or malformed.
     """
 
-    prompt: str | Sequence[str]
-    negative_prompt: str | Sequence[str] = ""
+    prompt: str | Sequence[str] | None
+    negative_prompt: str | Sequence[str] | None = ""
     steps: int = 20
     guidance_scale: float | None = None
-    seed: int = 0
+    seed: int | None = 0
     height: int | None = None
     width: int | None = None
     num_images: int = 1
@@ -51,36 +49,91 @@ class Request:
     strength: float = 0.6
     mask: Picture | None = None
     allow_nonfinite: bool = False
+    guidance_rescale: float = 0.0
+    generator: torch.Generator | Sequence[torch.Generator] | None = field(default=None, compare=False)
+    latents: Tensor | None = field(default=None, compare=False)
+    prompt_embeds: Tensor | None = field(default=None, compare=False)
+    negative_prompt_embeds: Tensor | None = field(default=None, compare=False)
+    output_type: str = "pil"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, _CHECKS[field.name](field.name, getattr(self, field.name)))
+        for each in fields(self):
+            if each.name != "prompt" or self.prompt_embeds is None:
+                object.__setattr__(self, each.name, CHECKS[each.name](each.name, getattr(self, each.name)))
         check_scheduler(self.scheduler)
+        self._check_embeds()
+        self._check_noise()
         if self.mask is not None and self.image is None:
             raise RequestError("mask is given, but no image; give the image whose white part is to be repainted")
-        if len(self.negative_prompts) not in (1, len(self.prompts)):
+
+    def _check_embeds(self) -> None:
+        """Raise RequestError where text features are given beside the text that they would be made from."""
+        for name in ("prompt", "negative_prompt"):
+            if getattr(self, f"{name}_embeds") is not None and getattr(self, name):
+                raise RequestError(f"{name} and {name}_embeds are both given; give one of them")
+        embeds, negative = self.prompt_embeds, self.negative_prompt_embeds
+        if negative is not None and len(negative) not in (1, self.images // self.num_images):
+            raise RequestError(
+                f"negative_prompt_embeds has {len(negative)} rows for {self.images // self.num_images} prompt(s); "
+                "give one for all, or one for each"
+            )
+        if embeds is None and len(self.negative_prompts) not in (1, len(self.prompts)):
             raise RequestError(
                 f"negative_prompt has {len(self.negative_prompts)} texts for {len(self.prompts)} prompt(s); "
                 "give one for all, or one for each"
             )
+
+    def _check_noise(self) -> None:
+        """Raise RequestError unless there is one origin of the noise; a seed that is asked for is drawn here."""
+        if self.seed is None:
+            object.__setattr__(self, "seed", secrets.randbelow(_DRAWN_SEEDS))
         last = _SEEDS - self.images
-        if not -_SEEDS <= self.seed <= last:
-            raise RequestError(f"seed = {_shown(self.seed)}; choose one from {-_SEEDS} to {last}")
+        if not -_SEEDS <= self.first_seed <= last:
+            raise RequestError(f"seed = {shown(self.seed)}; choose one from {-_SEEDS} to {last}")
+        if self.generator is not None and self.first_seed:
+            raise RequestError(f"seed = {self.seed} and a generator are both given; give one of them")
+        if not isinstance(self.generator, torch.Generator | None) and len(self.generator) != self.images:
+            raise RequestError(f"generator is a list of {len(self.generator)} for {self.images} picture(s); give one for each")
+        if isinstance(self.generator, torch.Generator) and self.images > 1 and self.image is not None:
+            raise RequestError(
+                f"generator is one for {self.images} pictures from an image; give a list, with one for each picture"
+            )
+        if self.latents is not None and self.image is not None:
+            raise RequestError("latents and image are both given; a call starts from one of them")
+
+    @property
+    def first_seed(self) -> int:
+        """Of the first picture: the seed that was given, or drawn."""
+        return self.seed or 0
+
+    @property
+    def generators(self) -> list[torch.Generator] | None:
+        """Those given, one for each picture; None where a seed decides."""
+        if isinstance(self.generator, torch.Generator):
+            return [self.generator] * self.images
+        return None if self.generator is None else list(self.generator)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of each picture's noise; none where it comes from elsewhere."""
+        given = self.generator is not None or self.latents is not None
+        return () if given else tuple(range(self.first_seed, self.first_seed + self.images))
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """All prompts."""
-        return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
+        """All prompts; none where text features were given."""
+        return () if self.prompt is None else (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
 
     @property
     def negative_prompts(self) -> tuple[str, ...]:
         """One negative prompt for all prompts, or one for each."""
-        return (self.negative_prompt,) if isinstance(self.negative_prompt, str) else tuple(self.negative_prompt)
+        negative = self.negative_prompt or ""
+        return (negative,) if isinstance(negative, str) else tuple(negative)
 
     @property
     def images(self) -> int:
         """Number of pictures: ``num_images`` of each prompt."""
-        return len(self.prompts) * self.num_images
+        return (len(self.prompts) if self.prompt_embeds is None else len(self.prompt_embeds)) * self.num_images
 
     @property
     def found_plan(self) -> Plan:
@@ -88,127 +141,5 @@ class Request:
         return find_plan(self.plan)
 
 
-def _shown(value: object) -> str:
-    """A value as messages have it: on one line, and short."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MOST_SHOWN:
-        return f"a number of more than {_MOST_SHOWN} digits"
-    text = ascii(value) if isinstance(value, str) else " ".join(repr(value).split())
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
-
-
-def _wrong_type(name: str, value: object, wanted: str) -> RequestError:
-    return RequestError(f"{name} is a {type(value).__name__} ({_shown(value)}); give {wanted}")
-
-
-def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, bool):
-        if isinstance(value, Integral):
-            return int(value)
-        if isinstance(value, Real) and float(value).is_integer():
-            return int(float(value))
-    raise _wrong_type(name, value, "a whole number")
-
-
-def _side(name: str, value: Any) -> int | None:
-    return None if value is None else _whole(name, value)
-
-
-def _count(name: str, value: Any) -> int:
-    count = _whole(name, value)
-    if count < 1:
-        raise RequestError(f"{name} = {_shown(count)}; ask for at least 1")
-    return count
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise _wrong_type(name, value, "a number")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _guidance(name: str, value: Any) -> float | None:
-    number = None if value is None else _number(name, value)
-    if number is not None and not math.isfinite(number):
-        raise RequestError(f"{name} = {number}; choose a finite number: 1 or less turns guidance off")
-    return number
-
-
-def _strength(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not 0 < number <= 1:
-        raise RequestError(f"{name} = {_shown(value)}; choose a number above 0 (the image as it is) and up to 1 (nothing of it)")
-    return number
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _wrong_type(name, value, "text")
-    if len(value) > _MOST_CHARACTERS:
-        raise RequestError(f"{name} has {len(value)} characters; shorten it to {_MOST_CHARACTERS} at most")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{name} has a character that is no text, U+{ord(value[error.start]):04X} at position {error.start}; leave it out"
-        ) from error
-    return value
-
-
-def _texts(name: str, value: Any) -> str | tuple[str, ...]:
-    if isinstance(value, str):
-        return _text(name, value)
-    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray):
-        raise _wrong_type(name, value, "text, or a list of texts")
-    if len(value) > _MOST_PROMPTS:
-        raise RequestError(f"{name} is a list of {len(value)} texts; give {_MOST_PROMPTS} at most")
-    return tuple(_text(f"{name}[{number}]", text) for number, text in enumerate(value))
-
-
-def _prompts(name: str, value: Any) -> str | tuple[str, ...]:
-    texts = _texts(name, value)
-    if not texts or not all(text.strip() for text in ((texts,) if isinstance(texts, str) else texts)):
-        raise RequestError("the prompt is empty; say what the picture shows, such as 'a red star on a blue background'")
-    return texts
-
-
-def _scheduler(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise _wrong_type(name, value, "the name of one, such as 'ddim'")
-    return value
-
-
-def _plan(name: str, value: Any) -> Plan:
-    return find_plan(value)
-
-
-def _picture(name: str, value: Any) -> Picture | None:
-    if value is None or isinstance(value, str | Path | Image.Image):
-        return value
-    raise RequestError(f"{name} is a {type(value).__name__}; give a PIL image or the path of a file")
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong_type(name, value, "True or False")
-    return value
-
-
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "prompt": _prompts,
-    "negative_prompt": _texts,
-    "steps": _whole,
-    "guidance_scale": _guidance,
-    "seed": _whole,
-    "height": _side,
-    "width": _side,
-    "num_images": _count,
-    "scheduler": _scheduler,
-    "plan": _plan,
-    "image": _picture,
-    "strength": _strength,
-    "mask": _picture,
-    "allow_nonfinite": _flag,
-}
+FIELDS = tuple(each.name for each in fields(Request))
+"""The names of all that can be asked for."""

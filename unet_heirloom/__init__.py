@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from exporter import BuildError, BuildOptions, SourceError, build, verify
     from runtime import (
         PRESETS,
+        Attachment,
         Generation,
         NonFiniteError,
         Pipeline,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         Rule,
         UNet,
         UNetRange,
+        attach,
         default_bundle,
         find_plan,
         generate,
@@ -34,6 +36,7 @@ __all__ = [
     "ENGINES",
     "PRESETS",
     "RECIPES",
+    "Attachment",
     "BuildError",
     "BuildOptions",
     "Bundle",
@@ -55,6 +58,7 @@ __all__ = [
     "UserError",
     "__version__",
     "assemble",
+    "attach",
     "build",
     "default_bundle",
     "find_plan",

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from runtime.arguments.callbacks import StepEnd
 from runtime.execution.executor import Executor, StepRecord
 from runtime.images.initial_latents import InitialState
 from runtime.images.schedulers import advance, step_options
@@ -25,6 +26,7 @@ def denoise(
     start: InitialState,
     device: torch.device,
     callback: Callback | None = None,
+    step_end: StepEnd | None = None,
 ) -> tuple[Tensor, list[StepRecord]]:
     """Final latents (images, channels, height, width), and the record of every step.
 
@@ -37,6 +39,7 @@ def denoise(
         start: the first latents, and what inpainting keeps.
         device: where the UNet runs.
         callback: called after every step; what it raises ends the loop.
+        step_end: likewise, before ``callback``; the latents that it returns are gone on with.
 
     Raises:
         RequestError: the scheduler stumbles over its configuration.
@@ -52,10 +55,21 @@ def denoise(
         if prepared.guided:
             negative, positive = prediction.chunk(2)
             prediction = negative + scale * (positive - negative)
+            if prepared.request.guidance_rescale:
+                prediction = _rescaled(prediction, positive, prepared.request.guidance_rescale)
         latents = advance(scheduler, prediction, timestep, latents, options)
         if start.repaint is not None:
             latents = start.repaint.blend(latents, index)
         records.append(record)
+        if step_end is not None:
+            latents = step_end(index, timestep, {"latents": latents}).get("latents", latents)
         if callback is not None:
             callback(record, latents)
     return latents, records
+
+
+def _rescaled(prediction: Tensor, positive: Tensor, share: float) -> Tensor:
+    """A guided prediction brought towards the deviation of that for the prompt alone (Lin et al., arXiv 2305.08891, 3.4)."""
+    dimensions = list(range(1, positive.ndim))
+    brought = prediction * (positive.std(dimensions, keepdim=True) / prediction.std(dimensions, keepdim=True))
+    return share * brought + (1 - share) * prediction

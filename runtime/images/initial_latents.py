@@ -16,7 +16,7 @@ from torch import Tensor
 
 from runtime.errors import RequestError
 
-__all__ = ["InitialState", "LatentBlend", "from_noise", "from_picture", "generators_of", "timesteps_from"]
+__all__ = ["InitialState", "LatentBlend", "from_latents", "from_noise", "from_picture", "generators_of", "timesteps_from"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,12 @@ def timesteps_from(scheduler: Any, steps: int, strength: float) -> Tensor:
 def from_noise(scheduler: Any, shape: Sequence[int], generators: list[torch.Generator], device: torch.device) -> InitialState:
     """Start from nothing but noise. ``shape`` is (channels, height, width)."""
     noise = _draw(shape, generators, device)
+    return InitialState(noise * scheduler.init_noise_sigma, scheduler.timesteps, generators)
+
+
+def from_latents(scheduler: Any, latents: Tensor, generators: list[torch.Generator], device: torch.device) -> InitialState:
+    """Start from noise that was drawn elsewhere, of deviation 1: (images, channels, height, width)."""
+    noise = latents.to(device, torch.float32)
     return InitialState(noise * scheduler.init_noise_sigma, scheduler.timesteps, generators)
 
 

@@ -57,6 +57,17 @@ class Original:
         """The picture (1, 3, height, width) in [-1, 1], float32."""
         return torch.from_numpy(np.array(self.image, np.float32) / 255).permute(2, 0, 1)[None] * 2 - 1
 
+    def kept_in(self, pixels: Tensor) -> Tensor:
+        """Pixels (images, 3, height, width) in [-1, 1] in which what the mask leaves out is the picture's own, to the level.
+
+        Latents are coarser than pixels: without this, what is kept would change where the mask ends inside of a latent, and
+        everywhere by what the VAE loses.
+        """
+        if self.mask is None:
+            return pixels
+        white = torch.from_numpy(np.array(self.mask) >= 128)
+        return torch.where(white, pixels, self.pixels())
+
     def repainted(self, scale: int) -> Tensor | None:
         """The mask (1, 1, height / scale, width / scale) of zeros and ones, float32; None without inpainting.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engines import BundleError
+from engines.support.spelling import did_you_mean
 from runtime.errors import RequestError
 
 __all__ = ["SCHEDULERS", "advance", "check_scheduler", "make_scheduler", "read_train_steps", "step_options"]
@@ -25,18 +26,24 @@ SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
 }
-_OTHERS = (
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "UniPCMultistepScheduler",
-)
-"""More that diffusers' pipelines take, by class name only. Not DPMSolverSDEScheduler: its noise has a seed of its own."""
+_OTHERS = {
+    "ddim parallel": "DDIMParallelScheduler",
+    "ddpm": "DDPMScheduler",
+    "ddpm parallel": "DDPMParallelScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm++ single": "DPMSolverSinglestepScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2 a": "KDPM2AncestralDiscreteScheduler",
+    "euler a": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "sa": "SASolverScheduler",
+    "tcd": "TCDScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+"""More that diffusers' pipelines for Stable Diffusion take. Not DPMSolverSDEScheduler: its noise has a seed of its own."""
 
+_NAMES = {**SCHEDULERS, **_OTHERS, **{kind: kind for kind in [*SCHEDULERS.values(), *_OTHERS.values()]}}
 
 _MOST_TRAIN_STEPS = 100_000
 _STUMBLES = (IndexError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError, ArithmeticError)
@@ -44,17 +51,25 @@ _STUMBLES = (IndexError, KeyError, ValueError, TypeError, AttributeError, NotImp
 
 def check_scheduler(name: str) -> None:
     """Raise RequestError unless there is a scheduler of that name."""
-    if name not in {*SCHEDULERS, *SCHEDULERS.values(), *_OTHERS}:
+    if name in _NAMES:
+        return
+    kind = getattr(import_module("diffusers"), name, None) if name.isidentifier() and name.endswith("Scheduler") else None
+    if kind is not None:
         raise RequestError(
-            f"unknown scheduler {name!r:.60}; choose from: {', '.join(SCHEDULERS)}, or by class name: {', '.join(_OTHERS)}"
+            f"scheduler {name} is for other models than Stable Diffusion, or draws noise that no seed gives again; "
+            f"choose from: {', '.join([*SCHEDULERS, *_OTHERS])}"
         )
+    raise RequestError(
+        f"unknown scheduler {name!r:.60}; {did_you_mean(name, _NAMES)}choose from: {', '.join(SCHEDULERS)}, "
+        f"{', '.join(_OTHERS)}, or a class name of diffusers, such as {_OTHERS['euler a']}"
+    )
 
 
 def make_scheduler(name: str, folder: Path, steps: int, inpainting: bool = False) -> Any:
     """A fresh scheduler, as diffusers' pipeline for the task has it after loading, with its timesteps set.
 
     Args:
-        name: ddim, pndm, dpm++, euler or heun, or a class name of diffusers.
+        name: ddim, pndm, dpm++, euler, heun or another, or a class name of diffusers.
         folder: holds ``scheduler_config.json``.
         steps: denoising steps. The model is evaluated ``len(scheduler.timesteps)`` times: once a step, for pndm once more,
             for heun twice for all but the last.
@@ -65,7 +80,7 @@ def make_scheduler(name: str, folder: Path, steps: int, inpainting: bool = False
         BundleError: the configuration cannot be read, or is not one for this scheduler.
     """
     check_scheduler(name)
-    kind = SCHEDULERS.get(name, name)
+    kind = _NAMES[name]
     with torch.device("cpu"):
         scheduler = _load(kind, folder)
         _correct(scheduler, inpainting)
@@ -138,8 +153,11 @@ def _correct(scheduler: Any, inpainting: bool) -> None:
 
 
 def step_options(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
-    """Arguments of ``scheduler.step`` by which all that it draws comes from the pictures' own generators."""
-    return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    """Arguments of ``scheduler.step``: all that it draws comes from the pictures' own generators, and eta is that of diffusers'
+    pipelines, which is not every scheduler's own.
+    """
+    options = {"generator": generators, "eta": 0.0}
+    return {name: value for name, value in options.items() if name in inspect.signature(scheduler.step).parameters}
 
 
 def advance(scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor, options: dict[str, Any]) -> Tensor:

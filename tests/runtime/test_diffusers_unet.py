@@ -88,8 +88,8 @@ class CountedStreams(CallStreams):
 def test_each_call_has_a_stream_and_writes_its_caches_once(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step keeps must lie on the stream of the step that reads it; what runs have compiled is not lost."""
     streams, flushed = CountedStreams(), list[int]()
-    monkeypatch.setattr(unet._pipeline, "streams", streams)
-    monkeypatch.setattr(unet._pipeline.engine, "flush", lambda: flushed.append(len(unet.steps)))
+    monkeypatch.setattr(unet.pipeline, "streams", streams)
+    monkeypatch.setattr(unet.pipeline.engine, "flush", lambda: flushed.append(len(unet.steps)))
     made = pipeline("text", "ddim", unet)
     latents(made)
     latents(made)
@@ -258,10 +258,12 @@ def test_evaluations_out_of_turn_are_refused(unet: UNet, sample: dict[str, Any],
         unet(timestep=timesteps[order[-1]], **sample)
 
 
-def test_a_timestep_alone_is_a_call_of_its_own(unet: UNet, sample: dict[str, Any]) -> None:
-    for timestep in (torch.tensor(501), torch.tensor(501), torch.tensor([301.0])):
+def test_a_timestep_alone_is_a_call_of_its_own(unet: UNet, sample: dict[str, Any], recwarn: pytest.WarningsRecorder) -> None:
+    """A model of one step is called with the same timestep again and again, which is nothing to warn of."""
+    for timestep in (torch.tensor(501), torch.tensor(501), torch.tensor([501.0])):
         unet(timestep=timestep, **sample)
         assert kinds(unet.steps) == ["key"]
+    assert not [each for each in recwarn if "copy, which" in str(each.message)]
 
 
 def test_outputs_are_as_the_sample_is(unet: UNet, sample: dict[str, Any]) -> None:

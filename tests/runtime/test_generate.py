@@ -106,10 +106,13 @@ def test_text_is_encoded_once_a_call_and_not_once_a_step_or_picture(mini_bundle:
     assert [engine.calls.count(name) for name in ("text_encoder", "stem", "vae_decoder")] == [1, 5, 1]
 
 
-def test_an_over_long_prompt_warns_and_is_cut(mini_pipeline: Pipeline) -> None:
+def test_an_over_long_prompt_warns_and_is_cut(mini_bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    mini_pipeline = Pipeline(mini_bundle, make_engine("onnxruntime"))  # the libraries' loggers warn once
     words = "a red star on a blue background " * 10
-    with pytest.warns(UserWarning, match=r"prompt cut to 32 tokens, it has \d+"):
+    with pytest.warns(UserWarning, match=r"prompt cut to 32 tokens, it has 72; not read: 'star on a blue background a red"):
         long = mini_pipeline.generate(words, steps=1, scheduler="ddim")
+    assert long.unread == ("star on a blue background" + " a red star on a blue background" * 5,)
+    assert [record.message for record in caplog.records if "sequence length" in record.message] == []
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         mini_pipeline.generate(PROMPT, steps=1, scheduler="ddim")

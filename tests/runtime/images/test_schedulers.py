@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runtime import RequestError
-from runtime.images.schedulers import SCHEDULERS, make_scheduler
+from runtime.images.schedulers import SCHEDULERS, check_scheduler, make_scheduler
 from tests.support.reference import MINI, reference_scheduler
 
 FOLDER = MINI / "scheduler"
@@ -37,8 +37,14 @@ def test_steps_out_of_range(steps: int) -> None:
 
 
 def test_unknown_scheduler_lists_those_known() -> None:
-    with pytest.raises(RequestError, match=r"unknown scheduler 'plms'; choose from: ddim, pndm, dpm\+\+, euler, heun"):
+    with pytest.raises(RequestError, match=r"unknown scheduler 'plms'; did you mean lms\? choose from: ddim, pndm, dpm\+\+, eu"):
         make_scheduler("plms", FOLDER, 20)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "DPMSolverSDEScheduler"])
+def test_schedulers_of_other_models_are_refused_by_name(name: str) -> None:
+    with pytest.raises(RequestError, match=rf"scheduler {name} is for other models .*; choose from: ddim"):
+        check_scheduler(name)
 
 
 def test_calls_do_not_share_a_scheduler() -> None:

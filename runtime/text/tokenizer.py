@@ -27,6 +27,8 @@ def load_tokenizer(bundle: Bundle) -> Any:
         _check_scheduler(bundle, folder)
         try:
             tokenizer = load_clip_tokenizer(folder / "tokenizer")
+            # What is cut is said in our own words: see runtime.text.encoding.
+            tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
             _check(tokenizer, bundle.manifest.text_length, bundle.manifest.vocabulary)
         except BaseException as error:  # libraries raise what they like; panics of compiled code are no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):

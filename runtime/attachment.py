@@ -1,0 +1,137 @@
+"""A bundle's UNet in the place of a diffusers pipeline's own, and back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.diffusers_unet import UNet
+from runtime.errors import RequestError
+from runtime.execution.executor import StepRecord
+from runtime.plans.plan import Plan
+from runtime.report.kinds import Kind, kinds_of
+
+__all__ = ["Attachment", "Report", "attach"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the last call ran: the ``plan``, each evaluation of the UNet (``steps``), and the ``seconds`` they took together."""
+
+    plan: str
+    steps: Sequence[StepRecord]
+    segments: dict[str, int]
+    """Of each UNet, how many segments it has."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all evaluations; on a GPU, asking waits until they have been done."""
+        return sum(record.seconds for record in self.steps)
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """The evaluations by what they ran."""
+        return kinds_of(self.steps)
+
+    def __str__(self) -> str:
+        if not self.steps:
+            return f"plan {self.plan}: nothing has run yet"
+        kinds = [
+            f"{kind.count} {kind.name} ({kind.segments(self.segments[kind.unet])}; {kind.milliseconds:.1f} ms each)"
+            for kind in self.kinds
+        ]
+        return f"plan {self.plan}: {len(self.steps)} evaluations of the UNet in {self.seconds:.2f} s: {', '.join(kinds)}"
+
+
+class Attachment:
+    """A bundle's UNet in a diffusers pipeline: ``pipe.unet`` is replaced, and all else of the pipeline is left as it is.
+
+    Every scheduler, callback and option of the pipeline works as before. ``disable`` puts the pipeline's own UNet back, and
+    ``enable`` the bundle's; what is assigned to ``plan`` (a preset, a file, or a ``Plan``) holds from the next call on.
+    """
+
+    def __init__(self, pipe: Any, unet: UNet) -> None:
+        self.pipe, self.unet, self.original = pipe, unet, pipe.unet
+        self.enable()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the calls to come. A preset such as ``deepcache:3``, a JSON file or a ``Plan`` can be assigned."""
+        return self.unet.plan
+
+    @plan.setter
+    def plan(self, plan: str | Path | Plan) -> None:
+        self.unet.plan = plan
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the pipeline's UNet is the bundle's."""
+        return self.pipe.unet is self.unet
+
+    def enable(self) -> None:
+        """Put the bundle's UNet into the pipeline."""
+        self.pipe.unet = self.unet
+
+    def disable(self) -> None:
+        """Put the pipeline's own UNet back."""
+        self.pipe.unet = self.original
+
+    def report(self) -> Report:
+        """What the last call with the bundle's UNet ran, and how long it took; printed, it is one line."""
+        segments = {name: len(network.manifest.unet_segments) for name, network in self.unet.pipeline.networks.items()}
+        return Report(self.unet.last_plan.name, self.unet.steps, segments)
+
+    def __repr__(self) -> str:
+        state = "enabled" if self.enabled else "disabled"
+        return f"<{type(self.pipe).__name__} with {self.unet.pipeline.bundle.folder}, plan {self.plan.name}, {state}>"
+
+
+def attach(
+    pipe: Any, bundle: str | Path | None = None, plan: str | Path | Plan = "full", engine: str = "onnxruntime"
+) -> Attachment:
+    """Run a diffusers pipeline's UNet as a bundle's, by a plan::
+
+        heirloom = unet_heirloom.attach(pipe, "bundles/mini-original", plan="deepcache:3")
+
+    Args:
+        pipe: a StableDiffusionPipeline, StableDiffusionImg2ImgPipeline or StableDiffusionInpaintPipeline, with the checkpoint
+            that the bundle was built from.
+        bundle: a bundle's folder; None for the one in ``./bundles`` that was built last.
+        plan: a preset such as ``deepcache:3``, a JSON file, or a ``Plan``. Whether the bundle can run it is checked as a call
+            begins.
+        engine: what runs the segments.
+
+    Raises:
+        RequestError: the pipeline has no UNet, or one that the bundle's cannot stand in for.
+        PlanError: a plan that is unknown or malformed.
+        BundleError: no bundle, or a damaged one.
+        EngineError: an unknown engine, or one that is not installed or not in the bundle.
+    """
+    if not hasattr(pipe, "unet") or not hasattr(pipe, "scheduler"):
+        raise RequestError(
+            f"pipe is a {type(pipe).__name__}, which has no UNet and scheduler; give a pipeline such as StableDiffusionPipeline"
+        )
+    if isinstance(pipe.unet, UNet):
+        raise RequestError("pipe has a bundle's UNet already; assign its .plan, or .disable() the one that was attached first")
+    unet = UNet(bundle, plan, engine, scheduler=lambda: pipe.scheduler)
+    _check_alike(pipe.unet, unet)
+    return Attachment(pipe, unet)
+
+
+_COMPARED = {
+    "in_channels": "channels of latents",
+    "out_channels": "channels of predictions",
+    "cross_attention_dim": "text width",
+}
+
+
+def _check_alike(own: Any, unet: UNet) -> None:
+    """Raise RequestError where the bundle's UNet takes or gives other shapes than the pipeline's own, if it has one."""
+    for name, what in _COMPARED.items():
+        theirs, ours = getattr(getattr(own, "config", None), name, None), getattr(unet.config, name)
+        theirs = theirs[0] if isinstance(theirs, list | tuple) and len(set(theirs)) == 1 else theirs
+        if theirs is not None and theirs != ours:
+            raise RequestError(
+                f"the pipeline's UNet has {what} {theirs}, that of {unet.pipeline.bundle.folder} has {ours}; "
+                "build a bundle from the pipeline's own checkpoint"
+            )

@@ -1,0 +1,122 @@
+"""What a call of ``generate`` gives back: pictures with all that they were made from."""
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from engines import Manifest
+from engines.support.files import atomic_file
+from engines.support.version import our_version
+from runtime.errors import RequestError
+from runtime.execution.executor import StepRecord
+from runtime.plans.plan import Plan
+from runtime.request import Request
+
+__all__ = ["Generation", "numbered"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result of one call: pictures, final latents (images, channels, height, width), and what ran at every step.
+
+    ``images`` are PIL pictures, or with another ``output_type`` what diffusers' pipelines give for it. ``seeds`` has that of each
+    picture, and none where generators or latents were given.
+    """
+
+    images: list[Image.Image]
+    latents: Tensor
+    steps: list[StepRecord]
+    seconds: float
+    plan: Plan
+    seeds: tuple[int, ...] = ()
+    request: Request | None = field(default=None, repr=False)
+    manifest: Manifest | None = field(default=None, repr=False)
+    guidance_scale: float | None = None
+    unread: tuple[str, ...] = ()
+    """Of each prompt that was too long, the words that were not read."""
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture."""
+        return self.images[0]
+
+    @property
+    def _are_pictures(self) -> bool:
+        return self.request is None or self.request.output_type == "pil"
+
+    def metadata(self, number: int = 0) -> dict[str, str]:
+        """What one of the pictures was made from, by name; its PNG file carries this as text."""
+        request, manifest = self.request, self.manifest
+        told: dict[str, Any] = {"plan": self.plan.name, "version": f"unet-heirloom {our_version()}"}
+        if self.seeds:
+            told["seed"] = self.seeds[number]
+        if request is not None:
+            told |= {"steps": request.steps, "scheduler": request.scheduler, "guidance_scale": self.guidance_scale}
+            if request.prompts:
+                told["prompt"] = request.prompts[number // request.num_images]
+                negative = request.negative_prompts[0 if len(request.negative_prompts) == 1 else number // request.num_images]
+                told["negative_prompt"] = negative
+            if request.image is not None:
+                told["strength"] = request.strength
+        if manifest is not None:
+            told |= {"source": manifest.source, "variant": manifest.variant, "bundle": manifest.key}
+        return {name: str(value) for name, value in told.items() if value not in {None, ""}}
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write all pictures as PNG files that carry their ``metadata``, several as ``NAME-00.png`` and so on; returns the paths.
+
+        Each is written whole or not at all.
+
+        Raises:
+            RequestError: the pictures are no PIL pictures, or the name does not end in .png.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise RequestError(f"cannot write {path!s:.200}: give the name of a .png file")
+        if not self._are_pictures:
+            raise RequestError("the pictures of this call are no PIL pictures; leave output_type out to have such")
+        paths = numbered(path, len(self.images))
+        for number, (place, image) in enumerate(zip(paths, self.images, strict=True)):
+            text = PngInfo()
+            for name, value in self.metadata(number).items():
+                text.add_itxt(name, value)
+            with atomic_file(place) as temporary:
+                image.save(temporary, format="PNG", pnginfo=text)
+        return paths
+
+    def __repr__(self) -> str:
+        height, width = (side * (self.manifest.vae_scale if self.manifest else 1) for side in self.latents.shape[-2:])
+        count = len(self.latents)
+        parts = [f"{count} picture{'s' * (count > 1)} of {width}x{height}"]
+        if self.seeds:
+            parts.append(f"seed {self.seeds[0]}" if count == 1 else f"seeds {self.seeds[0]} to {self.seeds[-1]}")
+        if self.request is not None:
+            parts.append(f"{self.request.steps} steps of {self.request.scheduler}")
+        return f"<Generation: {', '.join([*parts, f'plan {self.plan.name}', f'{self.seconds:.2f} s'])}>"
+
+    def _repr_png_(self) -> bytes | None:
+        """All pictures beside each other, for notebooks."""
+        if not self._are_pictures:
+            return None
+        pictures = self.images
+        sheet = Image.new("RGB", (sum(image.width for image in pictures), max(image.height for image in pictures)))
+        left = 0
+        for image in pictures:
+            sheet.paste(image, (left, 0))
+            left += image.width
+        written = io.BytesIO()
+        sheet.save(written, format="PNG")
+        return written.getvalue()
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """The paths of so many pictures: the one given, or numbered ones that sort as they are counted."""
+    if count == 1:
+        return [path]
+    digits = max(2, len(str(count - 1)))
+    return [path.with_name(f"{path.stem}-{number:0{digits}}{path.suffix}") for number in range(count)]

@@ -1,0 +1,1 @@
+"""Prompts: tokens, words of textual inversion, and the text encoder's features."""

@@ -1,0 +1,190 @@
+"""A bundle attached to diffusers pipelines, against the same pipelines with their own torch UNet and hooks on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import unet_heirloom
+from engines import Bundle
+from runtime import Attachment, PlanError, RequestError, UNet
+from tests.support.diffusers_pipelines import PIPELINES, inputs, latents, pipeline
+from tests.support.reference import SCHEDULER_CLASSES, Inheritance, mini_unet, reference_scheduler
+from tests.support.unets import relative_error
+
+TOLERANCE = 1e-4
+"""Of the largest final latent: both sides are float32, of which one evaluation differs by 1e-6, and a few steps with guidance 3
+multiply that by less than 20. A step that inherits too much or too little differs by more than 1e-2."""
+INHERITED = "up_blocks.3.attentions.1"
+"""What `deepcache:N` inherits of the embedded model, by diffusers' name."""
+
+
+@contextmanager
+def inheriting(unet: Any, every: int) -> Iterator[None]:
+    """diffusers' own UNet, whose every evaluation but one in so many puts the cached feature back."""
+    inheritance, done = Inheritance(unet, [INHERITED]), [0]
+
+    def start(*_: Any) -> None:
+        inheritance.start_step(done[0] % every == 0)
+        done[0] += 1
+
+    handle = unet.register_forward_pre_hook(start)
+    try:
+        with inheritance.hooked():
+            yield
+    finally:
+        handle.remove()
+
+
+def kinds(attached: Attachment) -> list[str]:
+    return [record.kind for record in attached.unet.steps]
+
+
+@pytest.fixture
+def attached(mini_bundle: Bundle) -> Callable[..., Attachment]:
+    def make(kind: str = "text", scheduler: str = "ddim", plan: str = "deepcache:3") -> Attachment:
+        return unet_heirloom.attach(pipeline(kind, scheduler), mini_bundle.folder, plan)
+
+    return make
+
+
+@pytest.mark.parametrize("scheduler", list(SCHEDULER_CLASSES))
+@pytest.mark.parametrize("kind", list(PIPELINES))
+def test_a_pipeline_with_a_bundle_is_the_pipeline_with_hooks(
+    attached: Callable[..., Attachment], kind: str, scheduler: str
+) -> None:
+    heirloom, settings = attached(kind, scheduler), {"steps": 5, **inputs(kind)}
+    made = latents(heirloom.pipe, **settings)
+    reference = pipeline(kind, scheduler)
+    with inheriting(reference.unet, 3):
+        assert relative_error(made, latents(reference, **settings)) < TOLERANCE
+    assert kinds(heirloom)[:4] == ["key", "inherit", "inherit", "key"][: len(kinds(heirloom))]
+    heirloom.disable()
+    assert heirloom.pipe.unet is reference.unet
+
+
+def test_it_is_put_in_taken_out_and_told_another_plan(attached: Callable[..., Attachment]) -> None:
+    heirloom = attached()
+    pipe, parts = heirloom.pipe, dict(heirloom.pipe.components)
+    assert "nothing has run yet" in str(heirloom.report())
+    first = latents(pipe)
+    heirloom.plan = "full"
+    assert str(heirloom.report()).startswith("plan deepcache:3: 6 evaluations of the UNet in ")
+    whole = latents(pipe)
+    heirloom.disable()
+    assert not heirloom.enabled
+    assert pipe.unet is heirloom.original
+    assert relative_error(whole, latents(pipe)) < TOLERANCE
+    heirloom.enable()
+    pipe.unet.plan = "deepcache:3"
+    assert (heirloom.enabled, heirloom.plan.name) == (True, "deepcache:3")
+    assert torch.equal(latents(pipe), first)
+    assert {name for name, part in pipe.components.items() if part is not parts[name]} == set()
+    with pytest.raises(PlanError, match="deepcash"):
+        heirloom.plan = "deepcash:3"
+    assert heirloom.plan.name == "deepcache:3"
+    heirloom.disable()
+
+
+def test_the_report_says_what_ran_and_how_long(attached: Callable[..., Attachment]) -> None:
+    heirloom = attached()
+    latents(heirloom.pipe)
+    report = heirloom.report()
+    key, inherit = report.kinds
+    assert (key.name, key.steps, inherit.name, inherit.steps) == ("key", (0, 3), "inherit", (1, 2, 4, 5))
+    assert len(key.ran) == report.segments["original"] > len(inherit.ran)
+    assert report.seconds == pytest.approx(sum(record.seconds for record in report.steps))
+    assert f"2 key (all {len(key.ran)}; {key.milliseconds:.1f} ms each), 4 inherit ({len(inherit.ran)} of" in str(report)
+    assert "enabled" in repr(heirloom)
+    heirloom.disable()
+    assert "disabled" in repr(heirloom)
+
+
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "repeated": lambda t: t.repeat(2),
+    "converted": lambda t: t.to(torch.float32),
+    "halved": lambda t: t.to(torch.float16),
+    "cloned": lambda t: t.clone(),
+    "in a new tensor": lambda t: torch.tensor([float(t)]),
+}
+
+
+class Copying:
+    """A UNet that is handed copies of what the pipeline hands over, as pipelines of others do."""
+
+    def __init__(self, unet: UNet, copy: Callable[[Tensor], Tensor]) -> None:
+        self.unet, self.copy = unet, copy
+        self.config, self.dtype = unet.config, unet.dtype
+
+    def __call__(self, sample: Tensor, timestep: Tensor, **options: Any) -> Any:
+        return self.unet(sample, self.copy(timestep), **options)
+
+
+@pytest.mark.parametrize("copy", list(COPIES))
+@pytest.mark.parametrize(("kind", "scheduler"), [("text", "heun"), ("image", "ddim"), ("image", "heun")])
+def test_copied_timesteps_are_counted_by_value(
+    attached: Callable[..., Attachment], kind: str, scheduler: str, copy: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    heirloom, settings = attached(kind, scheduler), {"steps": 5, **inputs(kind)}
+    expected = latents(heirloom.pipe, **settings)
+    ran = [record.ran for record in heirloom.unet.steps]
+    heirloom.pipe.unet = Copying(heirloom.unet, COPIES[copy])
+    for _ in range(2):  # the second call follows on the first
+        made = latents(heirloom.pipe, **settings)
+        # Half precision rounds the timesteps themselves, where they are no whole numbers.
+        assert copy == "halved" or relative_error(made, expected) < TOLERANCE
+        assert [record.ran for record in heirloom.unet.steps] == ran
+    heirloom.disable()
+    assert [str(each.message) for each in recwarn if "is a copy" in str(each.message)] == []
+
+
+def test_copied_timesteps_are_warned_of_once_where_no_scheduler_is_known(mini_bundle: Bundle) -> None:
+    unet = UNet(mini_bundle.folder, "deepcache:3")
+    made = pipeline("text", "ddim")
+    own, made.unet = made.unet, Copying(unet, COPIES["repeated"])
+    with pytest.warns(UserWarning, match=r"timestep \d+ is a copy, .* every step computes everything; hand over") as caught:
+        result = latents(made, steps=4)
+    assert len([each for each in caught if "is a copy" in str(each.message)]) == 1
+    made.unet = own
+    assert relative_error(result, latents(made, steps=4)) < TOLERANCE
+
+
+def test_a_loop_of_ones_own_with_copies(mini_bundle: Bundle) -> None:
+    """Broken off, begun again, and over the same timesteps once more."""
+    scheduler = reference_scheduler("pndm", 4)
+    unet = UNet(mini_bundle.folder, "deepcache:3", scheduler=scheduler)
+    text = mini_bundle.manifest.features["text_encoder"].shape
+    sample, states = torch.zeros(1, 4, 8, 8), torch.zeros(1, int(text[1]), int(text[2]))
+    for stop in (5, 2, 1, 5):
+        for timestep in scheduler.timesteps[:stop]:
+            unet(sample, timestep.clone(), states)
+        assert [record.kind for record in unet.steps] == ["key", "inherit", "inherit", "key", "inherit"][:stop]
+
+
+def test_what_code_asks_of_a_unet(mini_bundle: Bundle) -> None:
+    unet = UNet(mini_bundle.folder)
+    assert unet.to("cuda", torch.float16) is unet.eval() is unet.requires_grad_(False) is unet
+    (parameter,) = unet.parameters()
+    assert (parameter.device, parameter.dtype, parameter.numel(), unet.training) == (unet.device, unet.dtype, 0, False)
+
+
+def test_pipelines_that_it_cannot_be_attached_to(mini_bundle: Bundle, attached: Callable[..., Attachment]) -> None:
+    with pytest.raises(RequestError, match="pipe is a str, which has no UNet"):
+        unet_heirloom.attach("mini", mini_bundle.folder)
+    heirloom = attached()
+    with pytest.raises(RequestError, match=r"has a bundle's UNet already; assign its \.plan"):
+        unet_heirloom.attach(heirloom.pipe, mini_bundle.folder)
+    heirloom.disable()
+    other = pipeline("text", "ddim")
+    wide = mini_unet()
+    wide.register_to_config(cross_attention_dim=768)
+    own, other.unet = other.unet, wide
+    with pytest.raises(RequestError, match="text width 768, that of .* has 128; build a bundle from the pipeline's own"):
+        unet_heirloom.attach(other, mini_bundle.folder)
+    assert other.unet is wide
+    other.unet = own
