@@ -13,6 +13,7 @@ from engines.base import DTYPES, Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Manifest, Segment, Unit
 from engines.errors import BundleError, EngineError, NeedsBuildError, UserError
+from engines.support.spelling import did_you_mean
 
 __all__ = [
     "DTYPES",
@@ -48,7 +49,7 @@ def make_engine(name: str) -> Engine:
         EngineError: there is none, or the package it needs is not installed.
     """
     if name not in ENGINES:
-        raise EngineError(f"unknown engine {name!r}; choose from: {', '.join(ENGINES)}")
+        raise EngineError(f"unknown engine {name!r}; {did_you_mean(name, ENGINES)}choose from: {', '.join(ENGINES)}")
     module, _, attribute = ENGINES[name].partition(":")
     engine: Engine = getattr(import_module(module), attribute)()
     return engine

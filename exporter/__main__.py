@@ -18,7 +18,9 @@ def _parser(prog: str) -> Parser:
     parser.add_version()
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     build = commands.add_parser("build", help="make a bundle", description=_BUILD)
-    build.add_argument("--variant", default="original", help="original, assembled, bk-tiny, ... (default: %(default)s)")
+    build.add_argument(
+        "--variant", default="original", help="original, assembled, ..., or a recipe's .json (default: %(default)s)"
+    )
     build.add_argument("--unet", type=Path, help="folder of the variant's UNet (default: the source's, or made by the recipe)")
     build.add_argument("--source", default="mini", help=_SOURCES)
     build.add_argument("--config", type=Path, help="folder of configurations, for a .safetensors file that is not SD 1.x/2.x")
@@ -110,6 +112,16 @@ def _inspect(given: object, console: Console) -> None:
     show_kernels(Bundle.open(options["bundle"]), console, options["target"] or DEFAULT_TARGET, as_json=options["json"])
 
 
+def _variant(given: str) -> tuple[str, Path | None]:
+    """The variant's name, and the file of its recipe if that was given."""
+    if not given.endswith(".json"):
+        return given, None
+    from tuning import recipe
+
+    path = Path(given).expanduser()
+    return recipe(str(path)).name, path
+
+
 def _build(given: object, console: Console) -> None:
     from exporter.build import build
     from exporter.options import BuildOptions
@@ -117,8 +129,10 @@ def _build(given: object, console: Console) -> None:
     from exporter.tables import show_built
 
     values = vars(given)
+    variant, recipe = _variant(values["variant"])
     options = BuildOptions(
-        variant=values["variant"],
+        variant=variant,
+        recipe=recipe,
         source=values["source"],
         unet=values["unet"],
         config=values["config"],

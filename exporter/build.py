@@ -23,6 +23,8 @@ from exporter.segments import known_pieces
 from exporter.segments.artifacts import Artifacts, tidy, working_on
 from exporter.segments.digests import Digests
 from exporter.segments.progress import Progress
+from runtime.plans.plan import inherited_features
+from runtime.plans.presets import find_plan
 from tuning.checkpoints.files import CONFIGURATIONS
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ def _existing(options: BuildOptions, key: str, digests: Digests) -> Bundle | Non
             return None
         raise BuildError(f"{folder} exists and is kept ({error}); choose --force or another --out") from error
     if bundle.manifest.key != key:
+        _check_against(options, bundle.manifest)
         if options.force:
             return None
         raise BuildError(
@@ -83,6 +86,19 @@ def _existing(options: BuildOptions, key: str, digests: Digests) -> Bundle | Non
             "replace it with --force, or choose another --out"
         )
     return bundle
+
+
+def _check_against(options: BuildOptions, manifest: Manifest) -> None:
+    """Raise BuildError or PlanError for a mistake that the bundle in place shows, which a new one would not mend."""
+    if (options.source, options.variant) != (manifest.source, manifest.variant):
+        return
+    for size in options.sizes:
+        if any(side < manifest.size_multiple or side % manifest.size_multiple for side in size):
+            raise BuildError(
+                f"size {size[0]}x{size[1]}: height and width must be multiples of {manifest.size_multiple} pixels for this UNet"
+            )
+    for plan in options.plans:
+        inherited_features(find_plan(plan), manifest.unet_units, manifest.variant)
 
 
 def _make(job: BuildJob, progress: Progress) -> None:
@@ -141,6 +157,7 @@ def _manifest(
         variant=options.variant,
         source=options.source,
         unet=made_from["unet"],
+        recipe=made_from["recipe"],
         config=made_from["config"],
         variant_files=options.variant_files,
         source_sha256=job.made_from["source"],

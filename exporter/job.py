@@ -76,7 +76,9 @@ class BuildJob:
         from exporter.graph.components import MODELS
 
         check_choices(options)
-        checkpoint = open_source(options.source, options.variant, options.unet, options.config, options.variant_files)
+        checkpoint = open_source(
+            options.source, options.variant, options.unet, options.config, options.variant_files, options.recipe
+        )
         engines = tuple(make_engine(name) for name in dict.fromkeys(options.engines))
         check_static(options, engines)
         check_precision(options, engines)
@@ -125,7 +127,7 @@ def open_writer(options: BuildOptions, made_from: Mapping[str, Any], folder: Pat
     from exporter.graph.checkpoint import open_source
     from exporter.segments.artifacts import Artifacts
 
-    checkpoint = open_source(options.source, options.variant, options.unet, options.config, options.variant_files)
+    checkpoint = open_source(options.source, options.variant, options.unet, options.config, options.variant_files, options.recipe)
     engines = tuple(make_engine(name) for name in dict.fromkeys(options.engines))
     return BuildJob(options, checkpoint, engines, targets_of(options, engines), made_from).writer(Artifacts(folder))
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from engines import ENGINES, Engine
 from engines.bundle.folder import sha256
 from engines.bundle.manifest import Precision, VaePrecision, Variant
+from engines.support.spelling import did_you_mean
 from exporter.errors import BuildError
 from exporter.graph.partition import GRANULARITIES, Granularity
+from runtime.plans.presets import find_plan
 
 __all__ = [
     "PRECISIONS",
@@ -32,10 +34,10 @@ _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "on
 class BuildOptions:
     """The options of a build.
 
-    Without a ``granularity``, segments are as large as ``plans`` allow. ``unet`` is the folder of the
-    variant's UNet, where the source does not hold it; ``config`` the folder of configurations, where a source has none and is
-    not SD 1.x/2.x; ``variant_files`` the variant of a folder's weight files, such as fp16.
-    ``vae_precision`` is the VAE's, by default ``precision``.
+    Without a ``granularity``, segments are as large as ``plans`` allow. ``unet`` is the folder of the variant's UNet, where the
+    source does not hold it; ``recipe`` the .json file by which it is made, where that is the user's; ``config`` the folder of
+    configurations, where a source has none and is not SD 1.x/2.x; ``variant_files`` the variant of a folder's weight files, such
+    as fp16. ``vae_precision`` is the VAE's, by default ``precision``.
     ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call; ``static``
     engines take nothing less either. ``fresh`` builds take no pieces of other bundles. ``jobs`` processes work side by side.
     """
@@ -43,6 +45,7 @@ class BuildOptions:
     variant: Variant = "original"
     source: str = "mini"
     unet: Path | None = None
+    recipe: Path | None = None
     config: Path | None = None
     variant_files: str | None = None
     engines: tuple[str, ...] = ("onnxruntime",)
@@ -72,7 +75,7 @@ class BuildOptions:
         options = asdict(self)
         for name in ("out", "force", "fresh", "jobs"):
             del options[name]
-        options |= {name: None if options[name] is None else str(options[name]) for name in ("unet", "config")}
+        options |= {name: None if options[name] is None else str(options[name]) for name in ("unet", "config", "recipe")}
         return options | {"plans": [sha256(Path(plan)) if Path(plan).is_file() else plan for plan in self.plans]}
 
 
@@ -82,17 +85,18 @@ def versions() -> dict[str, str]:
 
 
 def check_choices(options: BuildOptions) -> None:
-    """Raise BuildError unless each option is one of those allowed."""
+    """Raise BuildError unless each option is one of those allowed, and PlanError for a plan that is none."""
     if options.granularity is None and not options.plans:
         raise BuildError("no granularity and no plan: name a plan to partition for, or a granularity")
-    if options.granularity is not None and options.granularity not in GRANULARITIES:
-        raise BuildError(f"unknown granularity {options.granularity!r}; choose from: {', '.join(GRANULARITIES)}")
-    if options.precision not in PRECISIONS:
-        raise BuildError(f"unknown precision {options.precision!r}; choose from: {', '.join(PRECISIONS)}")
-    if options.vae_precision not in (None, *VAE_PRECISIONS):
-        raise BuildError(f"unknown VAE precision {options.vae_precision!r}; choose from: {', '.join(VAE_PRECISIONS)}")
+    choices = (("granularity", GRANULARITIES), ("precision", PRECISIONS), ("vae_precision", VAE_PRECISIONS))
+    for name, allowed in choices:
+        given, what = getattr(options, name), name.replace("vae_", "VAE ")
+        if given is not None and given not in allowed:
+            raise BuildError(f"unknown {what} {given!r}; {did_you_mean(given, allowed)}choose from: {', '.join(allowed)}")
     if not options.engines:
         raise BuildError(f"no engine is named; choose from: {', '.join(ENGINES)}")
+    for plan in options.plans:
+        find_plan(plan)
     if options.jobs < 1:
         raise BuildError(f"jobs {options.jobs}: at least 1 process must do the work")
     if options.max_images < 1:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from engines import Bundle, Manifest, Segment
+from engines.support.tables import fit
+from runtime.advice import for_plan_too
 from runtime.errors import PlanError
 from runtime.execution.siblings import lay_out_part
 from runtime.plans.checks import check_runs
@@ -20,8 +22,8 @@ __all__ = ["show_built", "show_bundle", "show_segments"]
 
 _MIB = 2**20
 _MOST_NAMED = 3
-_TIMESTEPS = tuple(range(970, 0, -33))
-"""Of 30 steps, to show costs for."""
+_TIMESTEPS = tuple(range(950, -1, -50))
+"""Of 20 steps, as many as are run by default, to show costs for."""
 
 
 def show_built(bundle: Bundle, built: bool, console: Console, *, as_json: bool = False) -> None:
@@ -59,7 +61,7 @@ def show_segments(bundle: Bundle, console: Console) -> None:
         table.add_row(segment.name, *_format(*amounts))
     table.add_section()
     table.add_row("all", *_format(*(sum(column) for column in zip(*rows, strict=True))))
-    console.print(table)
+    console.print(fit(table, console, ["units", "build\ns", "params\nM"]))
     for name in engines:
         targets = {compiled.targets for segment in manifest.segments if (compiled := segment.engines.get(name))}
         for target in filter(None, targets):
@@ -102,9 +104,9 @@ def show_bundle(bundle: Bundle, console: Console) -> None:
             shape = "(" + ", ".join(str(dim) for dim in feature.shape) + ")"
             read_by = ", ".join(readers) if len(readers) <= _MOST_NAMED else f"{len(readers)} segments"
             table.add_row(name, feature.dtype, shape, read_by or "the caller")
-    console.print(table)
-    console.print(_plans(manifest))
-    console.print(f"for plans of another partition: {bundle.rebuild_command()} --plan PLAN", highlight=False, soft_wrap=True)
+    console.print(fit(table, console, ["read by", "dtype"]))
+    console.print(fit(_plans(manifest), console, []))
+    console.print(f"for plans of another partition: {for_plan_too(bundle, 'PLAN')}", highlight=False, soft_wrap=True)
     sizes = ", ".join(f"{height}x{width}" for height, width in manifest.sizes)
     images = f"exactly {manifest.max_images} (static)" if manifest.static else f"up to {manifest.max_images}"
     console.print(f"sizes {sizes} (multiples of {manifest.size_multiple}), {images} images per call", highlight=False)
@@ -112,9 +114,9 @@ def show_bundle(bundle: Bundle, console: Console) -> None:
 
 
 def _plans(manifest: Manifest) -> Table:
-    table = Table(title="plans of this UNet (MACs of an average step, relative to full)", box=SIMPLE)
+    table = Table(title=f"plans of this UNet (MACs of {len(_TIMESTEPS)} steps, relative to full)", box=SIMPLE)
     for name in ("plan", "what is inherited", "MACs"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=name != "what is inherited")
     built_for = [plan for plan in manifest.plans if plan not in {preset.example for preset in PRESETS.values()}]
     for name in (*built_for, *(preset.example for preset in PRESETS.values())):
         table.add_row(name, *_row(manifest, name))
@@ -144,4 +146,4 @@ def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
         return f"this UNet's part can run; beside the bundle there must be one of {others}", "-"
     inherited = ", ".join(f"{' '.join(rule.units)} by {rule.kind}" for rule in plan.rules)
     least, most = (relative_macs(schedule, changed=changed) for changed in (False, True))
-    return inherited or "nothing", from_to(least, most)
+    return inherited or "nothing", from_to(least, most, digits=2)

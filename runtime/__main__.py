@@ -1,29 +1,25 @@
 """``python -m runtime PROMPT`` and ``python -m runtime plans``."""
 
+import json
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from torch import Tensor
 
 from engines import Bundle, BundleError, UserError
-from engines.support.cli import Parser, parse_size, run_command
-from engines.support.files import atomic_file
-from runtime.api import default_bundle, load
-from runtime.execution.executor import StepRecord
+from engines.support.cli import run_command
+from runtime.api import find_bundle, load
+from runtime.command.arguments import PLANS, check_png, parse, request_of
+from runtime.command.comparison import Comparison, draw
+from runtime.command.output import announce, as_json, progress, segment_counts, show_kinds, show_steps
 from runtime.generation import Generation
 from runtime.pipeline import Pipeline
 from runtime.plans.presets import PRESETS
 from runtime.report.cards import find_card
-from runtime.report.explain import explain, listed, plot
+from runtime.report.explain import explain, plot
 from runtime.report.least_time import least_time
 from runtime.report.plan_table import list_plans
 from runtime.report.traffic import traffic_for
@@ -32,146 +28,84 @@ from runtime.request import Request
 __all__ = ["main"]
 
 
-def _parser(prog: str) -> Parser:
-    parser = Parser(
-        prog=prog,
-        description="Generate pictures from a prompt; `plans` as the prompt lists the plans and their costs.",
-    )
-    parser.add_version()
-    parser.add_argument("prompt", nargs="?", help="what the picture shows, or the word `plans`")
-    parser.add_argument("--negative", default="", help="what it should not show")
-    parser.add_argument("--bundle", type=Path, help="a bundle's folder (default: the one in ./bundles that was built last)")
-    parser.add_argument("--engine", default="onnxruntime", help="what runs the segments (default: %(default)s)")
-    parser.add_argument("--plan", default="full", help="a preset or a .json file (default: %(default)s)")
-    parser.add_argument("--scheduler", default="dpm++", help="ddim, pndm, dpm++, euler or heun (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale (default: the bundle's, 7.5 or less)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
-    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels (default: the bundle's first size)")
-    parser.add_argument("--image", type=Path, help="a picture to start from instead of noise")
-    parser.add_argument(
-        "--strength", type=float, default=0.6, help="share of the steps that run on --image, above 0 to 1 (default: %(default)s)"
-    )
-    parser.add_argument("--mask", type=Path, help="what to repaint of --image: a picture of its size, white where to repaint")
-    parser.add_argument("--images", type=int, default=1, help="number of pictures (default: %(default)s)")
-    parser.add_argument(
-        "--explain", action="store_true", help="print what the plan does and costs, step by step; make no picture"
-    )
-    parser.add_argument("--card", help="with --explain: the least time that the plan could take on that GPU, such as rtx4090")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the plan, steps across and units down; make no picture")
-    parser.add_argument(
-        "--allow-nonfinite", action="store_true", help="write the picture, with a warning, where numbers became infinite or NaN"
-    )
-    parser.add_argument("-o", "--out", type=Path, default=Path("out.png"), help="the PNG file to write (default: %(default)s)")
-    return parser
-
-
 def main(arguments: Sequence[str], prog: str = "python -m runtime") -> None:
     """Run the command, which is called ``prog`` in messages; raises UserError for a user's mistake."""
-    options = _parser(prog).parse_args(arguments)
-    console = Console(highlight=False, markup=False)
+    options = parse(arguments, prog)
+    console = Console(highlight=False, markup=False, quiet=options.quiet or options.json)
     warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
     if options.card and not options.explain:
         raise UserError(f"--card {options.card} goes with --explain; add that, or leave it out")
     if options.explain or options.plot:
-        if options.plot:
-            _check_png(options.plot)
-        request = _request(options)
-        if options.card:
-            _explain_card(request, options, console)
-        else:
-            _explain(load(options.bundle, options.engine), request, options, console)
-        return
-    if options.prompt == "plans":
+        _explain(options, console)
+    elif options.prompt == PLANS:
         _plans(options, console)
-        return
+    else:
+        _generate(options, console)
+
+
+def _generate(options: Namespace, console: Console) -> None:
+    """Make pictures, write them, and print what ran. What needs no bundle is checked before one is loaded."""
     if options.prompt is None:
         raise UserError(
             "no prompt; say what the picture shows, such as 'a red star on a blue background', or `plans` for a list of them"
         )
-    _check_png(options.out)
-    request = _request(options)
-    folder = options.bundle or default_bundle()
+    check_png(options.out)
+    request = request_of(options)
+    other = None if options.compare is None else replace(request, plan=options.compare)
+    folder = find_bundle(options.bundle, options.engine, request.found_plan)
     with console.status(f"loading {folder}"):
-        pipeline = load(folder, options.engine)
-    generation = _generate(pipeline, request, console)
-    console.print(_steps(generation, {name: len(loaded.manifest.unet_segments) for name, loaded in pipeline.networks.items()}))
-    for path, image in zip(_paths(options.out, len(generation.images)), generation.images, strict=True):
-        _save(image, path, pipeline.manifest.source)
-        console.print(
-            f"wrote {path} ({image.width}x{image.height}, bundle {folder}, plan {generation.plan.name})", soft_wrap=True
-        )
-
-
-def _check_png(path: Path) -> None:
-    """Raise UserError unless a picture can be written there, before anything is loaded for it."""
-    advice = "give the name of a .png file in a folder that exists"
-    _check_text(path)
-    if path.suffix.lower() != ".png" or not path.parent.is_dir():
-        raise UserError(f"cannot write {path!s:.200}: {advice}")
-    if path.is_dir():
-        raise UserError(f"cannot write {path!s:.200}: it is a folder; choose another path")
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.touch()
-        temporary.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {path!s:.200} ({error.strerror}): {advice} and can be written to") from error
-
-
-def _check_text(path: Path) -> None:
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"cannot write {str(path)!a:.200}: its name is no text in UTF-8; choose another") from error
-
-
-def _request(options: Namespace) -> Request:
-    """The request that the options make; a plan is explained without a prompt, too."""
-    height, width = (None, None) if options.size is None else parse_size(options.size)
-    return Request(
-        prompt="any" if options.prompt is None else options.prompt,
-        negative_prompt=options.negative,
-        steps=options.steps,
-        guidance_scale=options.guidance,
-        seed=options.seed,
-        height=height,
-        width=width,
-        num_images=options.images,
-        scheduler=options.scheduler,
-        plan=options.plan,
-        image=options.image,
-        strength=options.strength,
-        mask=options.mask,
-        allow_nonfinite=options.allow_nonfinite,
-    )
-
-
-def _generate(pipeline: Pipeline, request: Request, console: Console) -> Generation:
-    columns = (TextColumn("{task.completed} steps"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=request.steps * (request.strength if request.image else 1))
-
-        def callback(record: StepRecord, latents: Tensor) -> None:
-            bar.update(task, completed=record.index + 1)
-
-        return pipeline.generate(request, callback=callback)
-
-
-def _explain(pipeline: Pipeline, request: Request, options: Namespace, console: Console) -> None:
+        pipeline = load(folder, options.engine, request.found_plan)
     prepared = pipeline.prepare(request)
+    if other is not None:
+        pipeline.prepare(other)  # refused now rather than after the first
+    console.print(announce(pipeline, prepared, folder), soft_wrap=True)
+    made = _made(pipeline, request, console, request.found_plan.name if other else "")
+    compared = None if other is None else Comparison(made, _made(pipeline, other, console, other.found_plan.name))
+    (show_steps if options.every_step else show_kinds)(made, segment_counts(pipeline), console)
+    paths = made.save(options.out)
+    for path, image, seed in zip(paths, made.images, made.seeds, strict=True):
+        console.print(
+            f"wrote {path} ({image.width}x{image.height}, bundle {folder}, plan {made.plan.name}, seed {seed})", soft_wrap=True
+        )
+    if compared is not None:
+        sheet = options.out.with_name(f"{options.out.stem}-compared{options.out.suffix}")
+        draw(compared, prepared.schedule, sheet)
+        console.print(f"wrote {sheet}, with both pictures and what the plan computes", soft_wrap=True)
+        console.print(str(compared), soft_wrap=True)
+    if options.json:
+        figures = None if compared is None else {**compared.as_json(), "picture": str(sheet)}
+        print(json.dumps(as_json(made, pipeline, folder, paths, figures)))
+
+
+def _made(pipeline: Pipeline, request: Request, console: Console, name: str) -> Generation:
+    evaluations = len(pipeline.prepare(request).timesteps)
+    with progress(console, evaluations, name) as step:
+        return pipeline.generate(request, callback=step)
+
+
+def _explain(options: Namespace, console: Console) -> None:
+    if options.plot:
+        check_png(options.plot)
+    request = request_of(options)
+    if options.card:
+        _explain_card(request, options, console)
+        return
+    folder = find_bundle(options.bundle, options.engine, request.found_plan)
+    pipeline = load(folder, options.engine, request.found_plan)
+    prepared = pipeline.prepare(request)
+    console.print(announce(pipeline, prepared, folder), soft_wrap=True)
     if options.plot:
         plot(prepared.schedule, options.plot)
         console.print(f"wrote {options.plot}", soft_wrap=True)
     if options.explain:
-        table, summary = explain(prepared.schedule, pipeline.networks, prepared.sizes, pipeline.swapper)
+        table, summary = explain(prepared.schedule, pipeline.networks, prepared.sizes, pipeline.swapper, console)
         console.print(table)
         console.print(summary, soft_wrap=True)
 
 
 def _explain_card(request: Request, options: Namespace, console: Console) -> None:
     """Print what the plan could do on a card that is not here: from the manifests alone, nothing is loaded."""
-    card, pipeline = find_card(options.card), load(options.bundle, "null")
+    card, pipeline = find_card(options.card), load(find_bundle(options.bundle), "null")
     prepared = pipeline.prepare(request)
     if options.plot:
         plot(prepared.schedule, options.plot)
@@ -183,22 +117,6 @@ def _explain_card(request: Request, options: Namespace, console: Console) -> Non
         console.print(line, soft_wrap=True)
 
 
-def _steps(generation: Generation, segments: Mapping[str, int]) -> Table:
-    """A row for each step: the segments that ran, given how many each UNet has, and the features inherited."""
-    table = Table(title=f"{len(generation.steps)} steps, {generation.seconds:.2f} s in all", box=SIMPLE)
-    swapped = any(record.swap_seconds for record in generation.steps)
-    switches = len({record.unet for record in generation.steps}) > 1
-    words = *(["UNet"] if switches else []), "kind", "segments run", "inherited"
-    for name in ("step", "timestep", *(["swap ms"] if swapped else []), "ms", *words):
-        table.add_column(name, justify="left" if name in words else "right")
-    for record in generation.steps:
-        swap = f"{1000 * record.swap_seconds:.1f}" if record.swap_seconds else ""
-        numbers = str(record.index), f"{record.timestep:.0f}", *([swap] if swapped else []), f"{1000 * record.seconds:.1f}"
-        ran = listed(record.ran, segments[record.unet])
-        table.add_row(*numbers, *([record.unet] if switches else []), record.kind, ran, listed(record.inherited))
-    return table
-
-
 def _plans(options: Namespace, console: Console) -> None:
     """List the plans; what they cost is a bundle's to say."""
     if options.plan != "full":
@@ -206,7 +124,7 @@ def _plans(options: Namespace, console: Console) -> None:
             f"`plans` lists all of them, and takes no --plan {options.plan}; for that one: --plan {options.plan} --explain"
         )
     try:
-        bundle = Bundle.open(options.bundle or default_bundle())
+        bundle = Bundle.open(find_bundle(options.bundle, options.engine))
     except BundleError as error:
         if options.bundle:
             raise
@@ -222,20 +140,6 @@ def _plans(options: Namespace, console: Console) -> None:
         "-: not with this UNet, or there is no bundle of the other UNet beside it. "
         "With --plan PLAN --explain a prompt's steps are listed, and the time that they will take."
     )
-
-
-def _save(image: Image.Image, path: Path, source: str) -> None:
-    """Write a picture whole or not at all; what was there before stays if it cannot be written. Its text names the source."""
-    text = PngInfo()
-    text.add_text("source", source)
-    with atomic_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=text)
-
-
-def _paths(out: Path, count: int) -> list[Path]:
-    if count == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(count)]
 
 
 if __name__ == "__main__":

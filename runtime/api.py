@@ -5,18 +5,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from engines import Bundle, BundleError, make_engine
+from engines import Bundle, make_engine
 from engines.bundle.folder import MANIFEST_NAME, sha256
-from engines.support.files import real_path
+from engines.support.files import expanded, real_path
+from runtime.advice import missing_bundle
 from runtime.arguments.aliases import with_our_names
 from runtime.errors import RequestError
 from runtime.generation import Generation
 from runtime.images.pictures import Picture
 from runtime.pipeline import Callback, Pipeline
 from runtime.plans.plan import Plan
+from runtime.plans.presets import find_plan
 from runtime.request import FIELDS, Request
 
-__all__ = ["default_bundle", "generate", "load"]
+__all__ = ["default_bundle", "find_bundle", "generate", "load"]
 
 BUNDLES = Path("bundles")
 
@@ -27,12 +29,13 @@ def default_bundle() -> Path:
     Raises:
         BundleError: there is none.
     """
+    return find_bundle(None)
+
+
+def built_last() -> Path | None:
+    """The same, or None."""
     found = sorted(BUNDLES.glob("[!.]*/manifest.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        error = BundleError(f"no bundle in ./{BUNDLES}")
-        error.add_note("make one with: python -m exporter build --variant assembled")
-        raise error
-    return found[-1].parent
+    return found[-1].parent if found else None
 
 
 @lru_cache(maxsize=2)
@@ -40,24 +43,34 @@ def _loaded(folder: Path, manifest_sha256: str, engine: str) -> Pipeline:
     return Pipeline(Bundle.open(folder), make_engine(engine))
 
 
-def load(bundle: str | Path | None = None, engine: str = "onnxruntime") -> Pipeline:
+def load(bundle: str | Path | None = None, engine: str = "onnxruntime", plan: str | Path | Plan = "full") -> Pipeline:
     """A bundle loaded in an engine; the last two are kept, so that the next call with them starts at once.
 
     Args:
-        bundle: a bundle's folder; None for the one in ``./bundles`` that was built last.
+        bundle: a bundle's folder, in which ``~`` is one's home; None for the one in ``./bundles`` that was built last.
         engine: onnxruntime, tensorrt, tensorrt-rtx or torch.
+        plan: what it is to run; only what is said where there is no bundle depends on it.
 
     Raises:
         BundleError: there is no bundle, or it is damaged or of another version.
         EngineError: the engine is unknown, not installed or not in the bundle.
+        PlanError: a plan that is unknown or malformed.
         RequestError: a name is no text.
     """
     for name, value, kinds in (("bundle", bundle, str | Path | None), ("engine", engine, str)):
         if not isinstance(value, kinds) or "\0" in str(value):
             raise RequestError(f"{name} is a {type(value).__name__} ({value!r:.60}); give a name as text")
-    folder = real_path(Path(bundle if bundle is not None else default_bundle()))
+    folder = real_path(find_bundle(bundle, engine, plan))
     Bundle.open(folder)  # says what is wrong with what is there now
     return _loaded(folder, sha256(folder / MANIFEST_NAME), engine)
+
+
+def find_bundle(bundle: str | Path | None, engine: str = "onnxruntime", plan: str | Path | Plan = "full") -> Path:
+    """The folder of a bundle that is there, as ``load`` finds it; raises BundleError with the command that builds it."""
+    found = built_last() if bundle is None else expanded(str(bundle))
+    if found is None or not found.exists():
+        raise missing_bundle(found, find_plan(plan), engine)
+    return found
 
 
 def generate(
@@ -65,7 +78,7 @@ def generate(
     negative_prompt: str | Sequence[str] | None = "",
     steps: int | None = None,
     guidance_scale: float | None = None,
-    seed: int | None = 0,
+    seed: int | Sequence[int] | None = 0,
     height: int | None = None,
     width: int | None = None,
     num_images: int | None = None,
@@ -92,7 +105,8 @@ def generate(
         steps: denoising steps; 20 where it is not given.
         guidance_scale: of classifier-free guidance (arXiv 2207.12598); None for the bundle's own (7.5, and 3 for the embedded
             model); 1 or less turns it off and halves the work.
-        seed: of the first picture's noise; picture i has seed + i. None draws one, which the result has in ``seeds``.
+        seed: of the first picture's noise; picture i has seed + i, or a list has each picture's. None draws one, which the
+            result has in ``seeds``.
         height: in pixels; None for the image's own, or the bundle's first size. An image of another size is resized.
         width: likewise.
         num_images: pictures per prompt; 1 where it is not given.
@@ -130,4 +144,4 @@ def generate(
     options |= {name: value for name, value in named.items() if value is not None}
     step_end = {name: diffusers.pop(name) for name in list(diffusers) if name.startswith("callback_on_step_end")}
     request = Request(prompt, negative_prompt, **with_our_names(options | diffusers, FIELDS))  # before anything is loaded
-    return load(bundle, engine).generate(request, callback=callback, **step_end)
+    return load(bundle, engine, request.found_plan).generate(request, callback=callback, **step_end)

@@ -90,7 +90,7 @@ class UNet:
         scheduler: Any = None,
     ) -> None:
         self._plan = find_plan(plan)
-        self.pipeline = load(bundle, engine)
+        self.pipeline = load(bundle, engine, self._plan)
         self._scheduler: Callable[[], Any] = scheduler if callable(scheduler) else lambda: scheduler
         self._call: _Call | None = None
         self._single: float | None = None

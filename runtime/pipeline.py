@@ -249,8 +249,7 @@ class Pipeline:
 
     def _initial_state(self, prepared: Prepared) -> InitialState:
         request = prepared.request
-        seeds = range(request.first_seed, request.first_seed + request.images)
-        generators = request.generators or generators_of(seeds)
+        generators = request.generators or generators_of(request.picture_seeds)
         original, device = prepared.original, self.engine.device
         if request.latents is not None:
             return from_latents(prepared.scheduler, request.latents, generators, device)

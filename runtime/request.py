@@ -39,7 +39,7 @@ class Request:
     negative_prompt: str | Sequence[str] | None = ""
     steps: int = 20
     guidance_scale: float | None = None
-    seed: int | None = 0
+    seed: int | Sequence[int] | None = 0
     height: int | None = None
     width: int | None = None
     num_images: int = 1
@@ -87,24 +87,27 @@ class Request:
         """Raise RequestError unless there is one origin of the noise; a seed that is asked for is drawn here."""
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbelow(_DRAWN_SEEDS))
-        last = _SEEDS - self.images
-        if not -_SEEDS <= self.first_seed <= last:
-            raise RequestError(f"seed = {shown(self.seed)}; choose one from {-_SEEDS} to {last}")
-        if self.generator is not None and self.first_seed:
-            raise RequestError(f"seed = {self.seed} and a generator are both given; give one of them")
+        if isinstance(self.seed, tuple) and len(self.seed) != self.images:
+            raise RequestError(f"seed is a list of {len(self.seed)} for {self.images} picture(s); give one for each")
+        last = _SEEDS - (1 if isinstance(self.seed, tuple) else self.images)
+        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
+            if not -_SEEDS <= seed <= last:  # a number: see CHECKS
+                raise RequestError(f"seed = {shown(seed)}; choose one from {-_SEEDS} to {last}")
+        if self.generator is not None and self.seed != 0:
+            raise RequestError(f"seed = {shown(self.seed)} and a generator are both given; give one of them")
         if not isinstance(self.generator, torch.Generator | None) and len(self.generator) != self.images:
             raise RequestError(f"generator is a list of {len(self.generator)} for {self.images} picture(s); give one for each")
         if isinstance(self.generator, torch.Generator) and self.images > 1 and self.image is not None:
-            raise RequestError(
-                f"generator is one for {self.images} pictures from an image; give a list, with one for each picture"
-            )
+            raise RequestError(f"generator is one for {self.images} pictures from an image; give a list, with one for each")
         if self.latents is not None and self.image is not None:
             raise RequestError("latents and image are both given; a call starts from one of them")
 
     @property
-    def first_seed(self) -> int:
-        """Of the first picture: the seed that was given, or drawn."""
-        return self.seed or 0
+    def picture_seeds(self) -> tuple[int, ...]:
+        """Of each picture's own generator: those given, or the one given and those that follow it."""
+        if isinstance(self.seed, tuple):
+            return self.seed
+        return tuple(range(int(self.seed), int(self.seed) + self.images))  # type: ignore[arg-type]  # drawn if it was None
 
     @property
     def generators(self) -> list[torch.Generator] | None:
@@ -117,7 +120,7 @@ class Request:
     def seeds(self) -> tuple[int, ...]:
         """Of each picture's noise; none where it comes from elsewhere."""
         given = self.generator is not None or self.latents is not None
-        return () if given else tuple(range(self.first_seed, self.first_seed + self.images))
+        return () if given else self.picture_seeds
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ def _parser(prog: str = "python -m tuning") -> Parser:
     rank.add_argument(
         "--device", choices=("cpu", "cuda"), help="where to measure (default: the NVIDIA GPU that torch sees, or cpu)"
     )
+    rank.add_argument("--name", default="ranked", help="of the recipe, and of its file in --out (default: %(default)s)")
     rank.add_argument("--out", type=Path, default=Path("runs/rank"), help="folder for the results (default: %(default)s)")
     add_distill_arguments(commands.add_parser("distill", help="teach a smaller UNet to predict what its original does"))
     add_latents_arguments(commands.add_parser("latents", help="encode pictures once, for many passes of distillation"))

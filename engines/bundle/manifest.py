@@ -134,6 +134,8 @@ class Manifest(Record):
     source: str
     unet: str | None = None
     """Folder of the UNet, where it is not one of the source's; not written where it is."""
+    recipe: str | None = None
+    """The .json file of the recipe by which the UNet was made, where that was the user's; likewise."""
     config: str | None = None
     """Folder of configurations, where the source has none and was not SD 1.x/2.x; likewise."""
     variant_files: str | None = None
@@ -180,8 +182,8 @@ class Manifest(Record):
     def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
         defaults: dict[str, tuple[Any, ...]] = {
-            "unet": (None,), "config": (None,), "variant_files": (None,), "vae_precision": (None,), "vae_images": (None,),
-            "static": (False,), "granularity": ("block",), "plans": ((), []),
+            "unet": (None,), "recipe": (None,), "config": (None,), "variant_files": (None,), "vae_precision": (None,),
+            "vae_images": (None,), "static": (False,), "granularity": ("block",), "plans": ((), []),
         }  # fmt: skip
         return {key: value for key, value in written.items() if value not in defaults.get(key, ())}
 
@@ -218,7 +220,8 @@ class Manifest(Record):
             options["granularity"] = self.granularity
         given = [(name, value) for name, value in options.items() if value] + [("plan", plan) for plan in self.plans]
         written = "".join(f" --{name} {quote(value)}" for name, value in given)
-        return f"python -m exporter build --variant {self.variant} --source {quote(self.source)}{written}"
+        variant = quote(self.recipe) if self.recipe else self.variant
+        return f"python -m exporter build --variant {variant} --source {quote(self.source)}{written}"
 
     def whole_build_command(self, engine: str = "onnxruntime") -> str:
         """The command that builds the same in the default folder, for an engine beside those that it was built for."""

@@ -14,6 +14,7 @@ from torch import nn
 import tuning
 from engines.bundle.folder import sha256
 from engines.bundle.manifest import is_variant
+from engines.support.spelling import did_you_mean
 from exporter.errors import SourceError
 from tuning.checkpoints.configs import check_fit
 from tuning.checkpoints.find_source import MINI, find_source
@@ -35,11 +36,13 @@ VARIANTS = tuple(tuning.RECIPES)
 class Checkpoint:
     """A Stable Diffusion checkpoint with one UNet for each variant. Weights are read when they are taken.
 
-    ``own_unet`` is the folder of a UNet that replaces the checkpoint's. Parts are ``unet``, ``vae``, ``text_encoder``.
+    ``own_unet`` is the folder of a UNet that replaces the checkpoint's; ``own_recipe`` a .json file by which a variant is made
+    that no recipe of ours makes. Parts are ``unet``, ``vae``, ``text_encoder``.
     """
 
     source: Source
     own_unet: Path | None = None
+    own_recipe: Path | None = None
     _weights: dict[tuple[str, str], Weights] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -68,7 +71,8 @@ class Checkpoint:
             if part != "unet":
                 return self.source.skeleton(part)
             if (folder := self._unet_folder(variant)) is None:
-                return self._original() if variant == "original" else self._assembled(variant)
+                plain = variant == "original" and self.own_recipe is None
+                return self._original() if plain else self._assembled(variant)
             unet = meta_unet(folder / "config.json", extent_of(folder))
         if self.own_unet is not None:
             self._check_own(unet, variant)
@@ -106,6 +110,8 @@ class Checkpoint:
         """The folder of a variant's own UNet; None where it is the source's UNet, or is cut out of that."""
         if self.own_unet is not None:
             return self.own_unet
+        if self.own_recipe is not None:
+            return None
         stored = self.folder / f"unet_{variant}"
         return stored if isinstance(self.source, FolderSource) and (stored / "config.json").is_file() else None
 
@@ -116,16 +122,19 @@ class Checkpoint:
     def _assembled(self, variant: str) -> UNet2DConditionModel:
         """The skeleton of what the recipe of that name makes of the source's UNet."""
         with self._making(variant):
-            return tuning.assemble(self._original(), tuning.recipe(variant))
+            return tuning.assemble(self._original(), self._recipe(variant))
+
+    def _recipe(self, variant: str) -> tuning.Recipe:
+        return tuning.recipe(str(self.own_recipe) if self.own_recipe else variant)
 
     def _unet_weights(self, variant: str) -> Weights:
         unet = self.skeleton("unet", variant)
         if (folder := self._unet_folder(variant)) is not None:
             return unet_weights(folder, unet)
         whole = self.source.weights("unet")
-        if variant == "original":
+        if variant == "original" and self.own_recipe is None:
             return whole
-        recipe = tuning.recipe(variant)
+        recipe = self._recipe(variant)
         if recipe.experts is None:
             return RenamedWeights(whole, origins(self._original(), recipe))
         # What experts start from comes from several kernels of the original, or from none.
@@ -167,11 +176,14 @@ class Checkpoint:
     def is_distilled(self, variant: str) -> bool:
         """Whether the variant's weights were trained for it, not only cut out of the original's."""
         folder = self._unet_folder(variant)
-        return variant == "original" or (folder is not None and not only_assembled(folder))
+        plain = variant == "original" and self.own_recipe is None
+        return plain or (folder is not None and not only_assembled(folder))
 
     def files(self, variant: str, parts: Container[str] = PARTS) -> Iterator[tuple[str, Path]]:
         """The files of parts that a build reads, and what each is called whichever folder the checkpoint lies in."""
         folder = self._unet_folder(variant)
+        if self.own_recipe is not None and "unet" in parts:
+            yield "recipe.json", self.own_recipe
         if folder is not None and "unet" in parts:
             name = "--unet" if folder == self.own_unet else folder.name
             for path in sorted(unet_files(folder)):
@@ -213,7 +225,12 @@ def _source_errors(name: str) -> Iterator[None]:
 
 
 def open_source(
-    source: str, variant: str, unet: Path | None = None, config: Path | None = None, variant_files: str | None = None
+    source: str,
+    variant: str,
+    unet: Path | None = None,
+    config: Path | None = None,
+    variant_files: str | None = None,
+    recipe: Path | None = None,
 ) -> Checkpoint:
     """Find a checkpoint and check that a build can read it.
 
@@ -223,16 +240,22 @@ def open_source(
         unet: the folder of the variant's UNet, where it is not in the source's.
         config: a diffusers folder with configurations, for a single file of another family.
         variant_files: of the weight files of a folder, such as ``fp16``.
+        recipe: a .json file by which the variant is made, where it is none of ours.
 
     Raises:
         SourceError: unknown variant or source, a pickle, or a folder or file with parts missing.
     """
-    if unet is None and variant not in VARIANTS:
-        raise SourceError(f"unknown variant {variant!r}; choose from: {', '.join(VARIANTS)}")
+    if unet is None and recipe is None and variant not in VARIANTS:
+        raise SourceError(
+            f"unknown variant {variant!r:.60}; {did_you_mean(variant, VARIANTS)}choose from: {', '.join(VARIANTS)}, "
+            "or the .json file of a recipe"
+        )
+    if unet is not None and recipe is not None:
+        raise SourceError(f"recipe {recipe} and unet {unet} are both given; give one: a recipe is for making a UNet")
     if not is_variant(variant):
         raise SourceError(f"variant {variant!r} is no name; write small letters, numbers and -, such as {', '.join(VARIANTS)}")
     with _source_errors(source):
         found = find_source(source, config, variant_files)
         if unet is not None:
             check_part(source, unet.parent, unet.name)
-    return Checkpoint(found, unet)
+    return Checkpoint(found, unet, recipe)

@@ -44,7 +44,9 @@ class TimeLeftColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Hours, minutes and seconds until the task's ``ends``."""
         ends = task.fields["ends"]
-        left = "-:--:--" if ends is None else str(timedelta(seconds=round(max(ends - time.monotonic(), 0))))
+        seconds = None if ends is None else round(max(ends - time.monotonic(), 0))
+        over = seconds == 0 and task.total is not None and task.completed < task.total  # it takes longer than was thought
+        left = "-:--:--" if seconds is None or over else str(timedelta(seconds=seconds))
         return Text(left, style="progress.remaining")
 
 

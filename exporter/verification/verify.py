@@ -114,8 +114,10 @@ class Reference:
         from exporter.graph.checkpoint import open_source
 
         manifest = bundle.manifest
-        unet, config = (None if folder is None else Path(folder) for folder in (manifest.unet, manifest.config))
-        checkpoint = open_source(manifest.source, manifest.variant, unet, config, manifest.variant_files)
+        unet, config, recipe = (
+            None if path is None else Path(path) for path in (manifest.unet, manifest.config, manifest.recipe)
+        )
+        checkpoint = open_source(manifest.source, manifest.variant, unet, config, manifest.variant_files, recipe)
         if checkpoint.fingerprint(manifest.variant) != manifest.source_sha256:
             raise BuildError(
                 f"the weights of source {manifest.source} are not those that bundle {bundle.folder} was made from; "

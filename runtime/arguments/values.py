@@ -140,7 +140,9 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def _seed(name: str, value: Any) -> int | None:
+def _seed(name: str, value: Any) -> int | tuple[int, ...] | None:
+    if isinstance(value, list | tuple) and value:
+        return tuple(_whole(f"{name}[{number}]", seed) for number, seed in enumerate(value))
     return None if value is None else _whole(name, value)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.support.spelling import did_you_mean
 from runtime.errors import PlanError
 from runtime.plans.key_steps import Back, Explicit, Front, Mode, Quadratic, Random, Threshold, Uniform
 from runtime.plans.plan import Plan, Rule, UNetRange, shown
@@ -141,8 +142,20 @@ def _preset(text: str) -> Plan:
     name, _, rest = text.partition(":")
     if name not in PRESETS:
         forms = ", ".join(preset.form for preset in PRESETS.values())
-        raise PlanError(f"unknown plan {shown(text)!r}; choose from: {forms}, several joined by '+', or the path of a .json file")
+        raise PlanError(
+            f"unknown plan {shown(text)!r}; {_meant(name, rest)}choose from: {forms}, several joined by '+', "
+            "or the path of a .json file"
+        )
     try:
         return PRESETS[name].make(rest)
     except ValueError as error:
         raise PlanError(f"plan {shown(text)!r}: {name} takes {error}") from error
+
+
+def _meant(name: str, rest: str) -> str:
+    """What was meant by a name that is none, as it is written with the part after the colon that was given."""
+    forms = {known: f"{known}:{rest}" if rest else preset.form for known, preset in PRESETS.items()}
+    near = did_you_mean(name.rstrip("0123456789.-"), forms)
+    return next(
+        (near.replace(f"mean {known}?", f"mean {form}?") for known, form in forms.items() if f"mean {known}?" in near), ""
+    )

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
 from engines import DTYPES
 from engines.bundle.names import BRANCH, NOISE, TEXT
 from engines.bundle.shapes import resolve
 from engines.support.extras import need
+from engines.support.tables import fit
 from runtime.errors import RequestError
 from runtime.execution.executor import LoadedBundle
 from runtime.execution.swapping import Swapper
@@ -21,7 +23,7 @@ from runtime.plans.schedule import Schedule, Step
 from runtime.plans.subgraph import subgraph_for
 from runtime.report.cost import from_to, macs_of, peak_bytes
 
-__all__ = ["explain", "in_order", "listed", "plot", "segment_seconds"]
+__all__ = ["COLOURS", "explain", "in_order", "listed", "plot", "segment_seconds", "unit_states"]
 
 _REPEATS = 5
 _MOST_NAMED = 5
@@ -44,7 +46,11 @@ def segment_seconds(network: LoadedBundle, sizes: Mapping[str, int]) -> dict[str
 
 
 def explain(
-    schedule: Schedule, networks: Mapping[str, LoadedBundle], sizes: Mapping[str, int], swapper: Swapper | None = None
+    schedule: Schedule,
+    networks: Mapping[str, LoadedBundle],
+    sizes: Mapping[str, int],
+    swapper: Swapper | None = None,
+    console: Console | None = None,
 ) -> tuple[Table, str]:
     """The table of steps, with MACs and time relative to running the last UNet whole, and lines that sum it up likewise.
 
@@ -55,8 +61,10 @@ def explain(
         networks: loaded segments of its UNets, which are timed.
         sizes: ``batch`` (rows of a UNet call), and ``height`` and ``width`` of the latents.
         swapper: sees to it that a UNet is on the device; without one, all are.
+        console: whose width the table is made for.
     """
-    table = Table(title=f"plan {schedule.plan.name}", box=SIMPLE)
+    title = f"plan {schedule.plan.name}, {schedule.steps} steps: MACs and time relative to a whole step"
+    table = Table(title=title, box=SIMPLE)
     for name in ("step", "UNet", "kind", "segments run", "inherited", "MACs", "time", "ms"):
         table.add_column(name, justify="right" if name in {"step", "MACs", "time", "ms"} else "left")
     steps = schedule.all_steps()
@@ -81,14 +89,14 @@ def explain(
         subgraph, (macs, time) = schedule.subgraph(step), cost(step)
         kind = "as decided" if schedule.pending_threshold(step.index) else "key" if step.key else "inherit"
         names = listed(subgraph.segment_names, len(seconds[step.unet])), listed(sorted(subgraph.cached_inputs))
-        table.add_row(str(step.index), step.unet, kind, *names, f"{macs:.3f}", f"{time:.3f}", f"{1000 * time * full_seconds:.1f}")
+        table.add_row(str(step.index), step.unet, kind, *names, f"{macs:.2f}", f"{time:.2f}", f"{1000 * time * full_seconds:.1f}")
     sums = [map(statistics.fmean, zip(*map(cost, schedule.all_steps(changed)), strict=True)) for changed in (False, True)]
-    all_macs, all_time = (from_to(least, most) for least, most in zip(*sums, strict=True))
+    all_macs, all_time = (from_to(least, most, digits=2) for least, most in zip(*sums, strict=True))
     decided = "\nsteps of kind 'as decided' are shown as key steps, and may inherit" if schedule.adaptive else ""
-    return table, (
-        f"UNet MACs {all_macs} and predicted time {all_time} of full; features between segments take at most "
-        f"{peak_bytes(schedule, sizes) / 2**20:.2f} MiB at once, cached ones included; what an engine needs inside a segment "
-        f"comes on top{decided}{_swaps(steps, swapper) if swapper and swapper.swaps else ''}"
+    return fit(table, console or Console(), ["UNet", "MACs", "inherited"]), (
+        f"over {schedule.steps} steps, UNet MACs {all_macs} and predicted time {all_time} of full; features between segments "
+        f"take at most {peak_bytes(schedule, sizes) / 2**20:.2f} MiB at once, cached ones included; what an engine needs "
+        f"inside a segment comes on top{decided}{_swaps(steps, swapper) if swapper and swapper.swaps else ''}"
     )
 
 
@@ -106,7 +114,7 @@ def listed(names: Sequence[str], of: int | None = None) -> str:
 
 
 _SKIPPED, _INHERITED, _COMPUTED, _DECIDED, _ABSENT = range(5)
-_COLOURS = {
+COLOURS = {
     "not needed": "#e8e8e8",
     "inherited": "#f2b134",
     "computed": "#2f6690",
@@ -129,22 +137,27 @@ def plot(schedule: Schedule, path: Path) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    names = [name for name in in_order([unet.unet_units for unet in schedule.unets.values()]) if not name.endswith(BRANCH)]
+    names, rows = unit_states(schedule)
     steps = schedule.all_steps()
-    rows = [[_state(schedule, step.index, name) for step in steps] for name in names]
     figure, axis = pyplot.subplots(figsize=(2.8 + 0.22 * len(steps), 1.2 + 0.15 * len(names)))
-    axis.pcolormesh(rows, cmap=ListedColormap(list(_COLOURS.values())), vmin=0, vmax=_ABSENT, edgecolors="white", linewidth=0.5)
+    axis.pcolormesh(rows, cmap=ListedColormap(list(COLOURS.values())), vmin=0, vmax=_ABSENT, edgecolors="white", linewidth=0.5)
     axis.set_yticks([row + 0.5 for row in range(len(names))], names, fontsize=6)
     axis.set_xticks([column + 0.5 for column in range(len(steps))], [str(step.index) for step in steps], fontsize=6)
     axis.invert_yaxis()
     axis.set_xlabel("step (" + ", ".join(_ranges(steps)) + ")", fontsize=7)
     axis.set_title(f"plan {schedule.plan.name}", fontsize=9)
     shown = {state for row in rows for state in row} | {_SKIPPED, _INHERITED, _COMPUTED}
-    labels = [item for state, item in enumerate(_COLOURS.items()) if state in shown]
+    labels = [item for state, item in enumerate(COLOURS.items()) if state in shown]
     handles = [Patch(facecolor=colour, edgecolor="#999999", label=label) for label, colour in labels]
     axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=6)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def unit_states(schedule: Schedule) -> tuple[list[str], list[list[int]]]:
+    """The units of all UNets, and for each the place in ``COLOURS`` of its state at every step."""
+    names = [name for name in in_order([unet.unet_units for unet in schedule.unets.values()]) if not name.endswith(BRANCH)]
+    return names, [[_state(schedule, step.index, name) for step in schedule.all_steps()] for name in names]
 
 
 def in_order(unets: Iterable[Sequence[str]]) -> list[str]:

@@ -1,13 +1,13 @@
 """The steps of a call summed up by kind: how many there were, what they ran, and how long one took."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.execution.executor import StepRecord
 from runtime.report.explain import listed
 
-__all__ = ["Kind", "kinds_of", "segment_counts"]
+__all__ = ["Kind", "kinds_of"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,3 @@ def kinds_of(records: Sequence[StepRecord]) -> list[Kind]:
 
 def _median(records: Sequence[StepRecord]) -> float:
     return 1000 * statistics.median(record.seconds for record in records)
-
-
-def segment_counts(unets: Mapping[str, int], kind: Kind) -> int:
-    """The number of segments of a kind's UNet; those that ran, where it is not known."""
-    return unets.get(kind.unet, len(kind.ran))

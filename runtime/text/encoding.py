@@ -1,5 +1,6 @@
 """Prompts as the text encoder's features."""
 
+import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,10 +11,14 @@ from torch import Tensor
 
 from engines import DTYPES, Manifest
 from engines.bundle.names import TEXT
+from engines.support.spelling import did_you_mean
 from engines.support.textual_inversion import expand_words
 from runtime.request import Request
 
 __all__ = ["Prompts"]
+
+_SMALL = 5000
+"""Tokens of a vocabulary made for a model of few words; CLIP's has ten times as many."""
 
 
 class Prompts:
@@ -28,7 +33,7 @@ class Prompts:
 
     def __init__(self, manifest: Manifest, tokenizer: Any, encode: Callable[[Tensor], Tensor], device: torch.device) -> None:
         self._manifest, self.tokenizer, self._encode, self._device = manifest, tokenizer, encode, device
-        self._lock = threading.Lock()
+        self._lock, self._unknown = threading.Lock(), set[str]()
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
         """Features (prompts, tokens, width), and of each prompt that was too long the words that were not read."""
@@ -37,11 +42,31 @@ class Prompts:
             words = [expand_words(prompt, self.tokenizer) for prompt in prompts]
             whole = [self.tokenizer(prompt, verbose=False).input_ids for prompt in words]
             ids = self.tokenizer(words, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+            self._warn_of_unknown(prompts)
             cut = [numbers for numbers in whole if len(numbers) > length]
             unread = tuple(self.tokenizer.decode(numbers[length - 1 : -1]).strip() for numbers in cut)
         for numbers, words_left in zip(cut, unread, strict=True):
             warnings.warn(f"prompt cut to {length} tokens, it has {len(numbers)}; not read: {words_left!r:.200}", stacklevel=4)
         return self._encode(ids.to(self._device)), unread
+
+    def _warn_of_unknown(self, prompts: Sequence[str]) -> None:
+        """Warn once of each word that is no token of a small vocabulary: in a large one, words are made of several tokens."""
+        vocabulary = self.tokenizer.get_vocab()
+        if len(vocabulary) > _SMALL:
+            return
+        words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"[^\W\d_]{2,}", prompt.lower()))
+        new = [word for word in words if f"{word}</w>" not in vocabulary and word not in self._unknown]
+        if not new:
+            return
+        self._unknown.update(new)
+        known = [token.removesuffix("</w>") for token in vocabulary if token.endswith("</w>") and len(token) > len("x</w>")]
+        meant = " ".join(near for word in new[:10] if (near := did_you_mean(word, known).strip()))
+        warnings.warn(
+            f"this model never learned the word{'s' * (len(new) > 1)} {', '.join(map(repr, new[:10]))}, and what it makes of "
+            f"{'them' if len(new) > 1 else 'it'} means nothing (docs/embedded-model.md has those that it knows)"
+            + (f"; {meant}" if meant else ""),
+            stacklevel=5,
+        )
 
     def features(self, request: Request, guided: bool) -> tuple[Tensor, tuple[str, ...]]:
         """Features of a UNet call, and what was not read: with guidance, the negative prompts' rows and then the prompts'."""

@@ -13,7 +13,7 @@ import torch
 from engines import Bundle, NeedsBuildError, Runner, Segment
 from engines.null import Null
 from runtime import PlanError, find_plan
-from runtime.advice import build_advice, rebuild_advice
+from runtime.advice import build_advice, missing_bundle, rebuild_advice
 from runtime.errors import PartitionError, SiblingError
 from runtime.execution.loaded_bundle import LoadedBundle
 from tests.support.unets import manifest_of, small_unet, written_manifest
@@ -35,8 +35,8 @@ def notes(plan: str, bundle: Bundle, error: PlanError) -> list[str]:
 def test_a_bundle_is_partitioned_anew_for_the_plan(bundle: Bundle) -> None:
     note, *others = notes("unit:3", bundle, PartitionError("inside", "original"))
     assert not others
-    assert note.startswith("build a bundle that is partitioned there: python -m exporter build --variant original --source test ")
-    assert note.endswith(f"--force --out {bundle.folder} --plan unit:3")
+    assert note.startswith("build a bundle that is partitioned there too: python -m exporter build --variant original ")
+    assert note.endswith(f"--force --out {bundle.folder} --granularity block --plan unit:3")
 
 
 def test_a_plan_that_the_bundle_was_built_for_is_named_once(bundle: Bundle) -> None:
@@ -51,7 +51,8 @@ def test_a_sibling_is_built_as_the_bundle_was(bundle: Bundle) -> None:
     (note,) = notes("switch:0.4+layer:3", bundle, SiblingError("missing", "assembled"))
     assert note == (
         "build it with: python -m exporter build --variant assembled --source test --config shapes --precision fp16 "
-        f"--engine null --sizes 64x128,64x64 --batch 1..4 --plan switch:0.4+layer:3 --out {bundle.folder.parent / 'assembled'}"
+        "--engine null --sizes 64x128,64x64 --batch 1..4 --granularity block --plan switch:0.4+layer:3 "
+        f"--out {bundle.folder.parent / 'assembled'}"
     )
     (bundle.folder.parent / "assembled").mkdir()
     (note,) = notes("switch:0.4", bundle, SiblingError("unlike", "assembled"))
@@ -100,3 +101,42 @@ def test_engines_that_fail_to_load_or_to_run_are_advised_alike(bundle: Bundle) -
     with pytest.raises(NeedsBuildError) as at_run:
         network.run_all([first], {name: torch.zeros(()) for name in first.inputs}, {})
     assert at_load.value.__notes__ == at_run.value.__notes__ == [f"build it with: {bundle.rebuild_command('null')}"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"plans": ("layer:2",)}, "--granularity block --plan layer:2"),
+        ({"plans": ("layer:2",), "granularity": None}, "--plan layer:2"),
+        ({"granularity": "layer"}, "--granularity layer"),
+    ],
+)
+def test_a_bundle_keeps_the_partition_that_it_has(bundle: Bundle, changes: dict[str, Any], kept: str) -> None:
+    built = replace(bundle, manifest=bundle.manifest.model_copy(update=changes))
+    (note,) = notes("unit:3", built, PartitionError("inside", "original"))
+    assert f"{kept} " in note
+    assert note.count("--granularity") == kept.count("--granularity")
+    assert note.endswith(" --plan unit:3")
+
+
+@pytest.mark.parametrize(
+    ("folder", "plan", "engine", "command"),
+    [
+        (None, "full", "onnxruntime", "--source mini --variant original"),
+        ("bundles/mini-assembled", "deepcache:3", "onnxruntime", "--source mini --variant assembled"),
+        (
+            "bundles/mini-bk-tiny",
+            "unit:3",
+            "torch",
+            "--source mini --variant bk-tiny --engine torch --granularity block --plan unit:3",
+        ),
+        ("elsewhere/mini-original", "block:2", "onnxruntime", "--source mini --variant original --out elsewhere/mini-original"),
+        ("bundles/sd15", "full", "onnxruntime", "--source CHECKPOINT --variant original --out bundles/sd15"),
+    ],
+)
+def test_what_is_advised_without_a_bundle_builds_what_was_asked_for(
+    folder: str | None, plan: str, engine: str, command: str
+) -> None:
+    error = missing_bundle(None if folder is None else Path(folder), find_plan(plan), engine)
+    assert str(error).endswith(f"; build it with: python -m exporter build {command}")
+    assert (folder or "./bundles") in str(error)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 from shlex import quote
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from engines import Bundle
+from runtime.command.output import progress
 from tests.support.commands import Command, assert_refused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,11 +44,115 @@ def test_a_prompt_gives_a_picture_and_says_what_ran(runtime: Command, mini_bundl
     with Image.open(here / "out.png") as image:
         assert (image.format, image.size) == ("PNG", (64, 64))
     text = "\n".join(outcome.out)
+    assert outcome.out[0] == (
+        f"bundle {mini_bundle.folder} (original UNet of mini, fp32, engine onnxruntime): plan deepcache:2, 3 steps of dpm++, "
+        "seed 4"
+    )
+    rows = [line.split() for line in outcome.out if line.split()[:1] in (["key"], ["inherit"])]
+    assert [row[:2] for row in rows] == [["key", "2"], ["inherit", "1"]]
     assert "3 steps" in text
+    assert text.count("all 13") == 1
+    assert "3 of 13: stem, up.3.layer.2, head" in text
+    assert outcome.out[-1] == f"wrote out.png (64x64, bundle {mini_bundle.folder}, plan deepcache:2, seed 4)"
+
+
+def test_every_step_is_listed_if_asked_for(runtime: Command, mini_bundle: Bundle) -> None:
+    outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", "deepcache:2", "--steps", 3, "--every-step")
+    text = "\n".join(outcome.out)
     assert text.count("inherit ") == 1
     assert text.count("all 13") == 2
     assert "stem, up.3.layer.2, head" in text
-    assert outcome.out[-1].startswith("wrote out.png")
+
+
+def test_two_plans_are_compared(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
+    given = [PROMPT, "--bundle", mini_bundle.folder, "--plan", "deepcache:2", "--steps", 4, "--compare", "full"]
+    outcome = runtime(*given)
+    assert (outcome.code, outcome.err) == (0, [])
+    assert re.fullmatch(r"deepcache:2: \d+\.\d times as fast as full, \d+ dB", outcome.out[-1])
+    assert sorted(path.name for path in here.iterdir()) == ["out-compared.png", "out.png"]
+    with Image.open(here / "out-compared.png") as sheet, Image.open(here / "out.png") as made:
+        assert sheet.width > 2 * 384 > 10 * made.width
+    told = json.loads(runtime(*given, "--json").out[0])
+    import runtime as package
+
+    pictures = [package.generate(PROMPT, plan=plan, steps=4, bundle=mini_bundle.folder).image for plan in ("full", "deepcache:2")]
+    levels = [np.asarray(each, float) for each in pictures]
+    psnr = 10 * math.log10(255**2 / ((levels[0] - levels[1]) ** 2).mean())
+    assert told["compared"]["psnr"] == [pytest.approx(psnr, abs=0.01)]
+    assert told["compared"]["plan"] == "full"
+    assert runtime(*given[:4], "full", *given[5:]).out[-1].endswith(" times as fast as full, the same picture")
+    assert_refused(runtime(*given[:-1], "unit:3"), "plan unit:3 inherits", "--granularity block --plan unit:3")
+
+
+def test_json_says_all_and_nothing_else(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
+    options = ["--bundle", mini_bundle.folder, "--steps", 3, "--plan", "deepcache:3"]
+    (line,) = runtime(PROMPT, *options, "--seeds", "3,9", "--json").out
+    told = json.loads(line)
+    assert told["pictures"] == [{"path": "out-00.png", "seed": 3}, {"path": "out-01.png", "seed": 9}]
+    assert [(kind["kind"], kind["steps"]) for kind in told["kinds"]] == [("key", [0]), ("inherit", [1, 2])]
+    assert (told["plan"], told["bundle"], told["not read"]) == ("deepcache:3", mini_bundle.manifest.key, [])
+    for number, seed in enumerate((3, 9)):
+        alone = runtime(PROMPT, *options, "--seed", seed, "--quiet", "-o", "alone.png")
+        assert (alone.code, alone.out, alone.err) == (0, [], [])
+        with Image.open(here / "alone.png") as one, Image.open(here / f"out-0{number}.png") as other:
+            difference = np.asarray(one, int) - np.asarray(other, int)
+            assert np.abs(difference).max() <= 1  # rounded to 8 bits; rows of a batch are summed in another order
+            assert other.info["seed"] == str(seed)
+    assert json.loads(runtime(PROMPT, *options, "--seed", "random", "--json").out[0])["pictures"][0]["seed"] > 2
+
+
+def test_a_bundle_that_was_never_distilled_is_warned_of(runtime: Command, bundle_copy: Path, here: Path) -> None:
+    manifest = bundle_copy / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"distilled": False}))
+    outcome = runtime(PROMPT, "--bundle", bundle_copy, "--steps", 1)
+    assert outcome.code == 0
+    assert len(outcome.err) == 1
+    assert "was cut out of a larger one and never distilled, so its pictures suffer" in outcome.err[0]
+
+
+def test_words_that_the_embedded_model_never_learned_are_warned_of(runtime: Command, mini_bundle: Bundle) -> None:
+    outcome = runtime("a red lighthouse on a bleu background", "--bundle", mini_bundle.folder, "--steps", 1)
+    assert outcome.code == 0
+    assert outcome.err == [
+        "warning: this model never learned the words 'lighthouse', 'bleu', and what it makes of them means nothing "
+        "(docs/embedded-model.md has those that it knows); did you mean blue?"
+    ]
+
+
+@pytest.mark.parametrize("word", ["plan", "explain", "help"])
+def test_a_command_is_not_drawn(runtime: Command, here: Path, word: str) -> None:
+    assert_refused(runtime(word), f"'{word}' as a prompt?")
+
+
+def test_a_home_is_expanded(runtime: Command, mini_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(mini_bundle.folder.parent))
+    assert runtime(PROMPT, "--bundle", f"~/{mini_bundle.folder.name}", "--steps", 1).code == 0
+
+
+def test_an_interrupted_generation_promises_nothing(
+    runtime: Command, mini_bundle: Bundle, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("runtime.pipeline.denoise", stop)
+    outcome = runtime(PROMPT, "--bundle", mini_bundle.folder)
+    assert (outcome.code, outcome.err) == (130, ["interrupted; nothing half-written was kept"])
+    assert list(here.iterdir()) == []
+
+
+def test_the_bar_counts_steps_and_their_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("runtime.command.output.time.monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
+    with progress(console, 20, "") as step:
+        for index in range(12):
+            step(SimpleNamespace(index=index), None)  # type: ignore[arg-type]
+            now[0] += 0.2
+        (live,) = console._live_stack
+        with console.capture() as captured:
+            console.print(live.get_renderable())
+    assert "12/20 steps, 5.0 it/s" in captured.get()
 
 
 def test_a_bundle_of_a_random_source_says_that_its_pictures_are_noise(runtime: Command, bundle_copy: Path, here: Path) -> None:
@@ -66,9 +177,9 @@ def test_the_picture_is_that_of_generate(runtime: Command, mini_bundle: Bundle, 
         PROMPT, "a ring", steps=2, seed=4, guidance_scale=3, scheduler="euler", height=64, width=128, num_images=2,
         bundle=mini_bundle.folder,
     )  # fmt: skip
-    assert sorted(path.name for path in here.iterdir()) == ["star-0.png", "star-1.png"]
+    assert sorted(path.name for path in here.iterdir()) == ["star-00.png", "star-01.png"]
     for number in range(2):
-        with Image.open(here / f"star-{number}.png") as image:
+        with Image.open(here / f"star-0{number}.png") as image:
             assert image.size == (128, 64)
             assert image.tobytes() == made.images[number].tobytes()
 
@@ -86,7 +197,7 @@ def test_a_plan_of_ones_own(runtime: Command, mini_bundle: Bundle, here: Path, t
     path.write_text(json.dumps({"name": "mine", "rules": [{"units": ["up.2"], "when": {"mode": "explicit", "steps": [0, 2]}}]}))
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path, "--steps", 4, "--scheduler", "ddim")
     assert outcome.code == 0
-    assert "\n".join(outcome.out).count("up.2.sampler") == 2
+    assert [line.split()[:2] for line in outcome.out if "up.2.sampler" in line] == [["inherit", "2"]]
     assert "plan mine" in outcome.out[-1]
 
 
@@ -102,7 +213,15 @@ WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--plan", "nope:2"], ["unknown plan 'nope:2'; choose from: full, block:N, layer:N"]),
     (["--plan", "block"], ["plan 'block': block takes a number of steps, such as 3"]),
     (["--plan", "gone.json"], ["plan file gone.json cannot be read"]),
-    (["--scheduler", "plms"], ["unknown scheduler 'plms'; choose from: ddim, pndm, dpm++, euler, heun"]),
+    (["--plan", "deepcash:3"], ["unknown plan 'deepcash:3'; did you mean deepcache:3? choose from: full"]),
+    (["--plan", "Block"], ["unknown plan 'Block'; did you mean block:N? choose from"]),
+    (["--compare", "ful"], ["unknown plan 'ful'; did you mean full?"]),
+    (["--scheduler", "plms"], ["unknown scheduler 'plms'; did you mean lms? choose from: ddim, pndm, dpm++, euler, heun"]),
+    (["--scheduler", "EulerDiscrete"], ["did you mean EulerDiscreteScheduler?"]),
+    (["--seeds", "1..x"], ["--seeds 'x' is no seed; write 1,5,7 or 1..4"]),
+    (["--seeds", "4..1"], ["--seeds '4..1': write the lower one first"]),
+    (["--seeds", "1", "--seed", "2"], ["--seed and --seeds are both given"]),
+    (["--seeds", "1", "--images", "2"], ["leave --images out"]),
     (["--strength", "5"], ["strength = 5.0; choose a number above 0 (the image as it is) and up to 1"]),
     (["--steps", "0"], ["steps = 0; choose from 1 to 500"]),
     (["--steps", "-3"], ["steps = -3"]),
@@ -125,7 +244,7 @@ WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--strength"], ["--strength", "--help"]),
     (["--size", "9" * 4400], ["size '999", "is no picture size; write HEIGHTxWIDTH"]),
     (["--size", "2147483648x64"], ["2147483648x64 take", " GiB; ask for fewer or smaller ones"]),
-    (["--seed", "9" * 4400], ["--seed", "...; see: python -m runtime --help"]),
+    (["--seed", "9" * 4400], ["--seed '999", "is no seed; write a whole number, or random"]),
     (["--seed", "0.5"], ["--seed", "0.5"]),
     (["--guidance", "1e999"], ["guidance_scale = inf"]),
     (["--images", "1000000000"], ["1000000000 image(s) of 64x64 take at least", "GiB of memory"]),
@@ -275,7 +394,8 @@ def test_the_documented_carry_runs_on_the_embedded_bundles(
     (example,) = (text for block in blocks if '"carry": true' in (text := block.partition("```")[0]))
     path = tmp_path / "carried.json"
     path.write_text(example)
-    outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path, "--steps", 12, "--scheduler", "ddim")
+    given = ["--plan", path, "--steps", 12, "--scheduler", "ddim", "--every-step"]
+    outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, *given)
     assert outcome.code == 0
     rows = [line.split() for line in outcome.out if {"key", "inherit"}.intersection(line.split()[4:5])]
     assert [row[4] for row in rows] == ["key", "inherit", "inherit"] * 4, "the switch, at step 4, is no key step"
@@ -310,8 +430,9 @@ def test_a_plan_file_that_a_bundle_cannot_run_is_named_as_a_file_to_build_with(
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", path)
     assert_refused(outcome, f"plan {name} inherits")
     assert outcome.err[0].endswith(
-        "build a bundle that is partitioned there: python -m exporter build --variant original --source mini --precision fp32 "
-        f"--engine onnxruntime --sizes 64x64 --batch 1..4 --force --out {mini_bundle.folder} --plan {quote(str(path))}"
+        "build a bundle that is partitioned there too: python -m exporter build --variant original --source mini "
+        f"--precision fp32 --engine onnxruntime --sizes 64x64 --batch 1..4 --force --out {mini_bundle.folder} "
+        f"--granularity block --plan {quote(str(path))}"
     )
 
 
@@ -321,7 +442,7 @@ def test_the_names_in_a_plan_file_are_printed_as_they_are(runtime: Command, mini
     options = ("--bundle", mini_bundle.folder, "--plan", "plan.json", "--steps", 2)
     made, explained = runtime(PROMPT, *options), runtime("--explain", *options)
     assert (made.code, explained.code) == (0, 0)
-    assert any("plan [/a] and [bold])" in line for line in made.out)
+    assert any("plan [/a] and [bold], seed 0)" in line for line in made.out)
     assert any("plan [/a] and [bold]" in line for line in explained.out)
 
 
@@ -330,8 +451,10 @@ def test_plans_are_listed_all_or_explained(runtime: Command, here: Path) -> None
 
 
 def test_a_bundle_that_is_missing(runtime: Command, here: Path) -> None:
-    assert_refused(runtime(PROMPT), "no bundle in ./bundles; make one with: python -m exporter build --variant assembled")
-    assert_refused(runtime(PROMPT, "--bundle", "nowhere"), "no bundle at", "nowhere", "python -m exporter build")
+    assert_refused(runtime(PROMPT), "no bundle in ./bundles; build it with: python -m exporter build --source mini")
+    assert_refused(runtime(PROMPT, "--bundle", "nowhere"), "no bundle at nowhere", "--source CHECKPOINT", "--out nowhere")
+    asked = runtime(PROMPT, "--bundle", "bundles/mini-bk-tiny", "--plan", "unit:3")
+    assert_refused(asked, "--source mini --variant bk-tiny --granularity block --plan unit:3")
     assert list(here.iterdir()) == []
 
 

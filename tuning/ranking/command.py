@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from engines.bundle.manifest import is_variant
 from engines.support.files import check_writable, write_text
 from tuning.checkpoints.configs import check_channels, latent_size
 from tuning.checkpoints.find_source import RANDOM, UNetSource, open_unet
@@ -30,14 +31,13 @@ from tuning.training.extras import need
 
 __all__ = ["RankOptions", "rank_command"]
 
-RECIPE_NAME = "assembled"
-
 
 @dataclass(frozen=True)
 class RankOptions:
     """The UNet to rank, in which files its source has it, the one to time, and how thoroughly.
 
-    `latents` is a side, 0 for the UNet's own, at most 32; `device` is "cpu" or "cuda", None for CUDA where torch sees it.
+    `latents` is a side, 0 for the UNet's own, at most 32; `device` is "cpu" or "cuda", None for CUDA where torch sees it;
+    `name` is that of the recipe, and of its file in `out`.
     """
 
     source: str = "mini"
@@ -52,6 +52,7 @@ class RankOptions:
     guidance: float = 3.0
     device: str | None = None
     out: Path = Path("runs/rank")
+    name: str = "ranked"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Result:
 
 
 def rank_command(options: RankOptions, console: Console) -> None:
-    """Rank a source's removals, choose a recipe, and write rank.json, rank.png and assembled.json; nothing if anything fails.
+    """Rank a source's removals, choose a recipe, and write rank.json, rank.png and the recipe's file; nothing if anything fails.
 
     Raises:
         TuningError: an option out of range, a source that cannot be read, UNets of unlike units, a speed-up out of reach, or a
@@ -88,9 +89,9 @@ def rank_command(options: RankOptions, console: Console) -> None:
     for line in _lines(options, result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     write_text(options.out / "rank.json", json.dumps(_record(options, result), indent=1) + "\n")
-    write_text(options.out / f"{RECIPE_NAME}.json", result.recipe.model_dump_json(indent=1, exclude_defaults=True) + "\n")
+    write_text(options.out / f"{options.name}.json", result.recipe.model_dump_json(indent=1, exclude_defaults=True) + "\n")
     plot_ranking(result.ranked, result.chosen, options.out / "rank.png", _title(options, result))
-    console.print(f"written: {options.out}/rank.json, rank.png, {RECIPE_NAME}.json", highlight=False, soft_wrap=True)
+    console.print(f"written: {options.out}/rank.json, rank.png, {options.name}.json", highlight=False, soft_wrap=True)
 
 
 def _check(options: RankOptions) -> None:
@@ -101,6 +102,8 @@ def _check(options: RankOptions) -> None:
     for name, least in (("rows", 1), ("rounds", 1), ("prompts", 1), ("steps", 1), ("latents", 0)):
         if getattr(options, name) < least:
             raise TuningError(f"{name} {getattr(options, name)}: must be {least} or more")
+    if not is_variant(options.name) or options.name == "rank":
+        raise TuningError(f"name {options.name!r:.60}: write small letters, numbers and -, such as ranked; not rank")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise TuningError("--device cuda: torch sees no NVIDIA GPU here; leave it out, or give cpu")
     if options.out.exists() and not options.out.is_dir():
@@ -134,7 +137,7 @@ def _measure(options: RankOptions, bar: Progress) -> Result:
     chosen = choose(
         unet, found, errors, times, options.speedup, lambda at: bar.update(task, advance=1, description=f"choosing: {at}")
     )
-    recipe = recipe_of(tuple(item for step in chosen for item in step.remove), RECIPE_NAME)
+    recipe = recipe_of(tuple(item for step in chosen for item in step.remove), options.name)
     measured = {timed.name: _compare(other, recipe, inputs, options.rounds)}
     if other is not unet:
         measured[source.name] = _compare(unet, recipe, random_inputs(unet, _own_side(unet), options.rows), 10 * options.rounds)
@@ -196,7 +199,7 @@ def _lines(options: RankOptions, result: Result) -> list[str]:
         lines.append(f"{options.source} has no text encoder: errors are for random text states")
     if options.source.startswith(RANDOM):
         lines.append(f"{options.source} has random weights: its errors mean nothing")
-    return [*lines, f"recipe {RECIPE_NAME}: remove {', '.join(result.recipe.remove)}"]
+    return [*lines, f"recipe {options.name}: remove {', '.join(result.recipe.remove)}"]
 
 
 def _asked(options: RankOptions, result: Result) -> list[str]:

@@ -148,7 +148,7 @@ def test_a_plan_is_explained_step_by_step_and_drawn(tmp_path: Path) -> None:
     kinds = list(table.columns[2].cells)
     assert kinds == ["key", "inherit"] * 3
     assert list(table.columns[4].cells) == ["", "up.1.sampler"] * 3
-    assert f"UNet MACs {relative_macs(schedule, sizes=SIZES):.3f} and predicted time 0." in summary
+    assert f"over 6 steps, UNet MACs {relative_macs(schedule, sizes=SIZES):.2f} and predicted time 0." in summary
     assert "features between segments take at most" in summary
     assert "what an engine needs inside a segment comes on top" in summary
     assert drawn(schedule, tmp_path / "plan.png") >= {COMPUTED, INHERITED, SKIPPED}
@@ -160,8 +160,8 @@ def test_an_adaptive_plan_is_explained_from_the_least_to_the_most(tmp_path: Path
     schedule = Schedule(plan, {"one": manifest}, TIMESTEPS)
     table, summary = explain(schedule, {"one": live_network(unet, manifest)}, SIZES)
     assert list(table.columns[2].cells) == ["key"] + ["as decided"] * 5
-    assert f"UNet MACs {relative_macs(schedule, changed=False, sizes=SIZES):.3f} to 1.000 and predicted time 0." in summary
-    assert " to 1.000 of full; " in summary
+    assert f"UNet MACs {relative_macs(schedule, changed=False, sizes=SIZES):.2f} to 1.00 and predicted time 0." in summary
+    assert " to 1.00 of full; " in summary
     assert summary.endswith("steps of kind 'as decided' are shown as key steps, and may inherit")
     assert drawn(schedule, tmp_path / "plan.png") >= {COMPUTED, DECIDED}
 

@@ -70,7 +70,7 @@ def test_without_a_bundle_the_list_says_what_costs_need(
     assert outcome.code == 0
     assert "inherit the last up block but one" in rows(outcome.out)["block:N"]
     assert "MACs" not in "\n".join(outcome.out)
-    assert "no bundle in ./bundles; make one with: python -m exporter build" in outcome.out[-1]
+    assert "no bundle in ./bundles; build it with: python -m exporter build" in outcome.out[-1]
     assert_refused(runtime("plans", "--bundle", "nowhere"), "no bundle at nowhere")
 
 

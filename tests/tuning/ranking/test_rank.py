@@ -268,9 +268,9 @@ def test_the_command(run: Command, two_stages: UNet2DConditionModel, tmp_path: P
     out = tmp_path / "out"
     done = run("rank", "--source", source, "--speedup", "1.05", "--out", out, *QUICK)
     assert (done.code, done.err) == (0, [])
-    assert {path.name for path in out.iterdir()} == {"rank.json", "rank.png", "assembled.json"}
-    recipe = tuning.recipe(str(out / "assembled.json"))
-    assert recipe.name == "assembled"
+    assert {path.name for path in out.iterdir()} == {"rank.json", "rank.png", "ranked.json"}
+    recipe = tuning.recipe(str(out / "ranked.json"))
+    assert recipe.name == "ranked"
     tuning.assemble(two_stages, recipe)
     record = json.loads((out / "rank.json").read_text())
     assert len(record["candidates"]) == len(candidates(two_stages))
@@ -289,7 +289,7 @@ def test_the_command(run: Command, two_stages: UNet2DConditionModel, tmp_path: P
         "mid.layer.0.attention",
         "measured, torch on the CPU",
         "asked for 1.05x",
-        "recipe assembled: remove ",
+        "recipe ranked: remove ",
     ):
         assert words in text
 

@@ -1,0 +1,1 @@
+"""``python -m runtime``: its arguments, and what it prints and draws."""
