@@ -202,7 +202,7 @@ def test_a_plan_of_ones_own(runtime: Command, mini_bundle: Bundle, here: Path, t
 
 
 def test_an_over_long_prompt_is_cut_with_a_warning(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
-    outcome = runtime(PROMPT * 9, "--bundle", mini_bundle.folder, "--steps", 1)
+    outcome = runtime(" ".join([PROMPT] * 9), "--bundle", mini_bundle.folder, "--steps", 1)
     assert outcome.code == 0
     assert len(outcome.err) == 1
     assert outcome.err[0].startswith("warning: prompt cut to 32 tokens")
