@@ -202,7 +202,7 @@ def test_a_plan_of_ones_own(runtime: Command, mini_bundle: Bundle, here: Path, t
 
 
 def test_an_over_long_prompt_is_cut_with_a_warning(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
-    outcome = runtime(PROMPT * 9, "--bundle", mini_bundle.folder, "--steps", 1)
+    outcome = runtime(f"{PROMPT} " * 9, "--bundle", mini_bundle.folder, "--steps", 1)
     assert outcome.code == 0
     assert len(outcome.err) == 1
     assert outcome.err[0].startswith("warning: prompt cut to 32 tokens")
@@ -296,6 +296,15 @@ def test_a_plot_that_cannot_be_written(runtime: Command, here: Path, path: str) 
     """Said before a bundle is looked for: there is none here."""
     expected = f"cannot write {path}: give the name of a .png file in a folder that exists"
     assert_refused(runtime("--plan", "block:2", "--plot", path), expected)
+    assert list(here.iterdir()) == []
+
+
+def test_a_plot_without_its_library_has_the_one_hint(
+    runtime: Command, mini_bundle: Bundle, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None)
+    outcome = runtime("--bundle", mini_bundle.folder, "--plan", "block:2", "--plot", "plan.png")
+    assert_refused(outcome, "--plot needs matplotlib; install it, in this repository's folder, with: pip install", '".[plots]"')
     assert list(here.iterdir()) == []
 
 
@@ -418,8 +427,8 @@ def test_a_plan_file_that_a_bundle_cannot_run_is_named_as_a_file_to_build_with(
     assert_refused(outcome, f"plan {name} inherits")
     assert outcome.err[0].endswith(
         "build a bundle that is partitioned there too: python -m exporter build --variant original --source mini "
-        f"--precision fp32 --engine onnxruntime --sizes 64x64 --batch 1..4 --force --out {mini_bundle.folder} --granularity block "
-        f"--plan {quote(str(path))}"
+        f"--precision fp32 --engine onnxruntime --sizes 64x64 --batch 1..4 --force --out {mini_bundle.folder} "
+        f"--granularity block --plan {quote(str(path))}"
     )
 
 
