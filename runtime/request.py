@@ -91,7 +91,7 @@ class Request:
             raise RequestError(f"seed is a list of {len(self.seed)} for {self.images} picture(s); give one for each")
         last = _SEEDS - (1 if isinstance(self.seed, tuple) else self.images)
         for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
-            if not -_SEEDS <= seed <= last:  # type: ignore[operator]  # a number: see CHECKS
+            if not -_SEEDS <= seed <= last:
                 raise RequestError(f"seed = {shown(seed)}; choose one from {-_SEEDS} to {last}")
         if self.generator is not None and self.seed != 0:
             raise RequestError(f"seed = {shown(self.seed)} and a generator are both given; give one of them")
