@@ -22,9 +22,9 @@ BIN := $(VENV)/bin
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed-core ## build the assembled UNet's engines and generate PROMPT into a PNG
-	$(BIN)/python -m exporter build --variant assembled --force
-	$(BIN)/python -m runtime "$$PROMPT" --bundle bundles/mini-assembled
+demo: $(VENV)/.installed-core ## build the embedded model's engines, draw PROMPT in full and with a plan, and compare
+	$(BIN)/python -m exporter build --source mini --variant original --force
+	$(BIN)/python -m runtime "$$PROMPT" --bundle bundles/mini-original --plan deepcache:3 --compare full -o demo.png
 
 test: lint ## everything that must hold: lint, types, tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10

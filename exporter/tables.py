@@ -96,7 +96,7 @@ def show_bundle(bundle: Bundle, console: Console) -> None:
     show_segments(bundle, console)
     table = Table(title="features between segments", box=SIMPLE)
     for name in ("feature", "dtype", "shape", "read by"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=name == "feature")
     for segment in manifest.segments:
         for name in segment.outputs:
             feature = manifest.features[name]

@@ -312,6 +312,15 @@ def test_a_plot_that_cannot_be_written(runtime: Command, here: Path, path: str) 
     assert list(here.iterdir()) == []
 
 
+def test_a_plot_without_its_library_has_the_one_hint(
+    runtime: Command, mini_bundle: Bundle, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None)
+    outcome = runtime("--bundle", mini_bundle.folder, "--plan", "block:2", "--plot", "plan.png")
+    assert_refused(outcome, "--plot needs matplotlib; install it, in this repository's folder, with: pip install", '".[plots]"')
+    assert list(here.iterdir()) == []
+
+
 EVERY_2 = {"mode": "uniform", "every": 2}
 WRONG_PLANS: list[tuple[dict[str, Any], list[str]]] = [
     (
