@@ -39,7 +39,7 @@ def load(folder: Path, options: dict[str, Any]) -> Callable[[Call], Made]:
     from runtime import Pipeline
 
     pipeline = Pipeline(Bundle.open(folder), engine_named(options["engine"], torch.device(options["device"])))
-    text, vae = _Clock(pipeline, "_text"), _Clock(pipeline, "_pixels")
+    text, vae = _Clock(pipeline._prompts, "features"), _Clock(pipeline, "_pixels")
 
     def make(call: Call) -> Made:
         made = pipeline.generate(
