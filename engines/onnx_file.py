@@ -5,18 +5,30 @@ or functions, which could run for ever, except for a Scan that goes once over th
 open other files (``EPContext``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from engines.bundle.damage import damaged
 from engines.bundle.folder import Bundle
+from engines.bundle.manifest import File
 
-__all__ = ["check_onnx"]
+__all__ = ["check_onnx", "checked_onnx"]
 
 _OPERATORS = {"": None, "ai.onnx": None, "com.microsoft": frozenset({"MultiHeadAttention"})}
 """By their domain, the operators that may run; None for all. Others than ONNX's own are those of ``fuse_attention``."""
+
+
+def checked_onnx(bundle: Bundle, files: Sequence[File]) -> Path:
+    """The path of a segment's ONNX file, the first of these: hashes are compared with the manifest's, and the graph is looked at.
+
+    Raises:
+        BundleError: a file is missing or damaged, or the graph is not a plain one.
+    """
+    path, *others = [bundle.path(file) for file in files]
+    check_onnx(bundle, path, {other.name for other in others if other.parent == path.parent})
+    return path
 
 
 def check_onnx(bundle: Bundle, path: Path, listed: set[str]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engines import Bundle, EngineError, Profile, Segment, Traced, make_engine
-from engines.onnx_file import check_onnx
+from engines.onnx_file import checked_onnx
 from engines.tensorrt.engine import TensorRTRTX
 from engines.tensorrt.kernels import CompiledKernels
 
@@ -76,8 +76,7 @@ def counts_of_bundle(bundle: Bundle, target: str = DEFAULT_TARGET) -> Iterator[K
         raise EngineError("kernels are listed by engine tensorrt-rtx only")
     engine.check_targets((target,))
     for segment in bundle.manifest.segments:
-        path, *others = [bundle.path(file) for file in segment.onnx]
-        check_onnx(bundle, path, {other.name for other in others})
+        path = checked_onnx(bundle, segment.onnx)
         yield count_kernels(segment.name, path, engine.kernels(Traced(segment, path), _profile(bundle, segment), (target,)))
 
 

@@ -18,7 +18,7 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import on_stream
 from engines.errors import EngineError, NeedsBuildError
-from engines.onnx_file import check_onnx
+from engines.onnx_file import checked_onnx
 from engines.support.caches import cache_places, card_name, first_writable
 from engines.support.records import one_line
 
@@ -114,14 +114,13 @@ class OnnxRuntime(Engine):
                 f"segment {segment.name} of bundle {bundle.folder} computes in bfloat16, which engine {self.name} does not; "
                 f"choose an engine that the bundle has: {have}"
             )
-        paths = [bundle.path(file) for file in segment.onnx]
-        if not paths:
+        files = segment.onnx
+        if not files:
             raise NeedsBuildError(f"bundle {bundle.folder} has no ONNX file for segment {segment.name}")
         compiled = segment.engines.get(self.name)
         if compiled is not None and not self._tensorrt:  # TensorRT does not know the fused operator
-            paths = [bundle.path(file) for file in compiled.files] + paths
-        check_onnx(bundle, paths[0], {path.name for path in paths if path.parent == paths[0].parent})
-        session = self._session(paths[0], segment, self._providers(bundle, segment))
+            files = (*compiled.files, *files)
+        session = self._session(checked_onnx(bundle, files), segment, self._providers(bundle, segment))
         if self.device.type == "cpu":
             return _ArrayRunner(segment, bundle.manifest.features, session)
         features, options = bundle.manifest.features, self._run_options()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engines import DTYPES, Bundle, Engine, Segment, UserError
+from engines.onnx_file import checked_onnx
 from exporter.graph.graph import check_size
 from exporter.verification.backends import Deviation, check_polygraphy, compare, run_reference
 from exporter.verification.layers import Layer, LayeredSegment
@@ -124,10 +125,10 @@ def _segment(bundle: Bundle, name: str) -> Segment:
 
 def _copies(bundle: Bundle, engine: Engine, segment: Segment, folder: Path) -> tuple[LayeredSegment, LayeredSegment]:
     """The ONNX file in float32, and the file that the engine runs or is compiled from."""
-    path, *_ = [bundle.path(file) for file in segment.onnx]
     compiled = segment.engines.get(engine.name) if engine.name == "onnxruntime" else None
-    copies = [bundle.path(file) for file in compiled.files] if compiled is not None else []
-    return LayeredSegment(path, folder / "reference", single=True), LayeredSegment([*copies, path][0], folder / "tested")
+    copies = compiled.files if compiled is not None else ()
+    reference, tested = checked_onnx(bundle, segment.onnx), checked_onnx(bundle, (*copies, *segment.onnx))
+    return LayeredSegment(reference, folder / "reference", single=True), LayeredSegment(tested, folder / "tested")
 
 
 class LayerSearch:

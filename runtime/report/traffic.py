@@ -5,6 +5,7 @@ from typing import Any
 
 from engines import Bundle, EngineError, Manifest, Profile, Segment, Traced, make_engine
 from engines.bundle.shapes import resolve
+from engines.onnx_file import checked_onnx
 from runtime.report.cards import Card
 from runtime.report.least_time import Traffic, border_bytes
 
@@ -33,7 +34,7 @@ def traffic_for(bundles: Mapping[str, Bundle], card: Card) -> tuple[Traffic, str
         return border_bytes, f"{_BORDERS} (kernels cannot be counted: {error})"
 
     def count(manifest: Manifest, segment: Segment, sizes: Mapping[str, int]) -> int:
-        path, *_ = [bundles[manifest.variant].path(file) for file in segment.onnx]
+        path = checked_onnx(bundles[manifest.variant], segment.onnx)
         shapes = {name: resolve(manifest.features[name].shape, sizes) for name in segment.inputs}
         moved: int = engine.kernels(Traced(segment, path), Profile(shapes, shapes, shapes), targets).bytes_moved
         return moved

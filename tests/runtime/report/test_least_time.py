@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 
 from engines import Bundle, EngineError, Manifest, Segment
@@ -113,6 +114,7 @@ def test_kernels_are_counted_where_there_are_engines(manifest: Manifest, monkeyp
     assert found is border_bytes
     assert "has no tensorrt-rtx engines" in how
 
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), tmp_path / "file")
     compiled = {"tensorrt-rtx": Compiled(files=(), version="1.7")}
     segments = tuple(segment.model_copy(update={"engines": compiled, "onnx": ("file",)}) for segment in manifest.segments)
     bundle = SimpleNamespace(manifest=manifest.model_copy(update={"segments": segments}), path=lambda file: tmp_path / file)
