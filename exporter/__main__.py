@@ -8,6 +8,7 @@ from rich.console import Console
 
 from engines import ENGINES, Bundle, UserError
 from engines.support.cli import Parser, parse_size, quiet_libraries, resumable, run_command
+from engines.support.files import expanded
 
 _SOURCES = "mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG (default: %(default)s)"
 _BUILD = """A UNet in, a bundle out: ONNX segments and compiled engines that `python -m runtime` runs."""
@@ -118,7 +119,7 @@ def _variant(given: str) -> tuple[str, Path | None]:
         return given, None
     from tuning import recipe
 
-    path = Path(given).expanduser()
+    path = expanded(given)
     return recipe(str(path)).name, path
 
 

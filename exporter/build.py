@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from engines import Bundle, BundleError, Manifest, Segment
 from engines.bundle.folder import MANIFEST_NAME, describe_file
 from engines.bundle.manifest import File
+from engines.bundle.shapes import size_fault
 from exporter.errors import BuildError
 from exporter.job import BuildJob, open_writer
 from exporter.options import BuildOptions, versions
@@ -93,10 +94,8 @@ def _check_against(options: BuildOptions, manifest: Manifest) -> None:
     if (options.source, options.variant) != (manifest.source, manifest.variant):
         return
     for size in options.sizes:
-        if any(side < manifest.size_multiple or side % manifest.size_multiple for side in size):
-            raise BuildError(
-                f"size {size[0]}x{size[1]}: height and width must be multiples of {manifest.size_multiple} pixels for this UNet"
-            )
+        if fault := size_fault(size, manifest.size_multiple):
+            raise BuildError(f"size {fault}")
     for plan in options.plans:
         inherited_features(find_plan(plan), manifest.unet_units, manifest.variant)
 

@@ -72,13 +72,10 @@ class BuildJob:
             SourceError: the weights cannot be found or read.
             EngineError: an engine is unknown or not installed, or a target is unknown to it.
         """
-        from exporter.graph.checkpoint import open_source
-        from exporter.graph.components import MODELS
+        from exporter.graph.checkpoint import MODELS
 
         check_choices(options)
-        checkpoint = open_source(
-            options.source, options.variant, options.unet, options.config, options.variant_files, options.recipe
-        )
+        checkpoint = _checkpoint(options)
         engines = tuple(make_engine(name) for name in dict.fromkeys(options.engines))
         check_static(options, engines)
         check_precision(options, engines)
@@ -124,12 +121,16 @@ class BuildJob:
 
 def open_writer(options: BuildOptions, made_from: Mapping[str, Any], folder: Path) -> "Writer":
     """The writer of a build that another process has begun in ``folder``: it hashes nothing again."""
-    from exporter.graph.checkpoint import open_source
     from exporter.segments.artifacts import Artifacts
 
-    checkpoint = open_source(options.source, options.variant, options.unet, options.config, options.variant_files, options.recipe)
     engines = tuple(make_engine(name) for name in dict.fromkeys(options.engines))
-    return BuildJob(options, checkpoint, engines, targets_of(options, engines), made_from).writer(Artifacts(folder))
+    return BuildJob(options, _checkpoint(options), engines, targets_of(options, engines), made_from).writer(Artifacts(folder))
+
+
+def _checkpoint(options: BuildOptions) -> "Checkpoint":
+    from exporter.graph.checkpoint import open_source
+
+    return open_source(options.source, options.variant, options.unet, options.config, options.variant_files, options.recipe)
 
 
 @cache

@@ -14,12 +14,13 @@ from engines.support.cli import run_command
 from runtime.api import find_bundle, load
 from runtime.command.arguments import PLANS, check_png, parse, request_of
 from runtime.command.comparison import Comparison, draw
-from runtime.command.output import announce, as_json, progress, segment_counts, show_kinds, show_steps
+from runtime.command.output import announce, as_json, progress, show_kinds, show_steps
 from runtime.generation import Generation
 from runtime.pipeline import Pipeline
 from runtime.plans.presets import PRESETS
 from runtime.report.cards import find_card
 from runtime.report.explain import explain, plot
+from runtime.report.kinds import segment_counts
 from runtime.report.least_time import least_time
 from runtime.report.plan_table import list_plans
 from runtime.report.traffic import traffic_for
@@ -61,7 +62,7 @@ def _generate(options: Namespace, console: Console) -> None:
     console.print(announce(pipeline, prepared, folder), soft_wrap=True)
     made = _made(pipeline, request, console, request.found_plan.name if other else "")
     compared = None if other is None else Comparison(made, _made(pipeline, other, console, other.found_plan.name))
-    (show_steps if options.every_step else show_kinds)(made, segment_counts(pipeline), console)
+    (show_steps if options.every_step else show_kinds)(made, segment_counts(pipeline.networks), console)
     paths = made.save(options.out)
     for path, image, seed in zip(paths, made.images, made.seeds, strict=True):
         console.print(

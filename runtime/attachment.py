@@ -9,7 +9,7 @@ from runtime.diffusers_unet import UNet
 from runtime.errors import RequestError
 from runtime.execution.executor import StepRecord
 from runtime.plans.plan import Plan
-from runtime.report.kinds import Kind, kinds_of
+from runtime.report.kinds import Kind, kinds_of, segment_counts
 
 __all__ = ["Attachment", "Report", "attach"]
 
@@ -78,8 +78,7 @@ class Attachment:
 
     def report(self) -> Report:
         """What the last call with the bundle's UNet ran, and how long it took; printed, it is one line."""
-        segments = {name: len(network.manifest.unet_segments) for name, network in self.unet.pipeline.networks.items()}
-        return Report(self.unet.last_plan.name, self.unet.steps, segments)
+        return Report(self.unet.last_plan.name, self.unet.steps, segment_counts(self.unet.pipeline.networks))
 
     def __repr__(self) -> str:
         state = "enabled" if self.enabled else "disabled"

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from platformdirs import user_cache_path
 
+from engines.support.files import expanded
+
 __all__ = ["cache_places", "card_name", "first_writable", "user_cache"]
 
 
@@ -18,7 +20,7 @@ def user_cache() -> Path:
     On Linux that is in ``$XDG_CACHE_HOME``, or else in ``~/.cache``.
     """
     if chosen := os.environ.get("UNET_HEIRLOOM_CACHE"):
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     return user_cache_path("unet-heirloom", appauthor=False)
 
 

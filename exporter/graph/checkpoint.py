@@ -27,7 +27,10 @@ from tuning.surgery.changes import changes_of
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-__all__ = ["MINI", "VARIANTS", "Checkpoint", "open_source"]
+__all__ = ["MINI", "MODELS", "VARIANTS", "Checkpoint", "open_source"]
+
+MODELS = ("unet", "text_encoder", "vae")
+"""The parts of a checkpoint that segments are made of."""
 
 VARIANTS = tuple(tuning.RECIPES)
 
@@ -71,8 +74,7 @@ class Checkpoint:
             if part != "unet":
                 return self.source.skeleton(part)
             if (folder := self._unet_folder(variant)) is None:
-                plain = variant == "original" and self.own_recipe is None
-                return self._original() if plain else self._assembled(variant)
+                return self._original() if self._is_plain(variant) else self._assembled(variant)
             unet = meta_unet(folder / "config.json", extent_of(folder))
         if self.own_unet is not None:
             self._check_own(unet, variant)
@@ -124,6 +126,10 @@ class Checkpoint:
         with self._making(variant):
             return tuning.assemble(self._original(), self._recipe(variant))
 
+    def _is_plain(self, variant: str) -> bool:
+        """Whether the variant is the source's UNet as it is, made by no recipe."""
+        return variant == "original" and self.own_recipe is None
+
     def _recipe(self, variant: str) -> tuning.Recipe:
         return tuning.recipe(str(self.own_recipe) if self.own_recipe else variant)
 
@@ -132,7 +138,7 @@ class Checkpoint:
         if (folder := self._unet_folder(variant)) is not None:
             return unet_weights(folder, unet)
         whole = self.source.weights("unet")
-        if variant == "original" and self.own_recipe is None:
+        if self._is_plain(variant):
             return whole
         recipe = self._recipe(variant)
         if recipe.experts is None:
@@ -176,8 +182,7 @@ class Checkpoint:
     def is_distilled(self, variant: str) -> bool:
         """Whether the variant's weights were trained for it, not only cut out of the original's."""
         folder = self._unet_folder(variant)
-        plain = variant == "original" and self.own_recipe is None
-        return plain or (folder is not None and not only_assembled(folder))
+        return self._is_plain(variant) or (folder is not None and not only_assembled(folder))
 
     def files(self, variant: str, parts: Container[str] = PARTS) -> Iterator[tuple[str, Path]]:
         """The files of parts that a build reads, and what each is called whichever folder the checkpoint lies in."""
@@ -201,7 +206,7 @@ class Checkpoint:
 
     def check_weights(self, variant: str) -> None:
         """Raise SourceError if weights are missing, cut off or not those of their configurations, before one is needed."""
-        for part in ("unet", "text_encoder", "vae"):
+        for part in MODELS:
             self.weights(part, variant)
 
     def fingerprint(self, variant: str, digest: Callable[[Path], str] = sha256, parts: Container[str] = PARTS) -> str:

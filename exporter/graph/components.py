@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from engines.bundle.names import TEXT, VAE_DECODER, VAE_ENCODER
+from exporter.graph.checkpoint import MODELS
 from exporter.graph.text_vae import TextEncoder, VaeDecoder, VaeEncoder
 from exporter.graph.unit_modules import paths_of, unit_module
 
 if TYPE_CHECKING:
     from exporter.graph.checkpoint import Checkpoint
 
-__all__ = ["MODELS", "Components", "part_of"]
-
-MODELS = ("unet", "text_encoder", "vae")
-"""The parts of a checkpoint that segments are made of."""
+__all__ = ["Components", "part_of"]
 
 _ENDS = {TEXT: ("text_encoder", TextEncoder), VAE_DECODER: ("vae", VaeDecoder), VAE_ENCODER: ("vae", VaeEncoder)}
 """The units outside the UNet: the checkpoint's part that they belong to, and their module."""

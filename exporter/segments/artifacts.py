@@ -23,7 +23,7 @@ from engines.bundle.manifest import File
 from engines.support.files import swap_in, write_bytes, write_text
 from exporter.errors import BuildError
 
-__all__ = ["Artifacts", "key_of", "tidy", "working_on"]
+__all__ = ["Artifacts", "key_of", "pieces_of", "tidy", "working_on"]
 
 _FILES = TypeAdapter(tuple[File, ...])
 _OLD = "old"
@@ -35,6 +35,14 @@ _WHOLE = "whole"
 def key_of(made_from: Mapping[str, Any]) -> str:
     """A hash of everything that a piece is made from, which JSON must be able to hold."""
     return sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def pieces_of(bundle: Bundle) -> Iterator[tuple[str, tuple[File, ...]]]:
+    """The pieces of a bundle: the key of each, and its files."""
+    for segment in bundle.manifest.segments:
+        yield segment.key, segment.onnx
+        for compiled in segment.engines.values():
+            yield compiled.key, compiled.files
 
 
 class Artifacts:
@@ -67,11 +75,9 @@ class Artifacts:
 
     def reuse_from(self, bundle: Bundle, wanted: Container[str]) -> None:
         """Take over a bundle's wanted pieces. It stays as it is: its files get a second name, or copies where they can't."""
-        for segment in bundle.manifest.segments:
-            made = [(segment.key, segment.onnx), *((compiled.key, compiled.files) for compiled in segment.engines.values())]
-            for key, files in made:
-                if key in wanted:
-                    self.reuse(key, bundle.folder, files)
+        for key, files in pieces_of(bundle):
+            if key in wanted:
+                self.reuse(key, bundle.folder, files)
 
     def reuse(self, key: str, folder: Path, files: tuple[File, ...]) -> None:
         """Take over a piece that another folder holds, unless it is here or is not whole there."""

@@ -14,7 +14,7 @@ from engines import Bundle
 from engines.bundle.manifest import File
 from engines.support.caches import user_cache
 from engines.support.files import write_text
-from exporter.segments.artifacts import Artifacts
+from exporter.segments.artifacts import Artifacts, pieces_of
 
 __all__ = ["note", "reuse"]
 
@@ -28,13 +28,11 @@ class _Note(BaseModel):
 
 def note(bundle: Bundle) -> None:
     """Remember the pieces of a bundle that was built here. Where the caches cannot be written, nothing is remembered."""
-    for segment in bundle.manifest.segments:
-        made = [(segment.key, segment.onnx), *((compiled.key, compiled.files) for compiled in segment.engines.values())]
-        for key, files in made:
-            with suppress(OSError):
-                found = _Note(folder=bundle.folder.resolve(), files=files)
-                _place(key).parent.mkdir(parents=True, exist_ok=True)
-                write_text(_place(key), found.model_dump_json() + "\n")
+    folder = bundle.folder.resolve()
+    for key, files in pieces_of(bundle):
+        with suppress(OSError):
+            _place(key).parent.mkdir(parents=True, exist_ok=True)
+            write_text(_place(key), _Note(folder=folder, files=files).model_dump_json() + "\n")
 
 
 def reuse(pieces: Artifacts, wanted: Iterable[str]) -> None:

@@ -19,14 +19,9 @@ from runtime.generation import Generation
 from runtime.pipeline import Pipeline
 from runtime.prepared import Prepared
 from runtime.report.explain import listed
-from runtime.report.kinds import kinds_of
+from runtime.report.kinds import kinds_of, segment_counts
 
-__all__ = ["announce", "as_json", "progress", "segment_counts", "show_kinds", "show_steps"]
-
-
-def segment_counts(pipeline: Pipeline) -> dict[str, int]:
-    """Of each UNet that is loaded, how many segments it has."""
-    return {name: len(loaded.manifest.unet_segments) for name, loaded in pipeline.networks.items()}
+__all__ = ["announce", "as_json", "progress", "show_kinds", "show_steps"]
 
 
 def announce(pipeline: Pipeline, prepared: Prepared, folder: Path) -> str:
@@ -96,7 +91,7 @@ def as_json(
     generation: Generation, pipeline: Pipeline, folder: Path, paths: Sequence[Path], compared: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """All that is known of a call, in JSON's terms."""
-    segments = segment_counts(pipeline)
+    segments = segment_counts(pipeline.networks)
     seeds = generation.seeds or (None,) * len(paths)
     return {
         "bundle": str(folder),

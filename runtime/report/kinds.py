@@ -1,13 +1,13 @@
 """The steps of a call summed up by kind: how many there were, what they ran, and how long one took."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from runtime.execution.executor import StepRecord
+from runtime.execution.executor import LoadedBundle, StepRecord
 from runtime.report.explain import listed
 
-__all__ = ["Kind", "kinds_of"]
+__all__ = ["Kind", "kinds_of", "segment_counts"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Kind:
         if len(self.ran) == of:
             return f"all {of}"
         return f"{len(self.ran)} of {of}: {listed(self.ran)}" if len(self.ran) <= 5 else f"{len(self.ran)} of {of}"
+
+
+def segment_counts(networks: Mapping[str, LoadedBundle]) -> dict[str, int]:
+    """Of each UNet that is loaded, how many segments it has."""
+    return {name: len(loaded.manifest.unet_segments) for name, loaded in networks.items()}
 
 
 def kinds_of(records: Sequence[StepRecord]) -> list[Kind]:

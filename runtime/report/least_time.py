@@ -13,7 +13,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from engines import DTYPES, Manifest, Segment
-from engines.bundle.names import NOISE, TEXT, VAE_DECODER
+from engines.bundle.names import NOISE, TEXT, VAE, VAE_DECODER
 from engines.bundle.shapes import resolve
 from runtime.errors import PlanError
 from runtime.plans.checks import check_runs
@@ -78,7 +78,7 @@ class _Bounds:
 
     def _of_segment(self, manifest: Manifest, name: str) -> Bound:
         segment, sizes, card = manifest.segment(name), self._sizes, self._card
-        rows = 1 if name.startswith("vae_") else sizes["batch"]
+        rows = 1 if VAE.issuperset(segment.units) else sizes["batch"]
         moved = self._traffic(manifest, segment, sizes) + weight_bytes(manifest, segment)
         arithmetic = 2 * rows * macs_of(manifest, [name], sizes) / card.flops(manifest.precision_of(segment))
         memory = moved / (1e9 * card.bandwidth)
