@@ -1,11 +1,13 @@
 """The short way in: a bundle found and loaded, and pictures generated with it."""
 
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from engines import Bundle, make_engine
+from engines.bundle.folder import MANIFEST_NAME
 from runtime.advice import missing_bundle
 from runtime.arguments.aliases import with_our_names
 from runtime.errors import RequestError
@@ -32,7 +34,7 @@ def default_bundle() -> Path:
 
 def built_last() -> Path | None:
     """The same, or None."""
-    found = sorted(BUNDLES.glob("[!.]*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    found = sorted(BUNDLES.glob(f"[!.]*/{MANIFEST_NAME}"), key=lambda path: path.stat().st_mtime)
     return found[-1].parent if found else None
 
 
@@ -59,6 +61,8 @@ def load(bundle: str | Path | None = None, engine: str = "onnxruntime", plan: st
         if not isinstance(value, kinds) or "\0" in str(value):
             raise RequestError(f"{name} is a {type(value).__name__} ({value!r:.60}); give a name as text")
     folder = find_bundle(bundle, engine, plan)
+    if bundle is None and (others := len(list(BUNDLES.glob(f"[!.]*/{MANIFEST_NAME}"))) - 1):
+        warnings.warn(f"bundle {folder} is taken, which was built last, of {others + 1} in ./{BUNDLES}; name one", stacklevel=3)
     return _loaded(folder.resolve(), Bundle.open(folder).manifest.key, engine)
 
 
