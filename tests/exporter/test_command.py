@@ -63,7 +63,7 @@ def test_build_prints_progress_and_a_table(
 WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (
         ["--variant", "smaller"],
-        ["unknown variant 'smaller'; choose from: original, assembled, bk-base, bk-small, bk-tiny, condconv"],
+        ["unknown variant 'smaller'; did you mean bk-small? choose from: original, assembled, bk-base, bk-small, bk-tiny"],
     ),
     (["--unet", "nowhere"], ["nowhere is missing"]),
     (["--variant", "../x", "--unet", "nowhere"], ["variant '../x' is no name"]),
@@ -75,7 +75,10 @@ WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--source", "nobody/no-such-model"], ["unknown source 'nobody/no-such-model'", "hub"]),
     (["--source", "gone.safetensors"], ["gone.safetensors: no such file"]),
     (["--source", "gone.ckpt"], ["gone.ckpt: no such file"]),
-    (["--engine", "onnxruntim"], ["unknown engine 'onnxruntim'; choose from: onnxruntime, tensorrt, tensorrt-rtx, torch, null"]),
+    (
+        ["--engine", "onnxruntim"],
+        ["unknown engine 'onnxruntim'; did you mean onnxruntime? choose from: onnxruntime, tensorrt, tensorrt-rtx"],
+    ),
     (["--engine", ","], ["no engine is named; choose from: onnxruntime"]),
     (["--granularity", "stage"], ["unknown granularity 'stage'; choose from: block, layer, unit"]),
     (["--precision", "int4"], ["unknown precision 'int4'; choose from: fp32, fp16"]),
