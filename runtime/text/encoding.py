@@ -55,6 +55,9 @@ class Prompts:
         vocabulary = self.tokenizer.get_vocab()
         if len(vocabulary) > _SMALL:
             return
+        # Words of textual inversion are known, whatever they are called.
+        added = [re.escape(word) for word in sorted(self.tokenizer.added_tokens_encoder, key=len, reverse=True)]
+        prompts = [re.sub("|".join(added), " ", prompt) for prompt in prompts] if added else prompts
         words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"[^\W\d_]{2,}", prompt.lower()))
         new = [word for word in words if f"{word}</w>" not in vocabulary and word not in self._unknown]
         if not new:
