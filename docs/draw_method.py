@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from engines.bundle.manifest import Feature, Unit
 from engines.bundle.names import BRANCH, NOISE, SAMPLE, TEXT, TIMESTEP
+from engines.support.extras import need
 from exporter.graph.partition import partition
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
 from exporter.graph.topology import topology
@@ -155,6 +156,7 @@ def draw_steps(units: Sequence[Unit], path: Path) -> None:
 
 def main() -> None:
     """Write both pictures beside this file."""
+    need("matplotlib", "drawing")
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,5 +1,6 @@
 """The short way in: a bundle found and loaded, and pictures generated with it."""
 
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -32,10 +33,10 @@ def default_bundle() -> Path:
     return find_bundle(None)
 
 
-def built_last() -> Path | None:
-    """The same, or None."""
-    found = sorted(BUNDLES.glob("[!.]*/manifest.json"), key=lambda path: path.stat().st_mtime)
-    return found[-1].parent if found else None
+def _built() -> list[Path]:
+    """The bundles in ``./bundles``, the one that was built last at the end."""
+    found = sorted(BUNDLES.glob(f"[!.]*/{MANIFEST_NAME}"), key=lambda path: path.stat().st_mtime)
+    return [path.parent for path in found]
 
 
 @lru_cache(maxsize=2)
@@ -60,14 +61,17 @@ def load(bundle: str | Path | None = None, engine: str = "onnxruntime", plan: st
     for name, value, kinds in (("bundle", bundle, str | Path | None), ("engine", engine, str)):
         if not isinstance(value, kinds) or "\0" in str(value):
             raise RequestError(f"{name} is a {type(value).__name__} ({value!r:.60}); give a name as text")
-    folder = real_path(find_bundle(bundle, engine, plan))
+    found = find_bundle(bundle, engine, plan)
+    if bundle is None and (count := len(_built())) > 1:
+        warnings.warn(f"bundle {found} is taken, which was built last, of {count} in ./{BUNDLES}; name one", stacklevel=3)
+    folder = real_path(found)
     Bundle.open(folder)  # says what is wrong with what is there now
     return _loaded(folder, sha256(folder / MANIFEST_NAME), engine)
 
 
 def find_bundle(bundle: str | Path | None, engine: str = "onnxruntime", plan: str | Path | Plan = "full") -> Path:
     """The folder of a bundle that is there, as ``load`` finds it; raises BundleError with the command that builds it."""
-    found = built_last() if bundle is None else expanded(str(bundle))
+    found = next(reversed(_built()), None) if bundle is None else expanded(str(bundle))
     if found is None or not found.exists():
         raise missing_bundle(found, find_plan(plan), engine)
     return found

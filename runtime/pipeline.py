@@ -74,7 +74,7 @@ class Pipeline:
         self.swapper = Swapper(bundle, engine, self.graphs, free)
         self.networks = self.swapper.networks
         self.network = self.networks[bundle.manifest.variant]
-        self._prompts = Prompts(self.manifest, self.tokenizer, self._encode_tokens, engine.device)
+        self._prompts = Prompts(self.manifest, self.tokenizer, engine.device)
         self.streams = CallStreams(engine.device)
         self._warned: set[str] = set()
         self._train_steps = read_train_steps(bundle.folder / "scheduler")
@@ -181,7 +181,7 @@ class Pipeline:
             prepared = self.prepare(request)
             self._warn(prepared)
             with self.streams.one():
-                text, unread = self._prompts.features(request, prepared.guided)
+                text, unread = self._prompts.features(request, prepared.guided, self._encode_tokens)
                 start = self._initial_state(prepared)
                 latents, records = self._denoise(self.executor(prepared.schedule), prepared, text, start, callback, step_end)
                 pixels = None if request.output_type == "latent" else self._pixels(latents)
@@ -230,7 +230,7 @@ class Pipeline:
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The text encoder's output (prompts, tokens, width); a prompt that is too long is cut with a warning."""
-        return self._prompts.encode(prompts)[0]
+        return self._prompts.encode(prompts, self._encode_tokens)[0]
 
     def _encode_tokens(self, tokens: Tensor) -> Tensor:
         return self.network.compute(TEXT, {TOKENS: tokens})
@@ -289,7 +289,7 @@ class Pipeline:
         prepared = self.prepare(request)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is to be said of the prompts was said
-            text, _ = self._prompts.features(request, prepared.guided)
+            text, _ = self._prompts.features(request, prepared.guided, self._encode_tokens)
         if not is_finite(text):
             return f"segment {TEXT}", TEXT
         start, done = self._initial_state(prepared), list[int]()

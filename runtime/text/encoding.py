@@ -17,6 +17,8 @@ from runtime.request import Request
 
 __all__ = ["Prompts"]
 
+Encoder = Callable[[Tensor], Tensor]
+"""A text encoder: from tokens (prompts, length) to features (prompts, length, width), on its device."""
 _SMALL = 5000
 """Tokens of a vocabulary made for a model of few words; CLIP's has ten times as many."""
 
@@ -27,15 +29,14 @@ class Prompts:
     Args:
         manifest: of the bundle.
         tokenizer: of it, as transformers has it.
-        encode: the text encoder: from tokens (prompts, length) to features (prompts, length, width), on its device.
         device: where features are to be.
     """
 
-    def __init__(self, manifest: Manifest, tokenizer: Any, encode: Callable[[Tensor], Tensor], device: torch.device) -> None:
-        self._manifest, self.tokenizer, self._encode, self._device = manifest, tokenizer, encode, device
+    def __init__(self, manifest: Manifest, tokenizer: Any, device: torch.device) -> None:
+        self._manifest, self.tokenizer, self._device = manifest, tokenizer, device
         self._lock, self._unknown = threading.Lock(), set[str]()
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
+    def encode(self, prompts: Sequence[str], encoder: Encoder) -> tuple[Tensor, tuple[str, ...]]:
         """Features (prompts, tokens, width), and of each prompt that was too long the words that were not read."""
         length = self._manifest.text_length
         with self._lock:  # padding and truncation are state of the tokenizer: two threads would change each other's
@@ -47,13 +48,16 @@ class Prompts:
             unread = tuple(self.tokenizer.decode(numbers[length - 1 : -1]).strip() for numbers in cut)
         for numbers, words_left in zip(cut, unread, strict=True):
             warnings.warn(f"prompt cut to {length} tokens, it has {len(numbers)}; not read: {words_left!r:.200}", stacklevel=4)
-        return self._encode(ids.to(self._device)), unread
+        return encoder(ids.to(self._device)), unread
 
     def _warn_of_unknown(self, prompts: Sequence[str]) -> None:
         """Warn once of each word that is no token of a small vocabulary: in a large one, words are made of several tokens."""
         vocabulary = self.tokenizer.get_vocab()
         if len(vocabulary) > _SMALL:
             return
+        # Words of textual inversion are known, whatever they are called.
+        added = [re.escape(word) for word in sorted(self.tokenizer.added_tokens_encoder, key=len, reverse=True)]
+        prompts = [re.sub("|".join(added), " ", prompt) for prompt in prompts] if added else prompts
         words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"[^\W\d_]{2,}", prompt.lower()))
         new = [word for word in words if f"{word}</w>" not in vocabulary and word not in self._unknown]
         if not new:
@@ -68,17 +72,19 @@ class Prompts:
             stacklevel=5,
         )
 
-    def features(self, request: Request, guided: bool) -> tuple[Tensor, tuple[str, ...]]:
+    def features(self, request: Request, guided: bool, encoder: Encoder) -> tuple[Tensor, tuple[str, ...]]:
         """Features of a UNet call, and what was not read: with guidance, the negative prompts' rows and then the prompts'."""
-        text, unread = self._given_or_encoded(request.prompt_embeds, request.prompts)
+        text, unread = self._given_or_encoded(request.prompt_embeds, request.prompts, encoder)
         text = text.repeat_interleave(request.num_images, dim=0)
         if not guided:
             return text, unread
-        negative, more = self._given_or_encoded(request.negative_prompt_embeds, request.negative_prompts)
+        negative, more = self._given_or_encoded(request.negative_prompt_embeds, request.negative_prompts, encoder)
         repeats = len(text) // len(negative)
         return torch.cat([negative.repeat_interleave(repeats, dim=0), text]), unread + more
 
-    def _given_or_encoded(self, embeds: Tensor | None, prompts: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
+    def _given_or_encoded(
+        self, embeds: Tensor | None, prompts: Sequence[str], encoder: Encoder
+    ) -> tuple[Tensor, tuple[str, ...]]:
         if embeds is None:
-            return self.encode(prompts)
+            return self.encode(prompts, encoder)
         return embeds.to(self._device, DTYPES[self._manifest.features[TEXT].dtype]), ()

@@ -64,7 +64,7 @@ def test_build_prints_progress_and_a_table(
 WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (
         ["--variant", "smaller"],
-        ["unknown variant 'smaller'; did you mean bk-small? choose from: original, assembled, bk-base, bk-small, "],
+        ["unknown variant 'smaller'; choose from: original, assembled, bk-base, bk-small, bk-tiny, condconv"],
     ),
     (["--unet", "nowhere"], ["nowhere is missing"]),
     (["--variant", "../x", "--unet", "nowhere"], ["variant '../x' is no name"]),

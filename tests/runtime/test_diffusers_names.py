@@ -89,14 +89,13 @@ def test_a_call_is_diffusers(mini_pipeline: Pipeline, call: str) -> None:
 
 @pytest.mark.parametrize(("output", "kind"), [("np", np.ndarray), ("pt", Tensor), ("pil", list)])
 def test_outputs_have_diffusers_forms(mini_pipeline: Pipeline, output: str, kind: type) -> None:
-    call = {**BOTH, "prompt": PROMPT, "latents": noise(2), "num_images_per_prompt": 2, "output_type": output}
+    call: dict[str, Any] = {**BOTH, "prompt": PROMPT, "latents": noise(2), "num_images_per_prompt": 2, "output_type": output}
     expected: Any = pipeline("text", "ddim")(**call).images
     made: Any = mini_pipeline.generate(scheduler="ddim", **call).images
-    both: Any = zip(made, expected, strict=True)
-    assert isinstance(made, kind)
-    pairs = [(np.asarray(one, float), np.asarray(other, float)) for one, other in both]
+    pairs = [(np.asarray(one, float), np.asarray(other, float)) for one, other in zip(made, expected, strict=True)]
     # The VAE is run in float32 on both sides; a level is rounded the other way here and there.
     assert all(one.shape == other.shape and np.abs(one - other).max() <= (1 if output == "pil" else 1e-3) for one, other in pairs)
+    assert isinstance(made, kind)
 
 
 @pytest.mark.parametrize("name", ["lcm", "tcd", "sa", "unipc", "euler a", "deis", "dpm2", "lms", "ddim parallel", "ddpm"])

@@ -213,7 +213,7 @@ def test_the_default_bundle_is_the_one_built_last(tmp_path: Any, monkeypatch: py
     import os
 
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BundleError, match=r"no bundle in \./bundles\nmake one with: python -m exporter"):
+    with pytest.raises(BundleError, match=r"no bundle in \./bundles; build it with: python -m exporter"):
         runtime.default_bundle()
     for age, name in enumerate(["older", "newer", "newest-unfinished"]):
         folder = tmp_path / "bundles" / (f".{name}" if "unfinished" in name else name)

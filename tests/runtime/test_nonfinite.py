@@ -16,7 +16,6 @@ from torch import Tensor
 from engines import Bundle, Runner, make_engine
 from runtime import NonFiniteError, Pipeline
 from runtime.execution.loaded_bundle import LoadedBundle
-from runtime.text.encoding import Prompts
 from tests.support.diffusers_pipelines import PROMPT, picture
 from tests.support.reference import MINI
 
@@ -53,7 +52,6 @@ def spoilt(made: Pipeline, segment: str, good_runs: int = 0, value: float = floa
     runner = Spoiling(made.network.runners[segment], good_runs, value)
     changed.network = LoadedBundle(made.manifest, {**made.network.runners, segment: runner})
     changed.networks = {made.manifest.variant: changed.network}
-    changed._prompts = Prompts(made.manifest, made.tokenizer, changed._encode_tokens, made.engine.device)
     prepare = changed.prepare
 
     def restarted(request: Any) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,21 @@ def test_other_doors_check_types_too(tmp_path: Path) -> None:
         Request(PROMPT, plan=3)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="unknown plan"):
         runtime.generate(PROMPT, plan="nope:3", bundle="nowhere")
+
+
+def test_the_bundle_that_was_built_last_is_named_where_there_are_others(
+    original: Path, assembled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(original.parent.parent)
+    monkeypatch.setattr("runtime.api._loaded", lambda folder, key, engine: folder)
+    os.utime(original / "manifest.json", (2e9, 2e9))
+    load: Any = runtime.load
+    with pytest.warns(UserWarning, match=r"bundle bundles/original is taken, which was built last, of 2 in ./bundles; name one"):
+        assert load() == original
+    shutil.rmtree(original)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load() == assembled
 
 
 @pytest.fixture(scope="module")

@@ -194,6 +194,6 @@ def test_inspect_shows_segments_features_and_plans(
     assert "other partition" in text
     rebuild = f"{no_mid_bundle.manifest.whole_build_command()} --force --out {no_mid_bundle.folder}"
     assert f"for plans of another partition: {rebuild} --plan PLAN" in outcome.out
-    assert any("adaptive:0.3" in line and " to 1.000" in line for line in outcome.out)
+    assert any("adaptive:0.3" in line and " to 1.00" in line for line in outcome.out)
     assert any("encoder:faster" in line and "[sdm]* by output" in line for line in outcome.out)
     assert "multiples of 8" in text

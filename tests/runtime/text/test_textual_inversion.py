@@ -57,7 +57,7 @@ def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_latents_are_those_of_the_pipeline(folder: Path, bundle: Path) -> None:
+def test_the_latents_are_those_of_the_pipeline(folder: Path, bundle: Path, recwarn: pytest.WarningsRecorder) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     wanted = pipeline(
         PROMPT, negative_prompt=NEGATIVE, num_inference_steps=4, guidance_scale=5.0, output_type="latent",
@@ -69,6 +69,7 @@ def test_the_latents_are_those_of_the_pipeline(folder: Path, bundle: Path) -> No
         height=size, width=size,
     )  # fmt: skip
     assert (made.latents - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert not [each for each in recwarn if "'cat'" in str(each.message)]
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, NEGATIVE, "no such word", "<cat> <cat>", "a <mat>"])
