@@ -15,7 +15,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if __package__ in {None, ""}:  # as a script: its folder is on the path, and the repository is not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -27,9 +26,6 @@ from benchmarks.peers import PEERS
 from engines import ENGINES
 from engines.errors import UserError
 from engines.support.cli import Parser, parse_size, quiet_libraries, run_command
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["main"]
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from benchmarks.end_to_end.rows import Row, Settings, bundle_folder
 from benchmarks.peers import OURS
+from engines.bundle.names import VAE_DECODER
 
 __all__ = ["show"]
 
@@ -59,8 +60,8 @@ def _picture_seconds(graph: Any, settings: Settings) -> float | None:
         return None
     import torch
 
-    macs = sum(unit.macs for unit in graph.units if unit.name not in {"text_encoder", "vae_decoder", "vae_encoder"})
-    ends = sum(unit.macs for unit in graph.units if unit.name == "vae_decoder")
+    macs = sum(unit.macs for unit in graph.unet_units)
+    ends = sum(unit.macs for unit in graph.units if unit.name == VAE_DECODER)
     torch.set_num_threads(settings.threads)
     a = torch.randn(512, 512)
     a @ a

@@ -79,7 +79,8 @@ def measure(
         return
     with ExitStack() as stack:
         try:
-            subjects = {row.subject: stack.enter_context(start(row)) for row in dict.fromkeys([base, todo[0]])}
+            wanted = {row.subject: row for row in (base, todo[0])}
+            subjects = {subject: stack.enter_context(start(row)) for subject, row in wanted.items()}
         except SubjectError as error:
             for row in todo:
                 log.add({**_key(row), "round": 0, "error": str(error)})
@@ -97,8 +98,6 @@ def _round(
     """One picture of each row, and the base row's first; a row that fails is left out from then on."""
     wanted: dict[str, Any] = {}
     for row in [base, *[row for row in todo if row != base]]:
-        if row not in todo and row != base:
-            continue
         tell(row, round_, None)
         try:
             found = subjects[row.subject].picture(replace(call, plan=row.plan))
@@ -111,8 +110,7 @@ def _round(
         arrays = {name: found.pop(name) for name in ("latents", "pictures")}
         wanted = wanted or arrays
         tell(row, round_, found["seconds"])
-        beside = todo[0].subject if row == base else None
-        log.add({**_key(row), "round": round_, "beside": beside, "at": time.time(), **found, **_distance(arrays, wanted)})
+        log.add({**_key(row), "round": round_, "at": time.time(), **found, **_distance(arrays, wanted)})
 
 
 def _key(row: Row) -> Sample:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.end_to_end.figures import Figures
-from tuning.training.extras import need
+from engines.support.extras import need
 
 __all__ = ["plot_all"]
 
@@ -15,7 +15,7 @@ def plot_all(found: Sequence[Figures], path: Path, title: str) -> None:
     """Bars of a picture's time by part, the fastest last; and how many times as fast against PSNR to full.
 
     Raises:
-        TuningError: matplotlib is not installed.
+        UserError: matplotlib is not installed.
     """
     need("matplotlib", "the plots")
     from matplotlib.figure import Figure

@@ -36,7 +36,7 @@ def built(settings: Settings, variant: str, say: Say) -> Bundle:
     return build(options)[0]
 
 
-def written_pipeline(settings: Settings, scheduler_folder: Path, say: Say) -> Path:
+def written_pipeline(settings: Settings, say: Say) -> Path:
     """The source as a diffusers pipeline on disk, which all peers read: the same weights, and the scheduler that the rows have.
 
     The text encoder's weights keep the names that older versions of transformers look for.
@@ -45,23 +45,13 @@ def written_pipeline(settings: Settings, scheduler_folder: Path, say: Say) -> Pa
     if (folder / "complete").exists():
         return folder
     say(f"writing {folder} for the peers")
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTokenizer
+    import torch
 
-    from exporter.graph.checkpoint import open_source
+    from benchmarks.gpu.baselines import source_pipeline
     from exporter.graph.graph import DTYPE
-    from runtime.images.schedulers import make_scheduler
 
-    checkpoint = open_source(settings.source, "original")
-    parts = {"unet": checkpoint.unet("original"), "vae": checkpoint.vae(), "text_encoder": checkpoint.text_encoder()}
-    pipeline = StableDiffusionPipeline(
-        **{name: module.eval().to(DTYPE[settings.precision]) for name, module in parts.items()},  # type: ignore[index]
-        tokenizer=CLIPTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True),
-        scheduler=make_scheduler("dpm++", scheduler_folder, settings.steps),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    dtype = DTYPE[settings.precision]  # type: ignore[index]
+    pipeline = source_pipeline(settings.source, "original", torch.device("cpu"), dtype, settings.steps)
     pipeline.save_pretrained(folder)
     _name_text_weights(folder / "text_encoder")
     (folder / "complete").touch()

@@ -27,7 +27,6 @@ class Settings:
     rounds: int
     threads: int
     work: Path
-    guidance: float | None = None
     prompt: str | None = None
     targets: tuple[str, ...] = ()
 

@@ -26,7 +26,6 @@ from runtime import Schedule, find_plan
 from runtime.images.schedulers import make_scheduler
 from runtime.plans.subgraph import subgraph_for
 from runtime.report.cost import macs_of, relative_macs
-from tuning import TuningError
 
 __all__ = ["build", "measured"]
 
@@ -103,7 +102,7 @@ class _Run:
                 python = environment_of(row, settings, say)
             except UserError as error:
                 raise SubjectError(str(error)) from error
-            folder = written_pipeline(settings, self._bundles["original"].folder / "scheduler", say)
+            folder = written_pipeline(settings, say)
         options |= {"work": str(folder.parent.resolve() / f"{folder.name}-exported"), **dict(row.peer.settings)}
         return Subject(row.peer.module, folder, options, python, settings.work / "logs" / f"{'-'.join(row.subject)}.log")
 
@@ -141,8 +140,7 @@ def _macs(row: Row, settings: Settings, bundles: dict[str, Bundle]) -> float:
     timesteps = make_scheduler("dpm++", bundle.folder / "scheduler", settings.steps).timesteps.tolist()
     manifests = {variant: other.manifest for variant, other in bundles.items()}
     names = [part.unet for part in plan.unets] or [row.variant]
-    unets = {name: manifests[name] for name in dict.fromkeys(["original", *names]) if name in manifests}
-    schedule = Schedule(plan, {name: unets[name] for name in names}, timesteps)
+    schedule = Schedule(plan, {name: manifests[name] for name in names}, timesteps)
     manifest = manifests["original"]
     height, width = (side // manifest.vae_scale for side in settings.size or manifest.sizes[0])
     sizes = {"height": height, "width": width}
@@ -164,7 +162,7 @@ def _report(figures: list[Figures], name: str, out: Path, settings: Settings, co
     try:
         plot_all(figures, out / f"{name}.png", name)
         paths.append(out / f"{name}.png")
-    except TuningError as error:
+    except UserError as error:
         console.print(f"no plot: {error}", highlight=False, soft_wrap=True)
     console.print(f"written: {', '.join(path.name for path in paths)} in {out}", highlight=False, soft_wrap=True)
     wrong = [one["name"] for one in figures if fails(one)]

@@ -20,13 +20,14 @@ from engines.support.cli import Parser, parse_size, run_command
 from exporter.graph.checkpoint import open_source
 from runtime.images.schedulers import make_scheduler
 
-__all__ = ["WAYS", "main"]
+__all__ = ["WAYS", "main", "source_pipeline"]
 
 DEEPCACHE_EVERY = 3
 """As the plan deepcache:3."""
 
 
-def _pipeline(source: str, variant: str, device: torch.device, dtype: torch.dtype, steps: int) -> Any:
+def source_pipeline(source: str, variant: str, device: torch.device, dtype: torch.dtype, steps: int) -> Any:
+    """Diffusers' pipeline with a source's weights, and the scheduler that our own measurements have."""
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     device = torch.device(options.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    pipeline = _pipeline(options.source, options.variant, device, dtype, options.steps)
+    pipeline = source_pipeline(options.source, options.variant, device, dtype, options.steps)
     clock, found = _Clock(pipeline.unet, device), list[dict[str, object]]()
     for name in WAYS:
         if options.compiled != (name == _COMPILED):

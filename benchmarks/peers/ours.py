@@ -1,32 +1,13 @@
 """This project: a bundle in one of its engines, under whatever plan a call names."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.sd_pipeline import Clock
 from benchmarks.peers.serve import Call, Made
 
 __all__ = ["load"]
-
-
-class _Clock:
-    """Seconds of a method's calls, which end when their results are on the host."""
-
-    def __init__(self, owner: Any, method: str) -> None:
-        self._call, self._seconds = getattr(owner, method), 0.0
-        setattr(owner, method, self)
-
-    def __call__(self, *given: Any) -> Any:
-        started = time.perf_counter()
-        result = self._call(*given)
-        self._seconds += time.perf_counter() - started
-        return result
-
-    def take(self) -> float:
-        """Seconds since the last taking."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
 
 
 def load(folder: Path, options: dict[str, Any]) -> Callable[[Call], Made]:
@@ -39,7 +20,7 @@ def load(folder: Path, options: dict[str, Any]) -> Callable[[Call], Made]:
     from runtime import Pipeline
 
     pipeline = Pipeline(Bundle.open(folder), engine_named(options["engine"], torch.device(options["device"])))
-    text, vae = _Clock(pipeline._prompts, "features"), _Clock(pipeline, "_pixels")
+    text, vae = Clock(pipeline._prompts, "features"), Clock(pipeline, "_pixels")
 
     def make(call: Call) -> Made:
         made = pipeline.generate(
@@ -54,6 +35,6 @@ def load(folder: Path, options: dict[str, Any]) -> Callable[[Call], Made]:
         )
         steps = [(record.kind, record.seconds) for record in made.steps]
         pictures = np.stack([np.asarray(image.convert("RGB")) for image in made.images])
-        return Made(made.latents.float().cpu().numpy(), pictures, text.take(), vae.take(), steps)
+        return Made(made.latents.float().cpu().numpy(), pictures, sum(text.take()), sum(vae.take()), steps)
 
     return make

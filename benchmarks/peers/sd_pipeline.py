@@ -8,13 +8,13 @@ import numpy as np
 
 from benchmarks.peers.serve import Call, Made
 
-__all__ = ["maker"]
+__all__ = ["Clock", "maker"]
 
 
-class _Clock:
-    """Seconds of each call of a method, taken in its stead; on a GPU by events, which are read at the end."""
+class Clock:
+    """Seconds of each call of a method, which it stands in for: on the host, or with ``cuda`` by events, read at the end."""
 
-    def __init__(self, owner: Any, method: str, cuda: bool) -> None:
+    def __init__(self, owner: Any, method: str, cuda: bool = False) -> None:
         self._call, self._cuda, self._spans = getattr(owner, method), cuda, list[tuple[Any, Any]]()
         self.given: Any = None
         setattr(owner, method, self)
@@ -50,8 +50,8 @@ def maker(pipeline: Any, device: str = "cpu", kind: Callable[[int], str] = lambd
     import torch
 
     pipeline.set_progress_bar_config(disable=True)
-    text, unet = (_Clock(part, "forward", device == "cuda") for part in (pipeline.text_encoder, pipeline.unet))
-    vae = _Clock(pipeline.vae, "decode", device == "cuda")
+    text, unet = (Clock(part, "forward", device == "cuda") for part in (pipeline.text_encoder, pipeline.unet))
+    vae = Clock(pipeline.vae, "decode", device == "cuda")
 
     def make(call: Call) -> Made:
         generators = [torch.Generator().manual_seed(call.seed + index) for index in range(call.images)]

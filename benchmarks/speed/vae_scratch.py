@@ -5,7 +5,6 @@ of the profile that a build for so many images gives it, and beside it at all im
 them one by one. Writes a JSON file.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import machine
+from benchmarks.machine import write_results
 from engines import Profile, Segment, Traced
 from engines.bundle.names import VAE
 from engines.bundle.shapes import resolve
@@ -89,9 +88,7 @@ def main(arguments: Sequence[str]) -> None:
     ]
     show(rows, Console())
     settings = {name: str(getattr(options, name)) for name in ("source", "size", "target", "precision")}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    found = machine() | {"settings": settings, "rows": [asdict(row) for row in rows]}
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_results(options.out, {"settings": settings, "rows": [asdict(row) for row in rows]}, indent=1)
     print(f"wrote {options.out}")
 
 

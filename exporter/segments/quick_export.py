@@ -32,6 +32,7 @@ _ALIKE = {
 """Operators of ATen that the exporter writes as it would write what they decompose into: seen on Stable Diffusion's segments."""
 _CHECKS = {_ATEN._assert_tensor_metadata.default, _ATEN.sym_constrain_range_for_size.default, _ATEN._assert_scalar.default}
 """The exporter takes them out itself."""
+_LEFT = {*_TO, *_CHECKS}
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def _decomposed(
     """A program whose operators the exporter can write: with its changes of dtype rewritten, where that is all it takes."""
     known = set(implemented(registry))
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    if not all(_is_simple(node) and (node.target in known or node.target in {*_TO, *_CHECKS}) for node in calls):
+    if not all(node.target in _LEFT or (node.target in known and _is_alike(node)) for node in calls):
         return decompose(program, registry)
     module = copy.deepcopy(program.graph_module)
     for node in module.graph.nodes:
@@ -91,11 +92,10 @@ def _decomposed(
     )
 
 
-def _is_simple(node: Node) -> bool:
-    """Whether nothing of an operator has to be decomposed: arithmetic of sizes, a change of dtype, or one of those known."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return True
-    return node.target in {*_TO, *_CHECKS} or (node.target.namespace == "aten" and str(node.target)[5:] in _ALIKE)
+def _is_alike(node: Node) -> bool:
+    """Whether nothing of an operator has to be decomposed: it is arithmetic of sizes, or one of those known."""
+    operator = node.target
+    return not isinstance(operator, torch._ops.OpOverload) or (operator.namespace == "aten" and str(operator)[5:] in _ALIKE)
 
 
 def _rewrite(node: Node) -> None:
