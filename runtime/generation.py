@@ -49,8 +49,8 @@ class Generation:
     def _are_pictures(self) -> bool:
         return self.request is None or self.request.output_type == "pil"
 
-    def metadata(self, number: int = 0) -> dict[str, str]:
-        """What one of the pictures was made from, by name; its PNG file carries this as text."""
+    def made_from(self, number: int = 0) -> dict[str, Any]:
+        """What one of the pictures was made from, by name; what was not given is left out."""
         request, manifest = self.request, self.manifest
         told: dict[str, Any] = {"plan": self.plan.name, "version": f"unet-heirloom {our_version()}"}
         if self.seeds:
@@ -65,7 +65,11 @@ class Generation:
                 told["strength"] = request.strength
         if manifest is not None:
             told |= {"source": manifest.source, "variant": manifest.variant, "bundle": manifest.key}
-        return {name: str(value) for name, value in told.items() if value not in {None, ""}}
+        return {name: value for name, value in told.items() if value not in {None, ""}}
+
+    def metadata(self, number: int = 0) -> dict[str, str]:
+        """``made_from`` as text, which the picture's PNG file carries."""
+        return {name: str(value) for name, value in self.made_from(number).items()}
 
     def save(self, path: str | Path) -> list[Path]:
         """Write all pictures as PNG files that carry their ``metadata``, several as ``NAME-00.png`` and so on; returns the paths.

@@ -4,8 +4,7 @@ Builds the bundle, unless it is there, and runs `python -m runtime` in a process
 resident memory, and the seconds of each kind of step, as the command prints them. The weights are random: the picture is noise.
 """
 
-import re
-import statistics
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,11 @@ from benchmarks.sizes.process import run
 from engines.errors import UserError
 from engines.support.cli import Parser, run_command
 
-_STEP = re.compile(r"^\s*\d+\s+\d+\s+(?P<ms>[\d.]+)\s+(?P<kind>key|inherit)\b")
-"""A line of the table that `python -m runtime` prints."""
-
 
 def step_seconds(lines: Sequence[str]) -> dict[str, Any]:
-    """Of each kind of step: how many there were, and the median of their seconds."""
-    found: dict[str, list[float]] = {}
-    for line in lines:
-        if match := _STEP.match(line):
-            found.setdefault(match["kind"], []).append(float(match["ms"]) / 1000)
-    return {"steps": {kind: {"count": len(s), "seconds": round(statistics.median(s), 3)} for kind, s in found.items()}}
+    """Of each kind of step that `python -m runtime --json` printed: how many there were, and the median of their seconds."""
+    kinds = json.loads(lines[-1])["kinds"] if lines else []
+    return {"steps": {kind["kind"]: {"count": len(kind["steps"]), "seconds": kind["milliseconds"] / 1000} for kind in kinds}}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -57,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     build = run(["exporter", "build", *made])
     rows = []
     for size in options.sizes.split(","):
-        given = ["--bundle", str(bundle), "--size", size, "--plan", options.plan, "--steps", options.steps]
+        given = ["--bundle", str(bundle), "--size", size, "--plan", options.plan, "--steps", options.steps, "--json"]
         rows.append({"size": size, **run(["runtime", "a lighthouse", *given, "-o", f"{bundle}-{size}.png"], read=step_seconds)})
     if any(row["exit"] for row in (build, *rows)):
         raise UserError("a command ended with an error, which stands above; nothing is written")

@@ -53,7 +53,7 @@ def run(
         "peak_mb": peak,
         "exit": os.waitstatus_to_exitcode(status),
     }
-    if "--json" in arguments:
+    if arguments[0] == "exporter" and "--json" in arguments:
         found["phases"] = dict(sorted(phases.items(), key=lambda item: -item[1]))
     return found | read(printed)
 

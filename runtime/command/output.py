@@ -92,12 +92,10 @@ def as_json(
 ) -> dict[str, Any]:
     """All that is known of a call, in JSON's terms."""
     segments = segment_counts(pipeline.networks)
-    seeds = generation.seeds or (None,) * len(paths)
     return {
-        "bundle": str(folder),
         "engine": pipeline.engine.name,
-        **generation.metadata(),
-        "pictures": [{"path": str(path), "seed": seed} for path, seed in zip(paths, seeds, strict=True)],
+        "folder": str(folder),
+        "pictures": [{"path": str(path), **generation.made_from(number)} for number, path in enumerate(paths)],
         "seconds": round(generation.seconds, 4),
         "kinds": [
             {
@@ -111,6 +109,6 @@ def as_json(
             }
             for kind in kinds_of(generation.steps)
         ],
-        "not read": list(generation.unread),
+        "not_read": list(generation.unread),
         **({"compared": dict(compared)} if compared else {}),
     }

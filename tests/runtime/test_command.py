@@ -88,9 +88,12 @@ def test_json_says_all_and_nothing_else(runtime: Command, mini_bundle: Bundle, h
     options = ["--bundle", mini_bundle.folder, "--steps", 3, "--plan", "deepcache:3"]
     (line,) = runtime(PROMPT, *options, "--seeds", "3,9", "--json").out
     told = json.loads(line)
-    assert told["pictures"] == [{"path": "out-00.png", "seed": 3}, {"path": "out-01.png", "seed": 9}]
+    assert [(one["path"], one["seed"], one["steps"]) for one in told["pictures"]] == [("out-00.png", 3, 3), ("out-01.png", 9, 3)]
+    assert {(one["prompt"], one["plan"], one["bundle"]) for one in told["pictures"]} == {
+        (PROMPT, "deepcache:3", mini_bundle.manifest.key)
+    }
     assert [(kind["kind"], kind["steps"]) for kind in told["kinds"]] == [("key", [0]), ("inherit", [1, 2])]
-    assert (told["plan"], told["bundle"], told["not read"]) == ("deepcache:3", mini_bundle.manifest.key, [])
+    assert (told["folder"], told["not_read"]) == (str(mini_bundle.folder), [])
     for number, seed in enumerate((3, 9)):
         alone = runtime(PROMPT, *options, "--seed", seed, "--quiet", "-o", "alone.png")
         assert (alone.code, alone.out, alone.err) == (0, [], [])

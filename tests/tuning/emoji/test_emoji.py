@@ -178,7 +178,7 @@ def test_the_command_makes_all_three_folders(tmp_path: Path, capsys: pytest.Capt
         lines = (tmp_path / folder / "metadata.jsonl").read_text().splitlines()
         assert len(lines) == len(icons) > 0
     assert f"{len(train)} pairs of 5 concepts and 5 styles to train on, 5 pairs held back" in capsys.readouterr().out
-    with pytest.raises(TuningError, match="--versions 0 is none"):
+    with pytest.raises(TuningError, match="--versions 0 is too few"):
         main(["--versions", "0"])
 
 
