@@ -240,7 +240,7 @@ class UNet:
         return call, index - call.first
 
     def _is_guided(self, sample: Tensor) -> bool:
-        """Whether a call has guidance, as far as it matters: if nobody says so, whether the halves of its first sample are alike."""
+        """Whether a call has guidance, as far as it matters; if nobody says, it has if the halves of its sample are alike."""
         if self.plan.guidance is None or len(sample) % 2:
             return False
         said = self._guided()

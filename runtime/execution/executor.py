@@ -174,7 +174,7 @@ class Executor:
         return {name: tensor for name, (tensor, _) in read.items()}, elsewhere
 
     def _prediction(self, step: Step, sample: Tensor, result: Mapping[str, Tensor]) -> Tensor:
-        """The prediction for all rows: what the UNet gave, or what was carried stands for, and the half that was not evaluated."""
+        """The prediction for all rows: what the UNet gave, or what was carried stands for, and the half that is missing."""
         prediction = result[NOISE]
         if NOISE in step.inherited:
             rows = prompt_half(sample) if self._schedule.guided else sample

@@ -121,9 +121,8 @@ class CudaGraphCache:
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
-        fixed = {
-            name: torch.empty(x.shape, dtype=x.dtype, device=x.device) if name in copied else x for name, x in inputs.items()
-        }
+        memory = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in inputs.items() if name in copied}
+        fixed = {name: memory.get(name, x) for name, x in inputs.items()}
         _fill(fixed, inputs, copied)
         graph = _Graph(self._recorder.record(lambda: _apart(work(fixed), fixed), transient), fixed)
         self._graphs[key] = graph

@@ -1,8 +1,8 @@
 """A model's prediction as the noise or the picture that it stands for, and back.
 
-What a UNet is given is ``x = alpha * x0 + sigma * eps`` with ``alpha**2 + sigma**2 = 1``, by whatever scheduler: those that work with
-larger sigmas scale it down first (``scale_model_input``). Its prediction is eps, x0, or ``v = alpha * eps - sigma * x0`` (Salimans
-and Ho, arXiv 2202.00512, appendix D).
+What a UNet is given is ``x = alpha * x0 + sigma * eps`` with ``alpha**2 + sigma**2 = 1``, by whatever scheduler: those that work
+with larger sigmas scale it down first (``scale_model_input``). Its prediction is eps, x0, or ``v = alpha * eps - sigma * x0``
+(Salimans and Ho, arXiv 2202.00512, appendix D).
 """
 
 from typing import Literal

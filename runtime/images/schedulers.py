@@ -107,9 +107,8 @@ def read_spaces(folder: Path) -> PredictionSpaces:
     scheduler = _load("DDIMScheduler", folder)
     kind = scheduler.config.prediction_type
     if kind not in PREDICTION_TYPES:
-        raise BundleError(
-            f"{folder / 'scheduler_config.json'} has prediction_type {kind!r:.60}; expected {', '.join(PREDICTION_TYPES)}"
-        )
+        path = folder / "scheduler_config.json"
+        raise BundleError(f"{path} has prediction_type {kind!r:.60}; expected {', '.join(PREDICTION_TYPES)}")
     return PredictionSpaces(scheduler.alphas_cumprod, kind)
 
 

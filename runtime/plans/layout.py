@@ -18,8 +18,8 @@ class Layout:
     Its arguments are those of ``Schedule``.
 
     Raises:
-        PlanError: a UNet is not there, a rule names a unit that its UNet does not have or inherits in its first step, or the UNet is
-            skipped in its last.
+        PlanError: a UNet is not there, a rule names a unit that its UNet does not have or inherits in its first step, or the UNet
+            is skipped in its last.
     """
 
     def __init__(

@@ -49,7 +49,7 @@ class Retention(Generic[Value]):
 
     def read(self, step: Step, name: str) -> tuple[list[Entry[Value]], list[Entry[Value]]]:
         """The entries from which a step takes a feature, and those for the negative prompt's rows where they are others."""
-        depth = self._schedule.depth[name]
+        depth = self._schedule.depth(name)
         last = self.newest(name)[:depth]
         split = not self._schedule.is_half(step, name) and any(entry.half for entry in last)
         return last, self.newest(name, whole=True)[:depth] if split else []

@@ -88,13 +88,16 @@ class Schedule:
         return self._layout.guided
 
     @cached_property
-    def depth(self) -> Mapping[str, int]:
-        """Of each feature that is inherited, from how many key steps an inherit step takes it."""
+    def _depths(self) -> Mapping[str, int]:
         found = Counter[str]()
         for features in self._layout.features.values():
             for rule, names in zip(self.plan.rules, features, strict=True):
                 found |= Counter(dict.fromkeys(names, rule.depth))
         return found
+
+    def depth(self, name: str) -> int:
+        """From how many key steps a step takes a feature that it inherits or compares."""
+        return self._depths.get(name, 1)
 
     def predict(self, unet: str, name: str) -> Predict | None:
         """How a feature is forecast where it is inherited."""
@@ -108,7 +111,7 @@ class Schedule:
         return rule.depth > 1 and len(self._layout.sources(number, rule, step.index)) > 1
 
     def is_half(self, step: Step, name: str) -> bool:
-        """Whether a feature of a step has only the rows of guidance's half that is the prompt's. Of predictions no more is kept."""
+        """Whether a step has only the prompt's rows of a feature, one half of guidance. Of predictions no more is kept."""
         if name == NOISE:
             return self.guided
         return step.half and self.unets[step.unet].features[name].shape[0] == "batch"

@@ -1,5 +1,6 @@
-"""What a plan says beside which units are inherited when: how an inherited feature is forecast, when guidance is evaluated, and the
-figures that a plan was found by.
+"""What a plan says beside which units are inherited when: how features are forecast, and when guidance is evaluated.
+
+A plan that a search found also says what it was found for.
 
 A-SDM (arXiv 2406.00210) inherits features as they are. Forecasting them along the last two key steps is what TaylorSeer (arXiv
 2503.06923) does for transformers; reusing the difference that guidance makes is the idea of Faster Diffusion's successors
@@ -22,10 +23,10 @@ FixedMode = Annotated[Uniform | Quadratic | Front | Back | Explicit | Random, Fi
 class Predict(Record):
     """How a rule's features are forecast at its inherit steps.
 
-    With order 1, a step ``i`` reads ``F1 + damping * (i - k1) / (k1 - k0) * (F1 - F0)``: F1 is the feature of the last key step k1,
-    F0 that of the one before, k0. Between the first two key steps of its range, and with order 0, it reads F1.
+    With order 1, a step ``i`` reads ``F1 + damping * (i - k1) / (k1 - k0) * (F1 - F0)``: F1 is the feature of the last key step
+    k1, F0 that of the one before, k0. Between the first two key steps of its range, and with order 0, it reads F1.
 
-    ``space`` is for rules that skip the UNet (``head``): what is carried is the prediction of the model as it is (``raw``), or the noise
+    ``space`` is for rules that skip the UNet (``head``): what is carried is the prediction as it is (``raw``), or the noise
     (``eps``) or the picture (``x0``) that it stands for, whatever the model predicts.
     """
 
