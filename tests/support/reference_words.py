@@ -1,8 +1,8 @@
 """An independent reference for what plans say beside inheriting: forecasts, steps that skip the UNet, halves of guidance.
 
-Like ``tests.support.reference_script`` it shares no code with exporter, runtime or tuning. The halves of guidance are evaluated one
-after the other, each with hooks of its own, so that nothing has to be cut apart or put together. Formulas are written down here as
-docs/plans.md has them.
+Like ``tests.support.reference_script`` it shares no code with exporter, runtime or tuning. The halves of guidance are evaluated
+one after the other, each with hooks of its own, so that nothing has to be cut apart or put together. Formulas are written down
+here as docs/plans.md has them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from tests.support.reference_script import _first, _like, _shortcut
 
 @dataclass(frozen=True)
 class Rule:
-    """Modules by diffusers path that inherit at all but the key steps; ``damping`` where they are forecast."""
+    """Modules by diffusers path that inherit at all but the key steps; ``damping`` where they are forecast, from ``start`` on."""
 
     paths: Sequence[str]
     keys: Collection[int]
     kind: str = "output"
     damping: float | None = None
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class _Hook:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         tensor = _first(output)
         past = _shortcut(module, args, kwargs) if self.rule.kind == "residual" else torch.zeros(())
+        if self.index == self.rule.start:
+            self.history = _History(self.rule.damping)
         if self.index in self.rule.keys:
             self.history.keep(self.index, tensor - past)
         return _like(output, self.history.at(self.index) + past)
@@ -111,6 +114,13 @@ def _out_of(space: str, kind: str, value: Tensor, sample: Tensor, share: float) 
     return eps if kind == "epsilon" else (eps - noise * sample) / signal
 
 
+def _share(scheduler: Any, index: int, timestep: Tensor) -> float:
+    """The signal's share in the variance of what the model is given: from the scheduler's own sigma, where it has such."""
+    if hasattr(scheduler, "sigmas"):
+        return 1 / (1 + float(scheduler.sigmas[index]) ** 2)
+    return float(scheduler.alphas_cumprod[int(timestep)])
+
+
 @torch.no_grad()
 def reference_words(
     unet: nn.Module,
@@ -124,8 +134,8 @@ def reference_words(
 ) -> Tensor:
     """Final latents; see ``tests.support.reference.reference_denoise`` for the first five arguments.
 
-    With ``halves``, a step that skips the UNet carries the prompt's prediction and adds the difference like any that evaluates one
-    half. Rules go on at steps that skip the UNet: their modules are computed at their key steps.
+    With ``halves``, a step that skips the UNet carries the prompt's prediction and adds the difference like any that evaluates
+    one half. Rules go on at steps that skip the UNet: their modules are computed at their key steps.
     """
     guided = guidance_scale > 1
     texts = text.chunk(2) if guided else [text]
@@ -134,13 +144,13 @@ def reference_words(
     kind, difference = scheduler.config.prediction_type, torch.zeros(())
     for index, timestep in enumerate(scheduler.timesteps):
         sample = scheduler.scale_model_input(latents, timestep)
-        share = float(scheduler.alphas_cumprod[int(timestep)])
+        share = _share(scheduler, index, timestep)
         whole = halves is None or index in halves.keys
         made: list[Tensor | None] = [None] * len(parts)
         for number, part in enumerate(parts):
-            if skip is None or index in skip.keys or any(index in rule.keys for rule in rules):
-                if whole or number == len(parts) - 1:
-                    made[number] = part(index, sample, timestep)
+            needed = skip is None or index in skip.keys or any(index in rule.keys for rule in rules)
+            if needed and (whole or number == len(parts) - 1):
+                made[number] = part(index, sample, timestep)
             if skip is not None and index in skip.keys and made[number] is not None:
                 carried[number].keep(index, _into(skip.space, kind, made[number], sample, share))  # type: ignore[arg-type]
             elif skip is not None and index not in skip.keys:

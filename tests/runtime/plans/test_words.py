@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from runtime.images.prediction_spaces import PredictionSpaces
 from runtime.plans.checks import check_runs
 from runtime.plans.key_steps import Explicit, Threshold, Uniform
 from runtime.plans.presets import find_plan
-from runtime.plans.words import Guidance, Predict
+from runtime.plans.words import Found, Guidance, Predict
 from tests.support.reference import reference_scheduler
 from tests.support.reference_words import Halves, Rule, Skip, reference_words
 from tests.support.unets import TEXT_WIDTH, TOKENS, live_network, manifest_of, relative_error, small_unet
@@ -46,7 +48,13 @@ def inputs(guidance: float, images: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def made_by(
-    unet: Any, plan: Plan, guidance: float, scheduler: str = "ddim", images: int = 2, manifest: Manifest | None = None, **settings: Any
+    unet: Any,
+    plan: Plan,
+    guidance: float,
+    scheduler: str = "ddim",
+    images: int = 2,
+    manifest: Manifest | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, list[StepRecord]]:
     """Final latents and records of a plan on live modules."""
     manifest = manifest or manifest_of(unet, None, [plan])
@@ -113,7 +121,7 @@ def test_the_unet_is_skipped(unet: Any, space: str, damping: float | None, predi
     assert all(not record.ran for record in records if record.kind == "skip")
 
 
-@pytest.mark.parametrize("scheduler", ["pndm", "dpm++", "ddim"])
+@pytest.mark.parametrize("scheduler", ["pndm", "dpm++", "ddim", "euler", "heun"])
 def test_schedulers_skip_alike(unet: Any, scheduler: str) -> None:
     count = len(reference_scheduler(scheduler, STEPS).timesteps)
     made, _ = made_by(unet, find_plan("skip:2"), 3.0, scheduler)
@@ -173,7 +181,8 @@ JOINED: dict[str, tuple[Plan, dict[str, Any]]] = {
                         "down_blocks.0.attentions.1",
                         "down_blocks.1.attentions.0",
                         "mid_block.attentions.0",
-                        *[f"up_blocks.{block}.attentions.{layer}" for block in (1, 2) for layer in range(3 if block == 2 else 2)],
+                        # Not up_blocks.2.attentions.1: a feature belongs to the first rule that names it.
+                        *[f"up_blocks.{block}.attentions.{layer}" for block, layer in ((1, 0), (1, 1), (2, 0), (2, 2))],
                     ],
                     EVERY_2,
                     "residual",
@@ -190,3 +199,102 @@ def test_words_are_joined(unet: Any, name: str) -> None:
     plan, words = JOINED[name]
     made, _ = made_by(unet, plan, 3.0)
     assert relative_error(made, expected(unet, 3.0, **words)) < TOLERANCE
+
+
+def decided(records: list[StepRecord]) -> set[int]:
+    return {record.index for record in records if record.kind.startswith("key")}
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(when=Uniform(every=3))])
+@pytest.mark.parametrize("predict", [None, Predict(damping=0.5)])
+def test_adaptive_rules_forecast_and_have_halves(unet: Any, predict: Predict | None, guidance: Guidance | None) -> None:
+    """The key steps are those that were decided while running; features are the reference's for these."""
+    rule = PlanRule(units=LEVELS["output"][0], when=Threshold(above=0.35), predict=predict)
+    plan = Plan(name="p", rules=(rule,), guidance=guidance)
+    made, records = made_by(unet, plan, 3.0)
+    keys = decided(records)
+    assert 2 < len(keys) < STEPS
+    words: dict[str, Any] = {"rules": [Rule(LEVELS["output"][2], keys, damping=predict and predict.damping)]}
+    words |= {"halves": Halves(EVERY_3)} if guidance else {}
+    assert relative_error(made, expected(unet, 3.0, **words)) < TOLERANCE
+
+
+def test_an_adaptive_rule_skips_the_unet(unet: Any) -> None:
+    rule = PlanRule(units=("head",), when=Threshold(above=0.35), predict=Predict(damping=0.5, space="x0"))
+    made, records = made_by(unet, Plan(name="p", rules=(rule,)), 3.0)
+    keys = decided(records)
+    assert {0, STEPS - 1} < keys < set(range(STEPS))
+    assert all(record.ran for record in records if record.kind == "skip")  # what decides is computed
+    assert relative_error(made, expected(unet, 3.0, skip=Skip(keys, "x0", 0.5))) < TOLERANCE
+
+
+def test_rules_forecast_in_a_part_of_the_schedule(unet: Any) -> None:
+    """A forecast takes nothing from before its rule's part, whose first two key steps must have been."""
+    units, _, paths = LEVELS["output"]
+    rule = PlanRule(units=units, when=Uniform(every=2), predict=Predict(damping=1.0), start=0.25)
+    made, _ = made_by(unet, Plan(name="p", rules=(rule,), guidance=Guidance(when=Explicit(steps=(0, 5)))), 3.0)
+    keys = {0, 1, 2, 4, 6}
+    reference = expected(unet, 3.0, rules=[Rule(paths, keys, damping=1.0)], halves=Halves({0, 2, 5}))
+    assert relative_error(made, reference) > TOLERANCE  # step 3 would read steps 1 and 2
+    late = expected(unet, 3.0, rules=[Rule(paths, keys, damping=1.0, start=2)], halves=Halves({0, 2, 5}))
+    assert relative_error(made, late) < TOLERANCE
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "order": ({"rules": [{"units": ["up.2"], "when": {"mode": "uniform", "every": 2}, "predict": {"order": 2}}]}, "order"),
+    "damping": ({"rules": [{"units": ["up.2"], "when": {"mode": "uniform", "every": 2}, "predict": {"damping": -1}}]}, "damping"),
+    "space": (
+        {"rules": [{"units": ["up.2"], "when": {"mode": "uniform", "every": 2}, "predict": {"space": "x0"}}]},
+        "rules.0.predict.space is 'x0', which is for rules whose only unit is 'head'",
+    ),
+    "own feature": (
+        {"rules": [{"units": ["stem"], "when": {"mode": "threshold", "above": 0.1}, "predict": {}}]},
+        "rules.0.predict: the rule compares 'stem' to decide its key steps",
+    ),
+    "adaptive guidance": ({"guidance": {"when": {"mode": "threshold", "above": 0.1}}}, "guidance.when: "),
+    "scale": ({"guidance": {"when": {"mode": "uniform", "every": 2}, "scale": -1}}, "guidance.scale"),
+    "unknown word": (
+        {"rules": [{"units": ["up.2"], "when": {"mode": "uniform", "every": 2}, "predict": {"power": 2}}]},
+        "order, damping, space",
+    ),
+    "found": ({"found": {"scheduler": "ddim"}}, "found.steps: it is missing"),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_wrong_words_are_one_line(name: str, tmp_path: Path) -> None:
+    fields, said = WRONG[name]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"name": "p", **fields}))
+    with pytest.raises(PlanError) as raised:
+        find_plan(path)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_first_and_last_steps_are_not_skipped(unet: Any) -> None:
+    def plan(*steps: int, of: int | None = None) -> Plan:
+        return Plan(name="p", rules=(PlanRule(units=("head",), when=Explicit(steps=steps, of=of)),))
+
+    with pytest.raises(PlanError, match="rules.0.when leaves out step 7, so the last step would skip the UNet; .* add 7"):
+        made_by(unet, plan(0, 4), 1.0)
+    with pytest.raises(PlanError, match="leaves out step 0"):
+        made_by(unet, plan(4, 7), 1.0)
+    _, records = made_by(unet, plan(0, 2, of=4), 1.0)
+    assert decided(records) == {0, 4, 7}
+
+
+def test_guide_stands_once_in_a_joined_plan() -> None:
+    with pytest.raises(PlanError, match="guide stands there 2 times; a plan can have it once"):
+        find_plan("guide:2+guide:3")
+
+
+def test_a_plan_with_words_is_written_and_read_again(tmp_path: Path) -> None:
+    plan = find_plan("skip:2+forecast:3+guide:4").model_copy(
+        update={"found": Found(scheduler="dpm++", steps=20, guidance_scale=3.0, prompts=16, cost=0.5, psnr=50.0)}
+    )
+    path = tmp_path / "plan.json"
+    path.write_text(plan.model_dump_json())
+    assert Plan.read(path) == plan
+    written = find_plan("block:2").model_dump()
+    assert not {"guidance", "found", "predict"} & {*written, *written["rules"][0]}
