@@ -154,8 +154,8 @@ class GraphedNetwork:
     ) -> Features:
         """As ``LoadedBundle.run``."""
         made = {} if made is None else made
-        if not subgraph.segments:
-            return self.network.run(subgraph, given, made)
+        if not subgraph.segments and not made:  # all is inherited
+            return self.network.run(subgraph, given)
         inputs = {name: given[name] if name in given else made[name] for name in subgraph.inputs}
         kind = self.unet, subgraph.segment_names, subgraph.wanted
         transient = subgraph.wanted == {NOISE}

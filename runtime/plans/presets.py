@@ -125,9 +125,9 @@ PRESETS = {
     "back": Preset("back:N", "as deepcache; key steps dense late", "back:3", _spaced(Back)),
     "random": Preset("random:N", "as deepcache; key steps at random, a control", "random:3", _spaced(Random)),
     "adaptive": Preset("adaptive:X", "as block; key steps as the stem changes by X", "adaptive:0.3", _adaptive),
-    "forecast": Preset("forecast:N", "as deepcache; forecast from two key steps", "forecast:3", _forecast),
-    "skip": Preset("skip:N", "run nothing: the picture foreseen is forecast", "skip:2", _skip),
-    "guide": Preset("guide:N", "evaluate guidance's negative half at key steps", "guide:2", _guide),
+    "forecast": Preset("forecast:N", "as deepcache; features are forecast", "forecast:3", _forecast),
+    "skip": Preset("skip:N", "run nothing; the picture is forecast", "skip:2", _skip),
+    "guide": Preset("guide:N", "evaluate the prompt alone, not both halves", "guide:2", _guide),
     "switch": Preset("switch:X", "the assembled UNet for the first X of noise", "switch:0.4", _switch),
 }  # fmt: skip
 

@@ -167,7 +167,7 @@ def test_replayed_steps_are_steps(unet: Any, manifest: Manifest, recorder: FakeR
         recorded.append(recorder.recorded)
     if "adaptive" not in name:
         assert len(set(recorded)) == 1, "the first call has seen every kind of step"
-    assert recorder.replayed >= 2 * STEPS
+    assert recorder.replayed >= 2 * (STEPS - loop.kinds.count("skip"))
 
 
 def test_against_the_model_itself(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any) -> None:
