@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -69,8 +70,9 @@ def test_forecasts_skips_and_halves(
 ) -> None:
     settings = {**inputs(kind, 0.7), "guidance_scale": guidance}
     unet = UNet(mini_bundle.folder, plan)
-    made = latents(pipeline(kind, scheduler, unet), images=2, **settings)
-    expected = generate(mini_pipeline, scheduler=scheduler, plan=plan, num_images=2, **settings)
+    images = 1 if kind == "inpaint" else 2  # of several, diffusers draws the picture's latents with the first one's generator
+    made = latents(pipeline(kind, scheduler, unet), images=images, **settings)
+    expected = generate(mini_pipeline, scheduler=scheduler, plan=plan, num_images=images, **settings)
     assert relative_error(made, expected.latents) < TOLERANCE
     assert kinds(unet.steps) == kinds(expected.steps)
     assert ("key, half" in kinds(unet.steps)) is (guidance > 1 and "guide" in plan)
@@ -85,7 +87,7 @@ def test_who_says_that_there_is_no_guidance_is_believed(mini_bundle: Bundle) -> 
     scheduler = reference_scheduler("ddim", 3)
     found = []
     for guided in (None, False, True):
-        unet = UNet(mini_bundle.folder, "guide:3", guided=lambda said=guided: said)
+        unet = UNet(mini_bundle.folder, "guide:3", guided=partial(bool, guided) if guided is not None else lambda: None)
         for timestep in scheduler.timesteps:
             unet(sample, timestep, text)
         found.append("key, half" in kinds(unet.steps))

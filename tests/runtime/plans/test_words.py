@@ -114,7 +114,7 @@ def test_order_0_is_reuse(unet: Any) -> None:
 def test_the_unet_is_skipped(unet: Any, space: str, damping: float | None, prediction_type: str) -> None:
     predict = Predict(order=0 if damping is None else 1, damping=damping or 0.0, space=space)
     plan = Plan(name="p", rules=(PlanRule(units=("head",), when=Uniform(every=3), predict=predict),))
-    settings = {"prediction_type": prediction_type}
+    settings: dict[str, Any] = {"prediction_type": prediction_type}
     made, records = made_by(plan, 3.0, **settings)
     keys = {0, 3, 6, 7}
     assert relative_error(made, expected(unet, 3.0, settings=settings, skip=Skip(keys, space, damping))) < TOLERANCE
@@ -216,7 +216,7 @@ def test_adaptive_rules_forecast_and_have_halves(unet: Any, predict: Predict | N
     made, records = made_by(plan, 3.0)
     keys = decided(records)
     assert 2 < len(keys) < STEPS
-    words: dict[str, Any] = {"rules": [Rule(LEVELS["output"][2], keys, damping=predict and predict.damping)]}
+    words: dict[str, Any] = {"rules": [Rule(LEVELS["output"][2], keys, damping=predict.damping if predict else None)]}
     words |= {"halves": Halves(EVERY_3)} if guidance else {}
     assert relative_error(made, expected(unet, 3.0, **words)) < TOLERANCE
 
