@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from engines import Bundle, BundleError, Manifest, Segment
 from engines.bundle.folder import MANIFEST_NAME, describe_file
-from engines.bundle.manifest import File
+from engines.bundle.manifest import File, FusedLora
 from engines.bundle.shapes import size_fault
 from exporter.errors import BuildError
 from exporter.job import BuildJob, open_writer
@@ -159,6 +159,11 @@ def _manifest(
         recipe=made_from["recipe"],
         config=made_from["config"],
         variant_files=options.variant_files,
+        loras=tuple(
+            FusedLora(file=str(lora.path), scale=lora.scale, sha256=digest)
+            for lora, digest in zip(options.loras, job.made_from["loras"], strict=True)
+        ),
+        notes=tuple(checkpoint.notes(options.variant)),
         source_sha256=job.made_from["source"],
         distilled=checkpoint.is_distilled(options.variant),
         precision=options.precision,

@@ -67,6 +67,8 @@ def _check_numbers(manifest: Manifest) -> None:
         raise ManifestError(f"size_multiple is {manifest.size_multiple}, expected a multiple of vae_scale = {manifest.vae_scale}")
     if not 1 <= len(manifest.sizes) <= _MOST:
         raise ManifestError(f"sizes has {len(manifest.sizes)} entries, expected 1 to {_MOST}")
+    if not all(math.isfinite(lora.scale) for lora in manifest.loras):
+        raise ManifestError("loras has a scale that is no finite number")
     for height, width in manifest.sizes:
         if height * width > _MOST_PIXELS or size_fault((height, width), manifest.size_multiple):
             raise ManifestError(
@@ -78,6 +80,7 @@ def _check_numbers(manifest: Manifest) -> None:
 def _check_texts(manifest: Manifest) -> None:
     texts = {
         "source": [manifest.source], "unet": [manifest.unet or ""], "config": [manifest.config or ""], "plans": manifest.plans,
+        "loras": [text for lora in manifest.loras for text in (lora.file, lora.sha256)], "notes": manifest.notes,
         "granularity": [manifest.granularity or ""], "variant": [manifest.variant],
         "made_with": [text for pair in manifest.made_with.items() for text in pair],
     }  # fmt: skip

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from exporter.errors import SourceError
 from tuning.checkpoints.configs import check_fit
 from tuning.checkpoints.find_source import MINI, find_source
 from tuning.checkpoints.folder import extent_of, meta_unet, only_assembled, unet_files, unet_weights
+from tuning.checkpoints.fused_weights import fused
+from tuning.checkpoints.lora import Lora
+from tuning.checkpoints.lora_layers import LoraFile, fitted, read_lora
 from tuning.checkpoints.source import PARTS, FolderSource, RandomSource, Source, check_part
 from tuning.checkpoints.weights import ComputedWeights, RenamedWeights, Weights, materialize, shapes_of
 from tuning.surgery.assembly import origins
@@ -33,6 +37,9 @@ MODELS = ("unet", "text_encoder", "vae")
 """The parts of a checkpoint that segments are made of."""
 
 VARIANTS = tuple(tuning.RECIPES)
+_LORAS = "loras"
+_EVERYTHING = frozenset({*PARTS, _LORAS})
+"""The parts of a checkpoint that a build reads, and what is fused into them."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,14 @@ class Checkpoint:
     """A Stable Diffusion checkpoint with one UNet for each variant. Weights are read when they are taken.
 
     ``own_unet`` is the folder of a UNet that replaces the checkpoint's; ``own_recipe`` a .json file by which a variant is made
-    that no recipe of ours makes. Parts are ``unet``, ``vae``, ``text_encoder``.
+    that no recipe of ours makes. ``loras`` are fused into the weights of UNet and text encoder, before a recipe makes a smaller
+    UNet of them. Parts are ``unet``, ``vae``, ``text_encoder``.
     """
 
     source: Source
     own_unet: Path | None = None
     own_recipe: Path | None = None
+    loras: tuple[Lora, ...] = ()
     _weights: dict[tuple[str, str], Weights] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -84,12 +93,23 @@ class Checkpoint:
         """Where the part's weights are, under the names that they have in its skeleton's state.
 
         Raises:
-            SourceError: as ``skeleton``, or the weights are missing or not those that the configuration needs.
+            SourceError: as ``skeleton``, or the weights are missing or not those that the configuration needs, or a LoRA is none
+                for them.
         """
         if (part, variant) not in self._weights:
             with _source_errors(self.name):
-                self._weights[part, variant] = self._unet_weights(variant) if part == "unet" else self.source.weights(part)
+                self._weights[part, variant] = self._unet_weights(variant) if part == "unet" else self._own_weights(part)
         return self._weights[part, variant]
+
+    def _own_weights(self, part: str) -> Weights:
+        """The source's, with the LoRAs fused."""
+        weights = self.source.weights(part)
+        return weights if part == "vae" else fused(weights, self._lora_files, part)
+
+    @cached_property
+    def _lora_files(self) -> list[LoraFile]:
+        unet = self._original().config if self.loras else None
+        return [read_lora(lora, unet) for lora in self.loras]
 
     def unet(self, variant: str) -> UNet2DConditionModel:
         """The whole UNet of a variant, float32, in evaluation mode. Raises SourceError as ``weights`` does."""
@@ -136,8 +156,8 @@ class Checkpoint:
     def _unet_weights(self, variant: str) -> Weights:
         unet = self.skeleton("unet", variant)
         if (folder := self._unet_folder(variant)) is not None:
-            return unet_weights(folder, unet)
-        whole = self.source.weights("unet")
+            return fused(unet_weights(folder, unet), self._lora_files, "unet", shapes_of(self._original()) if self.loras else None)
+        whole = self._own_weights("unet")
         if self._is_plain(variant):
             return whole
         recipe = self._recipe(variant)
@@ -145,8 +165,22 @@ class Checkpoint:
             return RenamedWeights(whole, origins(self._original(), recipe))
         # What experts start from comes from several kernels of the original, or from none.
         return ComputedWeights(
-            f"{self.name}, {variant}", shapes_of(unet), lambda: tuning.assemble(materialize(self._original(), whole), recipe)
+            f"{self.name}, {variant}", shapes_of(unet), lambda: tuning.assemble(materialize(self._original(), whole), recipe), whole
         )
+
+    def notes(self, variant: str) -> Iterator[str]:
+        """What a person should know of how the weights were made. Raises SourceError as ``weights`` does."""
+        if self._unet_folder(variant) is None or not self.loras:
+            return
+        own, whole = (shapes_of(unet) for unet in (self.skeleton("unet", variant), self._original()))
+        for file in self._lora_files:
+            count = len(file.layers["unet"])
+            left = count - len(fitted(file, "unet", own, whole))
+            if left:
+                yield (
+                    f"LoRA {file.lora.path}: {left} of its {count} unet layers are of layers that the {variant} UNet does not have, "
+                    "and are left out"
+                )
 
     @contextmanager
     def _making(self, variant: str) -> Iterator[None]:
@@ -184,7 +218,7 @@ class Checkpoint:
         folder = self._unet_folder(variant)
         return self._is_plain(variant) or (folder is not None and not only_assembled(folder))
 
-    def files(self, variant: str, parts: Container[str] = PARTS) -> Iterator[tuple[str, Path]]:
+    def files(self, variant: str, parts: Container[str] = _EVERYTHING) -> Iterator[tuple[str, Path]]:
         """The files of parts that a build reads, and what each is called whichever folder the checkpoint lies in."""
         folder = self._unet_folder(variant)
         if self.own_recipe is not None and "unet" in parts:
@@ -198,6 +232,9 @@ class Checkpoint:
             if part in parts and not replaced:
                 for path in self.source.files(part):
                     yield f"{part}/{path.name}", path
+        if _LORAS in parts:
+            for number, lora in enumerate(self.loras):
+                yield f"{_LORAS}/{number} at {lora.scale!r}", lora.path
 
     def check_fit(self, unet: Any, vae: Any, text: Any) -> None:
         """Raise SourceError unless the configurations of UNet, VAE and text encoder fit together."""
@@ -209,8 +246,11 @@ class Checkpoint:
         for part in MODELS:
             self.weights(part, variant)
 
-    def fingerprint(self, variant: str, digest: Callable[[Path], str] = sha256, parts: Container[str] = PARTS) -> str:
-        """A hash of the files of parts, whose own are given by ``digest``; of a random source's name and seed as well."""
+    def fingerprint(self, variant: str, digest: Callable[[Path], str] = sha256, parts: Container[str] = _EVERYTHING) -> str:
+        """A hash of the files of parts, whose own are given by ``digest``; of a random source's name and seed as well.
+
+        Of single parts it is a hash of what LoRAs are fused into.
+        """
         whole = hashlib.sha256()
         if isinstance(self.source, RandomSource):
             whole.update(f"{self.name} {self.source.seed}\n".encode())
@@ -236,6 +276,7 @@ def open_source(
     config: Path | None = None,
     variant_files: str | None = None,
     recipe: Path | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Checkpoint:
     """Find a checkpoint and check that a build can read it.
 
@@ -246,6 +287,7 @@ def open_source(
         config: a diffusers folder with configurations, for a single file of another family.
         variant_files: of the weight files of a folder, such as ``fp16``.
         recipe: a .json file by which the variant is made, where it is none of ours.
+        loras: what is fused into UNet and text encoder.
 
     Raises:
         SourceError: unknown variant or source, a pickle, or a folder or file with parts missing.
@@ -263,4 +305,6 @@ def open_source(
         found = find_source(source, config, variant_files)
         if unet is not None:
             check_part(source, unet.parent, unet.name)
-    return Checkpoint(found, unet, recipe)
+        for lora in loras:
+            lora.check()
+    return Checkpoint(found, unet, recipe, tuple(loras))

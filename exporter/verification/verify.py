@@ -112,12 +112,14 @@ class Reference:
     def load(cls, bundle: Bundle) -> "Reference":
         """The model that a bundle was made from; raises as ``verify`` does."""
         from exporter.graph.checkpoint import open_source
+        from tuning.checkpoints.lora import Lora
 
         manifest = bundle.manifest
         unet, config, recipe = (
             None if path is None else Path(path) for path in (manifest.unet, manifest.config, manifest.recipe)
         )
-        checkpoint = open_source(manifest.source, manifest.variant, unet, config, manifest.variant_files, recipe)
+        loras = [Lora(Path(lora.file), lora.scale) for lora in manifest.loras]
+        checkpoint = open_source(manifest.source, manifest.variant, unet, config, manifest.variant_files, recipe, loras)
         if checkpoint.fingerprint(manifest.variant) != manifest.source_sha256:
             raise BuildError(
                 f"the weights of source {manifest.source} are not those that bundle {bundle.folder} was made from; "

@@ -40,7 +40,7 @@ def shapes_in_file(path: Path, part: str) -> dict[str, Size]:
 def _what_else(names: Mapping[str, Tensor]) -> str:
     """A guess of what the file is, and advice."""
     if any("lora" in name for name in names):
-        return "it is a LoRA): fuse it into its checkpoint with diffusers' fuse_lora, and save that with save_pretrained"
+        return "it is a LoRA): give its checkpoint as the source, and it with --lora FILE (python -m exporter build)"
     if "down_blocks.0.resnets.0.conv1.weight" in names:
         return "it is a diffusers UNet): put it into a folder as diffusion_pytorch_model.safetensors, with its config.json"
     return f"no tensor is called {_PREFIX['unet']}*): give one that has UNet, VAE and text encoder, or a diffusers folder"

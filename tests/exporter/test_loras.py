@@ -1,0 +1,217 @@
+"""LoRAs fused by a build: pictures are those of diffusers with the same weights, and only what a LoRA touches is built again."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
+
+import tuning
+from engines import Bundle, make_engine
+from exporter import BuildOptions, build
+from exporter.graph.checkpoint import Checkpoint, open_source
+from runtime import Pipeline
+from tests.support.commands import Command, assert_refused
+from tests.support.loras import Added, add, save_lora
+from tests.support.reference import MINI
+from tests.support.unets import relative_error
+from tuning.checkpoints.folder import save_part
+from tuning.checkpoints.lora import Lora
+
+FakeTrace = Callable[..., list[str]]
+
+
+def models_of(folder: Path, unet: str = "unet") -> dict[str, Any]:
+    return {
+        "unet": UNet2DConditionModel.from_pretrained(folder, subfolder=unet).float(),
+        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+    }
+
+
+@pytest.fixture(scope="session")
+def models(tiny_source: Path) -> dict[str, Any]:
+    """Not to be changed."""
+    return models_of(tiny_source)
+
+
+def save_on_tiny(models: dict[str, Any], path: Path, only: str, seed: int = 0, part: str = "unet") -> Lora:
+    save_lora(path, {part: models[part]}, only=only, seed=seed)
+    return Lora(path, 0.5)
+
+
+@pytest.mark.slow
+def test_latents_are_those_of_diffusers_with_the_same_weights(tiny_source: Path, models: dict[str, Any], tmp_path: Path) -> None:
+    wanted: Any = StableDiffusionPipeline.from_pretrained(tiny_source, dtype=torch.float32)
+    wanted.set_progress_bar_config(disable=True)
+    wanted.scheduler = DDIMScheduler.from_config(wanted.scheduler.config)
+    loras = []
+    for number, (form, only, scale) in enumerate([("kohya", "", 0.8), ("peft", "attn|self_attn", -0.5)]):
+        loras.append(Lora(tmp_path / f"{number}.safetensors", scale))
+        add(wanted.components, save_lora(loras[-1].path, models, form, only=only, alpha=2.0, seed=number), scale)
+    bundle, _ = build(BuildOptions(source=str(tiny_source), loras=tuple(loras), out=tmp_path / "bundle"))
+    settings: dict[str, Any] = {"guidance_scale": 3.0, "height": 16, "width": 16}
+    made = Pipeline(bundle, make_engine("onnxruntime")).generate("a red star", "a dot", seed=3, steps=4, scheduler="ddim", **settings)
+    generator = torch.Generator().manual_seed(3)
+    expected = wanted(
+        "a red star", negative_prompt="a dot", num_inference_steps=4, generator=generator, output_type="latent", **settings
+    ).images
+    assert relative_error(made.latents, expected) < 1e-4
+    plain = StableDiffusionPipeline.from_pretrained(tiny_source, dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    plain.scheduler = wanted.scheduler
+    generator = torch.Generator().manual_seed(3)
+    other = plain("a red star", negative_prompt="a dot", num_inference_steps=4, generator=generator, output_type="latent", **settings).images
+    assert relative_error(other, expected) > 1e-2
+
+
+def traced_for(fake_trace: FakeTrace, tiny_source: Path, out: Path, *loras: Lora) -> list[str]:
+    traced = fake_trace()
+    bundle, built = build(BuildOptions(source=str(tiny_source), granularity="layer", out=out, loras=loras))
+    assert built
+    bundle.check()
+    return traced
+
+
+def test_only_what_a_lora_touches_is_built_again(
+    tiny_source: Path, models: dict[str, Any], tmp_path: Path, fake_trace: FakeTrace
+) -> None:
+    assert len(traced_for(fake_trace, tiny_source, tmp_path / "plain")) > 10
+    inner = save_on_tiny(models, tmp_path / "inner.safetensors", "mid_block.attentions")
+    outer = save_on_tiny(models, tmp_path / "outer.safetensors", r"up_blocks.1.attentions.1.*to_q")
+    words = save_on_tiny(models, tmp_path / "words.safetensors", "mlp", part="text_encoder")
+    (first,) = traced_for(fake_trace, tiny_source, tmp_path / "1", inner)
+    assert first.startswith("mid")
+    assert traced_for(fake_trace, tiny_source, tmp_path / "2", dataclasses.replace(inner, scale=0.7)) == [first]
+    assert traced_for(fake_trace, tiny_source, tmp_path / "3", inner, outer) == ["up.1.layer.1"]
+    assert traced_for(fake_trace, tiny_source, tmp_path / "4", inner, outer, words) == ["text_encoder"]
+    assert traced_for(fake_trace, tiny_source, tmp_path / "5", outer, words) == []
+    assert traced_for(fake_trace, tiny_source, tmp_path / "6", outer, dataclasses.replace(words, scale=0.0)) == []
+    renamed = Path(shutil.copyfile(inner.path, tmp_path / "renamed.safetensors"))
+    assert traced_for(fake_trace, tiny_source, tmp_path / "7", Lora(renamed, 0.5)) == []
+
+
+def test_a_changed_file_makes_another_bundle(
+    tiny_source: Path, models: dict[str, Any], tmp_path: Path, fake_trace: FakeTrace
+) -> None:
+    fake_trace()
+    lora = save_on_tiny(models, tmp_path / "x.safetensors", "mid_block.attentions")
+    options = BuildOptions(source=str(tiny_source), out=tmp_path / "bundle", loras=(lora,))
+    first = build(options)[0].manifest
+    assert not build(options)[1]
+    save_on_tiny(models, tmp_path / "x.safetensors", "mid_block.attentions", seed=1)
+    again = build(dataclasses.replace(options, force=True))[0].manifest
+    assert first.key != again.key
+    assert first.source_sha256 != again.source_sha256
+    assert [segment.name for segment in again.segments if segment.seconds] == ["mid"]
+
+
+def test_the_manifest_and_inspect_name_them(
+    exporter: Command, tiny_source: Path, models: dict[str, Any], tmp_path: Path, fake_trace: FakeTrace, elsewhere: Path
+) -> None:
+    fake_trace()
+    lora = save_on_tiny(models, tmp_path / "ink.safetensors", "mid_block.attentions")
+    given = ["--source", tiny_source, "--lora", f"{lora.path}:0.5", "--lora", lora.path]
+    assert exporter("build", *given, "--out", tmp_path / "bundle").code == 0
+    manifest = Bundle.open(tmp_path / "bundle").manifest
+    assert [(each.file, each.scale) for each in manifest.loras] == [(str(lora.path), 0.5), (str(lora.path), 1.0)]
+    assert f"--lora {lora.path}:0.5 --lora {lora.path}:1.0" in manifest.build_command
+    shown = "\n".join(exporter("inspect", tmp_path / "bundle").out)
+    assert f"LoRA {lora.path} at 0.5 ({manifest.loras[0].sha256[:12]})" in shown
+
+
+WRONG = [
+    (["--lora", "gone.safetensors"], ["LoRA gone.safetensors: no such file"]),
+    (["--lora", "gone.safetensors:much"], ["its scale 'much' is no number"]),
+    (["--lora", "gone.safetensors:nan"], ["its scale is nan; give a finite number"]),
+]
+
+
+@pytest.mark.parametrize(("options", "parts"), WRONG, ids=lambda given: given[-1])
+def test_wrong_options(
+    exporter: Command, tiny_source: Path, fake_trace: FakeTrace, elsewhere: Path, options: list[str], parts: list[str]
+) -> None:
+    traced = fake_trace()
+    assert_refused(exporter("build", "--source", tiny_source, *options), *parts)
+    assert not traced
+    assert list(elsewhere.rglob("*")) == []
+
+
+def test_a_lora_that_does_not_fit_is_refused_before_anything_is_traced(
+    exporter: Command, tiny_source: Path, models: dict[str, Any], fake_trace: FakeTrace, elsewhere: Path, tmp_path: Path
+) -> None:
+    traced = fake_trace()
+    lora = save_on_tiny(models, tmp_path / "x.safetensors", "mid_block.attentions")
+    state = load_file(lora.path)
+    save_file({name.replace("mid_block", "mad_block"): tensor for name, tensor in state.items()}, lora.path)
+    count = len(state) // 2
+    outcome = exporter("build", "--source", tiny_source, "--lora", lora.path)
+    assert_refused(outcome, f"{count} of its {count} unet layers match no layer of the source (the first: mad")
+    assert not traced
+    assert list(elsewhere.rglob("*")) == []
+
+
+# Variants
+
+
+@pytest.fixture(scope="module")
+def on_mini(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lora, Added]:
+    """A LoRA for all attentions and kernels of the embedded model's UNet."""
+    path = tmp_path_factory.mktemp("lora") / "mini.safetensors"
+    unet = UNet2DConditionModel.from_pretrained(MINI, subfolder="unet").float()
+    return Lora(path, 0.5), save_lora(path, {"unet": unet}, only="attentions|resnets", rank=1)
+
+
+def checkpoint_of(source: Path, variant: str, lora: Lora, unet: Path | None = None) -> Checkpoint:
+    return open_source(str(source), variant, unet, loras=[lora])
+
+
+def unet_with(added: Added, unet: Any) -> Any:
+    own = {name for name, _ in unet.named_parameters()}
+    add({"unet": unet}, {name: change for name, change in added.items() if name.removeprefix("unet.") in own}, 0.5)
+    return unet
+
+
+@pytest.mark.parametrize("variant", ["original", "assembled", "condconv"])
+def test_it_is_fused_before_a_recipe_makes_a_smaller_unet(tmp_path: Path, on_mini: tuple[Lora, Added], variant: str) -> None:
+    lora, added = on_mini
+    own = tmp_path / "own"
+    shutil.copytree(MINI, own, ignore=shutil.ignore_patterns("unet_*", "training"))
+    made = checkpoint_of(own, variant, lora).unet(variant)
+    whole = unet_with(added, tuning.load_unet(MINI / "unet"))
+    wanted = whole if variant == "original" else tuning.assemble(whole, tuning.recipe(variant))
+    for name, weight in wanted.state_dict().items():
+        assert torch.allclose(made.get_parameter(name), weight, atol=1e-6), name
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["stored", "--unet"])
+def test_of_a_unet_of_its_own_the_layers_that_are_there_are_changed(tmp_path: Path, on_mini: tuple[Lora, Added], own: bool) -> None:
+    lora, added = on_mini
+    folder = tmp_path / "student"
+    if own:
+        save_part(tuning.load_unet(MINI / "unet_assembled"), folder, torch.float32)
+    checkpoint = checkpoint_of(MINI, "assembled", lora, folder if own else None)
+    made, wanted = checkpoint.unet("assembled"), unet_with(added, tuning.load_unet(MINI / "unet_assembled"))
+    for name, weight in wanted.state_dict().items():
+        assert torch.allclose(made.get_parameter(name), weight, atol=1e-6), name
+    (note,) = checkpoint.notes("assembled")
+    left = len(added.keys() - {f"unet.{name}" for name, _ in wanted.named_parameters()})
+    assert f"{left} of its {len(added)} unet layers are of layers that the assembled UNet does not have, and are left out" in note
+    assert list(checkpoint_of(MINI, "original", lora).notes("original")) == []
+
+
+def test_half_precision_is_rounded_once(tiny_source: Path, models: dict[str, Any], tmp_path: Path) -> None:
+    path, wanted = tmp_path / "x.safetensors", models_of(tiny_source)
+    add(wanted, save_lora(path, models), 0.3)
+    weights = checkpoint_of(tiny_source, "original", Lora(path, 0.3)).weights("unet", "original")
+    taken = weights.take(weights.shapes, torch.float16)
+    for name, weight in wanted["unet"].state_dict().items():
+        assert taken[name].dtype == torch.float16
+        assert torch.allclose(taken[name].float(), weight.half().float(), atol=1e-6, rtol=1e-3), name
