@@ -159,6 +159,7 @@ def _manifest(
         recipe=made_from["recipe"],
         config=made_from["config"],
         variant_files=options.variant_files,
+        vae=options.vae,
         loras=tuple(
             FusedLora(file=str(lora.path), scale=lora.scale, sha256=digest)
             for lora, digest in zip(options.loras, job.made_from["loras"], strict=True)

@@ -132,8 +132,9 @@ def _checkpoint(options: BuildOptions) -> "Checkpoint":
     from exporter.graph.checkpoint import open_source
 
     return open_source(
-        options.source, options.variant, options.unet, options.config, options.variant_files, options.recipe, options.loras
-    )
+        options.source, options.variant, options.unet, options.config, options.variant_files, options.recipe, options.loras,
+        options.vae,
+    )  # fmt: skip
 
 
 @cache

@@ -66,7 +66,8 @@ def show_segments(bundle: Bundle, console: Console) -> None:
         targets = {compiled.targets for segment in manifest.segments if (compiled := segment.engines.get(name))}
         for target in filter(None, targets):
             console.print(f"{name}: built for {', '.join(target)}", highlight=False)
-    for line in (*(f"LoRA {lora.file} at {lora.scale:g} ({lora.sha256[:12]})" for lora in manifest.loras), *manifest.notes):
+    made_from = [f"VAE of {manifest.vae}"] if manifest.vae else []
+    for line in (*made_from, *(f"LoRA {lora.file} at {lora.scale:g} ({lora.sha256[:12]})" for lora in manifest.loras), *manifest.notes):
         console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -154,6 +154,8 @@ class Manifest(Record):
     """Folder of configurations, where the source has none and was not SD 1.x/2.x; likewise."""
     variant_files: str | None = None
     """Which variant of the source's weight files was asked for, such as fp16; likewise."""
+    vae: str | None = None
+    """The VAE, as it was given to the build, where it is not the source's; written where it is not."""
     loras: tuple[FusedLora, ...] = ()
     """LoRAs that were fused into the source's weights; written where there are any."""
     notes: tuple[str, ...] = ()
@@ -202,7 +204,7 @@ class Manifest(Record):
         defaults: dict[str, tuple[Any, ...]] = {
             "unet": (None,), "recipe": (None,), "config": (None,), "variant_files": (None,), "vae_precision": (None,),
             "vae_images": (None,), "static": (False,), "granularity": ("block",), "plans": ((), []),
-            "loras": ((), []), "notes": ((), []),
+            "vae": (None,), "loras": ((), []), "notes": ((), []),
         }  # fmt: skip
         return {key: value for key, value in written.items() if value not in defaults.get(key, ())}
 
@@ -234,7 +236,9 @@ class Manifest(Record):
     @property
     def build_command(self) -> str:
         """The command that builds from the same UNet, to be completed by what should differ."""
-        options: dict[str, str | None] = {"unet": self.unet, "config": self.config, "variant-files": self.variant_files}
+        options: dict[str, str | None] = {
+            "unet": self.unet, "config": self.config, "variant-files": self.variant_files, "vae": self.vae,
+        }  # fmt: skip
         if self.plans or self.granularity != "block":
             options["granularity"] = self.granularity
         given = [(name, value) for name, value in options.items() if value] + [("plan", plan) for plan in self.plans]

@@ -24,6 +24,7 @@ from tuning.checkpoints.fused_weights import fused
 from tuning.checkpoints.lora import Lora
 from tuning.checkpoints.lora_layers import LoraFile, fitted, read_lora
 from tuning.checkpoints.source import PARTS, FolderSource, RandomSource, Source, check_part
+from tuning.checkpoints.vae import Vae, find_vae
 from tuning.checkpoints.weights import ComputedWeights, RenamedWeights, Weights, materialize, shapes_of
 from tuning.surgery.assembly import origins
 from tuning.surgery.changes import changes_of
@@ -48,13 +49,14 @@ class Checkpoint:
 
     ``own_unet`` is the folder of a UNet that replaces the checkpoint's; ``own_recipe`` a .json file by which a variant is made
     that no recipe of ours makes. ``loras`` are fused into the weights of UNet and text encoder, before a recipe makes a smaller
-    UNet of them. Parts are ``unet``, ``vae``, ``text_encoder``.
+    UNet of them. ``own_vae`` replaces the source's. Parts are ``unet``, ``vae``, ``text_encoder``.
     """
 
     source: Source
     own_unet: Path | None = None
     own_recipe: Path | None = None
     loras: tuple[Lora, ...] = ()
+    own_vae: Vae | None = None
     _weights: dict[tuple[str, str], Weights] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -80,6 +82,8 @@ class Checkpoint:
                 its UNet, or the UNet given for it is another.
         """
         with _source_errors(self.name):
+            if part == "vae" and self.own_vae is not None:
+                return self.own_vae.skeleton()
             if part != "unet":
                 return self.source.skeleton(part)
             if (folder := self._unet_folder(variant)) is None:
@@ -103,8 +107,9 @@ class Checkpoint:
 
     def _own_weights(self, part: str) -> Weights:
         """The source's, with the LoRAs fused."""
-        weights = self.source.weights(part)
-        return weights if part == "vae" else fused(weights, self._lora_files, part)
+        if part == "vae":
+            return self.source.weights(part) if self.own_vae is None else self.own_vae.weights()
+        return fused(self.source.weights(part), self._lora_files, part)
 
     @cached_property
     def _lora_files(self) -> list[LoraFile]:
@@ -170,6 +175,8 @@ class Checkpoint:
 
     def notes(self, variant: str) -> Iterator[str]:
         """What a person should know of how the weights were made. Raises SourceError as ``weights`` does."""
+        if self.own_vae is not None and (note := self.own_vae.note(self.folder / "vae")):
+            yield note
         if self._unet_folder(variant) is None or not self.loras:
             return
         own, whole = (shapes_of(unet) for unet in (self.skeleton("unet", variant), self._original()))
@@ -229,9 +236,10 @@ class Checkpoint:
                 yield f"{name}/{path.name}", path
         for part in PARTS:
             replaced = part == "unet" and folder is not None and isinstance(self.source, FolderSource)
-            if part in parts and not replaced:
-                for path in self.source.files(part):
-                    yield f"{part}/{path.name}", path
+            if part == "vae" and part in parts and self.own_vae is not None:
+                yield from ((f"--vae/{path.name}", path) for path in self.own_vae.files())
+            elif part in parts and not replaced:
+                yield from ((f"{part}/{path.name}", path) for path in self.source.files(part))
         if _LORAS in parts:
             for number, lora in enumerate(self.loras):
                 yield f"{_LORAS}/{number} at {lora.scale!r}", lora.path
@@ -239,6 +247,8 @@ class Checkpoint:
     def check_fit(self, unet: Any, vae: Any, text: Any) -> None:
         """Raise SourceError unless the configurations of UNet, VAE and text encoder fit together."""
         with _source_errors(self.name):
+            if self.own_vae is not None:
+                self.own_vae.check_fit(unet, self.folder / "vae")
             check_fit(self.name, unet, vae, text)
 
     def check_weights(self, variant: str) -> None:
@@ -266,7 +276,8 @@ def _source_errors(name: str) -> Iterator[None]:
         yield
     except tuning.TuningError as error:
         reason = str(error)
-        raise SourceError(reason if reason.startswith(("source ", "unknown source ")) else f"source {name}: {reason}") from error
+        told = reason.startswith(("source ", "unknown source ", "LoRA ", "VAE "))
+        raise SourceError(reason if told else f"source {name}: {reason}") from error
 
 
 def open_source(
@@ -277,6 +288,7 @@ def open_source(
     variant_files: str | None = None,
     recipe: Path | None = None,
     loras: Sequence[Lora] = (),
+    vae: str | None = None,
 ) -> Checkpoint:
     """Find a checkpoint and check that a build can read it.
 
@@ -288,6 +300,7 @@ def open_source(
         variant_files: of the weight files of a folder, such as ``fp16``.
         recipe: a .json file by which the variant is made, where it is none of ours.
         loras: what is fused into UNet and text encoder.
+        vae: what replaces the source's, as ``tuning.checkpoints.vae.find_vae`` takes it.
 
     Raises:
         SourceError: unknown variant or source, a pickle, or a folder or file with parts missing.
@@ -302,9 +315,10 @@ def open_source(
     if not is_variant(variant):
         raise SourceError(f"variant {variant!r} is no name; write small letters, numbers and -, such as {', '.join(VARIANTS)}")
     with _source_errors(source):
-        found = find_source(source, config, variant_files)
+        found = find_source(source, config, variant_files, vae=vae is None)
+        own_vae = None if vae is None else find_vae(vae, found.folder / "vae")
         if unet is not None:
             check_part(source, unet.parent, unet.name)
         for lora in loras:
             lora.check()
-    return Checkpoint(found, unet, recipe, tuple(loras))
+    return Checkpoint(found, unet, recipe, tuple(loras), own_vae)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
@@ -20,6 +20,7 @@ from exporter import BuildOptions, build
 from exporter.graph.checkpoint import Checkpoint, open_source
 from runtime import Pipeline
 from tests.support.commands import Command, assert_refused
+from tests.support.diffusers_pipelines import NEGATIVE, PROMPT, SEED, latents, pipeline_of
 from tests.support.loras import Added, add, save_lora
 from tests.support.reference import MINI
 from tests.support.unets import relative_error
@@ -49,27 +50,16 @@ def save_on_tiny(models: dict[str, Any], path: Path, only: str, seed: int = 0, p
 
 @pytest.mark.slow
 def test_latents_are_those_of_diffusers_with_the_same_weights(tiny_source: Path, models: dict[str, Any], tmp_path: Path) -> None:
-    wanted: Any = StableDiffusionPipeline.from_pretrained(tiny_source, dtype=torch.float32)
-    wanted.set_progress_bar_config(disable=True)
-    wanted.scheduler = DDIMScheduler.from_config(wanted.scheduler.config)
-    loras = []
+    wanted, loras = pipeline_of(tiny_source), []
     for number, (form, only, scale) in enumerate([("kohya", "", 0.8), ("peft", "attn|self_attn", -0.5)]):
         loras.append(Lora(tmp_path / f"{number}.safetensors", scale))
         add(wanted.components, save_lora(loras[-1].path, models, form, only=only, alpha=2.0, seed=number), scale)
     bundle, _ = build(BuildOptions(source=str(tiny_source), loras=tuple(loras), out=tmp_path / "bundle"))
-    settings: dict[str, Any] = {"guidance_scale": 3.0, "height": 16, "width": 16}
-    made = Pipeline(bundle, make_engine("onnxruntime")).generate("a red star", "a dot", seed=3, steps=4, scheduler="ddim", **settings)
-    generator = torch.Generator().manual_seed(3)
-    expected = wanted(
-        "a red star", negative_prompt="a dot", num_inference_steps=4, generator=generator, output_type="latent", **settings
-    ).images
+    settings: dict[str, Any] = {"steps": 4, "guidance_scale": 3.0}
+    pipe = Pipeline(bundle, make_engine("onnxruntime"))
+    made, expected = pipe.generate(PROMPT, NEGATIVE, seed=SEED, scheduler="ddim", **settings), latents(wanted, **settings)
     assert relative_error(made.latents, expected) < 1e-4
-    plain = StableDiffusionPipeline.from_pretrained(tiny_source, dtype=torch.float32)
-    plain.set_progress_bar_config(disable=True)
-    plain.scheduler = wanted.scheduler
-    generator = torch.Generator().manual_seed(3)
-    other = plain("a red star", negative_prompt="a dot", num_inference_steps=4, generator=generator, output_type="latent", **settings).images
-    assert relative_error(other, expected) > 1e-2
+    assert relative_error(latents(pipeline_of(tiny_source), **settings), expected) > 1e-2
 
 
 def traced_for(fake_trace: FakeTrace, tiny_source: Path, out: Path, *loras: Lora) -> list[str]:

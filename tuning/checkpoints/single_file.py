@@ -5,6 +5,7 @@ slice, so they run on tensors that are mapped from the file and not read yet.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from torch import Size, Tensor, nn
 from tuning.checkpoints.weights import FileWeights, Weights, check_floating, mmap_safetensors, shapes_in, shapes_of
 from tuning.errors import TuningError
 
-__all__ = ["GIVE_CONFIG", "check_single_file", "misfit", "shapes_in_file", "single_file_weights", "text_width_in_file"]
+__all__ = [
+    "GIVE_CONFIG",
+    "check_converted",
+    "check_single_file",
+    "misfit",
+    "shapes_in_file",
+    "single_file_weights",
+    "text_width_in_file",
+    "vae_tensors",
+]
 
 GIVE_CONFIG = "give --config DIR (python -m exporter build), a diffusers folder with the configurations of this model"
 """Advice for weights that are of no known family."""
@@ -75,17 +85,26 @@ def single_file_weights(path: Path, part: str, module: nn.Module, configured_by:
     if not any(name.startswith(_PREFIX[part]) for name in mmap_safetensors(path)):
         raise TuningError(f"source {path} has no {_NAMES[part]}: no tensor is called {_PREFIX[part]}*; give a whole checkpoint")
     check_floating(path, _PREFIX[part])
+    refuse = partial(misfit, path, part, configured_by)
+    found = check_converted(open_file, shapes, refuse)
+    if part == "unet" and (unknown := sorted(found - shapes.keys())):
+        raise refuse(f"it has no {unknown[0]}")
+    return FileWeights(str(path), shapes, open_file)
+
+
+def check_converted(
+    open_file: Callable[[], Mapping[str, Tensor]], shapes: Mapping[str, Size], refuse: Callable[[str], TuningError]
+) -> set[str]:
+    """The names of a file's tensors, converted. Raises what ``refuse`` makes of a reason where they are not of these shapes."""
     try:
         found = open_file()
     except Exception as error:  # of many kinds: the converters check nothing
-        raise misfit(path, part, configured_by, f"{type(error).__name__} {error}") from error
+        raise refuse(f"{type(error).__name__} {error}") from error
     for name, wanted in shapes.items():
         got = found[name].shape if name in found else None
         if got != wanted:
-            raise misfit(path, part, configured_by, f"{name} {'is missing' if got is None else f'is {tuple(got)}'}")
-    if part == "unet" and (unknown := sorted(found.keys() - shapes.keys())):
-        raise misfit(path, part, configured_by, f"it has no {unknown[0]}")
-    return FileWeights(str(path), shapes, open_file)
+            raise refuse(f"{name} {'is missing' if got is None else f'is {tuple(got)}'}")
+    return set(found)
 
 
 def misfit(path: Path, part: str, configured_by: Path, reason: str) -> TuningError:
@@ -101,7 +120,8 @@ def _unet(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
     return converted
 
 
-def _vae(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
+def vae_tensors(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
+    """A VAE's tensors under diffusers' names; all that the file's original code calls it, with its prefix or without."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(tensors, module.config)
@@ -123,6 +143,6 @@ def _text_encoder(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
 
 _CONVERT: dict[str, Callable[[dict[str, Tensor], Any], dict[str, Tensor]]] = {
     "unet": _unet,
-    "vae": _vae,
+    "vae": vae_tensors,
     "text_encoder": _text_encoder,
 }

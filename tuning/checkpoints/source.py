@@ -32,7 +32,7 @@ from tuning.errors import TuningError
 from tuning.surgery.assembly import assemble
 from tuning.surgery.recipes import RECIPES
 
-__all__ = ["PARTS", "FileSource", "FolderSource", "RandomSource", "Source", "check_part", "reading"]
+__all__ = ["PARTS", "FileSource", "FolderSource", "RandomSource", "Source", "check_part", "library_weights", "reading"]
 
 PARTS = {"unet": True, "vae": True, "text_encoder": True, "tokenizer": False, "scheduler": False}
 """The folders of a checkpoint, and whether they hold weights."""
@@ -115,14 +115,7 @@ class FolderSource(Source):
         folder, skeleton = self.folder / part, self.skeleton(part)
         if part == "unet":
             return unet_weights(folder, skeleton, self.variant)
-        found, shapes = find_weights(folder, self.variant), shapes_of(skeleton)
-        _check_known(folder, shapes, {name: shape for file in found.files for name, shape in shapes_in(file).items()})
-
-        def load(dtype: torch.dtype) -> nn.Module:
-            with reading(self.name, folder):
-                return LOADERS[part](folder, dtype, found.variant)
-
-        return LoadedWeights(str(folder), shapes, load)
+        return library_weights(self.name, folder, part, skeleton, self.variant)
 
     def files(self, part: str) -> Iterator[Path]:
         """A part's configuration and weights, without the files of other variants; all of the tokenizer's and scheduler's."""
@@ -133,6 +126,18 @@ class FolderSource(Source):
 
     def _extent(self, part: str) -> Extent | None:
         return extent_of(self.folder / part, self.variant)
+
+
+def library_weights(name: str, folder: Path, part: str, skeleton: nn.Module, variant: str | None) -> Weights:
+    """The weights in the folder of a VAE or a text encoder, as its library loads them. Raises TuningError for others than its."""
+    found, shapes = find_weights(folder, variant), shapes_of(skeleton)
+    _check_known(folder, shapes, {name: shape for file in found.files for name, shape in shapes_in(file).items()})
+
+    def load(dtype: torch.dtype) -> nn.Module:
+        with reading(name, folder):
+            return LOADERS[part](folder, dtype, found.variant)
+
+    return LoadedWeights(str(folder), shapes, load)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tuning.checkpoints.configs import latent_size
 from tuning.checkpoints.find_source import find_source
+from tuning.checkpoints.parts import is_tiny
 from tuning.checkpoints.source import reading
 from tuning.training.noising import tokenize
 
@@ -24,7 +25,7 @@ class Teacher:
     unet: UNet2DConditionModel
     text: CLIPTextModel
     tokenizer: CLIPTokenizer
-    vae: AutoencoderKL
+    vae: AutoencoderKL | AutoencoderTiny
     schedule: DDPMScheduler
 
     @classmethod
@@ -64,8 +65,9 @@ class Teacher:
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h / scale, w / scale): the mode, so always the same."""
-        latents: Tensor = self.vae.encode(pictures).latent_dist.mode() * self.vae.config.scaling_factor
-        return latents
+        encoded = self.vae.encode(pictures)
+        latents: Tensor = encoded.latents if is_tiny(self.vae) else encoded.latent_dist.mode()
+        return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

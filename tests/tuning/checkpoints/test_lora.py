@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from tests.support.diffusers_pipelines import pipeline_of
 from tests.support.loras import FORMS, add, save_lora
 from tests.support.sources import save_source
 from tests.support.unets import small_unet
@@ -117,7 +118,7 @@ def test_it_is_what_diffusers_fuses(folder: Path, models: dict[str, Any], tmp_pa
     path = tmp_path / "x.safetensors"
     save_lora(path, models, form, alpha=None if form == "old diffusers" else 2.0)
     made = fuse(folder, Lora(path, 0.6))
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe = pipeline_of(folder)
     pipe.load_lora_weights(tmp_path, weight_name=path.name)
     pipe.fuse_lora(lora_scale=0.6)
     pipe.unload_lora_weights()
