@@ -32,7 +32,7 @@ def show_built(bundle: Bundle, built: bool, console: Console, *, as_json: bool =
     if as_json:
         sizes = {segment.name: sum(file.bytes for file in segment.onnx) for segment in manifest.segments}
         told = {"bundle": str(bundle.folder), "built": built, "distilled": manifest.distilled, "onnx_bytes": sizes}
-        console.out(json.dumps(told), highlight=False)
+        console.out(json.dumps(told | ({"notes": manifest.notes} if manifest.notes else {})), highlight=False)
     else:
         show_segments(bundle, console)
     if not manifest.distilled:

@@ -175,6 +175,7 @@ class Checkpoint:
 
     def notes(self, variant: str) -> Iterator[str]:
         """What a person should know of how the weights were made. Raises SourceError as ``weights`` does."""
+        yield from self.source.notes()
         if self.own_vae is not None and (note := self.own_vae.note(self.folder / "vae")):
             yield note
         if self._unet_folder(variant) is None or not self.loras:

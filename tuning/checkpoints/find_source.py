@@ -188,7 +188,7 @@ def path_of(source: str) -> Path:
 
 def _file_source(source: str, path: Path, config: Path | None) -> FileSource:
     check_single_file(path)
-    return FileSource(source, config or _family_of(source, text_width_in_file(path)), path)
+    return FileSource(source, config or _family_of(source, text_width_in_file(path)), path, config is not None)
 
 
 def _random_source(source: str, config: Path | None) -> RandomSource:

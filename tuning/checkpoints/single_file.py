@@ -4,13 +4,14 @@ Its tensors have other names than diffusers', and some another shape; diffusers'
 slice, so they run on tensors that are mapped from the file and not read yet.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Size, Tensor, nn
 
+from tuning.checkpoints.compvis_layout import unet_state
 from tuning.checkpoints.weights import FileWeights, Weights, check_floating, mmap_safetensors, shapes_in, shapes_of
 from tuning.errors import TuningError
 
@@ -18,6 +19,7 @@ __all__ = [
     "GIVE_CONFIG",
     "check_converted",
     "check_single_file",
+    "has_only_averages",
     "misfit",
     "shapes_in_file",
     "single_file_weights",
@@ -28,8 +30,11 @@ __all__ = [
 GIVE_CONFIG = "give --config DIR (python -m exporter build), a diffusers folder with the configurations of this model"
 """Advice for weights that are of no known family."""
 
+Named = TypeVar("Named", Tensor, Size)
 _PREFIX = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 _OPEN_CLIP = f"{_PREFIX['text_encoder']}model."
+_AVERAGED = "model_ema.diffusion_model"
+"""Of averaged weights of the UNet (EMA), whose names have no dots in them."""
 _NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 
 
@@ -38,13 +43,25 @@ def check_single_file(path: Path) -> None:
     names = mmap_safetensors(path)
     if any(name.startswith("conditioner.") for name in names):
         raise TuningError(f"source {path} is a checkpoint of SDXL; only Stable Diffusion 1.x and 2.x are supported")
-    if not any(name.startswith(_PREFIX["unet"]) for name in names):
+    if not _of_part(names, "unet"):
         raise TuningError(f"source {path} is no checkpoint in CompVis' layout ({_what_else(names)}")
 
 
 def shapes_in_file(path: Path, part: str) -> dict[str, Size]:
     """Name -> shape of the file's tensors of one part. Raises TuningError where the file cannot be read."""
-    return {name: shape for name, shape in shapes_in(path).items() if name.startswith(_PREFIX[part])}
+    return _of_part(shapes_in(path), part)
+
+
+def has_only_averages(names: Iterable[str]) -> bool:
+    """Whether a file has a UNet's averaged weights, and no others of it. Of both diffusers takes the others."""
+    names = list(names)
+    return any(name.startswith(_AVERAGED) for name in names) and not any(name.startswith(_PREFIX["unet"]) for name in names)
+
+
+def _of_part(named: Mapping[str, Named], part: str) -> dict[str, Named]:
+    """What belongs to a part, by the names of tensors."""
+    prefix = _AVERAGED if part == "unet" and has_only_averages(named) else _PREFIX[part]
+    return {name: value for name, value in named.items() if name.startswith(prefix)}
 
 
 def _what_else(names: Mapping[str, Tensor]) -> str:
@@ -58,8 +75,8 @@ def _what_else(names: Mapping[str, Tensor]) -> str:
 
 def text_width_in_file(path: Path) -> int | None:
     """The width of the text that the file's UNet reads, where it reads any."""
-    for name, tensor in mmap_safetensors(path).items():
-        if name.startswith(_PREFIX["unet"]) and name.endswith(".attn2.to_k.weight"):
+    for name, tensor in _of_part(mmap_safetensors(path), "unet").items():
+        if name.replace(".", "").endswith("attn2to_kweight"):
             return int(tensor.shape[1])
     return None
 
@@ -79,12 +96,11 @@ def single_file_weights(path: Path, part: str, module: nn.Module, configured_by:
     shapes = shapes_of(module)
 
     def open_file() -> dict[str, Tensor]:
-        mapped = {name: tensor for name, tensor in mmap_safetensors(path).items() if name.startswith(_PREFIX[part])}
-        return _CONVERT[part](mapped, module)
+        return _CONVERT[part](_of_part(mmap_safetensors(path), part), module)
 
-    if not any(name.startswith(_PREFIX[part]) for name in mmap_safetensors(path)):
+    if not shapes_in_file(path, part):
         raise TuningError(f"source {path} has no {_NAMES[part]}: no tensor is called {_PREFIX[part]}*; give a whole checkpoint")
-    check_floating(path, _PREFIX[part])
+    check_floating(path, _AVERAGED if part == "unet" and has_only_averages(mmap_safetensors(path)) else _PREFIX[part])
     refuse = partial(misfit, path, part, configured_by)
     found = check_converted(open_file, shapes, refuse)
     if part == "unet" and (unknown := sorted(found - shapes.keys())):
@@ -116,8 +132,13 @@ def misfit(path: Path, part: str, configured_by: Path, reason: str) -> TuningErr
 def _unet(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
+    strange: dict[str, Tensor] = {}
+    if has_only_averages(tensors):
+        dotted = {f"model_ema.{name.partition('.')[2].replace('.', '')}": name for name in unet_state(module)}
+        strange = {name: tensor for name, tensor in tensors.items() if name not in dotted}
+        tensors = {name: tensors[flat] for flat, name in dotted.items() if flat in tensors}
     converted: dict[str, Tensor] = convert_ldm_unet_checkpoint(tensors, module.config)
-    return converted
+    return converted | strange
 
 
 def vae_tensors(tensors: dict[str, Tensor], module: Any) -> dict[str, Tensor]:

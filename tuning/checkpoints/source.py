@@ -13,10 +13,11 @@ from torch import Size, nn
 from engines.support.records import one_line
 from engines.support.tokenizers import load_clip_tokenizer
 from tuning.checkpoints.configs import Extent, check_fit
-from tuning.checkpoints.files import CONFIGURATIONS, check_file
+from tuning.checkpoints.files import CONFIGURATIONS, check_file, read_json
 from tuning.checkpoints.folder import extent_of, meta_unet, unet_weights
 from tuning.checkpoints.parts import LOADERS, SKELETONS
-from tuning.checkpoints.single_file import misfit, shapes_in_file, single_file_weights
+from tuning.checkpoints.prediction import read_prediction
+from tuning.checkpoints.single_file import has_only_averages, misfit, shapes_in_file, single_file_weights
 from tuning.checkpoints.weight_files import PICKLES, find_weights
 from tuning.checkpoints.weights import (
     LoadedWeights,
@@ -83,6 +84,19 @@ class Source(ABC):
         tokenizer.model_max_length = min(tokenizer.model_max_length, text.config.max_position_embeddings)
         return tokenizer
 
+    def scheduler_changes(self) -> dict[str, Any]:
+        """What the weights ask of the scheduler that its configuration does not say."""
+        return {}
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The scheduler's configuration. Raises TuningError where there is none."""
+        with reading(self.name, self.folder / "scheduler"):
+            return read_json(self.folder / "scheduler" / "scheduler_config.json") | self.scheduler_changes()
+
+    def notes(self) -> list[str]:
+        """What a person should know of how the source is read."""
+        return []
+
     def check_fit(self) -> None:
         """Raise TuningError unless the parts fit together as text to image needs it: latent channels, and the text's width.
 
@@ -142,9 +156,14 @@ def library_weights(name: str, folder: Path, part: str, skeleton: nn.Module, var
 
 @dataclass(frozen=True)
 class FileSource(Source):
-    """One .safetensors file in CompVis' layout, ``path``; ``folder`` has no weights, or not these."""
+    """One .safetensors file in CompVis' layout, ``path``; ``folder`` has no weights, or not these.
+
+    Args:
+        configured: whether the user named ``folder``, whose scheduler then counts for more than what the file says of it.
+    """
 
     path: Path
+    configured: bool = False
 
     def skeleton(self, part: str) -> nn.Module:
         """As any source's. Raises TuningError also where the file is of a smaller model than the configuration's."""
@@ -156,6 +175,21 @@ class FileSource(Source):
     def weights(self, part: str) -> Weights:
         """From the file."""
         return single_file_weights(self.path, part, self.skeleton(part), self.folder)
+
+    def scheduler_changes(self) -> dict[str, Any]:
+        """Whether its UNet predicts the noise or v, where the file says so."""
+        found = read_prediction(self.path)
+        return {} if found is None or self.configured else found.scheduler_changes
+
+    def notes(self) -> list[str]:
+        """What it predicts, where the file says so, and whether its weights are averaged ones."""
+        found, notes = read_prediction(self.path), []
+        if found is not None:
+            kept = " (the scheduler is that of --config)" if self.configured else ""
+            notes.append(f"source {self.name}: {found}{kept}")
+        if has_only_averages(mmap_safetensors(self.path)):
+            notes.append(f"source {self.name}: its UNet's weights are averaged ones (model_ema.), the only ones that it has")
+        return notes
 
     def _extent(self, part: str) -> Extent | None:
         shapes = shapes_in_file(self.path, part)

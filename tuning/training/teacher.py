@@ -38,8 +38,9 @@ class Teacher:
         found.check_fit()
         unet, text, vae = (found.model(part).requires_grad_(False) for part in ("unet", "text_encoder", "vae"))
         tokenizer = found.tokenizer(text)
+        config = found.scheduler_config()
         with reading(source, found.folder / "scheduler"):
-            schedule = DDPMScheduler.from_pretrained(found.folder / "scheduler", local_files_only=True)
+            schedule = DDPMScheduler.from_config(config)
         return cls(source, unet, text, tokenizer, vae, schedule)
 
     @property
