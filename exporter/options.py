@@ -38,7 +38,8 @@ class BuildOptions:
     Without a ``granularity``, segments are as large as ``plans`` allow. ``unet`` is the folder of the variant's UNet, where the
     source does not hold it; ``recipe`` the .json file by which it is made, where that is the user's; ``config`` the folder of
     configurations, where a source has none and is not SD 1.x/2.x; ``variant_files`` the variant of a folder's weight files, such
-    as fp16; ``loras`` are fused into UNet and text encoder; ``vae`` replaces the source's. ``vae_precision`` is the VAE's, by default ``precision``.
+    as fp16; ``loras`` are fused into UNet and text encoder; ``vae`` replaces the source's. ``vae_precision`` is the VAE's, by
+    default ``precision``.
     ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call; ``static``
     engines take nothing less either. ``fresh`` builds take no pieces of other bundles. ``jobs`` processes work side by side.
     """

@@ -67,7 +67,11 @@ def show_segments(bundle: Bundle, console: Console) -> None:
         for target in filter(None, targets):
             console.print(f"{name}: built for {', '.join(target)}", highlight=False)
     made_from = [f"VAE of {manifest.vae}"] if manifest.vae else []
-    for line in (*made_from, *(f"LoRA {lora.file} at {lora.scale:g} ({lora.sha256[:12]})" for lora in manifest.loras), *manifest.notes):
+    for line in (
+        *made_from,
+        *(f"LoRA {lora.file} at {lora.scale:g} ({lora.sha256[:12]})" for lora in manifest.loras),
+        *manifest.notes,
+    ):
         console.print(line, highlight=False, soft_wrap=True)
 
 

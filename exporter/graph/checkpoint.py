@@ -161,7 +161,10 @@ class Checkpoint:
     def _unet_weights(self, variant: str) -> Weights:
         unet = self.skeleton("unet", variant)
         if (folder := self._unet_folder(variant)) is not None:
-            return fused(unet_weights(folder, unet), self._lora_files, "unet", shapes_of(self._original()) if self.loras else None)
+            own = unet_weights(folder, unet)
+            if not any(file.layers["unet"] for file in self._lora_files):
+                return own
+            return fused(own, self._lora_files, "unet", shapes_of(self._original()), self._origins(variant))
         whole = self._own_weights("unet")
         if self._is_plain(variant):
             return whole
@@ -170,7 +173,10 @@ class Checkpoint:
             return RenamedWeights(whole, origins(self._original(), recipe))
         # What experts start from comes from several kernels of the original, or from none.
         return ComputedWeights(
-            f"{self.name}, {variant}", shapes_of(unet), lambda: tuning.assemble(materialize(self._original(), whole), recipe), whole
+            f"{self.name}, {variant}",
+            shapes_of(unet),
+            lambda: tuning.assemble(materialize(self._original(), whole), recipe),
+            whole,
         )
 
     def notes(self, variant: str) -> Iterator[str]:
@@ -178,17 +184,30 @@ class Checkpoint:
         yield from self.source.notes()
         if self.own_vae is not None and (note := self.own_vae.note(self.folder / "vae")):
             yield note
-        if self._unet_folder(variant) is None or not self.loras:
+        if self._unet_folder(variant) is None:
             return
-        own, whole = (shapes_of(unet) for unet in (self.skeleton("unet", variant), self._original()))
         for file in self._lora_files:
-            count = len(file.layers["unet"])
-            left = count - len(fitted(file, "unet", own, whole))
-            if left:
-                yield (
-                    f"LoRA {file.lora.path}: {left} of its {count} unet layers are of layers that the {variant} UNet does not have, "
-                    "and are left out"
-                )
+            if layers := fitted(file, "unet", shapes_of(self._original())):
+                own, names = self.weights("unet", variant).shapes, self._origins(variant)
+                if left := len(layers.keys() - {origin for name, origin in names.items() if name in own}):
+                    yield (
+                        f"LoRA {file.lora.path}: {left} of its {len(layers)} unet layers are of layers that the {variant} UNet "
+                        "does not have, and are left out"
+                    )
+
+    def _origins(self, variant: str) -> dict[str, str]:
+        """Names of the weights of a variant's own UNet -> the source's, as the recipe of that name has them.
+
+        Raises:
+            SourceError: there is no such recipe.
+        """
+        if variant not in tuning.RECIPES:
+            raise SourceError(
+                f"LoRA {self.loras[0].path}: no recipe of ours is called {variant}, so nothing says which layers of "
+                f"{self.own_unet} are which of the source's; fuse the LoRA into the source and distil then, or leave --lora out"
+            )
+        with self._making(variant):
+            return origins(self._original(), tuning.recipe(variant).model_copy(update={"experts": None}))
 
     @contextmanager
     def _making(self, variant: str) -> Iterator[None]:

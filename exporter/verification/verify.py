@@ -120,7 +120,9 @@ class Reference:
             None if path is None else Path(path) for path in (manifest.unet, manifest.config, manifest.recipe)
         )
         loras = [Lora(Path(lora.file), lora.scale) for lora in manifest.loras]
-        checkpoint = open_source(manifest.source, manifest.variant, unet, config, manifest.variant_files, recipe, loras, manifest.vae)
+        checkpoint = open_source(
+            manifest.source, manifest.variant, unet, config, manifest.variant_files, recipe, loras, manifest.vae
+        )
         if checkpoint.fingerprint(manifest.variant) != manifest.source_sha256:
             raise BuildError(
                 f"the weights of source {manifest.source} are not those that bundle {bundle.folder} was made from; "

@@ -16,14 +16,15 @@ from transformers import CLIPTextModel
 
 import tuning
 from engines import Bundle, make_engine
-from exporter import BuildOptions, build
+from exporter import BuildOptions, SourceError, build
 from exporter.graph.checkpoint import Checkpoint, open_source
 from runtime import Pipeline
 from tests.support.commands import Command, assert_refused
 from tests.support.diffusers_pipelines import NEGATIVE, PROMPT, SEED, latents, pipeline_of
 from tests.support.loras import Added, add, save_lora
 from tests.support.reference import MINI
-from tests.support.unets import relative_error
+from tests.support.sources import save_source, tiny_vae
+from tests.support.unets import relative_error, small_unet
 from tuning.checkpoints.folder import save_part
 from tuning.checkpoints.lora import Lora
 
@@ -49,17 +50,22 @@ def save_on_tiny(models: dict[str, Any], path: Path, only: str, seed: int = 0, p
 
 
 @pytest.mark.slow
-def test_latents_are_those_of_diffusers_with_the_same_weights(tiny_source: Path, models: dict[str, Any], tmp_path: Path) -> None:
-    wanted, loras = pipeline_of(tiny_source), []
+@pytest.mark.shared_pieces
+def test_latents_are_those_of_diffusers_with_the_same_weights(tmp_path: Path) -> None:
+    """The VAE is the one that is built fastest: latents know nothing of it."""
+    source = save_source(tmp_path / "source", small_unet("two stages", mid_block_type=None))
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    wanted, models, loras = pipeline_of(source, vae=tiny_vae()), models_of(source), []
     for number, (form, only, scale) in enumerate([("kohya", "", 0.8), ("peft", "attn|self_attn", -0.5)]):
         loras.append(Lora(tmp_path / f"{number}.safetensors", scale))
         add(wanted.components, save_lora(loras[-1].path, models, form, only=only, alpha=2.0, seed=number), scale)
-    bundle, _ = build(BuildOptions(source=str(tiny_source), loras=tuple(loras), out=tmp_path / "bundle"))
+    options = BuildOptions(source=str(source), vae=str(tmp_path / "vae"), loras=tuple(loras), granularity=None, plans=("full",))
+    bundle, _ = build(dataclasses.replace(options, out=tmp_path / "bundle"))
     settings: dict[str, Any] = {"steps": 4, "guidance_scale": 3.0}
     pipe = Pipeline(bundle, make_engine("onnxruntime"))
     made, expected = pipe.generate(PROMPT, NEGATIVE, seed=SEED, scheduler="ddim", **settings), latents(wanted, **settings)
     assert relative_error(made.latents, expected) < 1e-4
-    assert relative_error(latents(pipeline_of(tiny_source), **settings), expected) > 1e-2
+    assert relative_error(latents(pipeline_of(source, vae=tiny_vae()), **settings), expected) > 1e-2
 
 
 def traced_for(fake_trace: FakeTrace, tiny_source: Path, out: Path, *loras: Lora) -> list[str]:
@@ -70,6 +76,7 @@ def traced_for(fake_trace: FakeTrace, tiny_source: Path, out: Path, *loras: Lora
     return traced
 
 
+@pytest.mark.slow
 def test_only_what_a_lora_touches_is_built_again(
     tiny_source: Path, models: dict[str, Any], tmp_path: Path, fake_trace: FakeTrace
 ) -> None:
@@ -80,12 +87,9 @@ def test_only_what_a_lora_touches_is_built_again(
     (first,) = traced_for(fake_trace, tiny_source, tmp_path / "1", inner)
     assert first.startswith("mid")
     assert traced_for(fake_trace, tiny_source, tmp_path / "2", dataclasses.replace(inner, scale=0.7)) == [first]
-    assert traced_for(fake_trace, tiny_source, tmp_path / "3", inner, outer) == ["up.1.layer.1"]
-    assert traced_for(fake_trace, tiny_source, tmp_path / "4", inner, outer, words) == ["text_encoder"]
-    assert traced_for(fake_trace, tiny_source, tmp_path / "5", outer, words) == []
-    assert traced_for(fake_trace, tiny_source, tmp_path / "6", outer, dataclasses.replace(words, scale=0.0)) == []
-    renamed = Path(shutil.copyfile(inner.path, tmp_path / "renamed.safetensors"))
-    assert traced_for(fake_trace, tiny_source, tmp_path / "7", Lora(renamed, 0.5)) == []
+    assert traced_for(fake_trace, tiny_source, tmp_path / "3", inner, outer, words) == ["text_encoder", "up.1.layer.1"]
+    renamed = Path(shutil.copyfile(outer.path, tmp_path / "renamed.safetensors"))
+    assert traced_for(fake_trace, tiny_source, tmp_path / "4", Lora(renamed, 0.5), dataclasses.replace(words, scale=0.0)) == []
 
 
 def test_a_changed_file_makes_another_bundle(
@@ -181,20 +185,54 @@ def test_it_is_fused_before_a_recipe_makes_a_smaller_unet(tmp_path: Path, on_min
         assert torch.allclose(made.get_parameter(name), weight, atol=1e-6), name
 
 
+def difference(added: Added, variant: str) -> dict[str, torch.Tensor]:
+    """What the LoRA adds to a UNet that is made by a recipe, by its own names: layers are numbered anew in it."""
+    recipe, unet = tuning.recipe(variant).model_copy(update={"experts": None}), tuning.load_unet(MINI / "unet")
+    before = tuning.assemble(unet, recipe).state_dict()
+    after = tuning.assemble(unet_with(added, unet), recipe).state_dict()
+    return {name: weight - before[name] for name, weight in after.items()}
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["stored", "--unet"])
-def test_of_a_unet_of_its_own_the_layers_that_are_there_are_changed(tmp_path: Path, on_mini: tuple[Lora, Added], own: bool) -> None:
+def test_of_a_unet_of_its_own_the_layers_that_are_there_are_changed(
+    tmp_path: Path, on_mini: tuple[Lora, Added], own: bool
+) -> None:
     lora, added = on_mini
     folder = tmp_path / "student"
+    student = tuning.load_unet(MINI / "unet_assembled")
     if own:
-        save_part(tuning.load_unet(MINI / "unet_assembled"), folder, torch.float32)
+        save_part(student, folder, torch.float32)
     checkpoint = checkpoint_of(MINI, "assembled", lora, folder if own else None)
-    made, wanted = checkpoint.unet("assembled"), unet_with(added, tuning.load_unet(MINI / "unet_assembled"))
-    for name, weight in wanted.state_dict().items():
-        assert torch.allclose(made.get_parameter(name), weight, atol=1e-6), name
+    made, change = checkpoint.unet("assembled"), difference(added, "assembled")
+    for name, weight in student.state_dict().items():
+        assert torch.allclose(made.get_parameter(name), weight + change[name], atol=1e-6), name
     (note,) = checkpoint.notes("assembled")
-    left = len(added.keys() - {f"unet.{name}" for name, _ in wanted.named_parameters()})
+    left = len(added) - sum(bool(each.any()) for each in change.values())
+    assert left > 0
     assert f"{left} of its {len(added)} unet layers are of layers that the assembled UNet does not have, and are left out" in note
     assert list(checkpoint_of(MINI, "original", lora).notes("original")) == []
+
+
+def test_of_conditional_convolutions_the_other_layers_are_changed(on_mini: tuple[Lora, Added]) -> None:
+    lora, added = on_mini
+    student, made = tuning.load_unet(MINI / "unet_condconv"), checkpoint_of(MINI, "condconv", lora).unet("condconv")
+    change = difference(added, "condconv")
+    for name, weight in student.state_dict().items():
+        assert torch.allclose(made.get_parameter(name), weight + change.get(name, 0), atol=1e-6), name
+    assert "kernels" in "".join(student.state_dict())
+
+
+def test_a_unet_of_no_recipe_of_ours_is_refused(tmp_path: Path, on_mini: tuple[Lora, Added], models: dict[str, Any]) -> None:
+    save_part(tuning.load_unet(MINI / "unet_assembled"), tmp_path / "student", torch.float32)
+    checkpoint = checkpoint_of(MINI, "mine", on_mini[0], tmp_path / "student")
+    with pytest.raises(
+        SourceError, match="no recipe of ours is called mine, so nothing says which layers of .*student are which"
+    ):
+        checkpoint.weights("unet", "mine")
+    save_lora(tmp_path / "words.safetensors", {"text_encoder": models_of(MINI)["text_encoder"]})
+    checkpoint = checkpoint_of(MINI, "mine", Lora(tmp_path / "words.safetensors"), tmp_path / "student")
+    assert checkpoint.weights("unet", "mine").changes(["conv_in.weight"]) == []
+    assert list(checkpoint.notes("mine")) == []
 
 
 def test_half_precision_is_rounded_once(tiny_source: Path, models: dict[str, Any], tmp_path: Path) -> None:

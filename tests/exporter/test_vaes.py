@@ -1,4 +1,4 @@
-"""Bundles with another VAE, and with an AutoencoderTiny (TAESD): pictures and latents are those of diffusers' pipelines with it."""
+"""Bundles with another VAE, and with an AutoencoderTiny (TAESD): latents and pictures are those of diffusers with it."""
 
 from __future__ import annotations
 
@@ -163,7 +163,9 @@ def test_a_teacher_with_a_tiny_vae(source: Path, tmp_path: Path) -> None:
     assert teacher.decode(teacher.encode(pixels)).shape == pixels.shape
 
 
-def test_the_manifest_may_give_latents_in_place_of_their_distribution(source: Path, tmp_path: Path, fake_trace: FakeTrace) -> None:
+def test_the_manifest_may_give_latents_in_place_of_their_distribution(
+    source: Path, tmp_path: Path, fake_trace: FakeTrace
+) -> None:
     fake_trace()
     tiny_vae().save_pretrained(tmp_path / "vae")
     bundle, _ = build(BuildOptions(source=str(source), vae=str(tmp_path / "vae"), out=tmp_path / "bundle"))

@@ -61,9 +61,18 @@ def save_lora(
                 tensors[f"{stem}.alpha"] = torch.tensor(alpha)
             product = torch.einsum("or,ri->oi", up.float().flatten(1), down.float().flatten(1)).view_as(weight)
             added[f"{part}.{name}.weight"] = product * (1.0 if alpha is None else alpha / rank)
-    settings = {f"{part}.{key}": value for part in models for key, value in (("r", rank), ("lora_alpha", alpha))}
-    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(settings)} if form != "kohya" and alpha is not None else None)
+    has_header = form != "kohya" and alpha is not None
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(_settings(added, rank, alpha))} if has_header else None)
     return added
+
+
+def _settings(added: Added, rank: int, alpha: float | None) -> dict[str, Any]:
+    """peft's, for each part."""
+    settings: dict[str, Any] = {}
+    for part in {name.partition(".")[0] for name in added}:
+        layers = [name.removeprefix(f"{part}.").removesuffix(".weight") for name in added if name.startswith(part)]
+        settings |= {f"{part}.r": rank, f"{part}.lora_alpha": alpha, f"{part}.target_modules": layers}
+    return settings
 
 
 def _names(form: str, part: str, name: str) -> tuple[str, str, str]:

@@ -170,7 +170,11 @@ def check_apart(out: Path, read: Path, what: str) -> None:
 
 
 def path_of(source: str) -> Path:
-    """The folder or the file that a source, or a VAE, is or would be. Raises TuningError for a pickle and for a file that is missing."""
+    """The folder or the file that a source, or a VAE, is or would be.
+
+    Raises:
+        TuningError: it is a pickle, or a file that is missing.
+    """
     path = place_of(source)
     if path.suffix in {*PICKLES, ".safetensors"} and not path.exists():
         raise TuningError(f"source {path}: no such file; {_CHOICES}")

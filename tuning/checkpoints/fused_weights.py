@@ -11,6 +11,7 @@ from torch import Size, Tensor
 
 from tuning.checkpoints.lora_layers import LoraFile, LoraLayer, fitted
 from tuning.checkpoints.weights import Weights, mmap_safetensors
+from tuning.errors import TuningError
 
 __all__ = ["FusedWeights", "fused"]
 
@@ -26,13 +27,11 @@ class _Addition:
     layer: LoraLayer
     factor: float
 
-    @cached_property
-    def digest(self) -> str:
+    def digest(self, files: Mapping[Path, Mapping[str, Tensor]]) -> str:
         """A hash of what is added."""
         whole = hashlib.sha256(repr(self.factor).encode())
-        tensors = mmap_safetensors(self.path)
         for name in (self.layer.up, self.layer.down):
-            tensor = tensors[name].contiguous()
+            tensor = files[self.path][name].contiguous()
             whole.update(f" {tensor.dtype} {tuple(tensor.shape)} ".encode())
             whole.update(tensor.flatten().view(torch.uint8).numpy())
         return whole.hexdigest()
@@ -50,16 +49,25 @@ class FusedWeights(Weights):
         super().__init__(weights.where, weights.shapes)
         self._weights, self._additions = weights, additions
 
+    @cached_property
+    def _digests(self) -> dict[str, list[str]]:
+        files = self._files(self._additions)
+        return {name: [f"{name} {each.digest(files)}" for each in added] for name, added in self._additions.items()}
+
+    def _files(self, names: Iterable[str]) -> dict[Path, dict[str, Tensor]]:
+        """The files whose tensors are added to weights of these names, mapped."""
+        return {path: mmap_safetensors(path) for path in {added.path for name in names for added in self._additions[name]}}
+
     def changes(self, names: Iterable[str]) -> list[str]:
         """As any weights', with hashes of what is added to each."""
         names = list(names)
-        own = [f"{name} {added.digest}" for name in names for added in self._additions.get(name, ())]
-        return [*self._weights.changes(names), *sorted(own)]
+        own = [line for name in names for line in self._digests.get(name, ())]
+        return [*self._weights.changes(names), *own]
 
     def _take(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
         taken = self._weights.take([name for name in names if name not in self._additions], dtype)
         changed = [name for name in names if name in self._additions]
-        files = {path: mmap_safetensors(path) for path in {added.path for name in changed for added in self._additions[name]}}
+        files = self._files(changed)
         for some in self._portions(changed):
             for name, weight in self._weights.take(some, torch.float32).items():
                 for added in self._additions[name]:
@@ -80,21 +88,38 @@ class FusedWeights(Weights):
             yield portion
 
 
-def fused(weights: Weights, files: Sequence[LoraFile], part: str, whole: Mapping[str, Size] | None = None) -> Weights:
+def fused(
+    weights: Weights,
+    files: Sequence[LoraFile],
+    part: str,
+    shapes: Mapping[str, Size] | None = None,
+    origins: Mapping[str, str] | None = None,
+) -> Weights:
     """Weights with the LoRAs in ``files`` fused, in that order.
 
     Args:
         weights: of the part.
         files: from ``read_lora``.
         part: ``unet`` or ``text_encoder``.
-        whole: shapes of the source's own part, where ``weights`` are of a smaller one; what a LoRA has for the rest is left out.
+        shapes: of the source's own part, where ``weights`` are of a smaller one that was made of it.
+        origins: then, their names -> the source's. What a LoRA has for other layers is left out.
 
     Raises:
         TuningError: a LoRA does not fit them.
     """
+    shapes = weights.shapes if shapes is None else shapes
+    names = {name: name for name in weights.shapes} if origins is None else origins
     additions: dict[str, list[_Addition]] = {}
     for file in files:
-        for name, layer in fitted(file, part, weights.shapes, whole or weights.shapes).items():
-            if factor := file.lora.scale * layer.factor:
-                additions.setdefault(name, []).append(_Addition(file.lora.path, layer, factor))
+        layers = fitted(file, part, shapes)
+        for name, origin in names.items():
+            if origin not in layers or name not in weights.shapes:
+                continue
+            if weights.shapes[name] != shapes[origin]:
+                raise TuningError(
+                    f"LoRA {file.lora.path}: {name} of {weights.where} is {tuple(weights.shapes[name])}, and {origin} of the "
+                    f"source {tuple(shapes[origin])}, so it was not made of that; give the source that it was made of"
+                )
+            if factor := file.lora.scale * layers[origin].factor:
+                additions.setdefault(name, []).append(_Addition(file.lora.path, layers[origin], factor))
     return FusedWeights(weights, additions) if additions else weights

@@ -49,8 +49,8 @@ class Lora:
             raise TuningError(f"LoRA {self.path}: its scale is {self.scale}; give a finite number, such as 1")
         if self.path.suffix in PICKLES and self.path.is_file():
             raise TuningError(
-                f"LoRA {self.path} is a pickle, which can run code when it is read; get it as a .safetensors file, or if you trust "
-                "it, convert it once: python -c \"import torch; from safetensors.torch import save_file; "
+                f"LoRA {self.path} is a pickle, which can run code when it is read; get it as a .safetensors file, or if you "
+                'trust it, convert it once: python -c "import torch; from safetensors.torch import save_file; '
                 f"save_file(torch.load('{self.path}', weights_only=True), '{self.path.with_suffix(_SUFFIX)}')\""
             )
         if self.path.is_dir():

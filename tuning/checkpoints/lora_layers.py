@@ -1,7 +1,7 @@
 """A LoRA's file: which weights of UNet and text encoder it changes, and by which of its tensors.
 
-Files name their tensors in several ways: kohya's scripts, diffusers as it was and is, and peft. diffusers' own converters say which
-module is meant; they only rename, so they are given the names alone. What the file adds to a weight is
+Files name their tensors in several ways: kohya's scripts, diffusers as it was and is, and peft. diffusers' own converters say
+which module is meant; they only rename, so they are given the names alone. What the file adds to a weight is
 ``alpha / rank * up @ down`` (Hu et al., LoRA, arXiv 2106.09685); a kernel's ``down`` has the kernel's size (LoCon).
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Size, Tensor
 
+from engines.support.records import one_line
 from tuning.checkpoints.lora import Lora
 from tuning.checkpoints.weights import metadata_of, mmap_safetensors
 from tuning.errors import TuningError
@@ -69,8 +70,10 @@ def read_lora(lora: Lora, unet: Any) -> LoraFile:
     tensors = mmap_safetensors(lora.path)
     _check_kind(lora, tensors)
     pairs: dict[tuple[str, str], dict[str, str]] = {}
-    unknown = []
-    for name, theirs in _renamed(lora, [name for name in tensors if not name.endswith(".alpha")], unet).items():
+    names = {name for name in tensors if not name.endswith(".alpha")}
+    renamed = _renamed(lora, names, unet)
+    unknown = sorted(names - set(renamed.values()))  # a converter leaves out some that it does not expect
+    for name, theirs in renamed.items():
         if (found := _TENSOR.fullmatch(name)) is None:
             unknown.append(theirs)
         else:
@@ -117,7 +120,7 @@ def _renamed(lora: Lora, names: Iterable[str], unet: Any) -> dict[str, str]:
             own, _ = _convert_non_diffusers_lora_to_diffusers(_maybe_map_sgm_blocks_to_diffusers(own, unet))
     except Exception as error:  # of many kinds: the converters check nothing
         raise TuningError(
-            f"LoRA {lora.path}: its layers have names that diffusers cannot read ({type(error).__name__}: {str(error):.200}); "
+            f"LoRA {lora.path}: its layers have names that diffusers cannot read ({one_line(error, 200)}); "
             "give the file of a LoRA for Stable Diffusion, as kohya's scripts, diffusers or peft write it"
         ) from error
     text = {name: theirs for name, theirs in own.items() if name.startswith("text_encoder.")}
@@ -176,14 +179,18 @@ class _Alphas:
             if not isinstance(read, dict):
                 raise ValueError("it is no object")
         except (ValueError, RecursionError) as error:
-            raise TuningError(f"LoRA {lora.path}: lora_adapter_metadata in its header cannot be read ({str(error):.100})") from error
+            raise TuningError(
+                f"LoRA {lora.path}: lora_adapter_metadata in its header cannot be read ({one_line(error, 100)})"
+            ) from error
         settings: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
         for name, value in read.items():
             part, _, setting = name.partition(".")
             settings.get(part, {})[setting] = value
         for each in settings.values():
             if each.get("use_dora") or not isinstance(each.get("alpha_pattern") or {}, dict):
-                raise TuningError(f"LoRA {lora.path}: its header asks for a DoRA or a pattern that is none; only LoRA is supported")
+                raise TuningError(
+                    f"LoRA {lora.path}: its header asks for a DoRA or a pattern that is none; only LoRA is supported"
+                )
         return settings
 
 
@@ -196,30 +203,25 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def fitted(file: LoraFile, part: str, shapes: Mapping[str, Size], all_shapes: Mapping[str, Size]) -> dict[str, LoraLayer]:
+def fitted(file: LoraFile, part: str, shapes: Mapping[str, Size]) -> dict[str, LoraLayer]:
     """A file's layers of one part by the name of the weight that each changes.
 
     Args:
         file: from ``read_lora``.
         part: ``unet`` or ``text_encoder``.
-        shapes: of the weights that there are.
-        all_shapes: of the source's own part. Layers of weights that are only there are left out: a smaller UNet lacks them.
+        shapes: of the source's weights of that part.
 
     Raises:
-        TuningError: layers are of weights that the source does not have either, or of another shape.
+        TuningError: layers are of weights that the source does not have, or of another shape.
     """
     path, layers = file.lora.path, file.layers[part]
-    named = {module: _weight_of(module, all_shapes) for module in layers}
-    _check_family(file, named, all_shapes)
+    named = {module: _weight_of(module, shapes) for module in layers}
+    _check_family(file, named, shapes)
     if unknown := sorted(module for module, weight in named.items() if weight is None):
-        raise TuningError(f"LoRA {path}: {_strangers(unknown, len(layers), f'layers of its {part}')}; {_give(None)}")
-    found = {}
-    for module, layer in layers.items():
-        weight = named[module]
-        assert weight is not None
-        if weight in shapes:
-            _check_shape(file, weight, layer, shapes[weight])
-            found[weight] = layer
+        raise TuningError(f"LoRA {path}: {_strangers(unknown, len(layers), f'{part} layers')}; {_give(None)}")
+    found = {weight: layers[module] for module, weight in named.items() if weight is not None}
+    for weight, layer in found.items():
+        _check_shape(file, weight, layer, shapes[weight])
     return found
 
 
@@ -237,7 +239,8 @@ def _check_family(file: LoraFile, named: Mapping[str, str | None], shapes: Mappi
         width = widths.pop()
         family = f" ({_FAMILIES[width]})" if width in _FAMILIES else ""
         raise TuningError(
-            f"LoRA {file.lora.path} is for a UNet that reads text of width {width}{family}, and the source's reads {own}; {_give(own)}"
+            f"LoRA {file.lora.path} is for a UNet that reads text of width {width}{family}, and the source's reads {own}; "
+            f"{_give(own)}"
         )
 
 

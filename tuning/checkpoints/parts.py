@@ -46,8 +46,8 @@ def _vae_skeleton(folder: Path, extent: Extent | None) -> nn.Module:
         stages = len(vae.config.encoder_block_out_channels), len(vae.config.decoder_block_out_channels)
         if stages[0] != stages[1] or vae.config.upsampling_scaling_factor != 2:
             raise ValueError(
-                f"its encoder has {stages[0]} stages, its decoder {stages[1]} with upsampling by {vae.config.upsampling_scaling_factor}"
-                "; a picture must come back in its own size: as many stages, and upsampling by 2"
+                f"its encoder has {stages[0]} stages, its decoder {stages[1]} with upsampling by "
+                f"{vae.config.upsampling_scaling_factor}; a picture must come back in its own size: as many stages, and by 2"
             )
     model: nn.Module = vae
     return model

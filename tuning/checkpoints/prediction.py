@@ -1,7 +1,7 @@
 """What a single file says that its UNet predicts: the noise, or v (Salimans and Ho, arXiv 2202.00512).
 
-Stability AI's ModelSpec has ``modelspec.prediction_type`` in the header for it; ComfyUI writes ``modelspec.predict_key`` there, and a tensor
-``v_pred``, with ``ztsnr`` beside it where the noise was trained on up to a signal of zero (Lin et al., arXiv 2305.08891).
+Stability AI's ModelSpec has ``modelspec.prediction_type`` in the header for it; ComfyUI writes ``modelspec.predict_key`` there,
+and a tensor ``v_pred``, with ``ztsnr`` beside it where noise went up to a signal of zero (Lin et al., arXiv 2305.08891).
 """
 
 from pathlib import Path
@@ -36,7 +36,9 @@ class Prediction(NamedTuple):
 
     def __str__(self) -> str:
         if self.kind is None:
-            return f"{self.said}, which is neither epsilon nor v and is not followed; name a folder with its scheduler with --config"
+            return (
+                f"{self.said}, which is neither epsilon nor v and is not followed; name a folder with its scheduler with --config"
+            )
         what = "v" if self.kind == "v_prediction" else "the noise"
         noise = f", trained with noise up to a signal of zero ({_ZERO_SNR})" if self.zero_snr else ""
         return f"its UNet predicts {what} ({self.said}){noise}"

@@ -24,6 +24,8 @@ from tuning.errors import TuningError
 __all__ = ["Vae", "find_vae"]
 
 _PREFIX = "first_stage_model."
+_OF_KL = "down_block_types"
+"""A setting that the configuration of an AutoencoderKL has, and that of an AutoencoderTiny has not."""
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Of an attention's matrices in diffusers before 0.17, and now."""
 
@@ -58,18 +60,19 @@ class Vae(ABC):
                 f"VAE {self.name}: its latents have {config.latent_channels} channels, and the source's UNet takes "
                 f"{unet.in_channels}; give a VAE of Stable Diffusion 1.x or 2.x"
             )
-        scale, wanted = len(config.block_out_channels) - 1, _scale_of(own)
-        if wanted is not None and scale != wanted:
+        scale, wanted = len(config.block_out_channels) - 1, _config_in(own).get("block_out_channels")
+        if isinstance(wanted, list) and scale != len(wanted) - 1:
             raise TuningError(
-                f"VAE {self.name}: a latent of it is {2**scale} pixels wide, and one of the source's own VAE {2**wanted}; "
-                "give one that the source's UNet can be used with"
+                f"VAE {self.name}: a latent of it is {2**scale} pixels wide, and one of the source's own VAE "
+                f"{2 ** (len(wanted) - 1)}; give one that the source's UNet can be used with"
             )
 
     def note(self, own: Path) -> str | None:
         """What a person should know of it: a scale of latents that is not that of the VAE configured in ``own``."""
         vae: Any = self.skeleton()
-        wanted = read_json(own / "config.json").get("scaling_factor") if _scale_of(own) is not None else None
-        if wanted is None or is_tiny(vae) or vae.config.scaling_factor == wanted:
+        config = _config_in(own)
+        wanted = config.get("scaling_factor", vae.config.scaling_factor)
+        if is_tiny(vae) or _OF_KL not in config or vae.config.scaling_factor == wanted:
             return None
         return (
             f"VAE {self.name}: its scaling factor is {vae.config.scaling_factor}, and the source's own VAE has {wanted}; "
@@ -77,12 +80,9 @@ class Vae(ABC):
         )
 
 
-def _scale_of(folder: Path) -> int | None:
-    """How many times the VAE configured in a folder halves a picture's sides; None where there is none."""
-    if not (folder / "config.json").is_file():
-        return None
-    widths = read_json(folder / "config.json").get("block_out_channels")
-    return len(widths) - 1 if isinstance(widths, list) else None
+def _config_in(folder: Path) -> dict[str, Any]:
+    """The configuration of a VAE; nothing where there is none."""
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ class _FileVae(Vae):
             return tiny.eval()
         if not any(name.removeprefix(_PREFIX).startswith(("encoder.down.", "encoder.down_blocks.")) for name in names):
             raise TuningError(
-                f"VAE {self.path} holds no VAE: no tensor is called encoder.down*, {_PREFIX}encoder.down* or encoder.layers.*; give "
-                "one in diffusers' or CompVis' layout, or a diffusers folder"
+                f"VAE {self.path} holds no VAE: no tensor is called encoder.down*, {_PREFIX}encoder.down* or encoder.layers.*; "
+                "give one in diffusers' or CompVis' layout, or a diffusers folder"
             )
         with _named(self.name), reading(self.name, self.folder):
             return SKELETONS["vae"](self.folder, Extent.of(shapes_in(self.path))).eval()
@@ -176,8 +176,8 @@ def find_vae(name: str, own: Path) -> Vae:
 
     Args:
         name: a diffusers folder of a VAE or of a whole checkpoint, a hub id, or a .safetensors file with a VAE in it.
-        own: the folder of the source's own VAE, whose configuration a file is taken to have; Stable Diffusion 1.5's where there is
-            none, or another kind of VAE.
+        own: the folder of the source's own VAE, whose configuration a file is taken to have; Stable Diffusion 1.5's where there
+            is none, or another kind of VAE.
 
     Raises:
         TuningError: there is no such VAE, or its weights are pickled.
@@ -185,8 +185,7 @@ def find_vae(name: str, own: Path) -> Vae:
     with _named(name):
         path = path_of(name)
         if path.suffix == ".safetensors":
-            config = read_json(own / "config.json") if (own / "config.json").is_file() else {}
-            return _FileVae(name, path, own if "down_block_types" in config else SD15 / "vae")
+            return _FileVae(name, path, own if _OF_KL in _config_in(own) else SD15 / "vae")
         folder = path if path.is_dir() else fetch(name)
         folder = folder / "vae" if (folder / "vae").is_dir() else folder
         check_part(name, folder.parent, folder.name)

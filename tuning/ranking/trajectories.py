@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tuning.checkpoints.configs import text_width
 from tuning.checkpoints.find_source import UNetSource
-from tuning.checkpoints.source import Source, reading
+from tuning.checkpoints.source import Source
 from tuning.mini.models import scheduler
 from tuning.mini.scenes import held_back_prompts
 from tuning.training.noising import tokenize

@@ -50,7 +50,9 @@ def state(folder: Path) -> dict[str, Tensor]:
 
 def averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The UNet's weights as CompVis' LitEma calls them."""
-    ours = {f"model_ema.{name.partition('.')[2].replace('.', '')}": weight for name, weight in state.items() if name.startswith(UNET)}
+    ours = {
+        f"model_ema.{name.partition('.')[2].replace('.', '')}": weight for name, weight in state.items() if name.startswith(UNET)
+    }
     return ours | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
 
 
@@ -58,7 +60,9 @@ def of_others(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight for name, weight in state.items() if not name.startswith(UNET)}
 
 
-def test_averaged_weights_alone_are_read_as_diffusers_extracts_them(folder: Path, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_averaged_weights_alone_are_read_as_diffusers_extracts_them(
+    folder: Path, state: dict[str, Tensor], tmp_path: Path
+) -> None:
     path = tmp_path / "x.safetensors"
     save_file(of_others(state) | averaged(state), path)
     source = find_source(str(path), folder)
@@ -107,7 +111,12 @@ def test_averaged_weights_of_another_unet(folder: Path, state: dict[str, Tensor]
 
 SAID: list[tuple[dict[str, str], tuple[str, ...], dict[str, Any], str]] = [
     ({}, (), {}, ""),
-    ({"modelspec.prediction_type": "v"}, (), {"prediction_type": "v_prediction"}, "its UNet predicts v (modelspec.prediction_type in"),
+    (
+        {"modelspec.prediction_type": "v"},
+        (),
+        {"prediction_type": "v_prediction"},
+        "its UNet predicts v (modelspec.prediction_type in",
+    ),
     ({"modelspec.prediction_type": "v_prediction"}, (), {"prediction_type": "v_prediction"}, "predicts v"),
     ({"modelspec.predict_key": "epsilon"}, (), {"prediction_type": "epsilon"}, "predicts the noise (modelspec.predict_key in"),
     ({"modelspec.predict_key": "V"}, (), {"prediction_type": "v_prediction"}, "predicts v"),
@@ -139,7 +148,11 @@ def test_what_a_file_says(
 
 
 def test_the_scheduler_of_a_file_that_predicts_v(
-    folder: Path, state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_trace: FakeTrace  # noqa: F811
+    folder: Path,
+    state: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fake_trace: FakeTrace,  # noqa: F811
 ) -> None:
     """In the bundle, for a teacher, and not where a folder was named whose scheduler says another thing."""
     path = write(state, tmp_path / "x.safetensors", {}, ("v_pred", "ztsnr"))

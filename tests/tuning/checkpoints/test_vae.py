@@ -1,4 +1,4 @@
-"""Another VAE than a source's own: from every place that one comes from, with the numbers of diffusers; and those that do not fit."""
+"""Another VAE than a source's own: from every place that one comes from, tensor by tensor; and those that do not fit."""
 
 from __future__ import annotations
 
