@@ -61,7 +61,8 @@ class VaeEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.encoder(image.to(next(self.encoder.parameters()).dtype))
         if self.is_tiny:
-            return self.scaling * x.float()
+            latents: Tensor = self.scaling * x.float()
+            return latents
         if self.quant is not None:
             x = self.quant(x)
         mean, log_variance = x.float().chunk(2, dim=1)

@@ -33,7 +33,7 @@ class _Addition:
         for name in (self.layer.up, self.layer.down):
             tensor = files[self.path][name].contiguous()
             whole.update(f" {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            whole.update(tensor.flatten().view(torch.uint8).numpy())
+            whole.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
         return whole.hexdigest()
 
     def tensor(self, files: Mapping[Path, Mapping[str, Tensor]]) -> Tensor:

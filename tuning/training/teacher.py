@@ -68,7 +68,8 @@ class Teacher:
         """Pictures (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h / scale, w / scale): the mode, so always the same."""
         encoded = self.vae.encode(pictures)
         latents: Tensor = encoded.latents if is_tiny(self.vae) else encoded.latent_dist.mode()
-        return latents * self.vae.config.scaling_factor
+        scaled: Tensor = latents * self.vae.config.scaling_factor
+        return scaled
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

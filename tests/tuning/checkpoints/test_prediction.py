@@ -147,6 +147,7 @@ def test_what_a_file_says(
     assert note in str(found or "")
 
 
+@pytest.mark.slow
 def test_the_scheduler_of_a_file_that_predicts_v(
     folder: Path,
     state: dict[str, Tensor],
