@@ -18,6 +18,7 @@ import tuning
 from engines import Bundle, make_engine
 from exporter import BuildOptions, SourceError, build
 from exporter.graph.checkpoint import Checkpoint, open_source
+from exporter.verification.verify import Reference
 from runtime import Pipeline
 from tests.support.commands import Command, assert_refused
 from tests.support.diffusers_pipelines import NEGATIVE, PROMPT, SEED, latents, pipeline_of
@@ -65,6 +66,8 @@ def test_latents_are_those_of_diffusers_with_the_same_weights(tmp_path: Path) ->
     pipe = Pipeline(bundle, make_engine("onnxruntime"))
     made, expected = pipe.generate(PROMPT, NEGATIVE, seed=SEED, scheduler="ddim", **settings), latents(wanted, **settings)
     assert relative_error(made.latents, expected) < 1e-4
+    reference = Reference.load(bundle)  # what `verify` compares with, found by the manifest
+    assert all(torch.allclose(reference.unet.get_parameter(name), weight) for name, weight in wanted.unet.named_parameters())
     assert relative_error(latents(pipeline_of(source, vae=tiny_vae()), **settings), expected) > 1e-2
 
 
