@@ -272,10 +272,10 @@ class Pipeline:
         if original is None:
             shape = latent_shape(self.manifest, prepared.height, prepared.width)
             return from_noise(prepared.scheduler, shape, generators, device)
-        # Means and standard deviations of the picture's latents (1, 2 * channels, height, width).
         distribution = self.network.compute(VAE_ENCODER, {IMAGE: original.pixels().to(device)})
         mask = original.repainted(self.manifest.vae_scale)
-        return from_picture(prepared.scheduler, distribution, mask, prepared.timesteps, prepared.request.strength, generators)
+        strength, channels = request.strength, self.manifest.latent_channels
+        return from_picture(prepared.scheduler, distribution, mask, prepared.timesteps, strength, generators, channels)
 
     def _denoise(
         self,
