@@ -41,6 +41,8 @@ class StepRecord:
     kind: str
     ran: tuple[str, ...]
     inherited: tuple[str, ...]
+    half: bool = field(default=False, kw_only=True)
+    """Whether only the half of guidance that is the prompt's was evaluated."""
     timer: Timer = field(repr=False, compare=False)
     swap_seconds: float = field(default=0.0, compare=False)
 
@@ -139,6 +141,7 @@ class Executor:
             kind=step.kind,
             ran=(*start.ran, *subgraph.segment_names),
             inherited=tuple(sorted(start.cached_inputs | subgraph.cached_inputs)),
+            half=step.half,
             timer=timer,
         )
         return prediction, record
