@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-__all__ = ["load_clip_tokenizer"]
+__all__ = ["length_in", "load_clip_tokenizer"]
 
 _CONFIG = "tokenizer_config.json"
 _FILES = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
@@ -16,6 +16,17 @@ _SETTINGS = frozenset({
     "split_special_tokens", "clean_up_tokenization_spaces", "do_lower_case", "errors", "tokenizer_class", "backend",
 })  # fmt: skip
 """The entries that a configuration may have. Others (``gguf_file``, ``vocab_file``, ``init_inputs``) lead to files anywhere."""
+
+
+def length_in(folder: Path) -> int | None:
+    """The tokens of a prompt that the configuration in a tokenizer's folder says; None where it says none, or no number."""
+    length = _config(folder).get("model_max_length")
+    return length if type(length) is int and length > 0 else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / _CONFIG).read_text("utf-8")) if (folder / _CONFIG).is_file() else {}
+    return dict(config)
 
 
 def load_clip_tokenizer(folder: Path) -> Any:
@@ -30,9 +41,8 @@ def load_clip_tokenizer(folder: Path) -> Any:
         for name in _FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, Path(temporary) / name)
-        config = json.loads((folder / _CONFIG).read_text("utf-8")) if (folder / _CONFIG).is_file() else {}
-        kept = {name: value for name, value in config.items() if name in _SETTINGS}
-        if not isinstance(length := kept.get("model_max_length"), int) or length < 1:
+        kept = {name: value for name, value in _config(folder).items() if name in _SETTINGS}
+        if length_in(folder) is None:
             kept.pop("model_max_length", None)
         (Path(temporary) / _CONFIG).write_text(json.dumps(kept), "utf-8")
         return CLIPTokenizer.from_pretrained(temporary, local_files_only=True)

@@ -17,6 +17,7 @@ from engines.bundle.manifest import is_variant
 from engines.support.spelling import did_you_mean
 from exporter.errors import SourceError
 from tuning.checkpoints.configs import check_fit
+from tuning.checkpoints.files import CONFIGURATIONS
 from tuning.checkpoints.find_source import MINI, find_source
 from tuning.checkpoints.folder import extent_of, meta_unet, only_assembled, unet_files, unet_weights
 from tuning.checkpoints.source import PARTS, FolderSource, RandomSource, Source, check_part
@@ -199,10 +200,26 @@ class Checkpoint:
                 for path in self.source.files(part):
                     yield f"{part}/{path.name}", path
 
+    def settings(self) -> Iterator[Path]:
+        """The files of tokenizer and scheduler that a bundle gets: those that their libraries read, and a licence.
+
+        What else lies beside them, a stranger's link to a file of this machine among it, is not for whoever gets the bundle.
+        """
+        for part in ("tokenizer", "scheduler"):
+            for path in sorted((self.folder / part).iterdir()):
+                known = path.name in CONFIGURATIONS or (path.name == "LICENSE" and not path.is_symlink())
+                if known and path.is_file():
+                    yield path
+
     def check_fit(self, unet: Any, vae: Any, text: Any) -> None:
         """Raise SourceError unless the configurations of UNet, VAE and text encoder fit together."""
         with _source_errors(self.name):
             check_fit(self.name, unet, vae, text)
+
+    def text_length(self, text: Any) -> int:
+        """Tokens of a prompt, given the text encoder's configuration."""
+        with _source_errors(self.name):
+            return self.source.text_length(text)
 
     def check_weights(self, variant: str) -> None:
         """Raise SourceError if weights are missing, cut off or not those of their configurations, before one is needed."""

@@ -96,7 +96,8 @@ def load_graph(
     chain = (first, *topology(unet), *last)
     sizes = {"height": size[0] // scale, "width": size[1] // scale}
     modules = parts.modules(unit.name for unit in chain)
-    inputs = _inputs(unet.config, vae, text.max_position_embeddings, scale)
+    text_length = checkpoint.text_length(text)
+    inputs = _inputs(unet.config, vae, text_length, scale)
     try:
         units, features = infer_shapes_and_macs(chain, modules, inputs, sizes)
     except Exception as error:  # of many kinds: the libraries check few of the numbers that they compute with
@@ -112,7 +113,7 @@ def load_graph(
         depth=depth,
         vae_scale=scale,
         latent_channels=unet.config.in_channels,
-        text_length=text.max_position_embeddings,
+        text_length=text_length,
         vocabulary=text.vocab_size,
         size=size,
     )

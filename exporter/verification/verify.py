@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engines import DTYPES, Bundle, Engine
+from engines.bundle.folder import sha256
 from engines.bundle.manifest import Manifest, VaePrecision
 from engines.bundle.names import IMAGE, LATENTS, NOISE, SAMPLE, TEXT, TIME, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
 from engines.bundle.shapes import resolve
@@ -24,10 +25,13 @@ from exporter.graph.text_vae import TextEncoder
 from exporter.verification.metrics import cosine, psnr, relative_error
 from runtime.execution.executor import LoadedBundle
 from runtime.images.schedulers import make_scheduler
+from runtime.text.tokenizer import load_tokenizer
 from tuning.surgery.units import unit_modules
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+    from exporter.graph.checkpoint import Checkpoint
 
 __all__ = [
     "CHAIN",
@@ -110,7 +114,7 @@ class Reference:
 
     @classmethod
     def load(cls, bundle: Bundle) -> "Reference":
-        """The model that a bundle was made from; raises as ``verify`` does."""
+        """The model that a bundle was made from; raises as ``verify`` does, also where its tokenizer or scheduler is another."""
         from exporter.graph.checkpoint import open_source
 
         manifest = bundle.manifest
@@ -123,6 +127,7 @@ class Reference:
                 f"the weights of source {manifest.source} are not those that bundle {bundle.folder} was made from; "
                 "build it anew with --force, then verify it"
             )
+        _check_settings(bundle, checkpoint)
         text = TextEncoder(checkpoint.text_encoder())
         return cls(checkpoint.unet(manifest.variant).eval(), text.eval(), checkpoint.vae().eval())
 
@@ -176,6 +181,18 @@ class Reference:
         self.peaks[half] = found[0]
 
 
+def _check_settings(bundle: Bundle, checkpoint: "Checkpoint") -> None:
+    """Raise BuildError or BundleError unless tokenizer and scheduler are the source's, and the tokenizer works."""
+    ours = {file.path: file.sha256 for file in bundle.manifest.files}
+    theirs = {f"{path.parent.name}/{path.name}": sha256(path) for path in checkpoint.settings()}
+    if unlike := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        raise BuildError(
+            f"{unlike[0]} of bundle {bundle.folder} is not that of its source {bundle.manifest.source}; "
+            "build it anew with --force, then verify it"
+        )
+    load_tokenizer(bundle)
+
+
 def _keep(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:
     def hook(module: nn.Module, args: object, output: object) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
@@ -198,7 +215,9 @@ def verify(
 
     Raises:
         SourceError: the bundle's source cannot be found any more.
-        BuildError: the source's weights are others than the bundle was made from, or a size is none that the UNet takes.
+        BuildError: the source's weights, tokenizer or scheduler are others than the bundle's, or a size is none that the UNet
+            takes.
+        BundleError: the tokenizer does not work.
     """
     manifest = bundle.manifest
     for size in sizes:
