@@ -14,8 +14,8 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.cuda.tf32 import without_tf32
-from engines.errors import EngineError, NeedsBuildError
-from engines.program import ProgramError
+from engines.errors import EngineError, EngineMemoryError, NeedsBuildError
+from engines.program import ProgramError, first_line
 from engines.pt2 import read_program, without_pickles
 
 __all__ = ["ModuleRunner", "Torch"]
@@ -47,6 +47,8 @@ class ModuleRunner(Runner):
                 result = self.module(*(inputs[name] for name in self.segment.inputs))
             except ProgramError as error:
                 raise EngineError(f"segment {self.segment.name}: {error}") from error
+            except torch.OutOfMemoryError as error:
+                raise EngineMemoryError(f"segment {self.segment.name}: {first_line(error)}") from error
         outputs = (result,) if isinstance(result, torch.Tensor) else tuple(result)
         if len(outputs) != len(self.segment.outputs):
             raise EngineError(
