@@ -15,7 +15,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
 from engines.bundle.manifest import Variant
@@ -77,7 +77,7 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
     version: Literal[1] = 1
     name: Name
     unets: tuple[UNetRange, ...] = Field(default=(), max_length=100)
-    switch_by: Literal["noise", "steps"] = "noise"
+    switch_by: Literal["noise", "steps"] = Field(default="noise", exclude_if=lambda given: given == "noise")
     """Whether the ranges of ``unets`` count shares of the noise schedule or steps, of those that run; written if steps."""
     rules: tuple[Rule, ...] = Field(default=(), max_length=100)
     _path: Path | None = PrivateAttr(default=None)
@@ -147,11 +147,6 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
             at = part.end
         if self.switch_by == "noise" and self.unets and at < 1:
             raise PlanError(f"plan {self.name}: unets end at {at:g}; the last range must end at 1")
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        written: dict[str, Any] = write(self)
-        return {key: value for key, value in written.items() if key != "switch_by" or value != "noise"}
 
 
 def matching(pattern: str, units: Sequence[str]) -> list[str]:
