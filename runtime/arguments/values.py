@@ -170,7 +170,9 @@ def _tensor(dimensions: str) -> Callable[[str, Any], Tensor | None]:
                 f"a tensor of {value.dtype} and shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             )
             raise RequestError(f"{name} is {got}; give a floating tensor of ({', '.join(dimensions.split())})")
-        return value
+        if not bool(value.isfinite().all()):
+            raise RequestError(f"{name} has numbers that are not finite; give finite ones")
+        return value.detach()
 
     return check
 
