@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import Bundle, BundleError, Manifest, Segment
+from engines.bundle.checks import ManifestError, check_complete, check_manifest
 from engines.bundle.folder import MANIFEST_NAME, describe_file
 from engines.bundle.manifest import File
 from engines.bundle.shapes import size_fault
@@ -108,6 +109,7 @@ def _make(job: BuildJob, progress: Progress) -> None:
     with working_on(options.folder) as pieces:
         writer = job.writer(pieces)
         bare = segments_of(writer.graph, options.granularity, options.plans)
+        _check_result(_manifest(job, writer.graph, writer.wanted.sizes, bare, ()))
         keys = {key for segment in bare for key in writer.keys(segment).values()}
         if not options.fresh:
             known_pieces.reuse(pieces, keys, options.folder)
@@ -117,6 +119,15 @@ def _make(job: BuildJob, progress: Progress) -> None:
         files = tuple(_copy_files(job, pieces.folder))
         manifest = _manifest(job, writer.graph, writer.wanted.sizes, segments, files)
         (pieces.folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
+
+
+def _check_result(manifest: Manifest) -> None:
+    """Raise BuildError, before anything is traced, for a bundle that nobody could open."""
+    try:
+        check_manifest(manifest)
+        check_complete(manifest)
+    except ManifestError as error:
+        raise BuildError(f"no bundle can be built so: {error}") from error
 
 
 def _copy_files(job: BuildJob, folder: Path) -> Iterator[File]:

@@ -217,9 +217,10 @@ class Checkpoint:
             check_fit(self.name, unet, vae, text)
 
     def text_length(self, text: Any) -> int:
-        """Tokens of a prompt, given the text encoder's configuration."""
+        """Tokens of a prompt, given the text encoder's configuration. Raises SourceError where the tokenizer is not for it."""
         with _source_errors(self.name):
-            return self.source.text_length(text)
+            length: int = self.source.tokenizer(text).model_max_length
+            return length
 
     def check_weights(self, variant: str) -> None:
         """Raise SourceError if weights are missing, cut off or not those of their configurations, before one is needed."""
@@ -277,6 +278,8 @@ def open_source(
     if not is_variant(variant):
         raise SourceError(f"variant {variant!r} is no name; write small letters, numbers and -, such as {', '.join(VARIANTS)}")
     with _source_errors(source):
+        if recipe is not None:
+            tuning.recipe(str(recipe))
         found = find_source(source, config, variant_files)
         if unet is not None:
             check_part(source, unet.parent, unet.name)

@@ -16,6 +16,7 @@ from engines.ort.engine import OnnxRuntime
 from engines.tensorrt.engine import TensorRT
 from exporter import BuildError, BuildOptions, build
 from exporter.build import DIGESTS
+from exporter.errors import SourceError
 from exporter.graph.checkpoint import open_source
 from exporter.graph.graph import load_graph
 from exporter.graph.segmentation import segments_of
@@ -189,6 +190,29 @@ def test_other_weights_make_another_key(options: BuildOptions, fake_trace: FakeT
     )
     assert same.manifest.source_sha256 != other.manifest.source_sha256
     assert same.manifest.key != other.manifest.key
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_images": 10**9}, "max_images is 1000000000, expected 1 to 1024"),
+        ({"sizes": ((8192, 8192),)}, "8192x8192, expected multiples of 4 and at most 16777216 pixels"),
+    ],
+)
+def test_what_could_not_be_opened_is_not_built(
+    options: BuildOptions, fake_trace: FakeTrace, changes: dict[str, object], says: str
+) -> None:
+    traced = fake_trace()
+    with pytest.raises(BuildError, match=f"no bundle can be built so: .*{says}"):
+        build(changed(options, **changes))
+    assert traced == []
+    assert not folder_of(options).exists()
+
+
+def test_a_recipe_that_is_not_there(options: BuildOptions) -> None:
+    for name in ("gone.json", f"{'x' * 5000}.json"):
+        with pytest.raises(SourceError, match=r"\.json is no recipe"):
+            build(changed(options, recipe=Path(name), variant="mine"))
 
 
 def test_an_existing_bundle_of_other_things_is_kept(options: BuildOptions, fake_trace: FakeTrace) -> None:

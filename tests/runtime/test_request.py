@@ -64,6 +64,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "both given; a call starts",
     ),
     "latents of three dimensions": ({"latents": torch.ones(4, 8, 8)}, r"shape \(4, 8, 8\); give .* \(images, channels, height"),
+    "sparse latents": (
+        {"latents": torch.ones(1, 4, 8, 8).to_sparse()},
+        "latents is a tensor of .* torch.sparse_coo, on cpu",
+    ),
+    "latents that are nowhere": ({"latents": torch.ones(1, 4, 8, 8, device="meta")}, "latents is a tensor of .* on meta; give"),
+    "embeddings of nothing": ({"prompt": None, "prompt_embeds": torch.ones(0, 32, 128)}, r"shape \(0, 32, 128\)"),
+    "very many steps": ({"steps": 10**400}, "steps = a number of more than 40 digits; choose some hundreds"),
     "latents that are not finite": (
         {"latents": torch.full((1, 4, 8, 8), float("nan"))},
         "latents has numbers that are not finite",

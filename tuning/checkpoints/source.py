@@ -13,7 +13,7 @@ from torch import Size, nn
 
 from engines.support.files import is_folder
 from engines.support.records import one_line
-from engines.support.tokenizers import length_in, load_clip_tokenizer
+from engines.support.tokenizers import check_tokenizer, length_in, load_clip_tokenizer
 from tuning.checkpoints.configs import Extent, check_fit
 from tuning.checkpoints.files import CONFIGURATIONS, check_file
 from tuning.checkpoints.folder import extent_of, meta_unet, unet_weights
@@ -76,14 +76,19 @@ class Source(ABC):
         """Every file that reading a part, ``tokenizer`` or ``scheduler`` depends on."""
 
     def tokenizer(self, text: Any) -> Any:
-        """The tokenizer, whose prompts are as long as its text encoder reads. Raises TuningError where it is another's."""
-        folder = self.folder / "tokenizer"
+        """The tokenizer, whose prompts are as long as its text encoder reads.
+
+        Args:
+            text: the text encoder's configuration.
+
+        Raises:
+            TuningError: it is another's, or does not work.
+        """
+        folder, length = self.folder / "tokenizer", self.text_length(text)
         with reading(self.name, folder):
             tokenizer = load_clip_tokenizer(folder)
-            largest = max(tokenizer.get_vocab().values(), default=-1)
-            if not 0 <= largest < text.config.vocab_size:
-                raise ValueError(f"its numbers go up to {largest}, and the text encoder knows {text.config.vocab_size}")
-        tokenizer.model_max_length = self.text_length(text.config)
+            check_tokenizer(tokenizer, length, text.vocab_size)
+        tokenizer.model_max_length = length
         return tokenizer
 
     def text_length(self, text: Any) -> int:

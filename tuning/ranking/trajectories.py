@@ -80,7 +80,7 @@ def trajectories(
 def _read(source: Source, prompts: int) -> tuple[Tensor, Any]:
     """Text states of the empty prompt and of `prompts` others, and the scheduler's configuration."""
     text = source.model("text_encoder")
-    tokenizer = source.tokenizer(text)
+    tokenizer = source.tokenizer(text.config)
     with reading(source.name, source.folder / "scheduler"):
         config = DPMSolverMultistepScheduler.load_config(source.folder / "scheduler", local_files_only=True)
     words = ["", *held_back_prompts(prompts, seed=2)]  # seeds 0 and 1 are for published figures and for validation

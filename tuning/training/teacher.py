@@ -36,7 +36,7 @@ class Teacher:
         found = find_source(source, variant=variant)
         found.check_fit()
         unet, text, vae = (found.model(part).requires_grad_(False) for part in ("unet", "text_encoder", "vae"))
-        tokenizer = found.tokenizer(text)
+        tokenizer = found.tokenizer(text.config)
         with reading(source, found.folder / "scheduler"):
             schedule = DDPMScheduler.from_pretrained(found.folder / "scheduler", local_files_only=True)
         return cls(source, unet, text, tokenizer, vae, schedule)

@@ -194,14 +194,6 @@ def test_a_tokenizer_or_scheduler_that_is_not_the_sources_is_found(
     assert_refused(exporter("verify", folder, "--sizes", "16x16"), f"{named} of bundle {folder} is not that of its source")
 
 
-@pytest.mark.slow
-def test_a_tokenizer_that_was_broken_in_the_source_is_found(exporter: Command, tmp_path: Path) -> None:
-    source = save_source(tmp_path / "source")
-    (source / "tokenizer" / "tokenizer.json").write_text("{}")
-    folder = build(BuildOptions(source=str(source), out=tmp_path / "bundle"))[0].folder
-    assert_refused(exporter("verify", folder, "--sizes", "16x16"), "its folder tokenizer holds no tokenizer for it")
-
-
 def test_sizes_that_do_not_fit(no_mid_bundle: Bundle, exporter: Command) -> None:
     assert_refused(exporter("verify", no_mid_bundle.folder, "--sizes", "17x16"), "17x16", "multiples of 8")
 
