@@ -25,7 +25,7 @@ class ModuleRunner(Runner):
     """A live module as a runner: takes the segment's inputs and returns its outputs in the order of the manifest.
 
     Gradients are off. ``torch.inference_mode`` is not used: what it makes may not be changed in place outside it, and
-    these tensors go on to schedulers and callbacks that are not ours. An ``exact`` one takes no TF32 on a GPU.
+    these tensors go on to schedulers and callbacks that are not ours. Autocast is off. An ``exact`` one takes no TF32 on a GPU.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ModuleRunner(Runner):
 
     @torch.no_grad()
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-        with without_tf32() if self._exact else nullcontext():
+        with torch.autocast(self.device.type, enabled=False), without_tf32() if self._exact else nullcontext():
             try:
                 result = self.module(*(inputs[name] for name in self.segment.inputs))
             except ProgramError as error:

@@ -38,7 +38,7 @@ from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
 from runtime.prepared import Prepared, check_shape, check_tensors, latent_shape, sizes_of
-from runtime.process import check_not_forked, note_loaded, on_cpu_by_default
+from runtime.process import check_not_forked, note_loaded, plain_settings
 from runtime.report.memory import check_memory
 from runtime.request import FIELDS, Request
 from runtime.text.encoding import Prompts
@@ -180,7 +180,7 @@ class Pipeline:
         request = self._request(prompt, negative_prompt, options)
         check_not_forked()
         started, again = time.perf_counter(), request.copied()
-        with on_cpu_by_default():
+        with plain_settings():
             prepared = self.prepare(request)
             self._warn(prepared)
             with self.streams.one():
