@@ -7,7 +7,6 @@ this machine has built are reused where they are still valid.
 What is imported here is light, so that a bundle that is up to date is soon found to be: diffusers alone takes seconds.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 from engines import Bundle, BundleError, Manifest, Segment
 from engines.bundle.checks import ManifestError, check_complete, check_manifest
 from engines.bundle.folder import MANIFEST_NAME, describe_file
-from engines.bundle.manifest import File
+from engines.bundle.manifest import File, FusedLora
 from engines.bundle.shapes import size_fault
 from exporter.errors import BuildError
 from exporter.job import BuildJob, open_writer
@@ -131,11 +130,11 @@ def _check_result(manifest: Manifest) -> None:
 
 
 def _copy_files(job: BuildJob, folder: Path) -> Iterator[File]:
-    """Copy the files of tokenizer and scheduler that a bundle gets."""
-    for path in job.checkpoint.settings():
-        target = folder / path.parent.name / path.name
+    """Write the files of tokenizer and scheduler that a bundle gets."""
+    for name, content in job.checkpoint.settings().items():
+        target = folder / name
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+        target.write_bytes(content)
         yield describe_file(folder, target)
 
 
@@ -151,6 +150,12 @@ def _manifest(
         recipe=made_from["recipe"],
         config=made_from["config"],
         variant_files=options.variant_files,
+        vae=options.vae,
+        loras=tuple(
+            FusedLora(file=str(lora.path), scale=lora.scale, sha256=digest)
+            for lora, digest in zip(options.loras, job.made_from["loras"], strict=True)
+        ),
+        notes=tuple(checkpoint.notes(options.variant)),
         source_sha256=job.made_from["source"],
         distilled=checkpoint.is_distilled(options.variant),
         precision=options.precision,

@@ -70,6 +70,8 @@ def _check_numbers(manifest: Manifest) -> None:
         raise ManifestError(f"size_multiple is {manifest.size_multiple}, expected a multiple of vae_scale = {manifest.vae_scale}")
     if not 1 <= len(manifest.sizes) <= _MOST:
         raise ManifestError(f"sizes has {len(manifest.sizes)} entries, expected 1 to {_MOST}")
+    if not all(math.isfinite(lora.scale) for lora in manifest.loras):
+        raise ManifestError("loras has a scale that is no finite number")
     for height, width in manifest.sizes:
         if height * width > _MOST_PIXELS or size_fault((height, width), manifest.size_multiple):
             raise ManifestError(
@@ -85,7 +87,11 @@ def _check_texts(manifest: Manifest) -> None:
     if manifest.granularity not in _GRANULARITIES:
         raise ManifestError(f"granularity is {_short(manifest.granularity)!r}, expected block, layer or unit")
     texts = {field: [value] for field, value in manifest if isinstance(value, str)}
-    texts |= {"plans": [*manifest.plans], "made_with": [text for pair in manifest.made_with.items() for text in pair]}
+    texts |= {
+        "plans": [*manifest.plans], "notes": [*manifest.notes],
+        "loras": [text for lora in manifest.loras for text in (lora.file, lora.sha256)],
+        "made_with": [text for pair in manifest.made_with.items() for text in pair],
+    }  # fmt: skip
     for field, found in texts.items():
         if len(found) > _MOST or not all(len(text) <= _LONGEST_TEXT and text.isprintable() for text in found):
             raise ManifestError(f"{field} is not one line of at most {_LONGEST_TEXT} characters")
@@ -223,7 +229,10 @@ def check_complete(manifest: Manifest) -> None:
     names = {unit.name for unit in manifest.units}
     if VAE_ENCODER in names:
         wanted[IMAGE] = Feature(dtype="float32", shape=picture)
-        wanted[VAE_ENCODER] = Feature(dtype="float32", shape=("images", 2 * channels, "height", "width"))
+        # Latents, or their distribution: means, then deviations.
+        both = Feature(dtype="float32", shape=("images", 2 * channels, "height", "width"))
+        alone = Feature(dtype="float32", shape=("images", *latents))
+        wanted[VAE_ENCODER] = alone if manifest.features.get(VAE_ENCODER) == alone else both
     for name, feature in wanted.items():
         if (found := manifest.features.get(name)) != feature:
             says = "is missing" if found is None else f"is {found.dtype} {_short(found.shape)}"

@@ -8,6 +8,7 @@ the chain is fed its own, and over denoising steps its own latents.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from engines import DTYPES, Bundle, Engine
-from engines.bundle.folder import sha256
 from engines.bundle.manifest import Manifest, VaePrecision
 from engines.bundle.names import IMAGE, LATENTS, NOISE, SAMPLE, TEXT, TIME, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
 from engines.bundle.shapes import resolve
@@ -26,6 +26,7 @@ from exporter.verification.metrics import cosine, psnr, relative_error
 from runtime.execution.executor import LoadedBundle
 from runtime.images.schedulers import make_scheduler
 from runtime.text.tokenizer import load_tokenizer
+from tuning.checkpoints.parts import is_tiny
 from tuning.surgery.units import unit_modules
 
 if TYPE_CHECKING:
@@ -116,12 +117,16 @@ class Reference:
     def load(cls, bundle: Bundle) -> "Reference":
         """The model that a bundle was made from; raises as ``verify`` does, also where its tokenizer or scheduler is another."""
         from exporter.graph.checkpoint import open_source
+        from tuning.checkpoints.lora import Lora
 
         manifest = bundle.manifest
         unet, config, recipe = (
             None if path is None else Path(path) for path in (manifest.unet, manifest.config, manifest.recipe)
         )
-        checkpoint = open_source(manifest.source, manifest.variant, unet, config, manifest.variant_files, recipe)
+        loras = [Lora(Path(lora.file), lora.scale) for lora in manifest.loras]
+        checkpoint = open_source(
+            manifest.source, manifest.variant, unet, config, manifest.variant_files, recipe, loras, manifest.vae
+        )
         if checkpoint.fingerprint(manifest.variant) != manifest.source_sha256:
             raise BuildError(
                 f"the weights of source {manifest.source} are not those that bundle {bundle.folder} was made from; "
@@ -155,10 +160,11 @@ class Reference:
     def _vae_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         scaling = self.vae.config.scaling_factor
         with self._watched(VAE_ENCODER):
-            latents = self.vae.encode(inputs[IMAGE]).latent_dist
+            encoded = self.vae.encode(inputs[IMAGE])
         with self._watched(VAE_DECODER):
             picture = self.vae.decode(inputs[LATENTS] / scaling).sample
-        return {VAE_DECODER: picture, VAE_ENCODER: torch.cat([latents.mean, latents.std], dim=1) * scaling}
+        latents = encoded.latents if is_tiny(self.vae) else torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1)
+        return {VAE_DECODER: picture, VAE_ENCODER: latents * scaling}
 
     @contextmanager
     def _watched(self, half: str) -> Iterator[None]:
@@ -184,7 +190,7 @@ class Reference:
 def _check_settings(bundle: Bundle, checkpoint: "Checkpoint") -> None:
     """Raise BuildError or BundleError unless tokenizer and scheduler are the source's, and the tokenizer works."""
     ours = {file.path: file.sha256 for file in bundle.manifest.files}
-    theirs = {f"{path.parent.name}/{path.name}": sha256(path) for path in checkpoint.settings()}
+    theirs = {name: sha256(content).hexdigest() for name, content in checkpoint.settings().items()}
     if unlike := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         raise BuildError(
             f"{unlike[0]} of bundle {bundle.folder} is not that of its source {bundle.manifest.source}; "
