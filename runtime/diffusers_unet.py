@@ -212,7 +212,12 @@ class UNet:
                 raise RequestError(f"{name} {fault}; give a tensor of floating-point numbers")
         multiple = manifest.size_multiple // manifest.vae_scale
         shape = tuple(sample.shape)
-        if len(shape) != 4 or shape[1] != manifest.latent_channels or any(side < 1 or side % multiple for side in shape[2:]):
+        if (
+            len(shape) != 4
+            or not shape[0]
+            or shape[1] != manifest.latent_channels
+            or any(side < 1 or side % multiple for side in shape[2:])
+        ):
             raise RequestError(
                 f"sample has shape {shape}; expected (rows, {manifest.latent_channels}, height, width) with height and width of "
                 f"latents in multiples of {multiple} (pictures in multiples of {manifest.size_multiple} pixels)"

@@ -89,7 +89,10 @@ def load_graph(
     checkpoint.check_fit(unet.config, vae, text)
     scale, depth = 2 ** (len(vae.block_out_channels) - 1), depth_factor(unet)
     height, width = latent_size(unet.config)
-    size = size or (height * scale, width * scale)
+    own = height * scale, width * scale
+    if size is None and (fault := size_fault(own, scale * depth)):
+        raise BuildError(f"the model's own size is {fault}; name one with --sizes")
+    size = size or own
     check_size(size, scale * depth)
     ends = zip((TEXT, VAE_DECODER, VAE_ENCODER), (TOKENS, LATENTS, IMAGE), strict=True)
     first, *last = (Unit(name=name, kind=name, inputs=(given,)) for name, given in ends)

@@ -178,7 +178,7 @@ def tensor_fault(value: Any, *, numbers: bool = True) -> str | None:
     """
     if not isinstance(value, Tensor):
         return f"is a {type(value).__name__}"
-    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta or not value.numel():
+    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
         where = f", {value.layout}, on {value.device}"
         return f"is a tensor of {value.dtype} and shape {tuple(value.shape)}{where}"
     if numbers and not bool(value.float().isfinite().all()):
@@ -191,7 +191,7 @@ def _tensor(dimensions: str) -> Callable[[str, Any], Tensor | None]:
         if value is None:
             return None
         fault = tensor_fault(value)
-        if fault is None and value.ndim != len(dimensions.split()):
+        if fault is None and (value.ndim != len(dimensions.split()) or not value.numel()):
             fault = f"has shape {tuple(value.shape)}"
         if fault is not None:
             raise RequestError(f"{name} {fault}; give finite floating-point numbers of ({', '.join(dimensions.split())})")

@@ -27,7 +27,8 @@ from runtime.plans.key_steps import Uniform
 from tests.exporter.conftest import names_in
 from tests.support.commands import contents
 from tests.support.fake_tensorrt import FakeTensorRT
-from tests.support.unets import make_manifest
+from tests.support.sources import save_source
+from tests.support.unets import make_manifest, small_unet
 
 FakeTrace = Callable[..., list[str]]
 UNET_SEGMENTS = [
@@ -207,6 +208,16 @@ def test_what_could_not_be_opened_is_not_built(
         build(changed(options, **changes))
     assert traced == []
     assert not folder_of(options).exists()
+
+
+def test_a_model_whose_own_size_is_none_that_bundles_take(tmp_path: Path, fake_trace: FakeTrace) -> None:
+    fake_trace()
+    options = BuildOptions(
+        source=str(save_source(tmp_path / "odd", small_unet("two stages", sample_size=9))), out=tmp_path / "out"
+    )
+    with pytest.raises(BuildError, match="the model's own size is 18x18: .* multiples of 4 .*; name one with --sizes"):
+        build(options)
+    assert build(changed(options, sizes=((16, 20),)))[1]
 
 
 def test_a_recipe_that_is_not_there(options: BuildOptions) -> None:

@@ -319,7 +319,9 @@ def test_what_it_cannot_take_is_refused_by_name(unet: UNet, sample: dict[str, An
         with pytest.raises(RequestError, match="timestep is .*; give an element of scheduler.timesteps"):
             unet(timestep=wrong, **sample)
     for name, tensor in sample.items():
-        for other in (tensor.long(), tensor.to("meta"), tensor[:0], tensor.to_sparse()):
+        with pytest.raises(RequestError, match="has shape"):
+            unet(timestep=timestep, **{**sample, name: tensor[:0]})
+        for other in (tensor.long(), tensor.to("meta"), tensor.to_sparse()):
             with pytest.raises(RequestError, match=rf"{name} is a tensor of .*; give a tensor of floating-point numbers"):
                 unet(timestep=timestep, **{**sample, name: other})
     with pytest.raises(RequestError, match="timestep has unlike values"):

@@ -77,7 +77,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "embeddings that are not finite": (
         {"prompt": None, "prompt_embeds": torch.full((1, 32, 128), float("inf"))},
-        "prompt_embeds has numbers that are not finite; give finite ones",
+        "prompt_embeds has numbers that are not finite; give finite floating-point numbers",
     ),
     "whole latents": ({"latents": torch.ones(1, 4, 8, 8, dtype=torch.int64)}, "latents is a tensor of torch.int64"),
     "a prompt twice": ({"prompt_embeds": torch.ones(1, 32, 128)}, "prompt and prompt_embeds are both given"),
