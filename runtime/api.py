@@ -8,7 +8,7 @@ from typing import Any
 
 from engines import Bundle, make_engine
 from engines.bundle.folder import MANIFEST_NAME, sha256
-from engines.support.files import expanded, real_path
+from engines.support.files import exists, expanded, real_path
 from runtime.advice import missing_bundle
 from runtime.arguments.aliases import with_our_names
 from runtime.errors import RequestError
@@ -72,7 +72,7 @@ def load(bundle: str | Path | None = None, engine: str = "onnxruntime", plan: st
 def find_bundle(bundle: str | Path | None, engine: str = "onnxruntime", plan: str | Path | Plan = "full") -> Path:
     """The folder of a bundle that is there, as ``load`` finds it; raises BundleError with the command that builds it."""
     found = next(reversed(_built()), None) if bundle is None else expanded(str(bundle))
-    if found is None or not found.exists():
+    if found is None or not exists(found):
         raise missing_bundle(found, find_plan(plan), engine)
     return found
 

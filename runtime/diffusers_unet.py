@@ -1,5 +1,6 @@
 """A bundle's UNet, run by a plan, instead of a diffusers pipeline's own."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from engines import DTYPES
 from engines.bundle.names import TEXT
 from runtime.api import load
+from runtime.arguments.values import tensor_fault
 from runtime.errors import RequestError
 from runtime.execution.executor import Executor, StepRecord
 from runtime.plans.plan import Plan
@@ -206,11 +208,16 @@ class UNet:
         """Raise RequestError unless latents and text features have a shape that the bundle takes."""
         manifest = self.pipeline.manifest
         for name, tensor in (("sample", sample), ("encoder_hidden_states", text)):
-            if not isinstance(tensor, Tensor):
-                raise RequestError(f"{name} is a {type(tensor).__name__}; give a tensor")
+            if fault := tensor_fault(tensor, numbers=False):
+                raise RequestError(f"{name} {fault}; give a tensor of floating-point numbers")
         multiple = manifest.size_multiple // manifest.vae_scale
         shape = tuple(sample.shape)
-        if len(shape) != 4 or shape[1] != manifest.latent_channels or any(side < 1 or side % multiple for side in shape[2:]):
+        if (
+            len(shape) != 4
+            or not shape[0]
+            or shape[1] != manifest.latent_channels
+            or any(side < 1 or side % multiple for side in shape[2:])
+        ):
             raise RequestError(
                 f"sample has shape {shape}; expected (rows, {manifest.latent_channels}, height, width) with height and width of "
                 f"latents in multiples of {multiple} (pictures in multiples of {manifest.size_multiple} pixels)"
@@ -261,6 +268,8 @@ class UNet:
         if len(timesteps) > timestep.numel():
             return timesteps, index, False
         value = float(timestep.reshape(-1)[0])
+        if not math.isfinite(value):
+            raise RequestError(f"timestep is {value}; give an element of scheduler.timesteps, which tells the step's number")
         walked = getattr(self._scheduler(), "timesteps", None)
         if isinstance(walked, Tensor) and (found := self._number(walked, timestep)) is not None:
             return walked.detach(), found, True
@@ -300,6 +309,10 @@ def _all_timesteps(timestep: Tensor) -> tuple[Tensor, int]:
     if not isinstance(timestep, Tensor):
         raise RequestError(
             f"timestep is a {type(timestep).__name__}; give an element of scheduler.timesteps, which tells the step's number"
+        )
+    if not timestep.numel() or timestep.is_complex() or timestep.is_meta:
+        raise RequestError(
+            f"timestep is {timestep!r:.100}; give an element of scheduler.timesteps, which tells the step's number"
         )
     if timestep.numel() > 1 and bool((timestep != timestep.reshape(-1)[0]).any()):
         raise RequestError("timestep has unlike values; a plan takes one timestep for all rows")

@@ -1,4 +1,4 @@
-"""What a call of ``generate`` gives back: pictures with all that they were made from."""
+"""The result of a call of ``generate``: pictures with all that they were made from."""
 
 import io
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ class Generation:
         return self.request is None or self.request.output_type == "pil"
 
     def made_from(self, number: int = 0) -> dict[str, Any]:
-        """What one of the pictures was made from, by name; what was not given is left out."""
+        """All that one of the pictures was made from, by name; arguments that were not given are left out."""
         request, manifest = self.request, self.manifest
         told: dict[str, Any] = {"plan": self.plan.name, "version": f"unet-heirloom {our_version()}"}
         if self.seeds:

@@ -40,13 +40,16 @@ from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
 from runtime.prepared import Prepared, check_shape, check_tensors, latent_shape, sizes_of
-from runtime.process import check_not_forked, note_loaded, on_cpu_by_default
+from runtime.process import check_not_forked, note_loaded, plain_settings
 from runtime.report.memory import check_memory
 from runtime.request import FIELDS, Request
 from runtime.text.encoding import Prompts
 from runtime.text.tokenizer import load_tokenizer
 
 __all__ = ["Callback", "Pipeline"]
+
+CALLBACK = "a callback"
+"""Its name among what can make numbers that are not finite."""
 
 
 class Pipeline:
@@ -192,8 +195,8 @@ class Pipeline:
         step_end = diffusers_callback(self, options.pop("callback_on_step_end", None), inputs)
         request = self._request(prompt, negative_prompt, options)
         check_not_forked()
-        started = time.perf_counter()
-        with on_cpu_by_default():
+        started, again = time.perf_counter(), request.copied()
+        with plain_settings():
             prepared = self.prepare(request)
             self._warn(prepared)
             with self.streams.one():
@@ -202,7 +205,7 @@ class Pipeline:
                 latents, records = self._denoise(self.executor(prepared.schedule), prepared, text, start, callback, step_end)
                 pixels = None if request.output_type == "latent" else self._pixels(latents)
                 if not (is_finite(latents) and (pixels is None or is_finite(pixels))):
-                    self._report_nonfinite(request)
+                    self._report_nonfinite(again)
                 self.streams.hand_over(latents)
             self.engine.flush()
             images: Any = latents if pixels is None else self._output(prepared, pixels)
@@ -235,7 +238,7 @@ class Pipeline:
                 )
 
     def _output(self, prepared: Prepared, pixels: Tensor) -> Any:
-        """What the request's ``output_type`` asks for, from what the VAE made; inpainting keeps what its mask leaves out."""
+        """The VAE's pictures in the form of the request's ``output_type``; inpainting keeps what its mask leaves out."""
         if prepared.original is not None:
             pixels = prepared.original.kept_in(pixels)
         kind = prepared.request.output_type
@@ -295,7 +298,8 @@ class Pipeline:
         vae = segment in VAE
         precision = (self.manifest.vae_precision if vae else None) or self.manifest.precision
         error = NonFiniteError(f"{where} gave numbers that are not finite ({precision}): the picture is lost")
-        add_precision_advice(error, self.bundle, self.engine.name, precision, vae=vae)
+        if segment != CALLBACK:
+            add_precision_advice(error, self.bundle, self.engine.name, precision, vae=vae)
         if not request.allow_nonfinite:
             raise error
         warnings.warn(error.line, stacklevel=4)
@@ -320,8 +324,11 @@ class Pipeline:
 
         networks = {name: watched(network) for name, network in self.networks.items()}
         try:
-            self._denoise(Executor(networks, prepared.schedule, None, self.swapper, self._spaces), prepared, text, start, look)
+            executor = Executor(networks, prepared.schedule, None, self.swapper, self._spaces)
+            latents, _ = self._denoise(executor, prepared, text, start, look)
         except NonFinite as found:
             part = found.segment if found.segment == "the scheduler" else f"segment {found.segment}"
             return f"step {len(done)} of {prepared.schedule.steps}: {part}", found.segment
+        if is_finite(self._pixels(latents)):
+            return f"{CALLBACK}, without which all numbers are finite,", CALLBACK
         return f"segment {VAE_DECODER}", VAE_DECODER

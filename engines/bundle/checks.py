@@ -20,6 +20,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MOST = 4096
 """Units, segments, or features: Stable Diffusion has some 300."""
+_GRANULARITIES = frozenset({None, "block", "layer", "unit"})
+_LARGEST_SETTING = 1 << 26
+"""Bytes of a file of tokenizer or scheduler, all of which is read into memory: CLIP's largest has 4 MB."""
 _LONGEST_TEXT = 4096
 """Characters of a text that is there to be read, such as where a source was found."""
 _LARGEST_DIM = 1 << 20
@@ -78,11 +81,15 @@ def _check_numbers(manifest: Manifest) -> None:
 
 
 def _check_texts(manifest: Manifest) -> None:
-    texts = {
-        "source": [manifest.source], "unet": [manifest.unet or ""], "config": [manifest.config or ""], "plans": manifest.plans,
-        "loras": [text for lora in manifest.loras for text in (lora.file, lora.sha256)], "notes": manifest.notes,
-        "vae": [manifest.vae or ""],
-        "granularity": [manifest.granularity or ""], "variant": [manifest.variant],
+    for field in ("key", "source_sha256"):
+        if not _DIGEST.fullmatch(getattr(manifest, field)):
+            raise ManifestError(f"{field} is {_short(getattr(manifest, field))!r}, expected a hash of 64 letters")
+    if manifest.granularity not in _GRANULARITIES:
+        raise ManifestError(f"granularity is {_short(manifest.granularity)!r}, expected block, layer or unit")
+    texts = {field: [value] for field, value in manifest if isinstance(value, str)}
+    texts |= {
+        "plans": [*manifest.plans], "notes": [*manifest.notes],
+        "loras": [text for lora in manifest.loras for text in (lora.file, lora.sha256)],
         "made_with": [text for pair in manifest.made_with.items() for text in pair],
     }  # fmt: skip
     for field, found in texts.items():
@@ -99,6 +106,9 @@ def _check_files(manifest: Manifest) -> None:
             raise ManifestError(f"the hash or size of {file.path} is not valid")
         if known.setdefault(file.path, file) != file:
             raise ManifestError(f"{file.path} is listed twice, with different hashes or sizes")
+    for file in manifest.files:
+        if file.bytes > _LARGEST_SETTING:
+            raise ManifestError(f"{file.path} has {file.bytes} bytes, expected at most {_LARGEST_SETTING}")
     if len(known) > 16 * _MOST:
         raise ManifestError(f"{len(known)} files are listed, expected at most {16 * _MOST}")
 
@@ -191,9 +201,10 @@ def _check_engines(segment: Segment) -> None:
     if not math.isfinite(segment.seconds) or not 0 <= segment.seconds < 1e9:
         raise ManifestError(f"segment {segment.name}: seconds is {segment.seconds}")
     for name, compiled in segment.engines.items():
-        texts = (name, compiled.version, *compiled.targets)
-        if len(texts) > _MOST or not all(text.isprintable() and len(text) <= _LONGEST_TEXT for text in texts):
-            raise ManifestError(f"segment {segment.name}: engines has a name, version or target that is not valid")
+        texts = (segment.key, compiled.key, compiled.version, *compiled.targets)
+        one_line = all(text.isprintable() and len(text) <= _LONGEST_TEXT for text in texts)
+        if len(texts) > _MOST or not one_line or not _NAME.fullmatch(name):
+            raise ManifestError(f"segment {segment.name}: engines has a name, key, version or target that is not valid")
 
 
 def check_complete(manifest: Manifest) -> None:

@@ -4,6 +4,7 @@ Compiling a segment means to write a copy of its graph in which each attention i
 without copies runs too: its ONNX files are taken as they are, slower and with more memory.
 """
 
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +18,7 @@ from engines.base import DTYPES, Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import on_stream
-from engines.errors import EngineError, NeedsBuildError
+from engines.errors import EngineError, EngineMemoryError, NeedsBuildError
 from engines.onnx_file import checked_onnx
 from engines.support.caches import cache_places, card_name, first_writable
 from engines.support.records import one_line
@@ -26,6 +27,8 @@ __all__ = ["OnnxRuntime"]
 
 _CUDA = "CUDAExecutionProvider"
 _TENSORRT = "TensorrtExecutionProvider"
+_NO_MEMORY = re.compile(r"allocate memory|bad_alloc|out of memory|std::bad_array_new_length", re.IGNORECASE)
+"""In ONNX Runtime's messages, which are all that tells its errors apart."""
 
 
 class OnnxRuntime(Engine):
@@ -131,9 +134,9 @@ class OnnxRuntime(Engine):
         try:
             session = self._ort.InferenceSession(str(path), self._options(), providers=providers)
         except Exception as error:  # its exceptions have no base class of their own
-            raise EngineError(
-                f"segment {segment.name}: ONNX Runtime {self.version()} refuses {path}: {' '.join(str(error).split())}; "
-                "install a newer onnxruntime, or build the bundle again"
+            raise NeedsBuildError(
+                f"segment {segment.name}: ONNX Runtime {self.version()} refuses {path}, which a newer one may take: "
+                f"{one_line(error)}"
             ) from error
         if cuda and _CUDA not in session.get_providers():
             # A missing CUDA library is only a warning to ONNX Runtime; it would run on the CPU with device addresses.
@@ -193,26 +196,24 @@ class OnnxRuntime(Engine):
 
 
 def _check_names(segment: Segment, path: Path, session: Any) -> None:
-    """Raise EngineError where a session takes what the segment is not given, or does not make what it should."""
+    """Raise NeedsBuildError where a session takes what the segment is not given, or does not make what it should."""
     unknown = sorted(set(_input_names(session)) - set(segment.inputs))
     missing = sorted(set(segment.outputs) - {entry.name for entry in session.get_outputs()})
     if unknown or missing:
         found = f"takes {unknown[0]!r:.200}, which it is not given" if unknown else f"does not make {missing[0]!r:.200}"
-        raise EngineError(f"segment {segment.name}: {path} {found}; build the bundle again")
+        raise NeedsBuildError(f"segment {segment.name}: {path} {found}")
 
 
 @contextmanager
 def _explaining(segment: Segment) -> Iterator[None]:
-    """Say which segment it is that fails."""
+    """Say which segment it is that fails, and whether for want of memory."""
     try:
         yield
     except EngineError:
         raise
     except Exception as error:  # its exceptions have no base class of their own
-        raise EngineError(
-            f"segment {segment.name}: ONNX Runtime fails: {one_line(error)}; if memory is short, ask for fewer or smaller "
-            "pictures, else build the bundle again"
-        ) from error
+        kind = EngineMemoryError if _NO_MEMORY.search(str(error)) else NeedsBuildError
+        raise kind(f"segment {segment.name}: ONNX Runtime fails: {one_line(error)}") from error
 
 
 @cache

@@ -89,14 +89,18 @@ def load_graph(
     checkpoint.check_fit(unet.config, vae, text)
     scale, depth = 2 ** (len(vae.block_out_channels) - 1), depth_factor(unet)
     height, width = latent_size(unet.config)
-    size = size or (height * scale, width * scale)
+    own = height * scale, width * scale
+    if size is None and (fault := size_fault(own, scale * depth)):
+        raise BuildError(f"the model's own size is {fault}; name one with --sizes")
+    size = size or own
     check_size(size, scale * depth)
     ends = zip((TEXT, VAE_DECODER, VAE_ENCODER), (TOKENS, LATENTS, IMAGE), strict=True)
     first, *last = (Unit(name=name, kind=name, inputs=(given,)) for name, given in ends)
     chain = (first, *topology(unet), *last)
     sizes = {"height": size[0] // scale, "width": size[1] // scale}
     modules = parts.modules(unit.name for unit in chain)
-    inputs = _inputs(unet.config, vae, text.max_position_embeddings, scale)
+    text_length = checkpoint.text_length(text)
+    inputs = _inputs(unet.config, vae, text_length, scale)
     try:
         units, features = infer_shapes_and_macs(chain, modules, inputs, sizes)
     except Exception as error:  # of many kinds: the libraries check few of the numbers that they compute with
@@ -112,7 +116,7 @@ def load_graph(
         depth=depth,
         vae_scale=scale,
         latent_channels=unet.config.in_channels,
-        text_length=text.max_position_embeddings,
+        text_length=text_length,
         vocabulary=text.vocab_size,
         size=size,
     )

@@ -31,9 +31,9 @@ class Digests:
         """Load what ``save`` wrote; start empty where there is no such file or it cannot be read."""
         try:
             known = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             known = None
-        return cls(path.parent, known if isinstance(known, dict) else None)
+        return cls(path.parent, _sound(known) if isinstance(known, dict) else None)
 
     def save(self, path: Path) -> None:
         """Write them down."""
@@ -60,6 +60,11 @@ class Digests:
         self._known.pop(name, None)
         if time.time_ns() - int(str(known[1])) > _SETTLED:
             self._known[name] = known
+
+
+def _sound(known: Mapping[str, object]) -> dict[str, list[object]]:
+    """The entries that have the form of those that ``save`` writes."""
+    return {name: entry for name, entry in known.items() if isinstance(entry, list) and list(map(type, entry)) == [int, int, str]}
 
 
 def _state(path: Path) -> list[object]:

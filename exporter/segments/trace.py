@@ -61,7 +61,7 @@ def trace_program(segment: Segment, module: nn.Module, features: Mapping[str, Fe
     base = {name: Dim(f"{name}_{depth}") if name in {"height", "width"} else Dim(name, max=_MAX_ROWS) for name in _EXAMPLE}
     arguments = tuple(_example(features[name], sizes) for name in segment.inputs)
     dynamic = tuple(_dynamic(features[name], base, depth) for name in segment.inputs)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet():
         return torch.export.export(module.eval(), arguments, dynamic_shapes=(dynamic,), strict=False)
 
 

@@ -8,6 +8,7 @@ the chain is fed its own, and over denoising steps its own latents.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,11 +25,14 @@ from exporter.graph.text_vae import TextEncoder
 from exporter.verification.metrics import cosine, psnr, relative_error
 from runtime.execution.executor import LoadedBundle
 from runtime.images.schedulers import make_scheduler
+from runtime.text.tokenizer import load_tokenizer
 from tuning.checkpoints.parts import is_tiny
 from tuning.surgery.units import unit_modules
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+    from exporter.graph.checkpoint import Checkpoint
 
 __all__ = [
     "CHAIN",
@@ -111,7 +115,7 @@ class Reference:
 
     @classmethod
     def load(cls, bundle: Bundle) -> "Reference":
-        """The model that a bundle was made from; raises as ``verify`` does."""
+        """The model that a bundle was made from; raises as ``verify`` does, also where its tokenizer or scheduler is another."""
         from exporter.graph.checkpoint import open_source
         from tuning.checkpoints.lora import Lora
 
@@ -128,6 +132,7 @@ class Reference:
                 f"the weights of source {manifest.source} are not those that bundle {bundle.folder} was made from; "
                 "build it anew with --force, then verify it"
             )
+        _check_settings(bundle, checkpoint)
         text = TextEncoder(checkpoint.text_encoder())
         return cls(checkpoint.unet(manifest.variant).eval(), text.eval(), checkpoint.vae().eval())
 
@@ -182,6 +187,18 @@ class Reference:
         self.peaks[half] = found[0]
 
 
+def _check_settings(bundle: Bundle, checkpoint: "Checkpoint") -> None:
+    """Raise BuildError or BundleError unless tokenizer and scheduler are the source's, and the tokenizer works."""
+    ours = {file.path: file.sha256 for file in bundle.manifest.files}
+    theirs = {name: sha256(content).hexdigest() for name, content in checkpoint.settings().items()}
+    if unlike := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        raise BuildError(
+            f"{unlike[0]} of bundle {bundle.folder} is not that of its source {bundle.manifest.source}; "
+            "build it anew with --force, then verify it"
+        )
+    load_tokenizer(bundle)
+
+
 def _keep(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:
     def hook(module: nn.Module, args: object, output: object) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
@@ -204,7 +221,9 @@ def verify(
 
     Raises:
         SourceError: the bundle's source cannot be found any more.
-        BuildError: the source's weights are others than the bundle was made from, or a size is none that the UNet takes.
+        BuildError: the source's weights, tokenizer or scheduler are others than the bundle's, or a size is none that the UNet
+            takes.
+        BundleError: the tokenizer does not work.
     """
     manifest = bundle.manifest
     for size in sizes:

@@ -191,3 +191,24 @@ def test_inpainting_keeps_what_is_black_to_the_pixel(mini_pipeline: Pipeline) ->
     kept, original = np.asarray(made.image)[black], np.asarray(picture())[black]
     assert np.array_equal(kept, original)
     assert not np.array_equal(np.asarray(made.image)[~black], np.asarray(picture())[~black])
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (None, "latents of a NoneType; return floating ones of shape (1, 4, 8, 8)"),
+        (torch.zeros(1, 4, 8, 4), "latents of torch.float32 (1, 4, 8, 4)"),
+        (torch.zeros(1, 4, 8, 8, dtype=torch.int64), "latents of torch.int64"),
+    ],
+)
+def test_latents_that_a_callback_may_not_return(mini_pipeline: Pipeline, returned: Any, says: str) -> None:
+    with pytest.raises(RequestError) as refusal:
+        mini_pipeline.generate(PROMPT, steps=2, callback_on_step_end=lambda *given: {"latents": returned})
+    assert says in str(refusal.value)
+
+
+def test_latents_that_a_callback_returns_in_another_precision_stay_in_ours(mini_pipeline: Pipeline) -> None:
+    def rounded(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"].half()}
+
+    assert mini_pipeline.generate(PROMPT, steps=2, callback_on_step_end=rounded).latents.dtype == torch.float32

@@ -315,6 +315,15 @@ def test_what_it_cannot_take_is_refused_by_name(unet: UNet, sample: dict[str, An
         unet(timestep=timestep, class_labels=None, cross_attention_kwargs={}, down_block_additional_residuals=(), **sample)
     with pytest.raises(RequestError, match="timestep is a int; give an element of scheduler.timesteps"):
         unet(timestep=501, **sample)  # type: ignore[arg-type]
+    for wrong in (torch.ones(0), torch.tensor(1j), torch.tensor(float("nan")), torch.ones((), device="meta")):
+        with pytest.raises(RequestError, match="timestep is .*; give an element of scheduler.timesteps"):
+            unet(timestep=wrong, **sample)
+    for name, tensor in sample.items():
+        with pytest.raises(RequestError, match="has shape"):
+            unet(timestep=timestep, **{**sample, name: tensor[:0]})
+        for other in (tensor.long(), tensor.to("meta"), tensor.to_sparse()):
+            with pytest.raises(RequestError, match=rf"{name} is a tensor of .*; give a tensor of floating-point numbers"):
+                unet(timestep=timestep, **{**sample, name: other})
     with pytest.raises(RequestError, match="timestep has unlike values"):
         unet(timestep=torch.tensor([1, 2]), **sample)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from exporter import BuildOptions, build
+from exporter.build import DIGESTS
 from exporter.segments import known_pieces
 
 FakeTrace = Callable[..., list[str]]
@@ -71,6 +72,27 @@ def test_what_must_be_made_anew_is(
 def test_a_bundle_from_elsewhere_offers_nothing(first: BuildOptions, fake_trace: FakeTrace, tmp_path: Path, caches: Path) -> None:
     shutil.rmtree(caches)  # as on another machine
     assert len(traced_for(first, fake_trace, out=tmp_path / "second")) == 12
+
+
+def test_a_bundle_from_elsewhere_offers_nothing_in_the_place_of_the_new_one(
+    first: BuildOptions, fake_trace: FakeTrace, caches: Path
+) -> None:
+    """Its manifest may give any file the key of a piece, compiled engines among them."""
+    shutil.rmtree(caches)
+    assert len(traced_for(first, fake_trace, force=True, max_images=2)) == 12
+
+
+def test_a_bundle_that_was_moved_here_offers_what_was_built_here(
+    first: BuildOptions, fake_trace: FakeTrace, tmp_path: Path
+) -> None:
+    shutil.move(tmp_path / "first", tmp_path / "moved")
+    assert traced_for(first, fake_trace, out=tmp_path / "moved", force=True, max_images=2) == []
+
+
+def test_hashes_beside_a_bundle_that_are_none_are_no_obstacle(first: BuildOptions, fake_trace: FakeTrace) -> None:
+    (first.folder / DIGESTS).write_text('{"segments/stem.onnx": 5, "segments/head.onnx": ["a", {}, 3], "x": [1, 2, 3]}')
+    fake_trace()
+    assert not build(first)[1], "it is up to date"
 
 
 def test_files_that_changed_since_are_not_taken(first: BuildOptions, fake_trace: FakeTrace, tmp_path: Path, caches: Path) -> None:
