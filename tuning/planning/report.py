@@ -1,0 +1,67 @@
+"""What is said of found plans, with controls of the same cost beside them: as a table, and as figures for a file."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from runtime.errors import PlanError
+from runtime.plans.plan import Plan
+from runtime.plans.presets import find_plan
+from tuning.planning.costs import Costs
+from tuning.planning.pictures import Pictures
+
+__all__ = ["Row", "controls", "fewer_steps", "judge", "table"]
+
+_SPACINGS = range(2, 7)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A plan, or fewer steps of the scheduler, with its cost and PSNR in dB to the pictures of ``full``.
+
+    ``found`` is that of the prompts that plans are found with, ``held_back`` that of others, if there are any.
+    """
+
+    name: str
+    cost: float
+    found: float
+    held_back: float | None
+
+    @property
+    def psnr(self) -> float:
+        """Of prompts that the plan was not found with, if there are any."""
+        return self.found if self.held_back is None else self.held_back
+
+
+def judge(name: str, plan: Plan, cost: float, pictures: Sequence[Pictures], steps: int | None = None) -> Row:
+    """The figures of a plan; ``pictures`` are those that plans are found with, and others if there are any."""
+    values = [each.psnr(plan, steps) for each in pictures]
+    return Row(name, cost, values[0], values[1] if len(values) > 1 else None)
+
+
+def controls(costs: Costs, levels: Sequence[str]) -> Iterator[tuple[str, Plan, float]]:
+    """Presets whose key steps are spread evenly, or are dense late, with their costs."""
+    for name in (*levels, "back"):
+        for every in _SPACINGS:
+            try:
+                plan = find_plan(f"{name}:{every}")
+                yield plan.name, plan, costs.of(plan)
+            except PlanError:  # the bundle is not partitioned for it
+                continue
+
+
+def fewer_steps(steps: int, cost: float) -> int:
+    """Steps of the scheduler that cost as much as a plan does, about."""
+    return max(1, min(steps - 1, round(cost * steps)))
+
+
+def table(rows: Sequence[Row], counts: Sequence[int]) -> Table:
+    """Costs and PSNR of plans; ``counts`` are the prompts of each column."""
+    columns = [f"dB, {count} {words}" for count, words in zip(counts, ("prompts it was found with", "others"), strict=False)]
+    made = Table("plan", "cost", *columns, box=SIMPLE)
+    for row in rows:
+        values = [row.found, row.held_back][: len(counts)]
+        made.add_row(row.name, f"{row.cost:.3f}", *("-" if value is None else f"{value:.1f}" for value in values))
+    return made
