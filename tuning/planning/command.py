@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from engines.support.extras import need
 from engines.support.files import real_path, write_text
 from runtime.errors import PlanError
 from runtime.pipeline import Pipeline
+from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from runtime.plans.subgraph import subgraph_for
 from runtime.prepared import Prepared
@@ -35,6 +36,8 @@ __all__ = ["plan_command"]
 
 _MOST_POINTS = 10
 """Of a front."""
+_NEAR = 0.06
+"""Costs of controls that stand beside a plan, at most so far from its own."""
 
 
 @dataclass(frozen=True)
@@ -135,30 +138,26 @@ def _least_images(pipeline: Pipeline) -> int:
 
 
 def _space(pipeline: Pipeline, bundles: Sequence[Bundle], first: Prepared) -> Space:
-    """What the bundles can run; raises TuningError where that is nothing but ``full``, or one is not where plans find it."""
+    """What the bundles can run; raises TuningError where one is not where plans find it."""
     unets = tuple(bundle.manifest.variant for bundle in bundles)
-    space = Space(first.schedule.timesteps, (), unets, first.scheduler.config.num_train_timesteps)
+    halves = first.guided and not (pipeline.engine.has_profile and pipeline.manifest.static)
+    space = Space(first.schedule.timesteps, (), unets, first.scheduler.config.num_train_timesteps, halves)
     if len(unets) > 1:
-        pipeline.schedule(space.plan(Point(tuple(range(space.steps)), switch=1)), space.timesteps)
+        every = Point(tuple(range(space.steps)), switch=1)
+        pipeline.schedule(space.plan(every), space.timesteps, first.guided)
         taken = pipeline.swapper.bundle_of(unets[1]).folder
         if real_path(taken) != real_path(bundles[1].folder):
             raise TuningError(
                 f"plans find their UNets beside {bundles[0].folder}, and there {unets[1]!r} is in {taken}, "
                 f"not {bundles[1].folder}: put the bundles into one folder"
             )
-    levels = tuple(level for level in LEVELS if _runs(pipeline, space, level))
-    if not levels:
-        raise TuningError(
-            f"{bundles[0].folder} can run none of the plans that a search could vary ({', '.join(LEVELS)}): "
-            "build it without --plan and --granularity, or with --plan deepcache:2"
-        )
-    return Space(space.timesteps, levels, unets, space.train_steps)
+    return replace(space, levels=tuple(level for level in LEVELS if _runs(pipeline, space, level)))
 
 
 def _runs(pipeline: Pipeline, space: Space, level: str) -> bool:
     """Whether the bundles can inherit a level's units."""
     keys = uniform(space.steps, (space.steps + 1) // 2)
-    plan = space.plan(Point(keys, level, switch=len(space.unets) - 1))
+    plan = space.plan(Point(keys, level=level, switch=len(space.unets) - 1))
     try:
         pipeline.schedule(plan, space.timesteps)
     except PlanError:
@@ -182,8 +181,8 @@ def _settings(options: PlanOptions, bundles: Sequence[Bundle], prompts: Sequence
 
 def _costs(options: PlanOptions, pipeline: Pipeline, first: Prepared, prompts: Sequence[str], state: State) -> Costs:
     if options.cost == "macs":
-        return MacCosts(pipeline, first.schedule.timesteps, first.sizes)
-    return TimeCosts(pipeline, first.schedule.timesteps, first.request, state)
+        return MacCosts(pipeline, first.schedule.timesteps, first.guided, first.sizes)
+    return TimeCosts(pipeline, first.schedule.timesteps, first.guided, first.request, state)
 
 
 def _write_plan(job: _Job) -> None:
@@ -232,12 +231,15 @@ def _judged(job: _Job, point: Point) -> Row:
 
 
 def _same_cost(job: _Job, point: Point) -> list[Row]:
-    """Controls that cost about as much: fewer steps of the scheduler, and the preset of the same units."""
+    """Controls that cost about as much: fewer steps of the scheduler, and the nearest of each preset."""
     steps, cost = job.options.steps, job.search.cost(point)
     fewer = fewer_steps(steps, cost)
     rows = [judge(f"{fewer} steps", find_plan("full"), fewer / steps, job.pictures, fewer)]
-    presets = sorted(controls(job.costs, [point.level]), key=lambda preset: abs(preset[2] - cost))
-    return rows + [judge(*preset, job.pictures) for preset in presets[:1]]
+    nearest: dict[str, tuple[str, Plan, float]] = {}
+    for preset in sorted(controls(job.costs, job.search.space.levels), key=lambda preset: abs(preset[2] - cost)):
+        if abs(preset[2] - cost) < _NEAR:
+            nearest.setdefault(preset[0].partition(":")[0], preset)
+    return rows + [judge(*preset, job.pictures) for preset in nearest.values()]
 
 
 def _control_series(job: _Job, budgets: Sequence[float]) -> dict[str, list[Row]]:

@@ -23,14 +23,15 @@ class Costs:
     Args:
         pipeline: whose bundle.
         timesteps: of each model evaluation.
+        guided: whether there is guidance.
     """
 
-    def __init__(self, pipeline: Pipeline, timesteps: Sequence[float]) -> None:
-        self._pipeline, self._timesteps = pipeline, timesteps
+    def __init__(self, pipeline: Pipeline, timesteps: Sequence[float], guided: bool) -> None:
+        self._pipeline, self._timesteps, self._guided = pipeline, timesteps, guided
 
     def of(self, plan: Plan) -> float:
         """The cost of a plan, as a share of that of ``full``; raises PlanError where the bundle cannot run it."""
-        return self._of(self._pipeline.schedule(plan, self._timesteps))
+        return self._of(self._pipeline.schedule(plan, self._timesteps, self._guided))
 
     def _of(self, schedule: Schedule) -> float:
         raise NotImplementedError
@@ -39,8 +40,8 @@ class Costs:
 class MacCosts(Costs):
     """By multiply-accumulates, at a size of latents (``height`` and ``width``)."""
 
-    def __init__(self, pipeline: Pipeline, timesteps: Sequence[float], sizes: Mapping[str, int]) -> None:
-        super().__init__(pipeline, timesteps)
+    def __init__(self, pipeline: Pipeline, timesteps: Sequence[float], guided: bool, sizes: Mapping[str, int]) -> None:
+        super().__init__(pipeline, timesteps, guided)
         self._sizes = sizes
 
     def _of(self, schedule: Schedule) -> float:
@@ -50,8 +51,8 @@ class MacCosts(Costs):
 class TimeCosts(Costs):
     """By seconds of each kind of step, as the engine takes for a call; measured once for each kind, in turns with ``full``."""
 
-    def __init__(self, pipeline: Pipeline, timesteps: Sequence[float], request: Request, state: State) -> None:
-        super().__init__(pipeline, timesteps)
+    def __init__(self, pipeline: Pipeline, timesteps: Sequence[float], guided: bool, request: Request, state: State) -> None:
+        super().__init__(pipeline, timesteps, guided)
         self._request, self._state = request, state
 
     def _of(self, schedule: Schedule) -> float:

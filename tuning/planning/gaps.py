@@ -1,6 +1,6 @@
 """What a single gap between key steps does to the final latents, all else being computed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -16,18 +16,9 @@ from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from runtime.prepared import Prepared, latent_shape
 from runtime.request import Request
-from tuning.planning.pictures import Pictures
+from tuning.planning.pictures import Pictures, typical_error
 
-__all__ = ["LONGEST", "Trajectories", "gaps_of"]
-
-LONGEST = 6
-"""Steps from a key step to the next, at most."""
-
-
-def gaps_of(steps: int) -> Iterator[tuple[int, int]]:
-    """Key step and next key step of every gap in which some step inherits."""
-    for key in range(steps):
-        yield from ((key, following) for following in range(key + 2, min(steps, key + LONGEST) + 1))
+__all__ = ["Trajectories"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +33,16 @@ class _Moment:
 class _From(Executor):
     """Runs a schedule from a later step on, which must be a key step of every rule."""
 
-    first = 0
+    def __init__(self, executor: Executor, first: int) -> None:
+        self._whole, self._first = executor, first
 
     def step(self, index: int, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, StepRecord]:
-        """As ``Executor.step``, for an index that is counted from ``first``."""
-        return super().step(self.first + index, sample, timestep, text)
+        """As ``Executor.step``, for an index that is counted from the first step that runs."""
+        return self._whole.step(self._first + index, sample, timestep, text)
+
+    def close(self) -> None:
+        """As ``Executor.close``."""
+        self._whole.close()
 
 
 class Trajectories:
@@ -62,11 +58,10 @@ class Trajectories:
         self._runs = [self._full(request, tick) for request in pictures.requests]
 
     def error(self, plan: Plan, first: int) -> float:
-        """Mean squared error of the final latents to those of ``full``, where a plan is followed from a step on."""
-        squares = [
-            self._error(request, *run, plan, first) for request, run in zip(self._pictures.requests, self._runs, strict=True)
-        ]
-        return float(torch.cat(squares).mean())
+        """The typical error of the final latents to those of ``full``, where a plan is followed from a step on."""
+        calls = zip(self._pictures.requests, self._runs, strict=True)
+        latents = [self._latents(request, moments[first], plan, first) for request, (moments, _) in calls]
+        return typical_error(torch.cat(latents), torch.cat([target for _, target in self._runs]))
 
     def _full(self, request: Request, tick: Callable[[], None]) -> tuple[list[_Moment], Tensor]:
         prepared = self._pipeline.prepare(replace(request, plan=find_plan("full")))
@@ -82,17 +77,15 @@ class Trajectories:
         latents = self._denoise(prepared, request, start, 0, note)
         return moments, latents
 
-    def _error(self, request: Request, moments: list[_Moment], target: Tensor, plan: Plan, first: int) -> Tensor:
-        moment = moments[first]
+    def _latents(self, request: Request, moment: _Moment, plan: Plan, first: int) -> Tensor:
         prepared = replace(self._pipeline.prepare(replace(request, plan=plan)), scheduler=deepcopy(moment.scheduler))
         generators = [torch.Generator().set_state(state) for state in moment.generators]
         start = InitialState(moment.latents, prepared.timesteps[first:], generators)
-        return (self._denoise(prepared, request, start, first) - target).square().mean((1, 2, 3))
+        return self._denoise(prepared, request, start, first)
 
     def _denoise(self, prepared: Prepared, request: Request, start: InitialState, first: int, note: Any = None) -> Tensor:
         pipeline = self._pipeline
-        executor = _From(pipeline.networks, prepared.schedule, pipeline.graphs, pipeline.swapper)
-        executor.first = first
+        executor = _From(pipeline.executor(prepared.schedule), first)
         with pipeline.streams.one(), pipeline.swapper.exclusive(), closing(executor):
             latents, _ = denoise(executor, prepared, _text(request, prepared), start, pipeline.engine.device, note)
             return latents.cpu()

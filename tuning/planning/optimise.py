@@ -1,73 +1,88 @@
-"""The two searches as algorithms, with nothing of plans in them: the best key steps for given gaps, and a local search."""
+"""The two searches as algorithms, with nothing of plans in them: the best way through steps by gaps, and a local search."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import nsmallest
-from itertools import pairwise
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-__all__ = ["Gaps", "best_keys", "climb", "estimate", "shifted"]
-
-Gaps = Mapping[tuple[int, int], float]
-"""The error where only the steps between two key steps inherit; the last gap ends at the number of steps."""
+__all__ = ["Gap", "Way", "best_ways", "climb"]
 
 T = TypeVar("T")
+_ROUNDING = 1e-9
 
 
-def best_keys(gaps: Gaps, steps: int, count: int, most: int = 1) -> list[tuple[int, ...]]:
-    """Up to ``most`` choices of ``count`` key steps, the first of them step 0, whose gaps have the least errors in sum.
+class Gap(NamedTuple):
+    """What the steps from a key step up to the next do in between, the error that this makes, and what they cost together."""
 
-    Dynamic programming over the steps at which a gap ends; exact, as far as errors of gaps add up.
+    kind: str
+    error: float
+    cost: float
+
+
+class Way(NamedTuple):
+    """Key steps, each with the kind of the gap behind it, and the sums of errors and costs."""
+
+    error: float
+    cost: float
+    gaps: tuple[tuple[int, str], ...]
+
+
+def best_ways(gaps: Mapping[tuple[int, int], Sequence[Gap]], steps: int, budget: float, most: int = 1) -> list[Way]:
+    """Up to ``most`` ways from step 0 to the end with the least errors in sum, of those whose costs are within a budget.
+
+    Dynamic programming over the steps at which a gap ends, of error and cost together: exact, as far as errors add up.
 
     Args:
-        gaps: errors by key step and next key step; a gap that is missing may not be chosen.
+        gaps: by key step and next key step, of which the last is the number of steps.
         steps: of the schedule.
-        count: of key steps.
-        most: how many choices, the best first.
+        budget: for the sum of costs.
+        most: how many ways, the best first.
     """
-    starts: dict[int, list[tuple[float, tuple[int, ...]]]] = {0: [(0.0, ())]}
-    for _ in range(count):
-        ends: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
-        for (key, following), error in gaps.items():
-            found = [(total + error, (*keys, key)) for total, keys in starts.get(key, ())]
-            ends.setdefault(following, []).extend(found)
-        starts = {following: nsmallest(most, found) for following, found in ends.items()}
-    return [keys for _, keys in starts.get(steps, [])]
+    ways: dict[int, list[Way]] = {0: [Way(0.0, 0.0, ())]}
+    for (key, following), kinds in sorted(gaps.items()):
+        found = [
+            Way(way.error + gap.error, way.cost + gap.cost, (*way.gaps, (key, gap.kind)))
+            for way in ways.get(key, ())
+            for gap in kinds
+            if way.cost + gap.cost <= budget + _ROUNDING
+        ]
+        ways[following] = _undominated([*ways.get(following, ()), *found], most)
+    return nsmallest(most, ways.get(steps, ()), key=lambda way: (way.error, way.cost, way.gaps))
 
 
-def estimate(gaps: Gaps, steps: int, keys: Iterable[int]) -> float:
-    """The sum of the errors of the gaps between key steps; infinite where one is missing."""
-    return sum(gaps.get(gap, float("inf")) for gap in pairwise([*sorted(keys), steps]))
+def _undominated(ways: Iterable[Way], most: int) -> list[Way]:
+    """The ways that are worse in error and cost than fewer than ``most`` others."""
+    kept: list[Way] = []
+    for way in sorted(ways):  # by error: whatever is kept before is better in that
+        if sum(other.cost <= way.cost + _ROUNDING for other in kept) < most:
+            kept.append(way)
+    return kept
 
 
-def shifted(keys: tuple[int, ...], steps: int, errors: Gaps) -> Iterator[tuple[int, ...]]:
-    """The key steps with one of them elsewhere, in the order of the sums of their gaps' errors; step 0 stays."""
-    free = set(range(1, steps)).difference(keys)
-    moved = [tuple(sorted({*keys, new} - {old})) for old in keys if old for new in free]
-    yield from sorted(moved, key=lambda each: (estimate(errors, steps, each), each))
-
-
-def climb(start: T, neighbours: Callable[[T], Iterable[T]], error: Callable[[T], float], tries: int) -> T:
+def climb(start: T, moves: Sequence[Callable[[T], Iterable[T]]], error: Callable[[T], float], tries: int) -> T:
     """Go on to the first neighbour with a lower error, until none has one or so many were tried.
 
     Args:
         start: where to begin.
-        neighbours: of a point, the most promising first; what was tried before is passed over.
+        moves: each gives neighbours of a point, the most promising first. One is kept to as long as it finds better points; then
+            it is the next one's turn, and after the last the first one's again.
         error: of a point.
-        tries: at most, beside that of ``start``.
+        tries: at most, beside that of ``start``. Points that were tried before are passed over, and do not count.
     """
     best, least, tried = start, error(start), {start}
-    while tries > 0:
-        for candidate in neighbours(best):
+    fruitless, turn = 0, 0
+    while fruitless < len(moves):
+        better = False
+        for candidate in moves[turn](best):
             if candidate in tried:
                 continue
+            if not tries:
+                return best
             tried.add(candidate)
             tries -= 1
             value = error(candidate)
             if value < least:
-                best, least = candidate, value
+                best, least, better = candidate, value, True
                 break
-            if tries <= 0:
-                return best
-        else:
-            return best
+        fruitless = 0 if better else fruitless + 1
+        turn = turn if better else (turn + 1) % len(moves)
     return best

@@ -18,7 +18,7 @@ from runtime.request import Request
 from tuning.errors import TuningError
 from tuning.mini.scenes import caption, held_back_prompts, sample_scene
 
-__all__ = ["HELD_BACK", "Pictures", "choose_prompts", "pictures_at_a_time"]
+__all__ = ["HELD_BACK", "Pictures", "choose_prompts", "pictures_at_a_time", "typical_error"]
 
 HELD_BACK = 48
 """Prompts at most that a plan is judged by and was not found with."""
@@ -70,6 +70,12 @@ def _read(file: Path) -> list[str]:
     return prompts
 
 
+def typical_error(latents: Tensor, reference: Tensor) -> float:
+    """The geometric mean over pictures of their mean squared errors, which counts each picture's decibels alike."""
+    squares = (latents - reference).square().mean((1, 2, 3))
+    return float(squares.clamp_min(_LEAST_ERROR).log().mean().exp())
+
+
 def pictures_at_a_time(pipeline: Pipeline, height: int, width: int) -> int:
     """How many pictures a call may make: what the engine's profile allows, or else what fits into little memory."""
     if pipeline.engine.has_profile:
@@ -111,8 +117,8 @@ class Pictures:
         return torch.cat([each.latents for each in made])
 
     def error(self, plan: Plan) -> float:
-        """Mean squared error of the final latents to those of ``full``."""
-        return float((self.latents(plan) - self.reference).square().mean())
+        """The typical error of the final latents to those of ``full``: see ``typical_error``."""
+        return typical_error(self.latents(plan), self.reference)
 
     @cached_property
     def reference(self) -> Tensor:

@@ -43,7 +43,7 @@ def judge(name: str, plan: Plan, cost: float, pictures: Sequence[Pictures], step
 
 def controls(costs: Costs, levels: Sequence[str]) -> Iterator[tuple[str, Plan, float]]:
     """Presets whose key steps are spread evenly, or are dense late, with their costs."""
-    for name in (*levels, "back"):
+    for name in (*levels, "forecast", "back", "skip"):
         for every in _SPACINGS:
             try:
                 plan = find_plan(f"{name}:{every}")

@@ -8,17 +8,22 @@ from functools import partial
 
 from tuning.errors import TuningError
 from tuning.planning.costs import Costs
-from tuning.planning.gaps import LONGEST, Trajectories, gaps_of
-from tuning.planning.optimise import Gaps, best_keys, climb, estimate
+from tuning.planning.estimate import INHERIT, SKIP, Errors, Estimate, gaps_of
+from tuning.planning.gaps import Trajectories
+from tuning.planning.optimise import climb
 from tuning.planning.pictures import Pictures
 from tuning.planning.progress import SearchProgress
-from tuning.planning.space import Point, Space, uniform
+from tuning.planning.space import COORDINATES, Coordinate, Point, Space, uniform
 from tuning.planning.state import State
 
 __all__ = ["Search"]
 
-_STARTS = 6
-"""Choices of key steps, the best by their gaps' errors, that are tried before the local search."""
+_STARTS = 8
+"""Points with the least sums of errors that are tried before the local search."""
+_MOST_NEIGHBOURS = 30
+"""Of a point along one coordinate, that are tried."""
+_LEAST_KEYS = 8
+"""One step in so many is a key step at least."""
 _ROUNDING = 1e-9
 
 
@@ -36,17 +41,18 @@ class Search:
     def __init__(self, space: Space, pictures: Pictures, costs: Costs, state: State, progress: SearchProgress) -> None:
         self.space, self._pictures, self._costs, self._state, self._progress = space, pictures, costs, state, progress
         self._trajectories: Trajectories | None = None
-        self._gaps: Gaps | None = None
-        self._known_costs: dict[Point, float] = {}
+        self._estimate: Estimate | None = None
+        self._known_costs: dict[object, float] = {}
 
     def cost(self, point: Point) -> float:
         """As a share of that of ``full``."""
-        if point not in self._known_costs:
-            self._known_costs[point] = self._costs.of(self.space.plan(point))
-        return self._known_costs[point]
+        alike = _alike(point)
+        if alike not in self._known_costs:
+            self._known_costs[alike] = self._costs.of(self.space.plan(point))
+        return self._known_costs[alike]
 
     def error(self, point: Point) -> float:
-        """Mean squared error of the final latents to those of ``full``."""
+        """The typical error of the final latents to those of ``full``."""
         error = self._state.get(f"error {_named(point)}", lambda: self._pictures.error(self.space.plan(point)))
         self._progress.did(self.cost(point) * self.space.steps)
         return error
@@ -62,13 +68,12 @@ class Search:
             TuningError: nothing costs so little; says what costs least.
         """
         self._check_budget(budget)
-        gaps = self.gaps(budget)
+        estimate = self.estimate(budget)
         with self._progress.stage(f"up to {tries} plans at a cost of {budget:.3g}", self.work(budget, tries)):
-            start = min(self._starts(budget, gaps), key=self.error)
-            others = self._starts(budget, gaps, start)
-            return climb(
-                min(others, key=self.error), lambda point: self._neighbours(point, gaps, budget), self.error, tries - len(others)
-            )
+            starts = self._starts(budget, _STARTS)
+            start = min(starts, key=self.error)
+            moves = [partial(self._neighbours, coordinate, estimate, budget) for coordinate in COORDINATES]
+            return climb(start, moves, self.error, max(0, tries - len(starts)))
 
     def cheapest(self, psnr: float, tries: int) -> Point:
         """The cheapest point found whose pictures are at least so near to those of ``full``, in dB.
@@ -77,7 +82,7 @@ class Search:
             TuningError: none is; says how near they come.
         """
         budgets = self.budgets()
-        self.gaps(budgets[len(budgets) // 2])
+        self.estimate(budgets[len(budgets) // 2])
         nearest = self.best(budgets[-1], tries // 4)
         if self.psnr(nearest) < psnr:
             raise TuningError(
@@ -85,9 +90,9 @@ class Search:
                 f"at a cost of {self.cost(nearest):.3f}: ask for less"
             )
         low, high, found = 0, len(budgets) - 1, nearest
-        while low < high:  # without a local search, by the sums of gaps alone
+        while low < high:  # without a local search, by sums of errors alone
             middle = (low + high) // 2
-            start = min(self._starts(budgets[middle], self.gaps(budgets[middle])), key=self.error)
+            start = self._starts(budgets[middle], 1)[0]
             low, high, found = (low, middle, start) if self.psnr(start) >= psnr else (middle + 1, high, found)
         for budget in reversed(budgets[: high + 1]):
             point = self.best(budget, tries // 2)
@@ -98,53 +103,84 @@ class Search:
 
     def budgets(self) -> list[float]:
         """The costs that numbers of key steps make, the least first."""
-        counts = range(self._fewest, self.space.steps)
-        return [min(self._cost_with(template, count) for template in self.space.templates()) for count in counts]
+        return [self.cost(self._skipping(count)) for count in range(self._fewest, self.space.steps)]
 
     def work(self, budget: float, tries: int) -> float:
         """Steps of the whole UNet that so many tries at a cost are worth."""
         return tries * budget * self.space.steps
 
-    def gaps(self, budget: float) -> Gaps:
-        """The error of each gap, where units are inherited in it and nowhere else; 0 where no step inherits.
-
-        The units are those that are best where key steps are spread evenly, at the budget that is asked for first.
-        """
-        if self._gaps is None:
-            self._gaps = self._measured_gaps(self._best_even(budget))
-        return self._gaps
-
     def gap_work(self) -> float:
         """Steps of the whole UNet that all gaps are worth."""
-        return sum(self._work(gap) for gap in gaps_of(self.space.steps))
+        return sum(self._work(kind, gap) for kind in self._kinds() for gap in gaps_of(self.space.steps, kind))
 
-    def _measured_gaps(self, template: Point) -> Gaps:
-        found, every = {(key, key + 1): 0.0 for key in range(self.space.steps)}, list(gaps_of(self.space.steps))
-        with self._progress.stage(f"{len(every)} gaps between key steps, {template.level}", self.gap_work()):
-            for gap in every:
-                found[gap] = self._state.get(f"gap {_named(template)} {gap[0]} {gap[1]}", partial(self._gap_error, template, gap))
-                self._progress.did(self._work(gap))
-        return found
+    def estimate(self, budget: float) -> Estimate:
+        """The errors of gaps; the units that they inherit are those that are best at the budget that is asked for first."""
+        if self._estimate is None:
+            template = self._best_template(budget)
+            errors = {kind: self._measured(kind, template) for kind in self._kinds()}
+            self._estimate = Estimate(self.space.steps, errors, {kind: self._step_cost(kind, template) for kind in errors})
+            self._template = template
+        return self._estimate
 
-    def _gap_error(self, template: Point, gap: tuple[int, int]) -> float:
+    def _kinds(self) -> tuple[str, ...]:
+        return (INHERIT, SKIP) if self.space.levels else (SKIP,)
+
+    def _measured(self, kind: str, template: Point) -> Errors:
+        every = list(gaps_of(self.space.steps, kind))
+        what = "steps skipped" if kind == SKIP else f"{template.level} inherited, forecast by {template.damping:g}"
+        with self._progress.stage(f"{len(every)} gaps between key steps, {what}", sum(self._work(kind, gap) for gap in every)):
+            return {gap: self._gap(kind, template, gap) for gap in every}
+
+    def _gap(self, kind: str, template: Point, gap: tuple[int, int]) -> float:
+        """The error where only the steps of one gap inherit or are skipped, and those before the gap were run as by ``full``."""
+        key, following = gap
+        inside = tuple(range(key + 1, following))
+        keys = tuple(step for step in range(self.space.steps) if step not in inside)
+        point = self.space.normal(replace(template, keys=keys, skips=inside if kind == SKIP else ()))
+        # What is forecast is read from two key steps.
+        first = max(0, key - 1)
+        error = self._state.get(f"gap {_named(point)}", partial(self._trajectory_error, point, first))
+        self._progress.did(self._work(kind, gap))
+        return error
+
+    def _trajectory_error(self, point: Point, first: int) -> float:
         if self._trajectories is None:
             self._trajectories = Trajectories(self._pictures)
-        keys = tuple(step for step in range(self.space.steps) if step not in range(gap[0] + 1, gap[1]))
-        error = self._trajectories.error(self.space.plan(replace(template, keys=keys)), gap[0])
+        error = self._trajectories.error(self.space.plan(point), first)
         return error if math.isfinite(error) else math.inf
 
-    def _work(self, gap: tuple[int, int]) -> float:
+    def _work(self, kind: str, gap: tuple[int, int]) -> float:
         """Steps of the whole UNet that the measurement of a gap is worth."""
-        steps, inherited = self.space.steps, gap[1] - gap[0] - 1
-        saved = steps * (1 - self.budgets()[-1])
-        return steps - gap[0] - inherited * saved
+        inside = gap[1] - gap[0] - 1
+        return self.space.steps - max(0, gap[0] - 1) - inside * (1 - self._step_cost(kind, self._templates()[0]))
+
+    def _step_cost(self, kind: str, template: Point) -> float:
+        """What a step that inherits, or is skipped, costs as a share of a key step."""
+        if self.space.steps < 3 and kind == SKIP:
+            return 0.0
+        others = tuple(step for step in range(self.space.steps) if step != 1)
+        point = self.space.normal(replace(template, keys=others, skips=(1,) if kind == SKIP else ()))
+        return max(0.0, 1 - (1 - self.cost(point)) * self.space.steps)
 
     @property
     def _fewest(self) -> int:
-        return math.ceil(self.space.steps / LONGEST)
+        return max(2, math.ceil(self.space.steps / _LEAST_KEYS))
+
+    def _templates(self) -> list[Point]:
+        """Points without key steps, to begin with."""
+        levels = [Point((), level=level, damping=damping) for level in self.space.levels for damping in (0.75, 0.0)]
+        return levels or [Point(())]
 
     def _cost_with(self, template: Point, count: int) -> float:
-        return self.cost(replace(template, keys=uniform(self.space.steps, count)))
+        return self.cost(self._even(template, count))
+
+    def _skipping(self, count: int) -> Point:
+        """So many key steps, the last one of them; all others are skipped."""
+        last = self.space.steps - 1
+        return self.space.normal(Point((*uniform(last, count - 1), last), skips=tuple(range(last))))
+
+    def _even(self, template: Point, count: int) -> Point:
+        return self.space.normal(replace(template, keys=uniform(self.space.steps, count)))
 
     def _affordable(self, template: Point, budget: float) -> int:
         """The most key steps that a budget allows, 0 where it allows too few."""
@@ -152,51 +188,50 @@ class Search:
         return next((count for count in counts if self._cost_with(template, count) <= budget + _ROUNDING), 0)
 
     def _check_budget(self, budget: float) -> None:
-        if not any(self._affordable(template, budget) for template in self.space.templates()):
+        least = self.budgets()[0]
+        if budget < least - _ROUNDING:
             raise TuningError(
-                f"no plan costs {budget:g} or less; the cheapest costs {self.budgets()[0]:.3f}, with a key step "
-                f"in {LONGEST}: ask for that"
+                f"no plan costs {budget:g} or less; the cheapest costs {least:.3f}, with {self._fewest} key steps: ask for that"
             )
 
-    def _best_even(self, budget: float) -> Point:
+    def _best_template(self, budget: float) -> Point:
         """The template with the least error where its key steps are spread evenly."""
-        counts = {template: self._affordable(template, budget) for template in self.space.templates()}
-        evens = {
-            template: replace(template, keys=uniform(self.space.steps, count)) for template, count in counts.items() if count
-        }
-        return min(evens, key=lambda template: self.error(evens[template]))
+        counts = {template: self._affordable(template, budget) for template in self._templates()}
+        evens = [self._even(template, count) for template, count in counts.items() if count]
+        cheapest = min(self._templates(), key=lambda template: self._cost_with(template, self._fewest))
+        return replace(min(evens, key=self.error, default=cheapest), keys=(), skips=())
 
-    def _starts(self, budget: float, gaps: Gaps, only: Point | None = None) -> list[Point]:
-        """The best key steps of each template, or several choices of them for one, as far as errors of gaps add up."""
-        templates, most = (self.space.templates(), 1) if only is None else ([replace(only, keys=())], _STARTS)
-        return [
-            replace(template, keys=keys)
-            for template in templates
-            if (count := self._affordable(template, budget))
-            for keys in best_keys(gaps, self.space.steps, count, most)
-        ]
+    def _starts(self, budget: float, most: int) -> list[Point]:
+        """The points with the least sums of errors."""
+        found = [self.space.normal(point) for point in self.estimate(budget).starts(self._template, budget, most)]
+        return [point for point in found if self.cost(point) <= budget + _ROUNDING]
 
-    def _neighbours(self, point: Point, gaps: Gaps, budget: float) -> Iterator[Point]:
-        fitted = (self._fitted(each, gaps, budget) for each in self.space.neighbours(point, gaps))
-        return (each for each in fitted if each is not None)
+    def _neighbours(self, coordinate: Coordinate, estimate: Estimate, budget: float, point: Point) -> list[Point]:
+        """Neighbours along a coordinate that are within the budget, those with the least sums of errors first."""
+        near = [self._fitted(each, estimate, budget) for each in coordinate(self.space, point)]
+        fitted = dict.fromkeys(each for each in near if each is not None)
+        return sorted(fitted, key=estimate.of)[:_MOST_NEIGHBOURS]
 
-    def _fitted(self, point: Point, gaps: Gaps, budget: float) -> Point | None:
-        """A point with as many key steps as a budget allows: they are added and left out by the sum of the gaps' errors."""
-
-        def total(each: Point) -> float:
-            return estimate(gaps, self.space.steps, each.keys)
-
+    def _fitted(self, point: Point, estimate: Estimate, budget: float) -> Point | None:
+        """A point with as many key steps as a budget allows, added and left out by sums of errors; None where none fits."""
         while self.cost(point) > budget + _ROUNDING:
-            fewer = list(self.space.with_fewer_keys(point))
-            if len(point.keys) <= self._fewest or not fewer:
+            if len(point.keys) <= self._fewest:
                 return None
-            point = min(fewer, key=total)
-        while more := list(self.space.with_more_keys(point)):
-            following = min(more, key=total)
-            if self.cost(following) > budget + _ROUNDING or len(following.keys) == self.space.steps:
-                break
-            point = following
+            point = min(self.space.with_fewer_keys(point), key=estimate.of)
+        while more := self._within(self.space.with_more_keys(point), budget):
+            point = min(more, key=estimate.of)
         return point
+
+    def _within(self, points: Iterator[Point], budget: float) -> list[Point]:
+        return [point for point in points if len(point.keys) < self.space.steps and self.cost(point) <= budget + _ROUNDING]
+
+
+def _alike(point: Point) -> object:
+    """What the cost of a point depends on: without a switch, how many steps there are of each sort."""
+    if point.switch:
+        return point
+    whole = len({*point.halves}.intersection(point.keys)), len({*point.halves}.difference(point.keys))
+    return len(point.keys), len(point.skips), point.level, whole
 
 
 def _named(point: Point) -> str:
