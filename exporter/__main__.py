@@ -26,6 +26,10 @@ def _parser(prog: str) -> Parser:
     build.add_argument("--source", default="mini", help=_SOURCES)
     build.add_argument("--config", type=Path, help="folder of configurations, for a .safetensors file that is not SD 1.x/2.x")
     build.add_argument("--variant-files", help="which weight files of a folder or hub id, such as fp16 (default: those without)")
+    build.add_argument("--vae", help="a VAE in the source's place: a diffusers folder, a hub id, or a .safetensors file")
+    build.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="a LoRA to fuse into the source; may be repeated"
+    )
     build.add_argument("--engine", default="onnxruntime", help=f"one or more of {','.join(ENGINES)} (default: %(default)s)")
     build.add_argument("--granularity", help="largest segment: block, layer or unit (default: block, without --plan)")
     build.add_argument("--plan", action="append", default=[], help="segments as large as this plan allows; may be repeated")
@@ -128,6 +132,7 @@ def _build(given: object, console: Console) -> None:
     from exporter.options import BuildOptions
     from exporter.segments.progress_display import show_progress
     from exporter.tables import show_built
+    from tuning.checkpoints.lora import Lora
 
     values = vars(given)
     variant, recipe = _variant(values["variant"])
@@ -138,6 +143,8 @@ def _build(given: object, console: Console) -> None:
         unet=values["unet"],
         config=values["config"],
         variant_files=values["variant_files"],
+        vae=values["vae"],
+        loras=tuple(Lora.parse(text) for text in values["lora"]),
         engines=_names(values["engine"]),
         granularity=values["granularity"] or (None if values["plan"] else "block"),
         plans=tuple(values["plan"]),

@@ -7,6 +7,7 @@ this machine has built are reused where they are still valid.
 What is imported here is light, so that a bundle that is up to date is soon found to be: diffusers alone takes seconds.
 """
 
+import json
 import shutil
 from collections.abc import Container, Iterator, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from engines import Bundle, BundleError, Manifest, Segment
 from engines.bundle.folder import MANIFEST_NAME, describe_file
-from engines.bundle.manifest import File
+from engines.bundle.manifest import File, FusedLora
 from engines.bundle.shapes import size_fault
 from exporter.errors import BuildError
 from exporter.job import BuildJob, open_writer
@@ -29,6 +30,7 @@ from runtime.plans.presets import find_plan
 from tuning.checkpoints.files import CONFIGURATIONS
 
 if TYPE_CHECKING:
+    from exporter.graph.checkpoint import Checkpoint
     from exporter.graph.graph import Graph
 
 __all__ = ["DIGESTS", "build"]
@@ -116,7 +118,7 @@ def _make(job: BuildJob, progress: Progress) -> None:
         pieces.prune(keys)
         reopen = partial(open_writer, options, job.made_from, pieces.place)
         segments = write_all(writer, bare, progress, options.jobs, reopen)
-        files = tuple(_copy_files(job.checkpoint.folder, pieces.folder))
+        files = tuple(_copy_files(job.checkpoint, pieces.folder))
         manifest = _manifest(job, writer.graph, writer.wanted.sizes, segments, files)
         (pieces.folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
 
@@ -130,16 +132,20 @@ def _reuse_replaced(pieces: Artifacts, folder: Path, wanted: Container[str]) -> 
             return
 
 
-def _copy_files(source: Path, folder: Path) -> Iterator[File]:
+def _copy_files(checkpoint: "Checkpoint", folder: Path) -> Iterator[File]:
     """Copy the tokenizer and the scheduler configuration: the files that their libraries read, and a licence.
 
     What else lies beside them, a stranger's link to a file of this machine among it, is not for whoever gets the bundle.
     """
+    changes = checkpoint.source.scheduler_changes()
     for part in ("tokenizer", "scheduler"):
-        for path in sorted(path for path in (source / part).iterdir() if path.is_file() and _is_known(path)):
+        for path in sorted(path for path in (checkpoint.folder / part).iterdir() if path.is_file() and _is_known(path)):
             target = folder / part / path.name
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+            if changes and path.name == "scheduler_config.json":
+                target.write_text(json.dumps(checkpoint.source.scheduler_config(), indent=2, sort_keys=True) + "\n", "utf-8")
+            else:
+                shutil.copyfile(path, target)
             yield describe_file(folder, target)
 
 
@@ -159,6 +165,12 @@ def _manifest(
         recipe=made_from["recipe"],
         config=made_from["config"],
         variant_files=options.variant_files,
+        vae=options.vae,
+        loras=tuple(
+            FusedLora(file=str(lora.path), scale=lora.scale, sha256=digest)
+            for lora, digest in zip(options.loras, job.made_from["loras"], strict=True)
+        ),
+        notes=tuple(checkpoint.notes(options.variant)),
         source_sha256=job.made_from["source"],
         distilled=checkpoint.is_distilled(options.variant),
         precision=options.precision,

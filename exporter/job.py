@@ -53,8 +53,8 @@ class BuildJob:
     """A build with everything resolved: options, checkpoint, engines and targets.
 
     ``targets`` are the compute capabilities by the name of the engine that builds for them; ``made_from`` is what all pieces of
-    the bundle depend on: weights, variant, versions, code. Of it ``source`` is a hash of all weights, ``parts`` those of UNet,
-    text encoder and VAE.
+    the bundle depend on: weights, variant, versions, code. Of it ``source`` is a hash of all weights, ``loras`` those of what is
+    fused into them, ``parts`` those of UNet, text encoder and VAE without that.
     """
 
     options: BuildOptions
@@ -86,6 +86,7 @@ class BuildJob:
             "code": _own_code(),
             "manifest": MANIFEST_VERSION,
             "source": checkpoint.fingerprint(options.variant, digests),
+            "loras": [digests(lora.path) for lora in options.loras],
             "parts": {part: checkpoint.fingerprint(options.variant, digests, {part}) for part in MODELS},
             "variant": options.variant,
         }
@@ -130,7 +131,10 @@ def open_writer(options: BuildOptions, made_from: Mapping[str, Any], folder: Pat
 def _checkpoint(options: BuildOptions) -> "Checkpoint":
     from exporter.graph.checkpoint import open_source
 
-    return open_source(options.source, options.variant, options.unet, options.config, options.variant_files, options.recipe)
+    return open_source(
+        options.source, options.variant, options.unet, options.config, options.variant_files, options.recipe, options.loras,
+        options.vae,
+    )  # fmt: skip
 
 
 @cache

@@ -13,6 +13,7 @@ from engines.support.spelling import did_you_mean
 from exporter.errors import BuildError
 from exporter.graph.partition import GRANULARITIES, Granularity
 from runtime.plans.presets import find_plan
+from tuning.checkpoints.lora import Lora
 
 __all__ = [
     "PRECISIONS",
@@ -37,7 +38,8 @@ class BuildOptions:
     Without a ``granularity``, segments are as large as ``plans`` allow. ``unet`` is the folder of the variant's UNet, where the
     source does not hold it; ``recipe`` the .json file by which it is made, where that is the user's; ``config`` the folder of
     configurations, where a source has none and is not SD 1.x/2.x; ``variant_files`` the variant of a folder's weight files, such
-    as fp16. ``vae_precision`` is the VAE's, by default ``precision``.
+    as fp16; ``loras`` are fused into UNet and text encoder; ``vae`` replaces the source's. ``vae_precision`` is the VAE's, by
+    default ``precision``.
     ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call; ``static``
     engines take nothing less either. ``fresh`` builds take no pieces of other bundles. ``jobs`` processes work side by side.
     """
@@ -48,6 +50,8 @@ class BuildOptions:
     recipe: Path | None = None
     config: Path | None = None
     variant_files: str | None = None
+    loras: tuple[Lora, ...] = ()
+    vae: str | None = None
     engines: tuple[str, ...] = ("onnxruntime",)
     granularity: Granularity | None = "block"
     plans: tuple[str, ...] = ()
@@ -76,6 +80,7 @@ class BuildOptions:
         for name in ("out", "force", "fresh", "jobs"):
             del options[name]
         options |= {name: None if options[name] is None else str(options[name]) for name in ("unet", "config", "recipe")}
+        options["loras"] = [str(lora) for lora in self.loras]
         return options | {"plans": [sha256(Path(plan)) if Path(plan).is_file() else plan for plan in self.plans]}
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -32,7 +32,7 @@ def show_built(bundle: Bundle, built: bool, console: Console, *, as_json: bool =
     if as_json:
         sizes = {segment.name: sum(file.bytes for file in segment.onnx) for segment in manifest.segments}
         told = {"bundle": str(bundle.folder), "built": built, "distilled": manifest.distilled, "onnx_bytes": sizes}
-        console.out(json.dumps(told), highlight=False)
+        console.out(json.dumps(told | ({"notes": manifest.notes} if manifest.notes else {})), highlight=False)
     else:
         show_segments(bundle, console)
     if not manifest.distilled:
@@ -66,6 +66,17 @@ def show_segments(bundle: Bundle, console: Console) -> None:
         targets = {compiled.targets for segment in manifest.segments if (compiled := segment.engines.get(name))}
         for target in filter(None, targets):
             console.print(f"{name}: built for {', '.join(target)}", highlight=False)
+    for line in _replaced(manifest):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _replaced(manifest: Manifest) -> Iterator[str]:
+    """What the weights are made from beside the source, and what there is to know of them, line by line."""
+    if manifest.vae is not None:
+        yield f"VAE of {manifest.vae}"
+    for lora in manifest.loras:
+        yield f"LoRA {lora.file} at {lora.scale:g} ({lora.sha256[:12]})"
+    yield from manifest.notes
 
 
 def _engines(manifest: Manifest) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def attach(
         )
     if isinstance(pipe.unet, UNet):
         raise RequestError("pipe has a bundle's UNet already; assign its .plan, or .disable() the one that was attached first")
-    unet = UNet(bundle, plan, engine, scheduler=lambda: pipe.scheduler)
+    guided = partial(getattr, pipe, "do_classifier_free_guidance", None)
+    unet = UNet(bundle, plan, engine, scheduler=lambda: pipe.scheduler, guided=guided)
     _check_alike(pipe.unet, unet)
     return Attachment(pipe, unet)
 

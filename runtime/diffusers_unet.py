@@ -73,6 +73,8 @@ class UNet:
         plan: a preset such as ``deepcache:3``, a JSON file, or a ``Plan``.
         engine: what runs the segments.
         scheduler: whose timesteps are walked over, or a function that gives it; needed only for copied timesteps.
+        guided: tells whether a call has classifier-free guidance, negative prompts' rows first, which a plan with ``guidance``
+            has to know. Without it, a call is taken to have guidance if both halves of its first sample are alike.
 
     Raises:
         PlanError: a plan that is unknown or malformed. Whether the bundle can run it is checked as a call begins.
@@ -88,10 +90,12 @@ class UNet:
         plan: str | Path | Plan = "full",
         engine: str = "onnxruntime",
         scheduler: Any = None,
+        guided: Callable[[], bool | None] = lambda: None,
     ) -> None:
         self._plan = find_plan(plan)
         self.pipeline = load(bundle, engine, self._plan)
         self._scheduler: Callable[[], Any] = scheduler if callable(scheduler) else lambda: scheduler
+        self._guided = guided
         self._call: _Call | None = None
         self._single: float | None = None
         self._warned = False
@@ -180,7 +184,7 @@ class UNet:
             raise RequestError(f"the UNet of a bundle does not take {', '.join(given)}; leave it out, or use diffusers' own UNet")
         check_not_forked()
         self._check_inputs(sample, encoder_hidden_states)
-        call, index = self._turn(sample.shape, timestep)
+        call, index = self._turn(sample, timestep)
         device, streams = self.device, self.pipeline.streams
         with streams.use(call.stream):
             prediction, record = call.executor.step(
@@ -218,13 +222,13 @@ class UNet:
                 f"{manifest.text_length} tokens, as this bundle's text encoder gives them"
             )
 
-    def _turn(self, shape: torch.Size, timestep: Tensor) -> tuple[_Call, int]:
+    def _turn(self, sample: Tensor, timestep: Tensor) -> tuple[_Call, int]:
         """The call that an evaluation belongs to, and the evaluation's number in it."""
         timesteps, index, counted = self._place(timestep)
-        call = self._call
+        call, shape = self._call, sample.shape
         if call is None or not _is_of(call, timesteps, shape) or _again(call, index) or (counted and index != call.next):
             self._end()
-            schedule = self.pipeline.schedule(self.plan, timesteps[index:].tolist())
+            schedule = self.pipeline.schedule(self.plan, timesteps[index:].tolist(), self._is_guided(sample))
             executor, stream = self.pipeline.executor(schedule), self.pipeline.streams.take()
             call = self._call = _Call(timesteps, index, shape, executor, self.plan, stream, next=index)
         elif index != call.next:
@@ -234,6 +238,13 @@ class UNet:
                 "call scheduler.set_timesteps before each loop"
             )
         return call, index - call.first
+
+    def _is_guided(self, sample: Tensor) -> bool:
+        """Whether a call has guidance, as far as it matters; if nobody says, it has if the halves of its sample are alike."""
+        if self.plan.guidance is None or len(sample) % 2:
+            return False
+        said = self._guided()
+        return torch.equal(*sample.chunk(2)) if said is None else said
 
     def _end(self) -> None:
         """Let the last call go: what it keeps, its stream, and what it has compiled if it broke off before its last step."""

@@ -64,7 +64,8 @@ class Generation:
             if request.image is not None:
                 told["strength"] = request.strength
         if manifest is not None:
-            told |= {"source": manifest.source, "variant": manifest.variant, "bundle": manifest.key}
+            told |= {"source": manifest.source, "variant": manifest.variant, "bundle": manifest.key, "vae": manifest.vae}
+            told["loras"] = " ".join(lora.option for lora in manifest.loras)
         return {name: value for name, value in told.items() if value not in {None, ""}}
 
     def metadata(self, number: int = 0) -> dict[str, str]:

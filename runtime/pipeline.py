@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from engines.cuda.streams import CallStreams
 from runtime.advice import add_precision_advice, build_advice
 from runtime.arguments.aliases import with_our_names
 from runtime.arguments.callbacks import StepEnd, checked_callback, diffusers_callback
-from runtime.errors import NonFiniteError, RequestError
+from runtime.errors import NonFiniteError, PlanError, RequestError
 from runtime.execution.denoising import Callback, denoise
 from runtime.execution.executor import Executor, StepRecord
 from runtime.execution.graph_cache import CudaGraphCache
@@ -33,7 +34,8 @@ from runtime.images.initial_latents import (
     timesteps_from,
 )
 from runtime.images.pictures import Original, read_original, to_pictures
-from runtime.images.schedulers import make_scheduler, read_train_steps
+from runtime.images.prediction_spaces import PredictionSpaces
+from runtime.images.schedulers import make_scheduler, read_spaces, read_train_steps
 from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
@@ -84,12 +86,17 @@ class Pipeline:
         """The bundle's description of itself."""
         return self.bundle.manifest
 
-    def schedule(self, plan: Plan, timesteps: Sequence[float]) -> Schedule:
+    def schedule(self, plan: Plan, timesteps: Sequence[float], guided: bool = False) -> Schedule:
         """A plan laid out for this bundle (and others of its source, where the plan switches UNets), checked.
 
+        Args:
+            plan: what to lay out.
+            timesteps: of each model evaluation, falling.
+            guided: whether there is classifier-free guidance.
+
         Raises:
-            PlanError: a UNet of the plan is not there, or the segments cannot run the plan; with the command that builds what
-                could, as a note.
+            PlanError: a UNet of the plan is not there, or the segments cannot run the plan, with the command that builds what
+                could, as a note; or engines are static and the plan evaluates half of the rows at some steps.
         """
         names = dict.fromkeys(part.unet for part in plan.unets) or [self.manifest.variant]
         with build_advice(plan, self.bundle, self.engine.name, self.swapper.bundle_of):
@@ -97,13 +104,22 @@ class Pipeline:
                 if name not in self.networks:
                     self.swapper.add(find_sibling(self.bundle, name, plan, timesteps))
             unets = {name: self.networks[name].manifest for name in names}
-            schedule = Schedule(plan, unets, timesteps, self._train_steps)
+            schedule = Schedule(plan, unets, timesteps, self._train_steps, guided)
             check_runs(schedule)
+        if schedule.guided and self.engine.has_profile and self.manifest.static:
+            raise PlanError(
+                f"plan {plan.name} evaluates half of guidance's rows at some steps, and the {self.engine.name} engines of this "
+                f"bundle are static, for {2 * self.manifest.max_images} rows; build it without --static"
+            )
         return schedule
 
     def executor(self, schedule: Schedule) -> Executor:
         """The state of one call that runs a schedule's steps."""
-        return Executor(self.networks, schedule, self.graphs, self.swapper)
+        return Executor(self.networks, schedule, self.graphs, self.swapper, self._spaces)
+
+    @cached_property
+    def _spaces(self) -> PredictionSpaces:
+        return read_spaces(self.bundle.folder / "scheduler")
 
     def prepare(self, request: Request) -> Prepared:
         """Fit a request to this bundle; nothing runs.
@@ -124,7 +140,7 @@ class Pipeline:
         inpainting = original is not None and original.mask is not None
         scheduler = make_scheduler(request.scheduler, self.bundle.folder / "scheduler", request.steps, inpainting)
         timesteps = timesteps_from(scheduler, request.steps, request.strength) if original else scheduler.timesteps
-        schedule = self.schedule(request.found_plan, timesteps.tolist())
+        schedule = self.schedule(request.found_plan, timesteps.tolist(), guidance_scale > 1)
         check_memory(manifest, self.engine.device, sizes, schedule)
         original = original and original.resized(height, width)
         return Prepared(request, height, width, guidance_scale, sizes, scheduler, timesteps, schedule, original)
@@ -256,10 +272,10 @@ class Pipeline:
         if original is None:
             shape = latent_shape(self.manifest, prepared.height, prepared.width)
             return from_noise(prepared.scheduler, shape, generators, device)
-        # Means and standard deviations of the picture's latents (1, 2 * channels, height, width).
         distribution = self.network.compute(VAE_ENCODER, {IMAGE: original.pixels().to(device)})
         mask = original.repainted(self.manifest.vae_scale)
-        return from_picture(prepared.scheduler, distribution, mask, prepared.timesteps, prepared.request.strength, generators)
+        strength, channels = request.strength, self.manifest.latent_channels
+        return from_picture(prepared.scheduler, distribution, mask, prepared.timesteps, strength, generators, channels)
 
     def _denoise(
         self,
@@ -304,7 +320,7 @@ class Pipeline:
 
         networks = {name: watched(network) for name, network in self.networks.items()}
         try:
-            self._denoise(Executor(networks, prepared.schedule, None, self.swapper), prepared, text, start, look)
+            self._denoise(Executor(networks, prepared.schedule, None, self.swapper, self._spaces), prepared, text, start, look)
         except NonFinite as found:
             part = found.segment if found.segment == "the scheduler" else f"segment {found.segment}"
             return f"step {len(done)} of {prepared.schedule.steps}: {part}", found.segment

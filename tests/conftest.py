@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from engines import Bundle
@@ -22,6 +23,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The tensors here are small: a second thread gains nothing, and where cores are shared it waits for its turn at every operator.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples in every run, so that a failure is the change's; HYPOTHESIS_PROFILE=explore draws others.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # Nothing that tests build is taken for a user's: pieces are noted in a folder that goes with the session.
 if "UNET_HEIRLOOM_CACHE" not in os.environ:  # test processes inherit it

@@ -67,6 +67,8 @@ def _check_numbers(manifest: Manifest) -> None:
         raise ManifestError(f"size_multiple is {manifest.size_multiple}, expected a multiple of vae_scale = {manifest.vae_scale}")
     if not 1 <= len(manifest.sizes) <= _MOST:
         raise ManifestError(f"sizes has {len(manifest.sizes)} entries, expected 1 to {_MOST}")
+    if not all(math.isfinite(lora.scale) for lora in manifest.loras):
+        raise ManifestError("loras has a scale that is no finite number")
     for height, width in manifest.sizes:
         if height * width > _MOST_PIXELS or size_fault((height, width), manifest.size_multiple):
             raise ManifestError(
@@ -78,6 +80,8 @@ def _check_numbers(manifest: Manifest) -> None:
 def _check_texts(manifest: Manifest) -> None:
     texts = {
         "source": [manifest.source], "unet": [manifest.unet or ""], "config": [manifest.config or ""], "plans": manifest.plans,
+        "loras": [text for lora in manifest.loras for text in (lora.file, lora.sha256)], "notes": manifest.notes,
+        "vae": [manifest.vae or ""],
         "granularity": [manifest.granularity or ""], "variant": [manifest.variant],
         "made_with": [text for pair in manifest.made_with.items() for text in pair],
     }  # fmt: skip
@@ -214,7 +218,10 @@ def check_complete(manifest: Manifest) -> None:
     names = {unit.name for unit in manifest.units}
     if VAE_ENCODER in names:
         wanted[IMAGE] = Feature(dtype="float32", shape=picture)
-        wanted[VAE_ENCODER] = Feature(dtype="float32", shape=("images", 2 * channels, "height", "width"))
+        # Latents, or their distribution: means, then deviations.
+        both = Feature(dtype="float32", shape=("images", 2 * channels, "height", "width"))
+        alone = Feature(dtype="float32", shape=("images", *latents))
+        wanted[VAE_ENCODER] = alone if manifest.features.get(VAE_ENCODER) == alone else both
     for name, feature in wanted.items():
         if (found := manifest.features.get(name)) != feature:
             says = "is missing" if found is None else f"is {found.dtype} {_short(found.shape)}"

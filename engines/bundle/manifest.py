@@ -22,6 +22,7 @@ __all__ = [
     "Compiled",
     "Feature",
     "File",
+    "FusedLora",
     "Manifest",
     "Precision",
     "Segment",
@@ -124,6 +125,19 @@ class Segment(Record):
     """How long it took to trace and compile; 0 where all of it was there already."""
 
 
+class FusedLora(Record):
+    """A LoRA that was fused into UNet and text encoder: its file where it was built, its SHA-256, and the factor."""
+
+    file: str
+    scale: float
+    sha256: str
+
+    @property
+    def option(self) -> str:
+        """As it is given to a build."""
+        return f"{self.file}:{self.scale!r}"
+
+
 class Manifest(Record):
     """All that a bundle knows. Segments stand in an order in which they can run."""
 
@@ -140,6 +154,12 @@ class Manifest(Record):
     """Folder of configurations, where the source has none and was not SD 1.x/2.x; likewise."""
     variant_files: str | None = None
     """Which variant of the source's weight files was asked for, such as fp16; likewise."""
+    vae: str | None = None
+    """The VAE, as it was given to the build, where it is not the source's; written where it is not."""
+    loras: tuple[FusedLora, ...] = ()
+    """LoRAs that were fused into the source's weights; written where there are any."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the weights were made; written where there are any."""
     source_sha256: str
     """Hash of the weights and configurations that the bundle was made from."""
     distilled: bool = True
@@ -184,6 +204,7 @@ class Manifest(Record):
         defaults: dict[str, tuple[Any, ...]] = {
             "unet": (None,), "recipe": (None,), "config": (None,), "variant_files": (None,), "vae_precision": (None,),
             "vae_images": (None,), "static": (False,), "granularity": ("block",), "plans": ((), []),
+            "vae": (None,), "loras": ((), []), "notes": ((), []),
         }  # fmt: skip
         return {key: value for key, value in written.items() if value not in defaults.get(key, ())}
 
@@ -215,10 +236,13 @@ class Manifest(Record):
     @property
     def build_command(self) -> str:
         """The command that builds from the same UNet, to be completed by what should differ."""
-        options: dict[str, str | None] = {"unet": self.unet, "config": self.config, "variant-files": self.variant_files}
+        options: dict[str, str | None] = {
+            "unet": self.unet, "config": self.config, "variant-files": self.variant_files, "vae": self.vae,
+        }  # fmt: skip
         if self.plans or self.granularity != "block":
             options["granularity"] = self.granularity
         given = [(name, value) for name, value in options.items() if value] + [("plan", plan) for plan in self.plans]
+        given += [("lora", lora.option) for lora in self.loras]
         written = "".join(f" --{name} {quote(value)}" for name, value in given)
         variant = quote(self.recipe) if self.recipe else self.variant
         return f"python -m exporter build --variant {variant} --source {quote(self.source)}{written}"

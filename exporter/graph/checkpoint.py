@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,11 @@ from exporter.errors import SourceError
 from tuning.checkpoints.configs import check_fit
 from tuning.checkpoints.find_source import MINI, find_source
 from tuning.checkpoints.folder import extent_of, meta_unet, only_assembled, unet_files, unet_weights
+from tuning.checkpoints.fused_weights import fused
+from tuning.checkpoints.lora import Lora
+from tuning.checkpoints.lora_layers import LoraFile, fitted, read_lora
 from tuning.checkpoints.source import PARTS, FolderSource, RandomSource, Source, check_part
+from tuning.checkpoints.vae import Vae, find_vae
 from tuning.checkpoints.weights import ComputedWeights, RenamedWeights, Weights, materialize, shapes_of
 from tuning.surgery.assembly import origins
 from tuning.surgery.changes import changes_of
@@ -33,6 +38,9 @@ MODELS = ("unet", "text_encoder", "vae")
 """The parts of a checkpoint that segments are made of."""
 
 VARIANTS = tuple(tuning.RECIPES)
+_LORAS = "loras"
+_EVERYTHING = frozenset({*PARTS, _LORAS})
+"""The parts of a checkpoint that a build reads, and what is fused into them."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,15 @@ class Checkpoint:
     """A Stable Diffusion checkpoint with one UNet for each variant. Weights are read when they are taken.
 
     ``own_unet`` is the folder of a UNet that replaces the checkpoint's; ``own_recipe`` a .json file by which a variant is made
-    that no recipe of ours makes. Parts are ``unet``, ``vae``, ``text_encoder``.
+    that no recipe of ours makes. ``loras`` are fused into the weights of UNet and text encoder, before a recipe makes a smaller
+    UNet of them. ``own_vae`` replaces the source's. Parts are ``unet``, ``vae``, ``text_encoder``.
     """
 
     source: Source
     own_unet: Path | None = None
     own_recipe: Path | None = None
+    loras: tuple[Lora, ...] = ()
+    own_vae: Vae | None = None
     _weights: dict[tuple[str, str], Weights] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -71,6 +82,8 @@ class Checkpoint:
                 its UNet, or the UNet given for it is another.
         """
         with _source_errors(self.name):
+            if part == "vae" and self.own_vae is not None:
+                return self.own_vae.skeleton()
             if part != "unet":
                 return self.source.skeleton(part)
             if (folder := self._unet_folder(variant)) is None:
@@ -84,12 +97,24 @@ class Checkpoint:
         """Where the part's weights are, under the names that they have in its skeleton's state.
 
         Raises:
-            SourceError: as ``skeleton``, or the weights are missing or not those that the configuration needs.
+            SourceError: as ``skeleton``, or the weights are missing or not those that the configuration needs, or a LoRA is none
+                for them.
         """
         if (part, variant) not in self._weights:
             with _source_errors(self.name):
-                self._weights[part, variant] = self._unet_weights(variant) if part == "unet" else self.source.weights(part)
+                self._weights[part, variant] = self._unet_weights(variant) if part == "unet" else self._own_weights(part)
         return self._weights[part, variant]
+
+    def _own_weights(self, part: str) -> Weights:
+        """The source's, with the LoRAs fused."""
+        if part == "vae":
+            return self.source.weights(part) if self.own_vae is None else self.own_vae.weights()
+        return fused(self.source.weights(part), self._lora_files, part)
+
+    @cached_property
+    def _lora_files(self) -> list[LoraFile]:
+        unet = self._original().config if self.loras else None
+        return [read_lora(lora, unet) for lora in self.loras]
 
     def unet(self, variant: str) -> UNet2DConditionModel:
         """The whole UNet of a variant, float32, in evaluation mode. Raises SourceError as ``weights`` does."""
@@ -136,8 +161,11 @@ class Checkpoint:
     def _unet_weights(self, variant: str) -> Weights:
         unet = self.skeleton("unet", variant)
         if (folder := self._unet_folder(variant)) is not None:
-            return unet_weights(folder, unet)
-        whole = self.source.weights("unet")
+            own = unet_weights(folder, unet)
+            if not any(file.layers["unet"] for file in self._lora_files):
+                return own
+            return fused(own, self._lora_files, "unet", shapes_of(self._original()), self._origins(variant))
+        whole = self._own_weights("unet")
         if self._is_plain(variant):
             return whole
         recipe = self._recipe(variant)
@@ -145,8 +173,41 @@ class Checkpoint:
             return RenamedWeights(whole, origins(self._original(), recipe))
         # What experts start from comes from several kernels of the original, or from none.
         return ComputedWeights(
-            f"{self.name}, {variant}", shapes_of(unet), lambda: tuning.assemble(materialize(self._original(), whole), recipe)
+            f"{self.name}, {variant}",
+            shapes_of(unet),
+            lambda: tuning.assemble(materialize(self._original(), whole), recipe),
+            whole,
         )
+
+    def notes(self, variant: str) -> Iterator[str]:
+        """What a person should know of how the weights were made. Raises SourceError as ``weights`` does."""
+        yield from self.source.notes()
+        if self.own_vae is not None and (note := self.own_vae.note(self.folder / "vae")):
+            yield note
+        if self._unet_folder(variant) is None:
+            return
+        for file in self._lora_files:
+            if layers := fitted(file, "unet", shapes_of(self._original())):
+                own, names = self.weights("unet", variant).shapes, self._origins(variant)
+                if left := len(layers.keys() - {origin for name, origin in names.items() if name in own}):
+                    yield (
+                        f"LoRA {file.lora.path}: {left} of its {len(layers)} unet layers are of layers that the {variant} UNet "
+                        "does not have, and are left out"
+                    )
+
+    def _origins(self, variant: str) -> dict[str, str]:
+        """Names of the weights of a variant's own UNet -> the source's, as the recipe of that name has them.
+
+        Raises:
+            SourceError: there is no such recipe.
+        """
+        if variant not in tuning.RECIPES:
+            raise SourceError(
+                f"LoRA {self.loras[0].path}: no recipe of ours is called {variant}, so nothing says which layers of "
+                f"{self.own_unet} are which of the source's; fuse the LoRA into the source and distil then, or leave --lora out"
+            )
+        with self._making(variant):
+            return origins(self._original(), tuning.recipe(variant).model_copy(update={"experts": None}))
 
     @contextmanager
     def _making(self, variant: str) -> Iterator[None]:
@@ -184,7 +245,7 @@ class Checkpoint:
         folder = self._unet_folder(variant)
         return self._is_plain(variant) or (folder is not None and not only_assembled(folder))
 
-    def files(self, variant: str, parts: Container[str] = PARTS) -> Iterator[tuple[str, Path]]:
+    def files(self, variant: str, parts: Container[str] = _EVERYTHING) -> Iterator[tuple[str, Path]]:
         """The files of parts that a build reads, and what each is called whichever folder the checkpoint lies in."""
         folder = self._unet_folder(variant)
         if self.own_recipe is not None and "unet" in parts:
@@ -195,13 +256,19 @@ class Checkpoint:
                 yield f"{name}/{path.name}", path
         for part in PARTS:
             replaced = part == "unet" and folder is not None and isinstance(self.source, FolderSource)
-            if part in parts and not replaced:
-                for path in self.source.files(part):
-                    yield f"{part}/{path.name}", path
+            if part == "vae" and part in parts and self.own_vae is not None:
+                yield from ((f"--vae/{path.name}", path) for path in self.own_vae.files())
+            elif part in parts and not replaced:
+                yield from ((f"{part}/{path.name}", path) for path in self.source.files(part))
+        if _LORAS in parts:
+            for number, lora in enumerate(self.loras):
+                yield f"{_LORAS}/{number} at {lora.scale!r}", lora.path
 
     def check_fit(self, unet: Any, vae: Any, text: Any) -> None:
         """Raise SourceError unless the configurations of UNet, VAE and text encoder fit together."""
         with _source_errors(self.name):
+            if self.own_vae is not None:
+                self.own_vae.check_fit(unet, self.folder / "vae")
             check_fit(self.name, unet, vae, text)
 
     def check_weights(self, variant: str) -> None:
@@ -209,8 +276,11 @@ class Checkpoint:
         for part in MODELS:
             self.weights(part, variant)
 
-    def fingerprint(self, variant: str, digest: Callable[[Path], str] = sha256, parts: Container[str] = PARTS) -> str:
-        """A hash of the files of parts, whose own are given by ``digest``; of a random source's name and seed as well."""
+    def fingerprint(self, variant: str, digest: Callable[[Path], str] = sha256, parts: Container[str] = _EVERYTHING) -> str:
+        """A hash of the files of parts, whose own are given by ``digest``; of a random source's name and seed as well.
+
+        Of single parts it is a hash of what LoRAs are fused into.
+        """
         whole = hashlib.sha256()
         if isinstance(self.source, RandomSource):
             whole.update(f"{self.name} {self.source.seed}\n".encode())
@@ -226,7 +296,8 @@ def _source_errors(name: str) -> Iterator[None]:
         yield
     except tuning.TuningError as error:
         reason = str(error)
-        raise SourceError(reason if reason.startswith(("source ", "unknown source ")) else f"source {name}: {reason}") from error
+        told = reason.startswith(("source ", "unknown source ", "LoRA ", "VAE "))
+        raise SourceError(reason if told else f"source {name}: {reason}") from error
 
 
 def open_source(
@@ -236,6 +307,8 @@ def open_source(
     config: Path | None = None,
     variant_files: str | None = None,
     recipe: Path | None = None,
+    loras: Sequence[Lora] = (),
+    vae: str | None = None,
 ) -> Checkpoint:
     """Find a checkpoint and check that a build can read it.
 
@@ -246,6 +319,8 @@ def open_source(
         config: a diffusers folder with configurations, for a single file of another family.
         variant_files: of the weight files of a folder, such as ``fp16``.
         recipe: a .json file by which the variant is made, where it is none of ours.
+        loras: what is fused into UNet and text encoder.
+        vae: what replaces the source's, as ``tuning.checkpoints.vae.find_vae`` takes it.
 
     Raises:
         SourceError: unknown variant or source, a pickle, or a folder or file with parts missing.
@@ -260,7 +335,10 @@ def open_source(
     if not is_variant(variant):
         raise SourceError(f"variant {variant!r} is no name; write small letters, numbers and -, such as {', '.join(VARIANTS)}")
     with _source_errors(source):
-        found = find_source(source, config, variant_files)
+        found = find_source(source, config, variant_files, vae=vae is None)
+        own_vae = None if vae is None else find_vae(vae, found.folder / "vae")
         if unet is not None:
             check_part(source, unet.parent, unet.name)
-    return Checkpoint(found, unet, recipe)
+        for lora in loras:
+            lora.check()
+    return Checkpoint(found, unet, recipe, tuple(loras), own_vae)

@@ -46,6 +46,15 @@ class Components:
         """The module of each unit, on the meta device."""
         return {unit: self._module(self.models, unit) for unit in units}
 
+    def changes(self, units: Iterable[str]) -> list[str]:
+        """What is fused into the weights of units, with hashes. Raises SourceError as ``load`` does."""
+        found: list[str] = []
+        for unit in units if self.checkpoint.loras else ():
+            part = part_of(unit)
+            names = [name for name in self.models[part].state_dict() if name.startswith(self._paths(unit))]
+            found += self.checkpoint.weights(part, self._variant).changes(names)
+        return found
+
     def load(self, units: Iterable[str]) -> dict[str, nn.Module]:
         """The module of each unit with its weights, on the CPU and in evaluation mode; nobody else keeps them.
 

@@ -106,7 +106,9 @@ def _sides(units: Sequence[Unit], plans: Sequence[Plan]) -> tuple[list[frozenset
 
     for plan in plans:
         rules = inherited_features(plan, names)
-        kinds = [(held, chosen, frozenset().union(*(rules[n] for n in chosen))) for held, chosen in _inheriting_at_once(plan)]
+        kinds = [
+            (held, chosen, frozenset().union(*(rules[n] for n in chosen))) for held, chosen in _inheriting_at_once(plan, rules)
+        ]
         compared = {rule.when.feature for rule in plan.rules if isinstance(rule.when, Threshold)}
         probed |= compared
         sides |= dict.fromkeys(running([feature], ()) for feature in compared)
@@ -121,17 +123,18 @@ def _sides(units: Sequence[Unit], plans: Sequence[Plan]) -> tuple[list[frozenset
     return list(sides), probed
 
 
-def _inheriting_at_once(plan: Plan) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _inheriting_at_once(plan: Plan, features: Sequence[frozenset[str]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The sets of rules that can inherit at one step, however many steps run: each after all the rules that hold there.
 
-    Rules with the same key steps go together, and those for other parts of the schedule never do.
+    Rules with the same key steps go together, and those for other parts of the schedule never do. One that skips the UNet has a
+    key step more: the last.
 
     Raises:
         PlanError: there are too many.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for number, rule in enumerate(plan.rules):
-        alike.setdefault((rule.when, rule.start, rule.stop), []).append(number)
+        alike.setdefault((rule.when, rule.start, rule.stop, NOISE in features[number]), []).append(number)
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], None] = {}
     for start in dict.fromkeys(rule.start for rule in plan.rules):
         held = [rules for rules in alike.values() if plan.rules[rules[0]].start <= start < plan.rules[rules[0]].stop]

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tuning.checkpoints.parts import is_tiny
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
@@ -33,11 +35,11 @@ class VaeDecoder(nn.Module):
 
     def __init__(self, vae: "AutoencoderKL") -> None:
         super().__init__()
-        self.post_quant, self.decoder = vae.post_quant_conv, vae.decoder
+        self.post_quant, self.decoder = getattr(vae, "post_quant_conv", None), vae.decoder
         self.scaling = float(vae.config.scaling_factor)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = (latents / self.scaling).to(self.decoder.conv_in.weight.dtype)
+        x = (latents / self.scaling).to(next(self.decoder.parameters()).dtype)
         if self.post_quant is not None:
             x = self.post_quant(x)
         result: Tensor = self.decoder(x)
@@ -47,16 +49,20 @@ class VaeDecoder(nn.Module):
 class VaeEncoder(nn.Module):
     """Picture in [-1, 1] -> the normal distribution of its latents as the UNet has them: means, then standard deviations.
 
-    The result has twice the latents' channels and is float32. Samples are drawn outside: an engine has no seeds.
+    The result has twice the latents' channels and is float32. Samples are drawn outside: an engine has no seeds. Of an
+    AutoencoderTiny it is the latents themselves, which are no distribution.
     """
 
     def __init__(self, vae: "AutoencoderKL") -> None:
         super().__init__()
-        self.quant, self.encoder = vae.quant_conv, vae.encoder
+        self.quant, self.encoder, self.is_tiny = getattr(vae, "quant_conv", None), vae.encoder, is_tiny(vae)
         self.scaling = float(vae.config.scaling_factor)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.encoder(image.to(self.encoder.conv_in.weight.dtype))
+        x = self.encoder(image.to(next(self.encoder.parameters()).dtype))
+        if self.is_tiny:
+            latents: Tensor = self.scaling * x.float()
+            return latents
         if self.quant is not None:
             x = self.quant(x)
         mean, log_variance = x.float().chunk(2, dim=1)

@@ -76,12 +76,13 @@ class Writer:
     def _made_from(self, segment: Segment) -> dict[str, Any]:
         """All that a segment's graph and weights depend on. Text encoder and VAE are the same beside whichever UNet."""
         part = part_of(segment.units[0])
-        apart = {"source", "parts"} if part == "unet" else {"source", "parts", "variant"}
+        apart = {"source", "parts", "loras"} if part == "unet" else {"source", "parts", "loras", "variant"}
         shared = {name: value for name, value in self.wanted.made_from.items() if name not in apart}
         names = (*segment.inputs, *segment.outputs)
         return {
             **shared,
             "weights": self.wanted.made_from["parts"][part],
+            "changes": self.graph.parts.changes(segment.units),
             "segment": segment.name,
             "units": segment.units,
             "inputs": segment.inputs,

@@ -24,6 +24,7 @@ from exporter.graph.text_vae import TextEncoder
 from exporter.verification.metrics import cosine, psnr, relative_error
 from runtime.execution.executor import LoadedBundle
 from runtime.images.schedulers import make_scheduler
+from tuning.checkpoints.parts import is_tiny
 from tuning.surgery.units import unit_modules
 
 if TYPE_CHECKING:
@@ -112,12 +113,16 @@ class Reference:
     def load(cls, bundle: Bundle) -> "Reference":
         """The model that a bundle was made from; raises as ``verify`` does."""
         from exporter.graph.checkpoint import open_source
+        from tuning.checkpoints.lora import Lora
 
         manifest = bundle.manifest
         unet, config, recipe = (
             None if path is None else Path(path) for path in (manifest.unet, manifest.config, manifest.recipe)
         )
-        checkpoint = open_source(manifest.source, manifest.variant, unet, config, manifest.variant_files, recipe)
+        loras = [Lora(Path(lora.file), lora.scale) for lora in manifest.loras]
+        checkpoint = open_source(
+            manifest.source, manifest.variant, unet, config, manifest.variant_files, recipe, loras, manifest.vae
+        )
         if checkpoint.fingerprint(manifest.variant) != manifest.source_sha256:
             raise BuildError(
                 f"the weights of source {manifest.source} are not those that bundle {bundle.folder} was made from; "
@@ -150,10 +155,11 @@ class Reference:
     def _vae_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         scaling = self.vae.config.scaling_factor
         with self._watched(VAE_ENCODER):
-            latents = self.vae.encode(inputs[IMAGE]).latent_dist
+            encoded = self.vae.encode(inputs[IMAGE])
         with self._watched(VAE_DECODER):
             picture = self.vae.decode(inputs[LATENTS] / scaling).sample
-        return {VAE_DECODER: picture, VAE_ENCODER: torch.cat([latents.mean, latents.std], dim=1) * scaling}
+        latents = encoded.latents if is_tiny(self.vae) else torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1)
+        return {VAE_DECODER: picture, VAE_ENCODER: latents * scaling}
 
     @contextmanager
     def _watched(self, half: str) -> Iterator[None]:

@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from engines.bundle.names import NOISE, SAMPLE, TEXT, TIMESTEP
 from runtime.execution.deferred_comparison import DeferredComparison
 from runtime.execution.device_events import Timer
+from runtime.execution.feature_cache import FeatureCache, prompt_half
 from runtime.execution.graph_cache import CudaGraphCache, GraphedNetwork
 from runtime.execution.loaded_bundle import LoadedBundle
 from runtime.execution.swapping import Swapper
+from runtime.images.prediction_spaces import PredictionSpaces
 from runtime.plans.key_steps import Threshold
 from runtime.plans.schedule import Schedule, Step
 
@@ -66,6 +69,7 @@ class Executor:
         graphs: recordings of the UNets' steps, which this call has until its last step or ``close``. Where another call has them,
             steps run piece by piece.
         swapper: sees to it that a step's UNet is on the device; without one, all are.
+        spaces: turns predictions into noise or pictures; for plans that carry these over steps that skip the UNet.
     """
 
     def __init__(
@@ -74,11 +78,13 @@ class Executor:
         schedule: Schedule,
         graphs: CudaGraphCache | None = None,
         swapper: Swapper | None = None,
+        spaces: PredictionSpaces | None = None,
     ) -> None:
-        self._networks, self._schedule, self._swapper = networks, schedule, swapper
-        self._cache: dict[str, Tensor] = {}
+        self._networks, self._schedule, self._swapper, self._spaces = networks, schedule, swapper, spaces
         self._graphs = graphs if graphs is not None and graphs.take() else None
         self._release = weakref.finalize(self, self._graphs.release) if self._graphs else lambda: None
+        self._cache = FeatureCache(schedule, overwritten=self._graphs is not None)
+        self._difference: Tensor | None = None
 
     def close(self) -> None:
         """Let another call have the graphs; nothing of this one may follow. A call that comes to its end needs no closing."""
@@ -90,7 +96,7 @@ class Executor:
 
         Args:
             index: number of the model evaluation, counted by the caller from 0. Steps must be taken in order.
-            sample: (rows, channels, height, width), scaled for the model.
+            sample: (rows, channels, height, width), scaled for the model. With guidance, negative prompts' rows come first.
             timestep: (1,), float32.
             text: (rows, tokens, width).
 
@@ -107,18 +113,21 @@ class Executor:
 
     def _step(self, index: int, sample: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, StepRecord]:
         timer = Timer(sample.device)
+        half = self._schedule.resolve(index).half
         given = {SAMPLE: sample, TIMESTEP: timestep, TEXT: text}
+        if half:
+            given |= {SAMPLE: prompt_half(sample), TEXT: prompt_half(text)}
         threshold = self._schedule.pending_threshold(index)
         start = _Start(self._schedule.resolve(index)) if threshold is None else self._probe(index, threshold, given)
         step, made = start.step, start.made
-        network, subgraph = self._network(step.unet), self._schedule.subgraph(step, frozenset(made))
-        # What this step refreshes is freed first, so that old and new are never held together.
-        for name in step.keep.intersection(self._cache):
-            del self._cache[name]
-        result = network.run(subgraph, self._with_cached(given, subgraph.cached_inputs), made)
-        later = self._schedule.read_later(index)
-        self._cache |= {name: result[name] for name in step.keep}
-        self._cache = {name: tensor for name, tensor in self._cache.items() if name in later}
+        subgraph = self._schedule.subgraph(step, frozenset(made))
+        self._cache.make_room(step)
+        inherited, elsewhere = self._inherited(step, subgraph.cached_inputs)
+        result = self._network(step.unet).run(subgraph, given | inherited, made, elsewhere)
+        prediction = self._prediction(step, sample, result)
+        for name in step.keep:
+            self._keep(step, name, result[name], sample)
+        self._cache.end(index)
         timer.stop()
         if index == self._schedule.steps - 1:
             self.close()
@@ -126,12 +135,12 @@ class Executor:
             index=index,
             timestep=self._schedule.timesteps[index],
             unet=step.unet,
-            kind="key" if step.key else "inherit",
+            kind=step.kind,
             ran=(*start.ran, *subgraph.segment_names),
             inherited=tuple(sorted(start.cached_inputs | subgraph.cached_inputs)),
             timer=timer,
         )
-        return result[NOISE], record
+        return prediction, record
 
     def _probe(self, index: int, threshold: Threshold, given: Mapping[str, Tensor]) -> _Start:
         """Compute an adaptive rule's feature and compare it with the last key step's; the step continues from it.
@@ -140,13 +149,17 @@ class Executor:
         """
         name, schedule = threshold.feature, self._schedule
         network, probe = self._network(schedule.unet(index)), schedule.probe(index, threshold)
-        made: dict[str, Tensor] = {}
-        network.run_all(probe.segments, self._with_cached(given, probe.cached_inputs), made)
-        change = DeferredComparison(self._cache[name], made[name], threshold.above)
         less, more = schedule.resolve(index, changed=False), schedule.resolve(index, changed=True)
+        made: dict[str, Tensor] = {}
+        inherited, elsewhere = self._inherited(more, probe.cached_inputs)
+        network.run_all(probe.segments, {**given, **inherited}, made, elsewhere)
+        before, half = self._cache.last(name, schedule.is_half(more, name))
+        now = prompt_half(made[name]) if half and not schedule.is_half(more, name) else made[name]
+        change = DeferredComparison(before, now, threshold.above)
         ahead = schedule.common_prefix(index, frozenset(made))
         cached = more.inherited.intersection(name for segment in ahead for name in segment.inputs)
-        network.run_all(ahead, self._with_cached(given, cached), made)
+        inherited, elsewhere = self._inherited(more, cached)
+        network.run_all(ahead, {**given, **inherited}, made, elsewhere)
         ran = tuple(segment.name for segment in (*probe.segments, *ahead))
         return _Start(more if change else less, made, ran, probe.cached_inputs | cached)
 
@@ -154,5 +167,41 @@ class Executor:
         network = self._networks[unet]
         return self._graphs.of(unet, network) if self._graphs else network
 
-    def _with_cached(self, given: Mapping[str, Tensor], names: frozenset[str]) -> dict[str, Tensor]:
-        return {**given, **{name: self._cache[name] for name in names}}
+    def _inherited(self, step: Step, names: frozenset[str]) -> tuple[dict[str, Tensor], frozenset[str]]:
+        """Features that a step takes from the cache, and those of them that lie elsewhere at every step."""
+        read = {name: self._cache.read(step, name) for name in names}
+        elsewhere = frozenset(name for name, (_, new) in read.items() if new)
+        return {name: tensor for name, (tensor, _) in read.items()}, elsewhere
+
+    def _prediction(self, step: Step, sample: Tensor, result: Mapping[str, Tensor]) -> Tensor:
+        """The prediction for all rows: what the UNet gave, or what was carried stands for, and the half that is missing."""
+        prediction = result[NOISE]
+        if NOISE in step.inherited:
+            rows = prompt_half(sample) if self._schedule.guided else sample
+            prediction = self._in_space(step, prediction, rows, back=True)
+        guidance = self._schedule.plan.guidance
+        if guidance is None or not self._schedule.guided:
+            return prediction
+        if step.half or NOISE in step.inherited:
+            assert self._difference is not None
+            return torch.cat([prediction - guidance.scale * self._difference, prediction])
+        self._difference = prompt_half(prediction) - prediction[: len(prediction) // 2]
+        return prediction
+
+    def _keep(self, step: Step, name: str, tensor: Tensor, sample: Tensor) -> None:
+        if name != NOISE:
+            self._cache.write(step, name, tensor)
+            return
+        if self._schedule.guided:
+            sample = prompt_half(sample)
+            tensor = tensor if step.half else prompt_half(tensor)
+        self._cache.write(step, name, self._in_space(step, tensor, sample), own=True)
+
+    def _in_space(self, step: Step, prediction: Tensor, sample: Tensor, back: bool = False) -> Tensor:
+        """A prediction in the space in which a rule carries it, or one that was carried as the model would have it."""
+        predict = self._schedule.predict(step.unet, NOISE)
+        if predict is None or predict.space == "raw":
+            return prediction
+        assert self._spaces is not None
+        turn = self._spaces.back if back else self._spaces.to
+        return turn(predict.space, prediction, sample, self._schedule.timesteps[step.index])

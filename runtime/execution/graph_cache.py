@@ -79,14 +79,16 @@ class CudaGraphCache:
         inputs: Mapping[str, Tensor],
         work: Callable[[Mapping[str, Tensor]], Features],
         transient: bool = False,
+        elsewhere: frozenset[str] = frozenset(),
     ) -> Features:
         """``work`` on the inputs, replayed from the second time on.
 
         Args:
             kind: tells apart all that is done here to inputs of the same names, shapes and addresses.
-            inputs: by name; those that are not a step's own must be outputs of earlier recordings.
+            inputs: by name; those that are not a step's own must be outputs of earlier recordings, or be named in ``elsewhere``.
             work: makes the outputs from the inputs; all that it reads must be among them.
             transient: whether the caller is done with the outputs before anything else is replayed.
+            elsewhere: the inputs that lie elsewhere every time, and are copied like a step's own.
 
         Returns:
             The outputs, in memory that the same kind of work overwrites when it is done again; with ``transient``, any other may.
@@ -95,8 +97,8 @@ class CudaGraphCache:
             return work(inputs)
         try:
             with self._recorder.on_stream():
-                graph = self._find(kind, inputs, work, transient)
-                _fill(graph.inputs, inputs)
+                graph = self._find(kind, inputs, work, transient, _OWN | elsewhere)
+                _fill(graph.inputs, inputs, _OWN | elsewhere)
                 graph.recording.replay()
                 return graph.recording.outputs
         except (torch.OutOfMemoryError, EngineMemoryError) as error:
@@ -108,14 +110,20 @@ class CudaGraphCache:
         return work(inputs)
 
     def _find(
-        self, kind: Hashable, inputs: Mapping[str, Tensor], work: Callable[[Mapping[str, Tensor]], Features], transient: bool
+        self,
+        kind: Hashable,
+        inputs: Mapping[str, Tensor],
+        work: Callable[[Mapping[str, Tensor]], Features],
+        transient: bool,
+        copied: frozenset[str],
     ) -> _Graph:
-        key = kind, tuple((name, None if name in _OWN else x.data_ptr(), x.shape, x.dtype) for name, x in inputs.items())
+        key = kind, tuple((name, None if name in copied else x.data_ptr(), x.shape, x.dtype) for name, x in inputs.items())
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
-        fixed = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) if name in _OWN else x for name, x in inputs.items()}
-        _fill(fixed, inputs)
+        memory = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in inputs.items() if name in copied}
+        fixed = {name: memory.get(name, x) for name, x in inputs.items()}
+        _fill(fixed, inputs, copied)
         graph = _Graph(self._recorder.record(lambda: _apart(work(fixed), fixed), transient), fixed)
         self._graphs[key] = graph
         if len(self._graphs) > self._limit:  # never before there is another: the pool of memory is theirs together
@@ -137,17 +145,31 @@ class GraphedNetwork:
     network: LoadedBundle
     graphs: CudaGraphCache
 
-    def run(self, subgraph: Subgraph, given: Mapping[str, Tensor], made: Features | None = None) -> Features:
+    def run(
+        self,
+        subgraph: Subgraph,
+        given: Mapping[str, Tensor],
+        made: Features | None = None,
+        elsewhere: frozenset[str] = frozenset(),
+    ) -> Features:
         """As ``LoadedBundle.run``."""
         made = {} if made is None else made
+        if not subgraph.segments and not made:  # all is inherited
+            return self.network.run(subgraph, given)
         inputs = {name: given[name] if name in given else made[name] for name in subgraph.inputs}
         kind = self.unet, subgraph.segment_names, subgraph.wanted
         transient = subgraph.wanted == {NOISE}
-        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(subgraph, fixed, dict(made)), transient)
+        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(subgraph, fixed, dict(made)), transient, elsewhere)
         # A scheduler may hold on to predictions.
         return result | {NOISE: result[NOISE].clone()} if NOISE in result else result
 
-    def run_all(self, segments: Iterable[Segment], given: Mapping[str, Tensor], made: Features) -> None:
+    def run_all(
+        self,
+        segments: Iterable[Segment],
+        given: Mapping[str, Tensor],
+        made: Features,
+        elsewhere: frozenset[str] = frozenset(),
+    ) -> None:
         """As ``LoadedBundle.run_all``."""
         segments = tuple(segments)
 
@@ -158,11 +180,12 @@ class GraphedNetwork:
 
         if segments:
             inputs = {name: given[name] if name in given else made[name] for name in read_by(segments, given)}
-            made.update(self.graphs.run((self.unet, tuple(segment.name for segment in segments)), inputs, work))
+            kind = self.unet, tuple(segment.name for segment in segments)
+            made.update(self.graphs.run(kind, inputs, work, elsewhere=elsewhere))
 
 
-def _fill(fixed: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
-    for name in _OWN.intersection(fixed):
+def _fill(fixed: Mapping[str, Tensor], inputs: Mapping[str, Tensor], copied: frozenset[str]) -> None:
+    for name in copied.intersection(fixed):
         fixed[name].copy_(inputs[name])
 
 

@@ -40,11 +40,17 @@ class LoadedBundle:
         """Load every segment of a bundle; raises BundleError or EngineError as ``Engine.load`` does."""
         return cls(bundle.manifest, load_runners(bundle, engine, bundle.manifest.segments), advice_of(bundle, engine))
 
-    def run(self, subgraph: Subgraph, given: Mapping[str, Tensor], made: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def run(
+        self,
+        subgraph: Subgraph,
+        given: Mapping[str, Tensor],
+        made: dict[str, Tensor] | None = None,
+        elsewhere: frozenset[str] = frozenset(),
+    ) -> dict[str, Tensor]:
         """Run a subgraph on the ``given`` features; returns the wanted ones.
 
         What is given is never replaced. What is ``made`` already, and the features made here, are freed once nobody will read
-        them any more.
+        them any more. Which of the given features lie ``elsewhere`` at every step matters to recorded graphs only.
         """
         made = {} if made is None else made
         for segment, freed in zip(subgraph.segments, subgraph.frees, strict=True):
@@ -53,7 +59,13 @@ class LoadedBundle:
                 del made[name]
         return {name: given[name] if name in given else made[name] for name in subgraph.wanted}
 
-    def run_all(self, segments: Iterable[Segment], given: Mapping[str, Tensor], made: dict[str, Tensor]) -> None:
+    def run_all(
+        self,
+        segments: Iterable[Segment],
+        given: Mapping[str, Tensor],
+        made: dict[str, Tensor],
+        elsewhere: frozenset[str] = frozenset(),
+    ) -> None:
         """Run segments in order and add all that they make to ``made``. They read what is given, or else what was made."""
         for segment in segments:
             inputs = {name: given[name] if name in given else made[name] for name in segment.inputs}

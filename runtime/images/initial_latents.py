@@ -90,24 +90,29 @@ def from_picture(
     timesteps: Tensor,
     strength: float,
     generators: list[torch.Generator],
+    channels: int,
 ) -> InitialState:
     """Start from a picture's latents and noise.
 
     Args:
         scheduler: with its timesteps set, and told where it begins.
-        distribution: what the VAE's encoder makes of the picture (1, 2 * channels, height, width): means, then deviations.
+        distribution: what the VAE's encoder makes of the picture (1, 2 * channels, height, width): means, then deviations; or
+            (1, channels, height, width) where a picture has one encoding only, for which nothing is drawn.
         mask: (1, 1, height, width), of ones where to repaint; None for the whole picture.
         timesteps: those that run.
         strength: at 1 inpainting starts from noise alone, as in diffusers.
         generators: of each picture.
+        channels: of latents.
     """
-    mean, deviation = distribution.chunk(2, dim=1)
-    drawn, noise = (_draw(mean.shape[1:], generators, mean.device) for _ in range(2))
-    if (
-        mask is not None
-    ):  # diffusers' pipeline encodes the masked picture too, and draws for it, whether its UNet reads that or not
-        _draw(mean.shape[1:], generators, mean.device)
-    known = mean + deviation * drawn
+    mean, *deviations = distribution.split(channels, dim=1)
+    shape = mean.shape[1:]
+    known = mean.expand(len(generators), *shape)
+    for deviation in deviations:
+        known = known + deviation * _draw(shape, generators, mean.device)
+    noise = _draw(shape, generators, mean.device)
+    if mask is not None and deviations:
+        # diffusers' pipeline encodes the masked picture too, and draws for it, whether its UNet reads that or not
+        _draw(shape, generators, mean.device)
     if mask is not None and strength == 1:
         latents = noise * scheduler.init_noise_sigma
     else:

@@ -16,8 +16,9 @@ from torch import Tensor
 from engines import BundleError
 from engines.support.spelling import did_you_mean
 from runtime.errors import RequestError
+from runtime.images.prediction_spaces import PREDICTION_TYPES, PredictionSpaces
 
-__all__ = ["SCHEDULERS", "advance", "check_scheduler", "make_scheduler", "read_train_steps", "step_options"]
+__all__ = ["SCHEDULERS", "advance", "check_scheduler", "make_scheduler", "read_spaces", "read_train_steps", "step_options"]
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -99,6 +100,16 @@ def read_train_steps(folder: Path) -> int:
     if type(count) is not int or not 2 <= count <= _MOST_TRAIN_STEPS:
         raise BundleError(f"{path} has num_train_timesteps = {count!r:.60}; expected one from 2 to {_MOST_TRAIN_STEPS}")
     return count
+
+
+def read_spaces(folder: Path) -> PredictionSpaces:
+    """What the model's predictions stand for at each timestep; raises BundleError."""
+    scheduler = _load("DDIMScheduler", folder)
+    kind = scheduler.config.prediction_type
+    if kind not in PREDICTION_TYPES:
+        path = folder / "scheduler_config.json"
+        raise BundleError(f"{path} has prediction_type {kind!r:.60}; expected {', '.join(PREDICTION_TYPES)}")
+    return PredictionSpaces(scheduler.alphas_cumprod, kind)
 
 
 def _load(kind: str, folder: Path) -> Any:

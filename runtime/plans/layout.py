@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from engines.bundle.manifest import Manifest
+from engines.bundle.names import NOISE
 from runtime.errors import PlanError
-from runtime.plans.key_steps import Threshold
+from runtime.plans.key_steps import Explicit, Threshold
 from runtime.plans.plan import Plan, Rule, UNetRange, inherited_features
+from runtime.plans.words import FixedMode
 
 __all__ = ["Layout"]
 
@@ -16,10 +18,13 @@ class Layout:
     Its arguments are those of ``Schedule``.
 
     Raises:
-        PlanError: a UNet is not there, or a rule names a unit that its UNet does not have or inherits in its first step.
+        PlanError: a UNet is not there, a rule names a unit that its UNet does not have or inherits in its first step, or the UNet
+            is skipped in its last.
     """
 
-    def __init__(self, plan: Plan, unets: Mapping[str, Manifest], timesteps: Sequence[float], train_steps: int) -> None:
+    def __init__(
+        self, plan: Plan, unets: Mapping[str, Manifest], timesteps: Sequence[float], train_steps: int, guided: bool
+    ) -> None:
         self.plan, self.unets = plan, unets
         self.timesteps = tuple(map(float, timesteps))
         self.steps = len(self.timesteps)
@@ -30,6 +35,9 @@ class Layout:
         self.features = {name: inherited_features(plan, unets[name].unet_units, name) for name in dict.fromkeys(self.unet_at)}
         """By UNet, the features that each rule inherits."""
         self._keys = [self._key_steps(number, rule) for number, rule in enumerate(plan.rules)]
+        self.guided = guided and plan.guidance is not None
+        """Whether the plan says when guidance evaluates both halves, and there is guidance."""
+        self._whole = self._whole_steps() if self.guided else set(range(self.steps))
 
     def is_key(self, number: int, rule: Rule, index: int, changed: bool) -> bool:
         """Whether a rule computes afresh at a step; ``changed`` answers where an adaptive rule has to find out."""
@@ -38,15 +46,32 @@ class Layout:
             return index in keys
         span = rule.span(self.steps)
         first = index == span.start or (index in self.switches and not self.plan.carry)
-        return index not in span or first or changed
+        last = index == self.steps - 1 and self.skips(number)
+        return index not in span or first or last or changed
 
-    def sources(self, number: int, rule: Rule, index: int) -> list[int]:
-        """The steps that may have computed what a rule inherits at a step: its last key step, or any where it is adaptive."""
-        keys = self._keys[number]
-        if keys is not None:
-            return [max((key for key in keys if key < index), default=0)]
-        start = max([rule.span(self.steps).start, *(s for s in self.switches if s <= index and not self.plan.carry)])
-        return list(range(start, index))
+    def skips(self, number: int) -> bool:
+        """Whether a rule inherits the UNet's prediction itself, so that nothing else need run."""
+        return any(NOISE in features[number] for features in self.features.values())
+
+    def half(self, index: int) -> bool:
+        """Whether a step evaluates only the half of guidance that is the prompt's."""
+        return index not in self._whole
+
+    def start(self, rule: Rule, index: int) -> int:
+        """The first step whose features a rule may read at a step."""
+        return max([rule.span(self.steps).start, *(s for s in self.switches if s <= index and not self.plan.carry)])
+
+    def sources(self, number: int, rule: Rule, index: int) -> set[int]:
+        """The steps whose features a rule may read at a step: its last key steps, or any where it is adaptive.
+
+        A step with all rows also reads the last of those that had them.
+        """
+        keys, start = self._keys[number], self.start(rule, index)
+        if keys is None:
+            return set(range(start, index))
+        before = [key for key in range(index - 1, start - 1, -1) if key in keys]
+        whole = [] if self.half(index) else [key for key in before if not self.half(key)]
+        return {*before[: rule.depth], *whole[: rule.depth]}
 
     def _unet_at_each_step(self, train_steps: int) -> list[str]:
         ranges = self.plan.unets
@@ -71,16 +96,38 @@ class Layout:
             return outside
         if isinstance(rule.when, Threshold):
             return None
+        keys = self._listed(rule.when, span, f"rules.{number}.when")
+        if self.skips(number) and span.stop == self.steps and self.steps - 1 not in keys:
+            self._check_last(number, rule.when)
+            keys.add(self.steps - 1)
+        return keys | outside | (set() if self.plan.carry else self.switches)
+
+    def _listed(self, when: FixedMode, span: range, where: str) -> set[int]:
+        """The key steps of a mode over a span."""
         try:
-            keys = {span.start + key for key in rule.when.keys(len(span))}
+            keys = {span.start + key for key in when.keys(len(span))}
         except ValueError as error:
-            raise PlanError(f"plan {self.plan.name}: rules.{number}.when.{error}") from error
+            raise PlanError(f"plan {self.plan.name}: {where}.{error}") from error
         if span.start not in keys:
             raise PlanError(
-                f"plan {self.plan.name}: rules.{number}.when leaves out step 0, so the first step would inherit features "
+                f"plan {self.plan.name}: {where} leaves out step 0, so the first step would inherit features "
                 "that nobody computed; the first step of a rule is always a key step: add 0"
             )
-        return keys | outside | (set() if self.plan.carry else self.switches)
+        return keys
+
+    def _check_last(self, number: int, when: FixedMode) -> None:
+        """The last step decides the picture, and is always evaluated; who lists steps is told so."""
+        if isinstance(when, Explicit) and when.of is None:
+            raise PlanError(
+                f"plan {self.plan.name}: rules.{number}.when leaves out step {self.steps - 1}, so the last step would skip the "
+                f"UNet; the last step of a rule on {NOISE!r} is always a key step: add {self.steps - 1}"
+            )
+
+    def _whole_steps(self) -> set[int]:
+        """The steps at which guidance has both halves: as listed, and wherever features are there for the first time."""
+        assert self.plan.guidance is not None
+        starts = {self.start(rule, index) for rule in self.plan.rules for index in rule.span(self.steps)}
+        return self._listed(self.plan.guidance.when, range(self.steps), "guidance.when") | starts
 
 
 def _range_at(ranges: Sequence[UNetRange], position: float) -> UNetRange:

@@ -15,14 +15,15 @@ from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
 from engines.bundle.manifest import Variant
-from engines.bundle.names import BRANCH
+from engines.bundle.names import BRANCH, NOISE
 from engines.support.records import Name, Record
 from runtime.errors import PlanError
 from runtime.plans.key_steps import MODES, Mode, Threshold
+from runtime.plans.words import Found, Guidance, Predict
 
 __all__ = ["Plan", "Rule", "UNetRange", "inherited_features", "matching", "shown"]
 
@@ -45,6 +46,13 @@ class Rule(Record):
     when: Mode
     start: float = Field(default=0.0, ge=0, lt=1)
     stop: float = Field(default=1.0, gt=0, le=1)
+    predict: Predict | None = Field(default=None, exclude_if=lambda value: value is None)
+    """How inherited features are forecast; without it they are taken as the last key step left them."""
+
+    @property
+    def depth(self) -> int:
+        """How many key steps an inherit step takes a feature from."""
+        return 1 + (self.predict.order if self.predict else 0)
 
     def span(self, steps: int) -> range:
         """The steps that the rule is bound to."""
@@ -77,12 +85,16 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
     version: Literal[1] = 1
     name: Name
     unets: tuple[UNetRange, ...] = Field(default=(), max_length=100)
-    switch_by: Literal["noise", "steps"] = "noise"
+    switch_by: Literal["noise", "steps"] = Field(default="noise", exclude_if=lambda value: value == "noise")
     """Whether the ranges of ``unets`` count shares of the noise schedule or steps, of those that run; written if steps."""
     rules: tuple[Rule, ...] = Field(default=(), max_length=100)
-    _path: Path | None = PrivateAttr(default=None)
     carry: bool = False
     """Whether rules go on inheriting across a switch; otherwise its first step is a key step of every rule."""
+    guidance: Guidance | None = Field(default=None, exclude_if=lambda value: value is None)
+    """When guidance evaluates both of its halves; without it, at every step."""
+    found: Found | None = Field(default=None, exclude_if=lambda value: value is None)
+    """What the plan was found for, where a search found it."""
+    _path: Path | None = PrivateAttr(default=None)
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
@@ -121,10 +133,26 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
                     f"plan {self.name}: rules.{number} starts at {rule.start:g} and stops at {rule.stop:g}; "
                     "stop is a share of the steps above start"
                 )
+            self._check_predict(number, rule)
         self._check_unets()
         if sum(isinstance(rule.when, Threshold) for rule in self.rules) > 1:
             raise PlanError(f"plan {self.name}: two rules have mode threshold; a plan can have only one")
         return self
+
+    def _check_predict(self, number: int, rule: Rule) -> None:
+        if rule.predict is None:
+            return
+        where = f"plan {self.name}: rules.{number}.predict"
+        if rule.predict.space != "raw" and rule.units != (NOISE,):
+            raise PlanError(
+                f"{where}.space is {rule.predict.space!r}, which is for rules whose only unit is {NOISE!r}, whose inherit steps "
+                "skip the UNet; leave space out"
+            )
+        if isinstance(rule.when, Threshold) and any(matching(unit, [rule.when.feature]) for unit in rule.units):
+            raise PlanError(
+                f"{where}: the rule compares {rule.when.feature!r} to decide its key steps, which is computed at every step; "
+                "forecast other units, or compare another feature"
+            )
 
     def _check_unets(self) -> None:
         if self.switch_by == "steps" and not self.unets:
@@ -147,11 +175,6 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
             at = part.end
         if self.switch_by == "noise" and self.unets and at < 1:
             raise PlanError(f"plan {self.name}: unets end at {at:g}; the last range must end at 1")
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        written: dict[str, Any] = write(self)
-        return {key: value for key, value in written.items() if key != "switch_by" or value != "noise"}
 
 
 def matching(pattern: str, units: Sequence[str]) -> list[str]:
@@ -241,7 +264,14 @@ def shown(value: object) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
-_OWNERS: dict[object, type[Record]] = {"rules": Rule, "unets": UNetRange, **MODES}
+_OWNERS: dict[object, type[Record]] = {
+    "rules": Rule,
+    "unets": UNetRange,
+    "predict": Predict,
+    "guidance": Guidance,
+    "found": Found,
+    **MODES,
+}
 
 
 def _explained(wrong: ErrorDetails) -> str:

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.bundle.names import NOISE
 from engines.support.spelling import did_you_mean
 from runtime.errors import PlanError
 from runtime.plans.key_steps import Back, Explicit, Front, Mode, Quadratic, Random, Threshold, Uniform
 from runtime.plans.plan import Plan, Rule, UNetRange, shown
+from runtime.plans.words import Guidance, Predict
 
 __all__ = ["PRESETS", "Preset", "find_plan"]
 
@@ -85,6 +87,20 @@ def _spaced(mode: Callable[..., Mode]) -> Callable[[str], Plan]:
     return make
 
 
+def _forecast(text: str) -> Plan:
+    when = _every(text)
+    rule = Rule(units=("up.-1.layer.-2",), when=when, predict=Predict(damping=0.75 if when.every <= 3 else 0.5))
+    return Plan(name="", rules=(rule,))
+
+
+def _skip(text: str) -> Plan:
+    return Plan(name="", rules=(Rule(units=(NOISE,), when=_every(text), predict=Predict(damping=0.5, space="x0")),))
+
+
+def _guide(text: str) -> Plan:
+    return Plan(name="", guidance=Guidance(when=_every(text)))
+
+
 def _switch(text: str) -> Plan:
     at = _share(text)
     return Plan(name="", unets=(UNetRange(unet="assembled", start=0, stop=at), UNetRange(unet="original", start=at, stop=1)))
@@ -109,6 +125,9 @@ PRESETS = {
     "back": Preset("back:N", "as deepcache; key steps dense late", "back:3", _spaced(Back)),
     "random": Preset("random:N", "as deepcache; key steps at random, a control", "random:3", _spaced(Random)),
     "adaptive": Preset("adaptive:X", "as block; key steps as the stem changes by X", "adaptive:0.3", _adaptive),
+    "forecast": Preset("forecast:N", "as deepcache; features are forecast", "forecast:3", _forecast),
+    "skip": Preset("skip:N", "run nothing; the picture is forecast", "skip:2", _skip),
+    "guide": Preset("guide:N", "evaluate the prompt alone, not both halves", "guide:2", _guide),
     "switch": Preset("switch:X", "the assembled UNet for the first X of noise", "switch:0.4", _switch),
 }  # fmt: skip
 
@@ -131,10 +150,14 @@ def find_plan(plan: str | Path | Plan) -> Plan:
     if len(plan) > _MOST_CHARACTERS:
         raise PlanError(f"plan {shown(plan)!r} has {len(plan)} characters; join fewer presets, or write a .json file")
     parts = [_preset(part) for part in plan.split("+")]
+    guidance = [found.guidance for found in parts if found.guidance]
+    if len(guidance) > 1:
+        raise PlanError(f"plan {plan}: guide stands there {len(guidance)} times; a plan can have it once")
     return Plan(
         name=plan,
         unets=tuple(part for found in parts for part in found.unets),
         rules=tuple(rule for found in parts for rule in found.rules),
+        guidance=next(iter(guidance), None),
     ).checked()
 
 

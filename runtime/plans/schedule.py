@@ -1,5 +1,6 @@
 """A plan for a number of steps of given UNets: which step inherits what, and what a key step must keep for later ones."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from runtime.plans.layout import Layout
 from runtime.plans.plan import Plan, Rule
 from runtime.plans.rule_checks import check_adaptive, check_carry
 from runtime.plans.subgraph import Subgraph, common_prefix, subgraph_for
+from runtime.plans.words import Predict
 
 __all__ = ["Schedule", "Step"]
 
@@ -25,6 +27,15 @@ class Step:
     """Whether every rule that holds at this step computes afresh."""
     inherited: frozenset[str] = frozenset()
     keep: frozenset[str] = frozenset()
+    half: bool = False
+    """Whether guidance evaluates only the half that is the prompt's."""
+
+    @property
+    def kind(self) -> str:
+        """``key``, ``inherit`` or ``skip`` (nothing of the UNet is wanted), and whether it has half of the rows."""
+        if NOISE in self.inherited:
+            return "skip"
+        return ("key" if self.key else "inherit") + (", half" if self.half else "")
 
     @cached_property
     def wanted(self) -> frozenset[str]:
@@ -40,19 +51,28 @@ class Schedule:
         unets: manifest of each UNet by name; a plan without ``unets`` takes the first.
         timesteps: of each model evaluation, falling.
         train_steps: timesteps of the whole noise schedule.
+        guided: whether there is classifier-free guidance, without which a plan's ``guidance`` says nothing.
 
     Raises:
-        PlanError: a UNet is not there, a rule names a unit that its UNet does not have or inherits in its first step, or features
-            to carry do not match.
+        PlanError: a UNet is not there, a rule names a unit that its UNet does not have or inherits in its first step, the UNet is
+            skipped in its last, or features to carry do not match.
     """
 
-    def __init__(self, plan: Plan, unets: Mapping[str, Manifest], timesteps: Sequence[float], train_steps: int = 1000) -> None:
-        self._layout = Layout(plan, unets, timesteps, train_steps)
+    def __init__(
+        self,
+        plan: Plan,
+        unets: Mapping[str, Manifest],
+        timesteps: Sequence[float],
+        train_steps: int = 1000,
+        guided: bool = False,
+    ) -> None:
+        self._layout = Layout(plan, unets, timesteps, train_steps, guided)
+        self.with_guidance = guided
         self.plan, self.unets, self.timesteps, self.steps = plan, unets, self._layout.timesteps, self._layout.steps
         check_adaptive(self._layout)
         self._subgraphs: dict[tuple[str, frozenset[str], frozenset[str], frozenset[str]], Subgraph] = {}
         assumptions = (False, True) if self.adaptive else (True,)
-        self._keep, self._read_later = self._liveness(assumptions)
+        self._keep, self._last_read = self._liveness(assumptions)
         steps = {a: tuple(self._step(i, self._keep[i], a) for i in range(self.steps)) for a in assumptions}
         self._steps = {False: steps[assumptions[0]], True: steps[True]}
         if plan.carry:
@@ -62,9 +82,43 @@ class Schedule:
         """Name of the UNet that runs at a step."""
         return self._layout.unet_at[index]
 
-    def read_later(self, index: int) -> frozenset[str]:
-        """The features that steps after this one may read from the cache before they are computed afresh."""
-        return self._read_later[index]
+    @property
+    def guided(self) -> bool:
+        """Whether some steps evaluate only the half of guidance that is the prompt's."""
+        return self._layout.guided
+
+    @cached_property
+    def _depths(self) -> Mapping[str, int]:
+        found = Counter[str]()
+        for features in self._layout.features.values():
+            for rule, names in zip(self.plan.rules, features, strict=True):
+                found |= Counter(dict.fromkeys(names, rule.depth))
+        return found
+
+    def depth(self, name: str) -> int:
+        """From how many key steps a step takes a feature that it inherits or compares."""
+        return self._depths.get(name, 1)
+
+    def predict(self, unet: str, name: str) -> Predict | None:
+        """How a feature is forecast where it is inherited."""
+        rules = zip(self.plan.rules, self._layout.features[unet], strict=True)
+        return next((rule.predict for rule, names in rules if name in names), None)
+
+    def is_forecast(self, step: Step, name: str) -> bool:
+        """Whether a feature that a step inherits is forecast: not where only one key step has been."""
+        rules = zip(self.plan.rules, self._layout.features[step.unet], strict=True)
+        number, rule = next((number, rule) for number, (rule, names) in enumerate(rules) if name in names)
+        return rule.depth > 1 and len(self._layout.sources(number, rule, step.index)) > 1
+
+    def is_half(self, step: Step, name: str) -> bool:
+        """Whether a step has only the prompt's rows of a feature, one half of guidance. Of predictions no more is kept."""
+        if name == NOISE:
+            return self.guided
+        return step.half and self.unets[step.unet].features[name].shape[0] == "batch"
+
+    def is_read_later(self, name: str, made: int, index: int) -> bool:
+        """Whether a step after ``index`` may read a feature as step ``made`` left it."""
+        return self._last_read.get((name, made), 0) > index
 
     @property
     def adaptive(self) -> Rule | None:
@@ -119,31 +173,34 @@ class Schedule:
             self._subgraphs[kind] = subgraph_for(self.unets[unet], wanted, inherited=inherited, made=made)
         return self._subgraphs[kind]
 
-    def _liveness(self, assumptions: Sequence[bool]) -> tuple[list[frozenset[str]], list[frozenset[str]]]:
-        """For each step, the features that later steps read from it; and those that they read before they are computed afresh.
+    def _liveness(self, assumptions: Sequence[bool]) -> tuple[list[frozenset[str]], dict[tuple[str, int], int]]:
+        """For each step, the features that later steps read from it; and for each of these, the last step that may.
 
         From the last step backwards. A step must serve the steps after it however they are resolved, and so may read more than it
         would if all were resolved alike.
         """
         keep: list[set[str]] = [set() for _ in range(self.steps)]
-        read_later: list[set[str]] = [set() for _ in range(self.steps)]
+        last_read: dict[tuple[str, int], int] = {}
         for index in reversed(range(self.steps)):
             for changed in assumptions:
                 step = self._step(index, frozenset(keep[index]), changed)
                 cached = self.subgraph(step).cached_inputs | self._probe_reads(index)
-                if index:
-                    read_later[index - 1] |= (read_later[index] - step.keep) | cached
                 for number, rule in enumerate(self.plan.rules):
-                    for source in self._layout.sources(number, rule, index):
-                        keep[source] |= cached & self._layout.features[step.unet][number]
-        return list(map(frozenset, keep)), list(map(frozenset, read_later))
+                    inherited = cached & self._layout.features[step.unet][number]
+                    compared = cached & {rule.when.feature} if isinstance(rule.when, Threshold) else frozenset[str]()
+                    for source in self._layout.sources(number, rule, index) if inherited or compared else ():
+                        keep[source] |= inherited
+                        for name in inherited | compared:
+                            last_read.setdefault((name, source), index)
+        return list(map(frozenset, keep)), last_read
 
     def _step(self, index: int, keep: frozenset[str], changed: bool) -> Step:
         fresh = [self._layout.is_key(number, rule, index, changed) for number, rule in enumerate(self.plan.rules)]
         unet = self.unet(index)
         features = zip(self._layout.features[unet], fresh, strict=True)
         inherited = frozenset[str]().union(*(names for names, is_key in features if not is_key))
-        return Step(index, unet, all(fresh), inherited, (keep | self._compared(index, fresh)) - inherited)
+        kept = (keep | self._compared(index, fresh)) - inherited
+        return Step(index, unet, all(fresh), inherited, kept, self._layout.half(index))
 
     def _compared(self, index: int, fresh: Sequence[bool]) -> set[str]:
         """The feature that an adaptive rule compares with, where it computes afresh and may inherit later."""

@@ -8,10 +8,11 @@ from engines import DTYPES
 from engines.bundle.manifest import Manifest
 from engines.bundle.names import NOISE
 from engines.bundle.shapes import resolve
-from runtime.plans.schedule import Schedule
+from runtime.plans.retention import Retention
+from runtime.plans.schedule import Schedule, Step
 from runtime.plans.subgraph import Subgraph, subgraph_for
 
-__all__ = ["feature_bytes", "from_to", "macs_of", "peak_bytes", "relative_macs"]
+__all__ = ["feature_bytes", "from_to", "macs_of", "peak_bytes", "relative_macs", "share_of_rows"]
 
 
 def macs_of(manifest: Manifest, segments: Collection[str], sizes: Mapping[str, int] | None = None) -> float:
@@ -37,9 +38,16 @@ def relative_macs(
     """
     steps = schedule.all_steps(changed)
     reference = schedule.unets[full or steps[-1].unet]
-    kinds = Counter((step.unet, schedule.subgraph(step).segment_names) for step in steps)
-    total = sum(count * macs_of(schedule.unets[unet], ran, sizes) for (unet, ran), count in kinds.items())
+    kinds = Counter((step.unet, schedule.subgraph(step).segment_names, step.half) for step in steps)
+    total = sum(
+        count * share_of_rows(half) * macs_of(schedule.unets[unet], ran, sizes) for (unet, ran, half), count in kinds.items()
+    )
     return total / (macs_of(reference, subgraph_for(reference, frozenset({NOISE})).segment_names, sizes) * len(steps))
+
+
+def share_of_rows(half: bool) -> float:
+    """Of the rows of a step with guidance, those that it evaluates."""
+    return 0.5 if half else 1.0
 
 
 def from_to(least: float, most: float, digits: int = 3) -> str:
@@ -63,21 +71,35 @@ def peak_bytes(schedule: Schedule, sizes: Mapping[str, int]) -> int:
     Where a step is decided while it runs, it is the more of both. What an engine needs inside a segment comes on top of it. Graph
     inputs (latents, text) are not counted.
     """
-    cached: dict[str, int] = {}
-    peak = 0
+    cached, peak = Retention[int](schedule), 0
     for index in range(schedule.steps):
         decisions = [schedule.resolve(index, changed) for changed in (False, True)]
-        size = partial(feature_bytes, schedule.unets[decisions[0].unet], sizes=sizes)
+        size = partial(_bytes_in_step, schedule, decisions[0], sizes=sizes)
         made, probed = _made_by_probe(schedule, index, size)
-        # What a step refreshes is freed as soon as the step is resolved.
-        held = [
-            sum(cached[name] for name in cached.keys() - step.keep) + _subgraph_peak(schedule.subgraph(step, made), made, size)
-            for step in decisions
-        ]
-        peak = max(peak, sum(cached.values()) + probed, *held)
-        kept = {name: size(name) for step in decisions for name in step.keep}
-        cached = {name: held for name, held in (cached | kept).items() if name in schedule.read_later(index)}
+        peak = max(peak, _total(cached) + probed)
+        for step in decisions if decisions[0] != decisions[1] else decisions[:1]:
+            # What a step refreshes is freed as soon as the step is resolved.
+            during = cached.copy()
+            during.make_room(step)
+            subgraph = schedule.subgraph(step, made)
+            put_together = sum(size(name) for name in subgraph.cached_inputs if during.is_made(step, name))
+            peak = max(peak, _total(during) + put_together + _subgraph_peak(subgraph, made, size))
+        key = decisions[-1]
+        cached.make_room(key)
+        for name in key.keep | decisions[0].keep:
+            cached.add(key, name, size(name))
+        cached.end(index)
     return peak
+
+
+def _total(cached: Retention[int]) -> int:
+    return sum(entry.value for _, entry in cached)
+
+
+def _bytes_in_step(schedule: Schedule, step: Step, name: str, sizes: Mapping[str, int]) -> int:
+    """Size of a feature with the rows that a step evaluates."""
+    half = schedule.is_half(step, name)
+    return feature_bytes(schedule.unets[step.unet], name, {**sizes, "batch": sizes["batch"] // 2} if half else sizes)
 
 
 def _made_by_probe(schedule: Schedule, index: int, size: Callable[[str], int]) -> tuple[frozenset[str], int]:

@@ -21,7 +21,7 @@ from runtime.execution.swapping import Swapper
 from runtime.plans.demand import demand
 from runtime.plans.schedule import Schedule, Step
 from runtime.plans.subgraph import subgraph_for
-from runtime.report.cost import from_to, macs_of, peak_bytes
+from runtime.report.cost import from_to, macs_of, peak_bytes, share_of_rows
 
 __all__ = ["COLOURS", "explain", "in_order", "listed", "plot", "segment_seconds", "unit_states"]
 
@@ -68,27 +68,30 @@ def explain(
     for name in ("step", "UNet", "kind", "segments run", "inherited", "MACs", "time", "ms"):
         table.add_column(name, justify="right" if name in {"step", "MACs", "time", "ms"} else "left")
     steps = schedule.all_steps()
-    seconds = {}
+    halves = {step.half for step in steps} | {False}
+    seconds: dict[tuple[str, bool], dict[str, float]] = {}
     for name in schedule.unets:
         with swapper.pinned(name) if swapper else nullcontext():
-            seconds[name] = segment_seconds(networks[name], sizes)
+            for half in halves:
+                rows = sizes["batch"] // 2 if half else sizes["batch"]
+                seconds[name, half] = segment_seconds(networks[name], {**sizes, "batch": rows})
     last = schedule.unets[steps[-1].unet]
     whole = subgraph_for(last, frozenset({NOISE}))
     full_macs, full_seconds = (
         macs_of(last, whole.segment_names, sizes),
-        sum(seconds[steps[-1].unet][name] for name in whole.segment_names),
+        sum(seconds[steps[-1].unet, False][name] for name in whole.segment_names),
     )
 
     def cost(step: Step) -> tuple[float, float]:
         """A step's MACs and time, relative to those of the whole UNet."""
         ran = schedule.subgraph(step).segment_names
-        time = sum(seconds[step.unet][name] for name in ran) / full_seconds
-        return macs_of(schedule.unets[step.unet], ran, sizes) / full_macs, time
+        time = sum(seconds[step.unet, step.half][name] for name in ran) / full_seconds
+        return share_of_rows(step.half) * macs_of(schedule.unets[step.unet], ran, sizes) / full_macs, time
 
     for step in steps:
         subgraph, (macs, time) = schedule.subgraph(step), cost(step)
-        kind = "as decided" if schedule.pending_threshold(step.index) else "key" if step.key else "inherit"
-        names = listed(subgraph.segment_names, len(seconds[step.unet])), listed(sorted(subgraph.cached_inputs))
+        kind = "as decided" if schedule.pending_threshold(step.index) else step.kind
+        names = listed(subgraph.segment_names, len(seconds[step.unet, False])), listed(sorted(subgraph.cached_inputs))
         table.add_row(str(step.index), step.unet, kind, *names, f"{macs:.2f}", f"{time:.2f}", f"{1000 * time * full_seconds:.1f}")
     sums = [map(statistics.fmean, zip(*map(cost, schedule.all_steps(changed)), strict=True)) for changed in (False, True)]
     all_macs, all_time = (from_to(least, most, digits=2) for least, most in zip(*sums, strict=True))
@@ -113,13 +116,14 @@ def listed(names: Sequence[str], of: int | None = None) -> str:
     return ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)}" + (f" of {of}" if of else "")
 
 
-_SKIPPED, _INHERITED, _COMPUTED, _DECIDED, _ABSENT = range(5)
+_SKIPPED, _INHERITED, _COMPUTED, _DECIDED, _ABSENT, _FORECAST = range(6)
 COLOURS = {
     "not needed": "#e8e8e8",
     "inherited": "#f2b134",
     "computed": "#2f6690",
     "as decided": "#7fb069",
     "not in this UNet": "#ffffff",
+    "forecast": "#e07a5f",
 }
 
 
@@ -140,7 +144,7 @@ def plot(schedule: Schedule, path: Path) -> None:
     names, rows = unit_states(schedule)
     steps = schedule.all_steps()
     figure, axis = pyplot.subplots(figsize=(2.8 + 0.22 * len(steps), 1.2 + 0.15 * len(names)))
-    axis.pcolormesh(rows, cmap=ListedColormap(list(COLOURS.values())), vmin=0, vmax=_ABSENT, edgecolors="white", linewidth=0.5)
+    axis.pcolormesh(rows, cmap=ListedColormap(list(COLOURS.values())), vmin=0, vmax=_FORECAST, edgecolors="white", linewidth=0.5)
     axis.set_yticks([row + 0.5 for row in range(len(names))], names, fontsize=6)
     axis.set_xticks([column + 0.5 for column in range(len(steps))], [str(step.index) for step in steps], fontsize=6)
     axis.invert_yaxis()
@@ -157,7 +161,11 @@ def plot(schedule: Schedule, path: Path) -> None:
 def unit_states(schedule: Schedule) -> tuple[list[str], list[list[int]]]:
     """The units of all UNets, and for each the place in ``COLOURS`` of its state at every step."""
     names = [name for name in in_order([unet.unet_units for unet in schedule.unets.values()]) if not name.endswith(BRANCH)]
-    return names, [[_state(schedule, step.index, name) for step in schedule.all_steps()] for name in names]
+    rows = [[_state(schedule, step.index, name) for step in schedule.all_steps()] for name in names]
+    if schedule.guided:
+        both = (not step.half and step.kind != "skip" for step in schedule.all_steps())
+        names, rows = ["guidance", *names], [[_COMPUTED if whole else _INHERITED for whole in both], *rows]
+    return names, rows
 
 
 def in_order(unets: Iterable[Sequence[str]]) -> list[str]:
@@ -183,8 +191,8 @@ def _state_of(schedule: Schedule, step: Step, unit: str) -> int:
     if unit not in manifest.unet_units:
         return _ABSENT
     cached = schedule.subgraph(step).cached_inputs
-    if unit in cached or f"{unit}{BRANCH}" in cached:
-        return _INHERITED
+    for name in cached & {unit, f"{unit}{BRANCH}"}:
+        return _FORECAST if schedule.is_forecast(step, name) else _INHERITED
     running = demand(manifest.units, step.wanted, step.inherited | {TEXT})
     return _COMPUTED if any(unit == node.name for node in running) else _SKIPPED
 

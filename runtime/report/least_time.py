@@ -67,17 +67,18 @@ class _Bounds:
 
     def __init__(self, card: Card, sizes: Mapping[str, int], traffic: Traffic) -> None:
         self._card, self._sizes, self._traffic = card, {"images": 1, **sizes}, traffic
-        self._known: dict[tuple[str, str], Bound] = {}
+        self._known: dict[tuple[str, str, bool], Bound] = {}
 
-    def of(self, manifest: Manifest, names: Sequence[str]) -> Bound:
-        """Of segments, one after another."""
+    def of(self, manifest: Manifest, names: Sequence[str], half: bool = False) -> Bound:
+        """Of segments, one after another; with ``half``, of half of the rows."""
         for name in names:
-            if (manifest.variant, name) not in self._known:
-                self._known[manifest.variant, name] = self._of_segment(manifest, name)
-        return sum((self._known[manifest.variant, name] for name in names), Bound(0, 0, 0))
+            if (manifest.variant, name, half) not in self._known:
+                self._known[manifest.variant, name, half] = self._of_segment(manifest, name, half)
+        return sum((self._known[manifest.variant, name, half] for name in names), Bound(0, 0, 0))
 
-    def _of_segment(self, manifest: Manifest, name: str) -> Bound:
-        segment, sizes, card = manifest.segment(name), self._sizes, self._card
+    def _of_segment(self, manifest: Manifest, name: str, half: bool) -> Bound:
+        segment, card = manifest.segment(name), self._card
+        sizes = {**self._sizes, "batch": self._sizes["batch"] // 2} if half else self._sizes
         rows = 1 if VAE.issuperset(segment.units) else sizes["batch"]
         moved = self._traffic(manifest, segment, sizes) + weight_bytes(manifest, segment)
         arithmetic = 2 * rows * macs_of(manifest, [name], sizes) / card.flops(manifest.precision_of(segment))
@@ -115,11 +116,14 @@ def least_time(
 
 def _kinds(schedule: Schedule, bounds: _Bounds) -> dict[tuple[str, str, tuple[str, ...]], tuple[int, Bound]]:
     """How many steps of each kind there are, and the least time of one; adaptive rules are taken to compute afresh."""
-    found: Counter[tuple[str, str, tuple[str, ...]]] = Counter()
+    found: Counter[tuple[str, str, tuple[str, ...], bool]] = Counter()
     for step in schedule.all_steps():
         names = tuple(schedule.subgraph(step).segment_names)
-        found[step.unet, "key" if step.key else "inherit", names] += 1
-    return {key: (count, bounds.of(schedule.unets[key[0]], key[2])) for key, count in found.items()}
+        found[step.unet, step.kind, names, step.half] += 1
+    return {
+        (unet, kind, names): (count, bounds.of(schedule.unets[unet], names, half))
+        for (unet, kind, names, half), count in found.items()
+    }
 
 
 def _ends(manifest: Manifest, bounds: _Bounds, images: int) -> Bound:
@@ -132,7 +136,7 @@ def _ends(manifest: Manifest, bounds: _Bounds, images: int) -> Bound:
 
 def _unet_time(schedule: Schedule, bounds: _Bounds, changed: bool) -> float:
     steps = schedule.all_steps(changed)
-    return sum(bounds.of(schedule.unets[step.unet], schedule.subgraph(step).segment_names).seconds for step in steps)
+    return sum(bounds.of(schedule.unets[step.unet], schedule.subgraph(step).segment_names, step.half).seconds for step in steps)
 
 
 def _sums(schedule: Schedule, bounds: _Bounds, full: Bound, ends: Bound) -> Iterator[str]:
@@ -161,7 +165,7 @@ def _share(name: str, schedule: Schedule, bounds: _Bounds, full: Bound) -> float
     if name == "full":
         return None
     try:
-        other = Schedule(find_plan(name), schedule.unets, schedule.timesteps)
+        other = Schedule(find_plan(name), schedule.unets, schedule.timesteps, guided=schedule.with_guidance)
         check_runs(other)
         return _unet_time(other, bounds, changed=False) / (full.seconds * schedule.steps)
     except PlanError:

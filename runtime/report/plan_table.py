@@ -47,7 +47,8 @@ def _cost(bundle: Bundle, name: str, steps: int) -> str:
     try:
         parts = dict.fromkeys(part.unet for part in plan.unets) or [variant]
         unets = {part: find_sibling(bundle, part, plan, timesteps).manifest for part in parts}
-        schedule = Schedule(plan, {part: partitioned_by_unit(manifest) for part, manifest in unets.items()}, timesteps)
+        apart = {part: partitioned_by_unit(manifest) for part, manifest in unets.items()}
+        schedule = Schedule(plan, apart, timesteps, guided=True)
     except PlanError:  # this UNet is too small for it, or has no sibling
         return "-"
     full = variant if variant in unets else None

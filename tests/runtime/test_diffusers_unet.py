@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,6 +59,39 @@ def test_plans(mini_bundle: Bundle, mini_pipeline: Pipeline, plan: str, kind: st
     expected = generate(mini_pipeline, scheduler=scheduler, plan=plan, **settings)
     assert relative_error(made, expected.latents) < TOLERANCE
     assert kinds(unet.steps) == kinds(expected.steps)
+
+
+@pytest.mark.parametrize("plan", ["skip:2+deepcache:3", "forecast:2+guide:3"])
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "guidance"), [("text", "heun", 3.0), ("image", "dpm++", 3.0), ("inpaint", "euler", 1.0)]
+)
+def test_forecasts_skips_and_halves(
+    mini_bundle: Bundle, mini_pipeline: Pipeline, plan: str, kind: str, scheduler: str, guidance: float
+) -> None:
+    settings = {**inputs(kind, 0.7), "guidance_scale": guidance}
+    unet = UNet(mini_bundle.folder, plan)
+    images = 1 if kind == "inpaint" else 2  # of several, diffusers draws the picture's latents with the first one's generator
+    made = latents(pipeline(kind, scheduler, unet), images=images, **settings)
+    expected = generate(mini_pipeline, scheduler=scheduler, plan=plan, num_images=images, **settings)
+    assert relative_error(made, expected.latents) < TOLERANCE
+    assert kinds(unet.steps) == kinds(expected.steps)
+    assert ("key, half" in kinds(unet.steps)) is (guidance > 1 and "guide" in plan)
+
+
+def test_who_says_that_there_is_no_guidance_is_believed(mini_bundle: Bundle) -> None:
+    """Two pictures from the same noise look like the halves of guidance."""
+    sample, text = (
+        torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1),
+        torch.randn(2, 32, UNet(mini_bundle.folder).config.cross_attention_dim),
+    )
+    scheduler = reference_scheduler("ddim", 3)
+    found = []
+    for guided in (None, False, True):
+        unet = UNet(mini_bundle.folder, "guide:3", guided=partial(bool, guided) if guided is not None else lambda: None)
+        for timestep in scheduler.timesteps:
+            unet(sample, timestep, text)
+        found.append("key, half" in kinds(unet.steps))
+    assert found == [True, False, True]
 
 
 def test_full_is_what_diffusers_gives(mini_bundle: Bundle) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from tests.support.reference import MINI, reference_scheduler
 
@@ -34,6 +42,21 @@ def pipeline(kind: str, scheduler: Any, unet: Any = None) -> Any:
     made.set_progress_bar_config(disable=True)
     if unet is not None:
         made.unet = unet
+    return made
+
+
+def pipeline_of(folder: Path, kind: str = "text", **replaced: Any) -> Any:
+    """A pipeline of the parts in a folder that ``save_source`` wrote, with DDIM; ``replaced`` are parts of another."""
+    parts: dict[str, Any] = {
+        "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
+        "vae": replaced.get("vae") or AutoencoderKL.from_pretrained(folder, subfolder="vae"),
+        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "scheduler": reference_scheduler("ddim", 1),
+    }
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    made = PIPELINES[kind](**{**parts, **replaced}, **absent)
+    made.set_progress_bar_config(disable=True)
     return made
 
 

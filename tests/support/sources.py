@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.support.reference import MINI
@@ -17,18 +17,7 @@ from tests.support.unets import TEXT_WIDTH, small_unet
 def save_source(folder: Path, unet: UNet2DConditionModel | None = None, **vae_changes: Any) -> Path:
     """Write a seeded checkpoint with the embedded model's tokenizer and scheduler; pictures are twice the latents' size."""
     (unet or small_unet("two stages")).save_pretrained(folder / "unet")
-    torch.manual_seed(1)
-    small: dict[str, Any] = {
-        "block_out_channels": (8, 8),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "latent_channels": 4,
-        "sample_size": 16,
-        "scaling_factor": 0.5,
-    }
-    AutoencoderKL(**{**small, **vae_changes}).save_pretrained(folder / "vae")
+    small_vae(**vae_changes).save_pretrained(folder / "vae")
     text = CLIPTextConfig(
         vocab_size=636, hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=32, projection_dim=TEXT_WIDTH, bos_token_id=634, eos_token_id=635, pad_token_id=635,
@@ -37,3 +26,30 @@ def save_source(folder: Path, unet: UNet2DConditionModel | None = None, **vae_ch
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(MINI / part, folder / part)
     return folder
+
+
+def small_vae(seed: int = 1, **changes: Any) -> AutoencoderKL:
+    """A seeded VAE; pictures are twice the latents' size."""
+    torch.manual_seed(seed)
+    stages = len(changes.get("block_out_channels", (8, 8)))
+    small: dict[str, Any] = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * stages,
+        "up_block_types": ("UpDecoderBlock2D",) * stages,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "sample_size": 16,
+        "scaling_factor": 0.5,
+    }
+    return AutoencoderKL(**{**small, **changes}).eval()
+
+
+def tiny_vae() -> AutoencoderTiny:
+    """A seeded AutoencoderTiny (TAESD) with as many latents."""
+    torch.manual_seed(2)
+    widths, blocks = (8, 8), (1, 1)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=blocks, num_decoder_blocks=blocks
+    )
+    return tiny.eval()

@@ -78,7 +78,10 @@ def rules_for(draw: st.DrawFn, units: Sequence[str], steps: int) -> tuple[Rule, 
         rule = Rule(
             units=tuple(inherit), kind="residual" if residual else "output", when=Explicit(steps=(0,)), start=start, stop=stop
         )
-        keys = draw(st.sets(st.integers(0, max(0, len(rule.span(steps)) - 1)))) | {0}
+        last = max(0, len(rule.span(steps)) - 1)
+        keys = draw(st.sets(st.integers(0, last))) | {0}
+        if "head" in inherit and rule.span(steps).stop == steps:  # the last step is never skipped
+            keys |= {last}
         rule = rule.model_copy(update={"when": Explicit(steps=tuple(sorted(keys)))})
         if all(features_by_rule([*rules, rule], units)):  # a rule that has nothing left is an error
             rules.append(rule)

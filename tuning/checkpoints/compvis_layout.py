@@ -1,6 +1,7 @@
 """The layout of CompVis' code, for writing: a diffusers checkpoint's weights under the names of a single file.
 
-`single_file` reads that layout with diffusers' converters; here the names are written out, so that the two check each other.
+`single_file` reads that layout with diffusers' converters; here the names are written out, so that the two check each other. It
+needs them where a file has a UNet's names without their dots.
 
 The names are those of the modules in https://github.com/CompVis/stable-diffusion (ldm/modules), and of open_clip for the second
 kind of text encoder.

@@ -23,10 +23,11 @@ _LARGEST_LATENTS = 4096
 _LARGEST_NUMBER = 10_000_000
 _COUNTS = {
     "layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block", "num_hidden_layers",
+    "num_encoder_blocks", "num_decoder_blocks",
 }  # fmt: skip
 _WIDTHS = {
     "block_out_channels", "in_channels", "out_channels", "latent_channels", "cross_attention_dim", "hidden_size",
-    "intermediate_size", "vocab_size", "max_position_embeddings",
+    "intermediate_size", "vocab_size", "max_position_embeddings", "encoder_block_out_channels", "decoder_block_out_channels",
 }  # fmt: skip
 
 

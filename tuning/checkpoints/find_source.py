@@ -19,12 +19,25 @@ from tuning.surgery.recipes import RECIPES
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-__all__ = ["MINI", "RANDOM", "RANDOM_CONFIGS", "UNetSource", "check_apart", "find_source", "open_unet", "place_of", "random_unet"]
+__all__ = [
+    "MINI",
+    "RANDOM",
+    "RANDOM_CONFIGS",
+    "SD15",
+    "UNetSource",
+    "check_apart",
+    "fetch",
+    "find_source",
+    "open_unet",
+    "path_of",
+    "place_of",
+    "random_unet",
+]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _MODELS = next((found for found in [_PACKAGE / "models"] if found.is_dir()), _PACKAGE.parent / "models")
 """Inside of the installed package (see setup.py), or else the repository's."""
-MINI = _MODELS / "mini"
+MINI, SD15 = _MODELS / "mini", _MODELS / "sd15"
 RANDOM = "random:"
 """Prefix of the names of sources with random weights."""
 
@@ -71,10 +84,10 @@ def open_unet(source: str, variant: str | None = None) -> UNetSource:
     if source.startswith(RANDOM):
         _random_config(source)
         return UNetSource(source)
-    path = _path(source)
+    path = path_of(source)
     if path.suffix == ".safetensors":
         return UNetSource(source, whole=_file_source(source, path, None))
-    folder = path if path.is_dir() else _fetch(source, variant)
+    folder = path if path.is_dir() else fetch(source, variant)
     if not (folder / "unet").is_dir() and (folder / "config.json").is_file():
         check_part(source, folder.parent, folder.name, variant=variant)
         _check_has(source, folder, variant)
@@ -95,7 +108,7 @@ def random_unet(source: str, seed: int = 0) -> UNet2DConditionModel:
     return unet
 
 
-def find_source(source: str, config: Path | None = None, variant: str | None = None) -> Source:
+def find_source(source: str, config: Path | None = None, variant: str | None = None, *, vae: bool = True) -> Source:
     """Find a whole checkpoint.
 
     Args:
@@ -103,6 +116,7 @@ def find_source(source: str, config: Path | None = None, variant: str | None = N
             in CompVis' layout, or ``random:CONFIG``.
         config: for the two last ones, a diffusers folder whose configurations are taken instead of the family's.
         variant: of the weights' files in a folder, such as ``fp16``; None for those without one, or the only one there is.
+        vae: whether it has to have a VAE.
 
     Raises:
         TuningError: there is no such source, a part of it is missing, or its weights are pickled.
@@ -112,14 +126,15 @@ def find_source(source: str, config: Path | None = None, variant: str | None = N
     _check_variant(source, variant)
     if source.startswith(RANDOM):
         return _random_source(source, config)
-    path = _path(source)
+    path = path_of(source)
     if path.suffix == ".safetensors":
         return _file_source(source, path, config)
     if config is not None:
         raise TuningError(f"source {source} has configurations of its own: leave --config out, which is for single files")
-    folder = path if path.is_dir() else _fetch(source, variant)
+    folder = path if path.is_dir() else fetch(source, variant)
     for part, has_weights in PARTS.items():
-        check_part(source, folder, part, weights=has_weights, variant=variant)
+        if vae or part != "vae":
+            check_part(source, folder, part, weights=has_weights, variant=variant)
     _check_has(source, folder, variant)
     return FolderSource(source, folder, variant)
 
@@ -154,8 +169,12 @@ def check_apart(out: Path, read: Path, what: str) -> None:
         raise TuningError(f"--out {out} is where the {what} is read from; choose another folder")
 
 
-def _path(source: str) -> Path:
-    """The folder or the file that a source is or would be. Raises TuningError for a pickle and for a file that is missing."""
+def path_of(source: str) -> Path:
+    """The folder or the file that a source, or a VAE, is or would be.
+
+    Raises:
+        TuningError: it is a pickle, or a file that is missing.
+    """
     path = place_of(source)
     if path.suffix in {*PICKLES, ".safetensors"} and not path.exists():
         raise TuningError(f"source {path}: no such file; {_CHOICES}")
@@ -173,7 +192,7 @@ def _path(source: str) -> Path:
 
 def _file_source(source: str, path: Path, config: Path | None) -> FileSource:
     check_single_file(path)
-    return FileSource(source, config or _family_of(source, text_width_in_file(path)), path)
+    return FileSource(source, config or _family_of(source, text_width_in_file(path)), path, config is not None)
 
 
 def _random_source(source: str, config: Path | None) -> RandomSource:
@@ -237,7 +256,7 @@ def _hub_names(source: str) -> list[str] | None:
         return None
 
 
-def _fetch(source: str, variant: str | None = None) -> Path:
+def fetch(source: str, variant: str | None = None) -> Path:
     """Fetch a hub repository's configurations and safetensors, or find them in the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE

@@ -12,7 +12,7 @@ from tuning.checkpoints.configs import Extent, check_extent, check_kinds, text_s
 from tuning.checkpoints.files import read_json
 from tuning.checkpoints.weight_files import weights_named_in
 
-__all__ = ["LOADERS", "SKELETONS"]
+__all__ = ["LOADERS", "SKELETONS", "is_tiny"]
 
 _TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
@@ -22,19 +22,40 @@ _TEXT_FIELDS = (
 """Of a text encoder's configuration: what describes the model."""
 
 
-def _vae_skeleton(folder: Path, extent: Extent | None) -> nn.Module:
-    from diffusers import AutoencoderKL
+def _vae_class(config: dict[str, Any]) -> Any:
+    """The class of diffusers that a VAE's configuration is for."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
+    kinds = {made.__name__: made for made in (AutoencoderKL, AutoencoderTiny)}
+    kind = config.get("_class_name", "AutoencoderKL")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"it is {kind!r:.60}, and {' and '.join(kinds)} are the only kinds of VAE that can be built")
+    return kinds[kind]
+
+
+def _vae_skeleton(folder: Path, extent: Extent | None) -> nn.Module:
     config = read_json(folder / "config.json")
-    if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ValueError(f"it is {kind!r:.60}, and AutoencoderKL is the only kind of VAE that can be built")
-    check_kinds(config, AutoencoderKL)
+    made = _vae_class(config)
+    check_kinds(config, made)
     check_extent(config, extent)
     if config.get("scaling_factor", 1) <= 0:
         raise ValueError(f"its scaling_factor is {config['scaling_factor']}, and must be more than 0")
     with torch.device("meta"):
-        vae: nn.Module = AutoencoderKL.from_config(config)
-    return vae
+        vae: Any = made.from_config(config)
+    if is_tiny(vae):
+        stages = len(vae.config.encoder_block_out_channels), len(vae.config.decoder_block_out_channels)
+        if stages[0] != stages[1] or vae.config.upsampling_scaling_factor != 2:
+            raise ValueError(
+                f"its encoder has {stages[0]} stages, its decoder {stages[1]} with upsampling by "
+                f"{vae.config.upsampling_scaling_factor}; a picture must come back in its own size: as many stages, and by 2"
+            )
+    model: nn.Module = vae
+    return model
+
+
+def is_tiny(vae: Any) -> bool:
+    """Whether a VAE is an AutoencoderTiny (TAESD), whose encoder gives latents, and no distribution of them."""
+    return not hasattr(vae, "quant_conv")
 
 
 def _text_skeleton(folder: Path, extent: Extent | None) -> nn.Module:
@@ -66,9 +87,7 @@ SKELETONS: dict[str, Callable[[Path, Extent | None], nn.Module]] = {"vae": _vae_
 
 
 def _load_vae(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    vae, info = AutoencoderKL.from_pretrained(
+    vae, info = _vae_class(read_json(folder / "config.json")).from_pretrained(
         folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, variant=variant
     )
     return _complete(vae, info)

@@ -13,10 +13,11 @@ from torch import Size, nn
 from engines.support.records import one_line
 from engines.support.tokenizers import load_clip_tokenizer
 from tuning.checkpoints.configs import Extent, check_fit
-from tuning.checkpoints.files import CONFIGURATIONS, check_file
+from tuning.checkpoints.files import CONFIGURATIONS, check_file, read_json
 from tuning.checkpoints.folder import extent_of, meta_unet, unet_weights
 from tuning.checkpoints.parts import LOADERS, SKELETONS
-from tuning.checkpoints.single_file import misfit, shapes_in_file, single_file_weights
+from tuning.checkpoints.prediction import read_prediction
+from tuning.checkpoints.single_file import has_only_averages, misfit, shapes_in_file, single_file_weights
 from tuning.checkpoints.weight_files import PICKLES, find_weights
 from tuning.checkpoints.weights import (
     LoadedWeights,
@@ -32,7 +33,7 @@ from tuning.errors import TuningError
 from tuning.surgery.assembly import assemble
 from tuning.surgery.recipes import RECIPES
 
-__all__ = ["PARTS", "FileSource", "FolderSource", "RandomSource", "Source", "check_part", "reading"]
+__all__ = ["PARTS", "FileSource", "FolderSource", "RandomSource", "Source", "check_part", "library_weights", "reading"]
 
 PARTS = {"unet": True, "vae": True, "text_encoder": True, "tokenizer": False, "scheduler": False}
 """The folders of a checkpoint, and whether they hold weights."""
@@ -83,6 +84,19 @@ class Source(ABC):
         tokenizer.model_max_length = min(tokenizer.model_max_length, text.config.max_position_embeddings)
         return tokenizer
 
+    def scheduler_changes(self) -> dict[str, Any]:
+        """What the weights ask of the scheduler that its configuration does not say."""
+        return {}
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The scheduler's configuration. Raises TuningError where there is none."""
+        with reading(self.name, self.folder / "scheduler"):
+            return read_json(self.folder / "scheduler" / "scheduler_config.json") | self.scheduler_changes()
+
+    def notes(self) -> list[str]:
+        """What a person should know of how the source is read."""
+        return []
+
     def check_fit(self) -> None:
         """Raise TuningError unless the parts fit together as text to image needs it: latent channels, and the text's width.
 
@@ -115,14 +129,7 @@ class FolderSource(Source):
         folder, skeleton = self.folder / part, self.skeleton(part)
         if part == "unet":
             return unet_weights(folder, skeleton, self.variant)
-        found, shapes = find_weights(folder, self.variant), shapes_of(skeleton)
-        _check_known(folder, shapes, {name: shape for file in found.files for name, shape in shapes_in(file).items()})
-
-        def load(dtype: torch.dtype) -> nn.Module:
-            with reading(self.name, folder):
-                return LOADERS[part](folder, dtype, found.variant)
-
-        return LoadedWeights(str(folder), shapes, load)
+        return library_weights(self.name, folder, part, skeleton, self.variant)
 
     def files(self, part: str) -> Iterator[Path]:
         """A part's configuration and weights, without the files of other variants; all of the tokenizer's and scheduler's."""
@@ -135,11 +142,28 @@ class FolderSource(Source):
         return extent_of(self.folder / part, self.variant)
 
 
+def library_weights(name: str, folder: Path, part: str, skeleton: nn.Module, variant: str | None) -> Weights:
+    """The weights in the folder of a VAE or a text encoder, as its library loads them. Raises TuningError for others than its."""
+    found, shapes = find_weights(folder, variant), shapes_of(skeleton)
+    _check_known(folder, shapes, {name: shape for file in found.files for name, shape in shapes_in(file).items()})
+
+    def load(dtype: torch.dtype) -> nn.Module:
+        with reading(name, folder):
+            return LOADERS[part](folder, dtype, found.variant)
+
+    return LoadedWeights(str(folder), shapes, load)
+
+
 @dataclass(frozen=True)
 class FileSource(Source):
-    """One .safetensors file in CompVis' layout, ``path``; ``folder`` has no weights, or not these."""
+    """One .safetensors file in CompVis' layout, ``path``; ``folder`` has no weights, or not these.
+
+    Args:
+        configured: whether the user named ``folder``, whose scheduler then counts for more than what the file says of it.
+    """
 
     path: Path
+    configured: bool = False
 
     def skeleton(self, part: str) -> nn.Module:
         """As any source's. Raises TuningError also where the file is of a smaller model than the configuration's."""
@@ -151,6 +175,21 @@ class FileSource(Source):
     def weights(self, part: str) -> Weights:
         """From the file."""
         return single_file_weights(self.path, part, self.skeleton(part), self.folder)
+
+    def scheduler_changes(self) -> dict[str, Any]:
+        """Whether its UNet predicts the noise or v, where the file says so."""
+        found = read_prediction(self.path)
+        return {} if found is None or self.configured else found.scheduler_changes
+
+    def notes(self) -> list[str]:
+        """What it predicts, where the file says so, and whether its weights are averaged ones."""
+        found, notes = read_prediction(self.path), []
+        if found is not None:
+            kept = " (the scheduler is that of --config)" if self.configured else ""
+            notes.append(f"source {self.name}: {found}{kept}")
+        if has_only_averages(mmap_safetensors(self.path)):
+            notes.append(f"source {self.name}: its UNet's weights are averaged ones (model_ema.), the only ones that it has")
+        return notes
 
     def _extent(self, part: str) -> Extent | None:
         shapes = shapes_in_file(self.path, part)

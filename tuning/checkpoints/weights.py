@@ -27,6 +27,7 @@ __all__ = [
     "Weights",
     "check_floating",
     "materialize",
+    "metadata_of",
     "mmap_safetensors",
     "shapes_in",
     "shapes_of",
@@ -59,6 +60,10 @@ class Weights(ABC):
 
     @abstractmethod
     def _take(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]: ...
+
+    def changes(self, names: Iterable[str]) -> list[str]:
+        """What was added to tensors of these names since their files were written, each as a line of text with a hash."""
+        return []
 
     def check(self, shapes: Mapping[str, Size]) -> None:
         """Raise TuningError unless tensors of these shapes are those that the module needs."""
@@ -155,17 +160,29 @@ class RenamedWeights(Weights):
         super().__init__(weights.where, {name: weights.shapes[origin] for name, origin in names.items()})
         self._weights, self._names = weights, dict(names)
 
+    def changes(self, names: Iterable[str]) -> list[str]:
+        """Those of the other part's."""
+        return self._weights.changes(self._names[name] for name in names)
+
     def _take(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
         taken = self._weights.take((self._names[name] for name in names), dtype)
         return {name: taken[self._names[name]] for name in names}
 
 
 class ComputedWeights(Weights):
-    """Those of a model that has to be made as a whole; unlike the others it stays in memory, once something was taken."""
+    """Those of a model that has to be made as a whole; unlike the others it stays in memory, once something was taken.
 
-    def __init__(self, where: str, shapes: Mapping[str, Size], make: Callable[[], nn.Module]) -> None:
+    Args:
+        made_of: the weights that it is made of.
+    """
+
+    def __init__(self, where: str, shapes: Mapping[str, Size], make: Callable[[], nn.Module], made_of: Weights) -> None:
         super().__init__(where, shapes)
-        self._make = make
+        self._make, self._made_of = make, made_of
+
+    def changes(self, names: Iterable[str]) -> list[str]:
+        """All of those of what it is made of: each tensor may come from any."""
+        return self._made_of.changes(self._made_of.shapes)
 
     @cached_property
     def _state(self) -> dict[str, Tensor]:
@@ -188,6 +205,13 @@ def mmap_safetensors(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         reason = one_line(error, 200)
         raise TuningError(f"{path}: its weights cannot be read ({reason}); get the file again") from error
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file. Raises TuningError as ``mmap_safetensors`` does."""
+    mmap_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def shapes_in(path: Path) -> dict[str, Size]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tuning.checkpoints.configs import text_width
 from tuning.checkpoints.find_source import UNetSource
-from tuning.checkpoints.source import Source, reading
+from tuning.checkpoints.source import Source
 from tuning.mini.models import scheduler
 from tuning.mini.scenes import held_back_prompts
 from tuning.training.noising import tokenize
@@ -81,7 +81,5 @@ def _read(source: Source, prompts: int) -> tuple[Tensor, Any]:
     """Text states of the empty prompt and of `prompts` others, and the scheduler's configuration."""
     text = source.model("text_encoder")
     tokenizer = source.tokenizer(text)
-    with reading(source.name, source.folder / "scheduler"):
-        config = DPMSolverMultistepScheduler.load_config(source.folder / "scheduler", local_files_only=True)
     words = ["", *held_back_prompts(prompts, seed=2)]  # seeds 0 and 1 are for published figures and for validation
-    return text(tokenize(tokenizer, words)).last_hidden_state, config
+    return text(tokenize(tokenizer, words)).last_hidden_state, source.scheduler_config()

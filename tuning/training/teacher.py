@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tuning.checkpoints.configs import latent_size
 from tuning.checkpoints.find_source import find_source
+from tuning.checkpoints.parts import is_tiny
 from tuning.checkpoints.source import reading
 from tuning.training.noising import tokenize
 
@@ -24,7 +25,7 @@ class Teacher:
     unet: UNet2DConditionModel
     text: CLIPTextModel
     tokenizer: CLIPTokenizer
-    vae: AutoencoderKL
+    vae: AutoencoderKL | AutoencoderTiny
     schedule: DDPMScheduler
 
     @classmethod
@@ -37,8 +38,9 @@ class Teacher:
         found.check_fit()
         unet, text, vae = (found.model(part).requires_grad_(False) for part in ("unet", "text_encoder", "vae"))
         tokenizer = found.tokenizer(text)
+        config = found.scheduler_config()
         with reading(source, found.folder / "scheduler"):
-            schedule = DDPMScheduler.from_pretrained(found.folder / "scheduler", local_files_only=True)
+            schedule = DDPMScheduler.from_config(config)
         return cls(source, unet, text, tokenizer, vae, schedule)
 
     @property
@@ -64,8 +66,10 @@ class Teacher:
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h / scale, w / scale): the mode, so always the same."""
-        latents: Tensor = self.vae.encode(pictures).latent_dist.mode() * self.vae.config.scaling_factor
-        return latents
+        encoded = self.vae.encode(pictures)
+        latents: Tensor = encoded.latents if is_tiny(self.vae) else encoded.latent_dist.mode()
+        scaled: Tensor = latents * self.vae.config.scaling_factor
+        return scaled
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def started(name: str, strength: float) -> tuple[Any, torch.Tensor, LatentBlend]
     distribution = torch.randn(1, 8, 6, 5, generator=torch.Generator().manual_seed(0)).abs()
     mask = torch.zeros(1, 1, 6, 5)
     mask[..., 2:4, 1:3] = 1
-    start = from_picture(scheduler, distribution, mask, timesteps, strength, generators_of((1, 2)))
+    start = from_picture(scheduler, distribution, mask, timesteps, strength, generators_of((1, 2)), 4)
     assert start.repaint is not None
     return scheduler, timesteps, start.repaint
 

@@ -28,6 +28,8 @@ from tests.support.unets import relative_error
 
 TOLERANCE = 1e-4
 """Of the largest final latent; both sides are float32 and sum in another order."""
+ROUNDING = 1e-6
+"""Of one evaluation, relative: what float32 sums in another order differ by."""
 EXAMPLES = int(os.environ.get("SCHEDULER_EXAMPLES", "12"))
 STEPS = 5
 
@@ -70,11 +72,23 @@ def check(made: Pipeline, kind: str, name: str, config: dict[str, Any], folder: 
     elif not bool(torch.isfinite(expected).all()):
         with pytest.raises(NonFiniteError):
             ours()
-    else:
-        assert relative_error(ours(), expected) < TOLERANCE
+    elif (error := relative_error(ours(), expected)) >= TOLERANCE:
+        # Where latents diverge (thousands, not ones), every step multiplies rounding: the truth is no more certain than this.
+        other = diffusers_latents(kind, name, config, folder, **options, guidance_scale=3.0 * (1 + ROUNDING))
+        assert other is not None
+        assert error < 3 * relative_error(other, expected)
 
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+DIVERGING = {
+    "_class_name": "HeunDiscreteScheduler",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "squaredcos_cap_v2",
+    "num_train_timesteps": 400,
+    "timestep_spacing": "trailing",
+    "skip_prk_steps": True,
+}
 BARE_DDIM = {"_class_name": "DDIMScheduler", **SD_BETAS}
 
 
@@ -86,6 +100,7 @@ BARE_DDIM = {"_class_name": "DDIMScheduler", **SD_BETAS}
 @example(drawn=("dpm++", {"_class_name": "PNDMScheduler", **SD_BETAS, "skip_prk_steps": True}))
 @example(drawn=("euler", {"_class_name": "EulerDiscreteScheduler", **SD_BETAS, "timestep_spacing": "leading"}))
 @example(drawn=("dpm++", {"_class_name": "DPMSolverMultistepScheduler", **SD_BETAS, "algorithm_type": "sde-dpmsolver++"}))
+@example(drawn=("heun", DIVERGING))
 def test_latents_are_those_of_the_pipeline_as_loaded(
     mini_pipeline: Pipeline, tmp_path: Path, kind: str, drawn: tuple[str, dict[str, Any]]
 ) -> None:

@@ -70,7 +70,8 @@ def expected(case: Case, rule: Rule) -> tuple[list[int], list[bool]]:
     for index in range(case.steps):
         others = inherited_at(case, index)
         now = unit_by_unit(case, others, cache, index)[rule.when.feature]
-        key = index not in span or index == span.start or bool((now - last).norm() > rule.when.above * last.norm())
+        forced = index not in span or index == span.start or ("head" in own and index == case.steps - 1)
+        key = forced or bool((now - last).norm() > rule.when.above * last.norm())
         last = now if key else last
         cache = unit_by_unit(case, others if key else others | own, cache, index)
         keys.append(key)

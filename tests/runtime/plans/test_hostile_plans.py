@@ -27,13 +27,20 @@ BASE: dict[str, Any] = {
     "unets": [{"unet": "assembled", "start": 0, "stop": 0.5}, {"unet": "original", "start": 0.5, "stop": 1}],
     "switch_by": "noise",
     "carry": False,
+    "guidance": {"when": {"mode": "uniform", "every": 2}, "scale": 0.9},
+    "found": {"scheduler": "dpm++", "steps": 9, "guidance_scale": 3.0, "prompts": 4, "cost": 0.5, "psnr": 40.0},
     "rules": [
         {"units": ["up.-2"], "kind": "output", "when": {"mode": "uniform", "every": 2}, "start": 0.0, "stop": 1.0},
         {"units": ["*.attention"], "kind": "residual", "when": {"mode": "quadratic", "every": 3, "center": 0.3, "power": 1.4}},
         {"units": ["mid"], "when": {"mode": "explicit", "steps": [0, 2, 4], "of": 8}},
         {"units": ["down.1"], "when": {"mode": "random", "every": 2, "seed": 1}},
         {"units": ["up.0.layer.0"], "when": {"mode": "threshold", "above": 0.3, "feature": "stem"}},
-        {"units": ["down.0.layer.1"], "when": {"mode": "front", "every": 2, "power": 2.0}},
+        {
+            "units": ["down.0.layer.1"],
+            "when": {"mode": "front", "every": 2, "power": 2.0},
+            "predict": {"order": 1, "damping": 0.5},
+        },
+        {"units": ["head"], "when": {"mode": "uniform", "every": 3}, "predict": {"order": 0, "space": "x0"}},
     ],
 }
 LEAVES: list[Any] = [
@@ -75,7 +82,7 @@ def run(path: Path, manifests: dict[str, Any]) -> str:
     """Read a plan, lay it out and check it; the message, or nothing where all went well."""
     try:
         plan = find_plan(path)
-        check_runs(Schedule(plan, manifests, [900.0 - 100 * index for index in range(9)]))
+        check_runs(Schedule(plan, manifests, [900.0 - 100 * index for index in range(9)], guided=True))
     except UserError as error:
         message = str(error)
         assert message.splitlines() == [message], message

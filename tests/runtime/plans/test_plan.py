@@ -182,17 +182,20 @@ EVERY_2 = {"mode": "uniform", "every": 2}
     [
         (
             {"inherit": ["up.1"]},
-            "inherit: there is no such field; the fields here are version, name, unets, switch_by, rules, carry",
+            "inherit: there is no such field; the fields here are version, name, unets, switch_by, rules, carry, guidance, found",
         ),
         (
             {"rules": [{"unit": ["up.1"], "units": ["up.1"], "when": EVERY_2}]},
-            "rules.0.unit: there is no such field; the fields here are units, kind, when, start, stop",
+            "rules.0.unit: there is no such field; the fields here are units, kind, when, start, stop, predict",
         ),
         (
             {"rules": [{"units": ["up.1"], "when": EVERY_2 | {"center": 0.3}}]},
             "rules.0.when.uniform.center: there is no such field; the fields here are mode, every",
         ),
-        ({"rules": [{"units": ["up.1"]}]}, "rules.0.when: it is missing; the fields here are units, kind, when, start, stop"),
+        (
+            {"rules": [{"units": ["up.1"]}]},
+            "rules.0.when: it is missing; the fields here are units, kind, when, start, stop, predict",
+        ),
         ({"rules": [{"units": "up.1", "when": EVERY_2}]}, 'rules.0.units: Input should be a valid tuple; got "up.1"'),
         (
             {"rules": [{"units": ["up.1"], "kind": "both", "when": EVERY_2}]},

@@ -16,6 +16,8 @@ from runtime.execution.executor import LoadedBundle
 from runtime.plans.key_steps import Explicit
 from tests.support.denoise import denoise, small_inputs
 from tests.support.reference import mini_pixels, mini_text, mini_unet, reference_denoise, reference_noise, reference_scheduler
+from tests.support.reference_words import Halves, Skip, reference_words
+from tests.support.reference_words import Rule as Words
 from tests.support.unets import TOPOLOGIES, live_network, manifest_of, relative_error, small_unet
 
 TOLERANCE = 1e-4
@@ -85,6 +87,25 @@ def test_guidance_and_several_images(mini_pipeline: Pipeline, unet: Any, guidanc
         PROMPT, NEGATIVE, steps=4, seed=11, scheduler="ddim", plan="block:2", guidance_scale=guidance, num_images=2
     )
     assert relative_error(made.latents, expected_latents(unet, "block:2", "ddim", 4, guidance, images=2)) < TOLERANCE
+
+
+@pytest.mark.parametrize("scheduler", ["dpm++", "euler", "heun"])
+def test_forecasts_skips_and_halves_on_the_mini_model(mini_pipeline: Pipeline, unet: Any, scheduler: str) -> None:
+    """Joined, on engines, by the very call that users make; the model predicts v."""
+    made = mini_pipeline.generate(PROMPT, NEGATIVE, steps=7, seed=11, scheduler=scheduler, plan="skip:3+forecast:2+guide:2")
+    noise = reference_scheduler(scheduler, 7)
+    count = len(noise.timesteps)
+    expected = reference_words(
+        unet,
+        noise,
+        reference_noise(11, 1, 4, 8, 8) * noise.init_noise_sigma,
+        mini_text([NEGATIVE, PROMPT]),
+        3.0,
+        [Words(INHERITED["deepcache"]["mini"], range(0, count, 2), damping=0.75)],
+        Skip({*range(0, count, 3), count - 1}, "x0", 0.5),
+        Halves(range(0, count, 2)),
+    )
+    assert relative_error(made.latents, expected) < TOLERANCE
 
 
 def test_pictures_are_what_the_vae_makes_of_the_latents(mini_pipeline: Pipeline) -> None:
@@ -158,14 +179,16 @@ OWN_PLANS = {
 @pytest.mark.parametrize("granularity", ["block", "unit"])
 def test_plans_of_ones_own_with_listed_key_steps(name: str, granularity: Granularity) -> None:
     patterns, paths = OWN_PLANS[name]
-    plan = Plan(name=name, rules=(Rule(units=tuple(patterns), when=Explicit(steps=(0, 1, 4))),))
+    keys = (0, 1, 4, 6) if patterns == ["head"] else (0, 1, 4)  # the last step is never skipped
+    plan = Plan(name=name, rules=(Rule(units=tuple(patterns), when=Explicit(steps=keys)),))
     unet = small_unet("uneven")
     manifest = manifest_of(unet, granularity, plans=[plan])
     latents, text = small_inputs()
     made, records = denoise({"one": live_network(unet, manifest)}, reference_scheduler("ddim", 7), latents, text, plan)
-    expected, _ = reference_denoise(unet, reference_scheduler("ddim", 7), latents, text, 1.0, {0, 1, 4}, paths)
+    expected, _ = reference_denoise(unet, reference_scheduler("ddim", 7), latents, text, 1.0, set(keys), paths)
     assert relative_error(made, expected) < TOLERANCE
-    assert [record.kind for record in records] == ["key", "key", "inherit", "inherit", "key", "inherit", "inherit"]
+    inherit = "skip" if patterns == ["head"] else "inherit"
+    assert [record.kind for record in records] == ["key" if index in keys else inherit for index in range(7)]
 
 
 class Recording:

@@ -15,10 +15,11 @@ from engines import Manifest
 from exporter.graph.partition import Granularity
 from runtime import Executor, Plan, Rule, Schedule
 from runtime.execution.executor import LoadedBundle
+from runtime.images.prediction_spaces import PredictionSpaces
 from runtime.pipeline import Pipeline
 from runtime.plans.key_steps import Uniform
 from runtime.plans.presets import find_plan
-from runtime.report.cost import peak_bytes, relative_macs
+from runtime.report.cost import feature_bytes, peak_bytes, relative_macs
 from runtime.report.explain import explain, in_order, plot
 from tests.support.unets import TEXT_WIDTH, TOKENS, live_network, manifest_of, small_unet
 
@@ -58,7 +59,8 @@ def measured_peak(schedule: Schedule, networks: dict[str, Any], samples: list[Te
         for name, network in networks.items()
     }
     shape = next(iter(networks.values())).manifest.features["text_encoder"].shape
-    executor, text = Executor(counting, schedule), torch.randn(2, *map(int, shape[1:]))
+    spaces = PredictionSpaces(torch.linspace(0.99, 0.01, 1000), "epsilon")
+    executor, text = Executor(counting, schedule, spaces=spaces), torch.randn(2, *map(int, shape[1:]))
     for index, sample in enumerate(samples):
         prediction, _ = executor.step(index, sample, torch.tensor([5.0]), text)
         del prediction
@@ -74,6 +76,17 @@ def test_planned_peak_of_features_is_the_measured_one(name: str) -> None:
     measured = measured_peak(schedule, {"one": live_network(unet, manifest)}, [torch.randn(2, 4, 16, 24)] * len(TIMESTEPS))
     # Features are counted exactly, so nothing is lost but what a view may hold.
     assert measured == pytest.approx(peak_bytes(schedule, SIZES), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["forecast:2", "guide:2", "skip:2", "forecast:2+guide:3", "skip:3+deepcache:2+guide:4"])
+def test_planned_peak_with_forecasts_and_halves(name: str) -> None:
+    """What a forecast makes, and halves put together, is counted by the plan but not here, where engines alone are watched."""
+    plan = find_plan(name)
+    unet, manifest = manifest_for(plan)
+    schedule = Schedule(plan, {"one": manifest}, TIMESTEPS, guided=True)
+    measured = measured_peak(schedule, {"one": live_network(unet, manifest)}, [torch.randn(2, 4, 16, 24)] * len(TIMESTEPS))
+    most = sum(feature_bytes(manifest, name, SIZES) for name in schedule.subgraph(schedule.resolve(1)).cached_inputs)
+    assert peak_bytes(schedule, SIZES) - most <= measured <= 1.01 * peak_bytes(schedule, SIZES)
 
 
 @pytest.mark.parametrize("name", ["full", "block:2", "deepcache:3", "adaptive:0.3"])
@@ -137,6 +150,9 @@ def test_relative_macs_by_hand() -> None:
     assert relative_macs(schedule) == pytest.approx((2 * whole + 4 * shallow) / (6 * whole))
     full = Schedule(find_plan("full"), {"one": manifest}, TIMESTEPS)
     assert relative_macs(full) == 1
+    assert relative_macs(Schedule(find_plan("guide:2"), {"one": manifest}, TIMESTEPS, guided=True)) == pytest.approx(0.75)
+    assert relative_macs(Schedule(find_plan("guide:2"), {"one": manifest}, TIMESTEPS)) == 1
+    assert relative_macs(Schedule(find_plan("skip:2"), {"one": manifest}, TIMESTEPS)) == pytest.approx(4 / 6)
 
 
 def test_a_plan_is_explained_step_by_step_and_drawn(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_text_width_for_every_block(folder: Path) -> None:
     ("vae/config.json", {"latent_channels": 2**33}, "latent_channels is 8589934592"),
     ("vae/config.json", {"scaling_factor": 0}, "its scaling_factor is 0, and must be more than 0"),
     ("vae/config.json", {"scaling_factor": None}, "scaling_factor is None, no number"),
-    ("vae/config.json", {"_class_name": "AsymmetricAutoencoderKL"}, "AutoencoderKL is the only kind of VAE"),
+    ("vae/config.json", {"_class_name": "AsymmetricAutoencoderKL"}, "AutoencoderKL and AutoencoderTiny are the only kinds"),
     ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
     ("text_encoder/config.json", {"max_position_embeddings": 10**9}, "max_position_embeddings is 1000000000"),
     ("text_encoder/config.json", {"model_type": "t5"}, "it is of the kind 't5', and CLIP is the only kind of text encoder"),
@@ -117,12 +117,29 @@ def test_a_unet_that_gives_more_than_it_takes(folder: Path) -> None:
         read_all(folder)
 
 
-def test_a_tiny_autoencoder(folder: Path) -> None:
-    shutil.rmtree(folder / "vae")
+def save_tiny(folder: Path) -> None:
     AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
                     num_decoder_blocks=(1, 1)).save_pretrained(folder / "vae")  # fmt: skip
-    with pytest.raises(TuningError, match="it is 'AutoencoderTiny', and AutoencoderKL is the only kind of VAE that can be built"):
+
+
+def test_a_tiny_autoencoder(folder: Path) -> None:
+    shutil.rmtree(folder / "vae")
+    save_tiny(folder)
+    read_all(folder)
+    change(folder, "vae/config.json", _class_name="AsymmetricAutoencoderKL")
+    with pytest.raises(TuningError, match="AutoencoderKL and AutoencoderTiny are the only kinds of VAE that can be built"):
         read_all(folder)
+    for changes, says in (
+        ({"upsampling_scaling_factor": 3}, "with upsampling by 3; a picture must come back in its own size"),
+        ({"num_encoder_blocks": [1, 10**6]}, "num_encoder_blocks is"),
+        ({"decoder_block_out_channels": [8, 10**6]}, "decoder_block_out_channels is"),
+        ({"encoder_block_out_channels": [8], "num_encoder_blocks": [1]}, "its encoder has 1 stages, its decoder 2"),
+    ):
+        change(folder, "vae/config.json", _class_name="AutoencoderTiny", **changes)
+        with pytest.raises(TuningError, match=says):
+            read_all(folder)
+        shutil.rmtree(folder / "vae")
+        save_tiny(folder)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
