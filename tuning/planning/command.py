@@ -18,6 +18,7 @@ from runtime.pipeline import Pipeline
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from runtime.plans.subgraph import subgraph_for
+from runtime.plans.words import Found
 from runtime.prepared import Prepared
 from runtime.report.cost import macs_of
 from runtime.request import Request
@@ -25,9 +26,8 @@ from tuning.errors import TuningError
 from tuning.planning.costs import Costs, MacCosts, TimeCosts
 from tuning.planning.options import PlanOptions
 from tuning.planning.pictures import Pictures, choose_prompts, pictures_at_a_time
-from tuning.planning.plot import plot_front
 from tuning.planning.progress import SearchProgress, duration
-from tuning.planning.report import Row, controls, fewer_steps, judge, table
+from tuning.planning.report import Row, controls, fewer_steps, judge, plot_front, table
 from tuning.planning.search import Search
 from tuning.planning.space import LEVELS, Point, Space, uniform
 from tuning.planning.state import State
@@ -252,5 +252,15 @@ def _control_series(job: _Job, budgets: Sequence[float]) -> dict[str, list[Row]]
 
 
 def _write(job: _Job, path: Path, point: Point, row: Row) -> None:
-    plan = job.search.space.plan(point, row.name)
+    """Write a plan file with what it was found for; its PSNR is that of prompts that it was not found with, if there are any."""
+    shared = job.pictures[-1]
+    found = Found(
+        scheduler=job.options.scheduler,
+        steps=job.options.steps,
+        guidance_scale=shared.options["guidance_scale"],
+        prompts=len(shared.prompts),
+        cost=round(row.cost, 4),
+        psnr=round(row.psnr, 2),
+    )
+    plan = job.search.space.plan(point, row.name).model_copy(update={"found": found})
     write_text(path, plan.model_dump_json(indent=1) + "\n")

@@ -1,7 +1,7 @@
 """What the errors of single gaps say of whole plans, as far as they add up: where to begin, and what to try first."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -39,10 +39,10 @@ class Estimate:
         """The sum of the errors of a point's gaps; gaps with steps of both kinds count by the shares of these."""
         return sum(self._gap(point, *gap) for gap in pairwise([*point.keys, self.steps]))
 
-    def starts(self, template: Point, budget: float, most: int) -> list[Point]:
+    def starts(self, template: Point, budget: float, most: int, kinds: Sequence[str]) -> list[Point]:
         """The points with the least sums at a cost of at most ``budget``, a share of ``full``; all else is the template's."""
         gaps = {
-            (key, following): list(self._kinds(key, following))
+            (key, following): list(self._gaps(kinds, key, following))
             for key in range(self.steps)
             for following in range(key + 1, min(self.steps, key + _LONGEST_CHOSEN) + 1)
         }
@@ -54,9 +54,9 @@ class Estimate:
             found.append(replace(template, keys=keys, skips=tuple(step for part in skips for step in part)))
         return found
 
-    def _kinds(self, key: int, following: int) -> Iterator[Gap]:
+    def _gaps(self, kinds: Sequence[str], key: int, following: int) -> Iterator[Gap]:
         inside = following - key - 1
-        for kind in self.errors if inside else (INHERIT,):
+        for kind in kinds if inside else kinds[:1]:
             if (error := self._error(kind, key, following)) < math.inf:
                 yield Gap(kind, error, 1 + inside * self.costs.get(kind, 0.0))
 
@@ -75,9 +75,10 @@ class Estimate:
         errors, length = self.errors.get(kind, {}), following - key
         if length <= LONGEST:
             return errors.get((key, following), math.inf)
-        begin = [(key, key + longest) for longest in (LONGEST - 1, LONGEST)]
-        end = [(following - longest, following) for longest in (LONGEST - 1, LONGEST)]
-        return max(_extrapolated(*(errors.get(gap, math.inf) for gap in gaps), length) for gaps in (begin, end))
+        shorter, longest = LONGEST - 1, LONGEST
+        begin = (key, key + shorter), (key, key + longest)
+        end = (following - shorter, following), (following - longest, following)
+        return max(_extrapolated(errors.get(one, math.inf), errors.get(two, math.inf), length) for one, two in (begin, end))
 
 
 def _extrapolated(one: float, two: float, length: int) -> float:
@@ -85,4 +86,4 @@ def _extrapolated(one: float, two: float, length: int) -> float:
     if not 0 < one < math.inf or two == math.inf:
         return math.inf
     power = max(1.0, math.log(two / one) / math.log(LONGEST / (LONGEST - 1)))
-    return two * (length / LONGEST) ** power
+    return float(two * (length / LONGEST) ** power)

@@ -58,29 +58,38 @@ def _undominated(ways: Iterable[Way], most: int) -> list[Way]:
     return kept
 
 
-def climb(start: T, moves: Sequence[Callable[[T], Iterable[T]]], error: Callable[[T], float], tries: int) -> T:
-    """Go on to the first neighbour with a lower error, until none has one or so many were tried.
+def climb(starts: Sequence[T], moves: Sequence[Callable[[T], Iterable[T]]], error: Callable[[T], float], tries: int) -> T:
+    """The best point found from the best start, and while there are tries left, from the next ones.
+
+    From each, go on to the first neighbour with a lower error, until none has one.
 
     Args:
-        start: where to begin.
+        starts: where to begin.
         moves: each gives neighbours of a point, the most promising first. One is kept to as long as it finds better points; then
             it is the next one's turn, and after the last the first one's again.
         error: of a point.
-        tries: at most, beside that of ``start``. Points that were tried before are passed over, and do not count.
+        tries: at most, beside the starts. No point is tried twice.
     """
-    best, least, tried = start, error(start), {start}
-    fruitless, turn = 0, 0
+    tried, most = set(starts), len(set(starts)) + tries
+    found = []
+    for start in sorted(starts, key=error):
+        found.append(_climb(start, moves, error, tried, most))
+        if len(tried) >= most:
+            break
+    return min(found, key=error)
+
+
+def _climb(best: T, moves: Sequence[Callable[[T], Iterable[T]]], error: Callable[[T], float], tried: set[T], most: int) -> T:
+    least, fruitless, turn = error(best), 0, 0
     while fruitless < len(moves):
         better = False
         for candidate in moves[turn](best):
             if candidate in tried:
                 continue
-            if not tries:
+            if len(tried) >= most:
                 return best
             tried.add(candidate)
-            tries -= 1
-            value = error(candidate)
-            if value < least:
+            if (value := error(candidate)) < least:
                 best, least, better = candidate, value, True
                 break
         fruitless = 0 if better else fruitless + 1

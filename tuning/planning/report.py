@@ -1,20 +1,23 @@
-"""What is said of found plans, with controls of the same cost beside them: as a table, and as figures for a file."""
+"""What is said of found plans, with controls of the same cost beside them: as a table, and as a plot."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.table import Table
 
+from engines.support.files import atomic_file
 from runtime.errors import PlanError
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from tuning.planning.costs import Costs
 from tuning.planning.pictures import Pictures
 
-__all__ = ["Row", "controls", "fewer_steps", "judge", "table"]
+__all__ = ["Row", "controls", "fewer_steps", "judge", "plot_front", "table"]
 
 _SPACINGS = range(2, 7)
+_COLOURS = ("tab:red", "tab:grey", "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,29 @@ def table(rows: Sequence[Row], counts: Sequence[int]) -> Table:
         values = [row.found, row.held_back][: len(counts)]
         made.add_row(row.name, f"{row.cost:.3f}", *("-" if value is None else f"{value:.1f}" for value in values))
     return made
+
+
+def plot_front(series: Mapping[str, Sequence[Row]], path: Path, title: str, measure: str) -> None:
+    """Write the plot, in one move.
+
+    Args:
+        series: rows by what they have in common; the found plans come first.
+        path: a .png file.
+        title: how the pictures were made.
+        measure: whose PSNR it is.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for colour, (name, rows) in zip(_COLOURS, series.items(), strict=False):
+        points = sorted((1 / row.cost, row.psnr) for row in rows)
+        style = "o-" if colour == _COLOURS[0] else "s--"
+        axes.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=4, linewidth=1)
+    axes.set_xlabel("speed of the UNet, times that of full, by cost")
+    axes.set_ylabel(f"PSNR to the pictures of full, dB ({measure})")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})

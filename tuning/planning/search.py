@@ -18,12 +18,14 @@ from tuning.planning.state import State
 
 __all__ = ["Search"]
 
-_STARTS = 8
-"""Points with the least sums of errors that are tried before the local search."""
+_STARTS = 4
+"""Points with the least sums of errors that are tried before the local search, for gaps of each kind and for both."""
 _MOST_NEIGHBOURS = 30
 """Of a point along one coordinate, that are tried."""
 _LEAST_KEYS = 8
 """One step in so many is a key step at least."""
+_REGULAR = 0.1
+"""How much less than the budget a regular plan may cost to be tried."""
 _ROUNDING = 1e-9
 
 
@@ -71,9 +73,8 @@ class Search:
         estimate = self.estimate(budget)
         with self._progress.stage(f"up to {tries} plans at a cost of {budget:.3g}", self.work(budget, tries)):
             starts = self._starts(budget, _STARTS)
-            start = min(starts, key=self.error)
             moves = [partial(self._neighbours, coordinate, estimate, budget) for coordinate in COORDINATES]
-            return climb(start, moves, self.error, max(0, tries - len(starts)))
+            return climb(starts, moves, self.error, max(0, tries - len(starts)))
 
     def cheapest(self, psnr: float, tries: int) -> Point:
         """The cheapest point found whose pictures are at least so near to those of ``full``, in dB.
@@ -92,7 +93,7 @@ class Search:
         low, high, found = 0, len(budgets) - 1, nearest
         while low < high:  # without a local search, by sums of errors alone
             middle = (low + high) // 2
-            start = self._starts(budgets[middle], 1)[0]
+            start = min(self._starts(budgets[middle], 1), key=self.error)
             low, high, found = (low, middle, start) if self.psnr(start) >= psnr else (middle + 1, high, found)
         for budget in reversed(budgets[: high + 1]):
             point = self.best(budget, tries // 2)
@@ -202,9 +203,22 @@ class Search:
         return replace(min(evens, key=self.error, default=cheapest), keys=(), skips=())
 
     def _starts(self, budget: float, most: int) -> list[Point]:
-        """The points with the least sums of errors."""
-        found = [self.space.normal(point) for point in self.estimate(budget).starts(self._template, budget, most)]
-        return [point for point in found if self.cost(point) <= budget + _ROUNDING]
+        """The points with the least sums of errors, with gaps of each kind alone and with both, and regular ones."""
+        estimate = self.estimate(budget)
+        mixtures = dict.fromkeys(((*estimate.errors,), *((kind,) for kind in estimate.errors)))
+        found = [each for kinds in mixtures for each in estimate.starts(self._template, budget, most, kinds)]
+        points = dict.fromkeys(map(self.space.normal, [*found, *self._regular()]))
+        within = [point for point in points if self.cost(point) <= budget + _ROUNDING]
+        # Of plans with a key step in every so many, those that cost most.
+        return [point for point in within if point in found or self.cost(point) > budget - _REGULAR]
+
+    def _regular(self) -> Iterator[Point]:
+        """Every so many steps a key step: errors of such plans cancel in part, which their sums do not know."""
+        last = self.space.steps - 1
+        for every in range(2, _LEAST_KEYS):
+            keys = tuple(range(0, last + 1, every))
+            yield replace(self._template, keys=keys)
+            yield replace(self._template, keys=tuple(sorted({*keys, last})), skips=tuple(range(last)))
 
     def _neighbours(self, coordinate: Coordinate, estimate: Estimate, budget: float, point: Point) -> list[Point]:
         """Neighbours along a coordinate that are within the budget, those with the least sums of errors first."""
