@@ -188,6 +188,11 @@ class Manifest(Record):
     """Of classifier-free guidance, where a call does not say."""
     text_length: int
     """Tokens of a prompt, start and end included."""
+    text_chunks: int = 1
+    """Chunks of ``text_length`` tokens that engines with a profile take of a prompt; others take any number, if the shape of the
+    text's features says so. Written where there are more."""
+    clip_skip: int = 0
+    """How many of the text encoder's last layers are left out; written where any are."""
     vocabulary: int
     """Token numbers are below this."""
     features: dict[str, Feature]
@@ -204,7 +209,7 @@ class Manifest(Record):
         defaults: dict[str, tuple[Any, ...]] = {
             "unet": (None,), "recipe": (None,), "config": (None,), "variant_files": (None,), "vae_precision": (None,),
             "vae_images": (None,), "static": (False,), "granularity": ("block",), "plans": ((), []),
-            "vae": (None,), "loras": ((), []), "notes": ((), []),
+            "vae": (None,), "loras": ((), []), "notes": ((), []), "text_chunks": (1,), "clip_skip": (0,),
         }  # fmt: skip
         return {key: value for key, value in written.items() if value not in defaults.get(key, ())}
 
@@ -238,6 +243,7 @@ class Manifest(Record):
         """The command that builds from the same UNet, to be completed by what should differ."""
         options: dict[str, str | None] = {
             "unet": self.unet, "config": self.config, "variant-files": self.variant_files, "vae": self.vae,
+            "clip-skip": str(self.clip_skip) if self.clip_skip else None,
         }  # fmt: skip
         if self.plans or self.granularity != "block":
             options["granularity"] = self.granularity
@@ -254,7 +260,8 @@ class Manifest(Record):
         batch = f"{self.max_images} --static" if self.static else f"1..{self.max_images}"
         precision = self.precision if self.vae_precision is None else f"{self.precision} --vae-precision {self.vae_precision}"
         options = f"--precision {precision} --engine {','.join(names)} --sizes {sizes} --batch {batch}"
-        return f"{self.build_command} {options}"
+        chunks = f" --text-chunks {self.text_chunks}" if self.text_chunks > 1 else ""
+        return f"{self.build_command} {options}{chunks}"
 
     def precision_of(self, segment: Segment) -> VaePrecision:
         """The precision that a segment computes in: the VAE's may have a precision of their own."""

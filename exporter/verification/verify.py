@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,8 @@ class Reference:
                 f"the weights of source {manifest.source} are not those that bundle {bundle.folder} was made from; "
                 "build it anew with --force, then verify it"
             )
-        text = TextEncoder(checkpoint.text_encoder())
+        whole = checkpoint.text_encoder()
+        text = _SkippingText(whole, manifest.clip_skip) if manifest.clip_skip else TextEncoder(whole)
         return cls(checkpoint.unet(manifest.variant).eval(), text.eval(), checkpoint.vae().eval())
 
     def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -180,6 +181,20 @@ class Reference:
             for entry in hooks:
                 entry.remove()
         self.peaks[half] = found[0]
+
+
+class _SkippingText(nn.Module):
+    """A whole text encoder whose last layers count for nothing: hidden states of an earlier one, and the final norm."""
+
+    def __init__(self, model: nn.Module, clip_skip: int) -> None:
+        super().__init__()
+        self.model, self._at = model, -(clip_skip + 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.model(input_ids=tokens, output_hidden_states=True).hidden_states[self._at]
+        inside: Any = getattr(self.model, "text_model", self.model)
+        result: Tensor = inside.final_layer_norm(hidden)
+        return result
 
 
 def _keep(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:

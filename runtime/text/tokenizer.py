@@ -7,6 +7,7 @@ from typing import Any
 from engines import Bundle
 from engines.bundle.damage import damaged
 from engines.support.tokenizers import load_clip_tokenizer
+from runtime.text.chunks import LEAST_LENGTH
 
 __all__ = ["load_tokenizer"]
 
@@ -55,8 +56,11 @@ def _check(tokenizer: Any, length: int, vocabulary: int) -> None:
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if not 0 <= largest < vocabulary:
         raise ValueError(f"token numbers up to {largest}, expected up to {vocabulary - 1}")
+    if length < LEAST_LENGTH:
+        raise ValueError(f"prompts become {length} tokens, expected at least {LEAST_LENGTH}: two marks and a word")
     for prompt in _TRIALS:
-        len(tokenizer(prompt, verbose=False).input_ids)
+        if (marks := len(tokenizer(prompt, verbose=False).input_ids)) < 2:
+            raise ValueError(f"a prompt becomes {marks} numbers, expected a mark at both ends")
         numbers = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
         if len(numbers) != length or not all(0 <= number < vocabulary for number in numbers):
             raise ValueError(f"a prompt becomes {len(numbers)} numbers, expected {length} from 0 to {vocabulary - 1}")
