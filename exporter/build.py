@@ -171,6 +171,8 @@ def _manifest(
         size_multiple=graph.size_multiple,
         guidance_scale=checkpoint.guidance_scale,
         text_length=graph.text_length,
+        text_chunks=options.text_chunks,
+        clip_skip=options.clip_skip,
         vocabulary=graph.vocabulary,
         features=dict(graph.features),
         units=graph.units,

@@ -101,7 +101,10 @@ def generate(
 
     diffusers' names are taken beside these: ``num_inference_steps``, ``num_images_per_prompt``, ``mask_image``, ``generator``,
     ``latents``, ``prompt_embeds``, ``negative_prompt_embeds``, ``guidance_rescale``, ``callback_on_step_end`` and ``output_type``
-    (pil, np, pt or latent), each with the meaning that it has there.
+    (pil, np, pt or latent), each with the meaning that it has there. ``clip_skip`` is decided when a bundle is built, and what is
+    given for it must be that. ``long_prompts`` says what becomes of the words of a prompt that the text encoder does not read at
+    once: ``chunks`` (each is encoded by itself, and all prompts of a call get as many as the longest needs) or ``cut``, as
+    diffusers' pipelines do. Bundles of older versions cut; engines with a profile cut beyond the chunks they were built for.
 
     Args:
         prompt: what the picture shows; a list of prompts makes ``num_images`` of each in one batch. None with ``prompt_embeds``.

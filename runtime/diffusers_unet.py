@@ -20,6 +20,7 @@ from runtime.execution.executor import Executor, StepRecord
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from runtime.process import check_not_forked
+from runtime.text.chunks import described_tokens, tokens_taken
 
 __all__ = ["Prediction", "UNet"]
 
@@ -172,7 +173,7 @@ class UNet:
         Args:
             sample: (rows, channels, height, width), scaled for the model.
             timestep: an element of ``scheduler.timesteps``, as an iteration over it gives them.
-            encoder_hidden_states: text features (rows, tokens, width).
+            encoder_hidden_states: text features (rows, tokens, width); of a long prompt, those of its chunks one after another.
             return_dict: whether to return a ``Prediction`` or a plain tuple.
             conditions: what else diffusers' UNets take; None for each.
 
@@ -222,11 +223,14 @@ class UNet:
                 f"sample has shape {shape}; expected (rows, {manifest.latent_channels}, height, width) with height and width of "
                 f"latents in multiples of {multiple} (pictures in multiples of {manifest.size_multiple} pixels)"
             )
-        expected = (shape[0], *manifest.features[TEXT].shape[1:])
-        if tuple(text.shape) != expected:
+        least, most = tokens_taken([manifest], self.pipeline.engine)
+        rows, width = shape[0], manifest.features[TEXT].shape[-1]
+        fits = text.ndim == 3 and (text.shape[0], text.shape[2]) == (rows, width)
+        if not fits or text.shape[1] < least or text.shape[1] > (most or text.shape[1]):
+            expected = f"({rows}, {described_tokens(least, most)}, {width})"
             raise RequestError(
                 f"encoder_hidden_states has shape {tuple(text.shape)}; expected {expected}: a row for each of sample's, and "
-                f"{manifest.text_length} tokens, as this bundle's text encoder gives them"
+                f"{manifest.text_length} tokens, or chunks of so many, as this bundle's text encoder gives them"
             )
 
     def _turn(self, sample: Tensor, timestep: Tensor) -> tuple[_Call, int]:

@@ -66,6 +66,7 @@ class Generation:
         if manifest is not None:
             told |= {"source": manifest.source, "variant": manifest.variant, "bundle": manifest.key, "vae": manifest.vae}
             told["loras"] = " ".join(lora.option for lora in manifest.loras)
+            told["clip_skip"] = manifest.clip_skip or None
         return {name: value for name, value in told.items() if value not in {None, ""}}
 
     def metadata(self, number: int = 0) -> dict[str, str]:

@@ -39,10 +39,11 @@ from runtime.images.schedulers import make_scheduler, read_spaces, read_train_st
 from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
-from runtime.prepared import Prepared, check_shape, check_tensors, latent_shape, sizes_of
+from runtime.prepared import Prepared, check_clip_skip, check_shape, check_tensors, latent_shape, sizes_of
 from runtime.process import check_not_forked, note_loaded, plain_settings
 from runtime.report.memory import check_memory
 from runtime.request import FIELDS, Request
+from runtime.text.chunks import tokens_taken
 from runtime.text.encoding import Prompts
 from runtime.text.tokenizer import load_tokenizer
 
@@ -79,7 +80,7 @@ class Pipeline:
         self.swapper = Swapper(bundle, engine, self.graphs, free)
         self.networks = self.swapper.networks
         self.network = self.networks[bundle.manifest.variant]
-        self._prompts = Prompts(self.manifest, self.tokenizer, engine.device)
+        self._prompts = Prompts(self.manifest, self.tokenizer, engine)
         self.streams = CallStreams(engine.device)
         self._warned: set[str] = set()
         self._train_steps = read_train_steps(bundle.folder / "scheduler")
@@ -134,7 +135,8 @@ class Pipeline:
         """
         manifest = self.manifest
         original = self._original(request)
-        check_tensors(manifest, request)
+        check_clip_skip(self.bundle, self.engine.name, request)
+        check_tensors(manifest, request, tokens_taken([manifest], self.engine))
         height, width = self._size(request, original)
         guidance_scale = manifest.guidance_scale if request.guidance_scale is None else request.guidance_scale
         check_shape(manifest, self.engine, request.images, height, width, guidance_scale)
@@ -144,6 +146,9 @@ class Pipeline:
         scheduler = make_scheduler(request.scheduler, self.bundle.folder / "scheduler", request.steps, inpainting)
         timesteps = timesteps_from(scheduler, request.steps, request.strength) if original else scheduler.timesteps
         schedule = self.schedule(request.found_plan, timesteps.tolist(), guidance_scale > 1)
+        taken = tokens_taken(schedule.unets.values(), self.engine)
+        check_tensors(manifest, request, taken)
+        sizes["tokens"] = self._prompts.tokens(request, guidance_scale > 1, taken[1])
         check_memory(manifest, self.engine.device, sizes, schedule)
         original = original and original.resized(height, width)
         return Prepared(request, height, width, guidance_scale, sizes, scheduler, timesteps, schedule, original)
@@ -200,7 +205,7 @@ class Pipeline:
             prepared = self.prepare(request)
             self._warn(prepared)
             with self.streams.one():
-                text, unread = self._prompts.features(request, prepared.guided, self._encode_tokens)
+                text, unread = self._text(prepared)
                 start = self._initial_state(prepared)
                 latents, records = self._denoise(self.executor(prepared.schedule), prepared, text, start, callback, step_end)
                 pixels = None if request.output_type == "latent" else self._pixels(latents)
@@ -248,8 +253,16 @@ class Pipeline:
         return levels if kind == "pt" else levels.permute(0, 2, 3, 1).numpy()
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """The text encoder's output (prompts, tokens, width); a prompt that is too long is cut with a warning."""
-        return self._prompts.encode(prompts, self._encode_tokens)[0]
+        """The text encoder's output (prompts, tokens, width), of the chunks that the longest prompt needs; what the UNet does not
+        take is cut off with a warning.
+        """
+        needed, (_, most) = self._prompts.chunks(prompts), tokens_taken([self.manifest], self.engine)
+        chunks = needed if most is None else min(needed, most // self.manifest.text_length)
+        return self._prompts.encode(prompts, self._encode_tokens, chunks)[0]
+
+    def _text(self, prepared: Prepared) -> tuple[Tensor, tuple[str, ...]]:
+        """Text features of a call (rows, tokens, width), and what was not read of its prompts."""
+        return self._prompts.features(prepared.request, prepared.guided, prepared.sizes["tokens"], self._encode_tokens)
 
     def _encode_tokens(self, tokens: Tensor) -> Tensor:
         return self.network.compute(TEXT, {TOKENS: tokens})
@@ -309,7 +322,7 @@ class Pipeline:
         prepared = self.prepare(request)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is to be said of the prompts was said
-            text, _ = self._prompts.features(request, prepared.guided, self._encode_tokens)
+            text, _ = self._text(prepared)
         if not is_finite(text):
             return f"segment {TEXT}", TEXT
         start, done = self._initial_state(prepared), list[int]()

@@ -55,6 +55,8 @@ class Request:
     prompt_embeds: Tensor | None = field(default=None, compare=False)
     negative_prompt_embeds: Tensor | None = field(default=None, compare=False)
     output_type: str = "pil"
+    long_prompts: str = "chunks"
+    clip_skip: int | None = None
 
     def __post_init__(self) -> None:
         for each in fields(self):

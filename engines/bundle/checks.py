@@ -30,13 +30,14 @@ _MOST_DIMS = 8
 _MOST_ELEMENTS = 1 << 29
 """Of one feature of two rows at the bundle's first size: 2 GiB in float32."""
 _MOST_PIXELS = 1 << 24
-_SIZES = ("batch", "images", "height", "width")
+_SIZES = ("batch", "images", "height", "width", "tokens")
 _INPUTS = frozenset({TOKENS, SAMPLE, TIMESTEP, LATENTS, IMAGE})
 _LIMITS = {
     "max_images": 1024, "latent_channels": 1024, "vae_scale": 1024, "size_multiple": 8192, "text_length": 4096,
-    "vocabulary": 1 << 24,
+    "text_chunks": 1024, "vocabulary": 1 << 24,
 }  # fmt: skip
 """The largest values; the least is 1."""
+_MOST_SKIPPED = 1024
 
 
 class ManifestError(ValueError):
@@ -64,6 +65,8 @@ def _check_numbers(manifest: Manifest) -> None:
             raise ManifestError(f"{field} is {_short(getattr(manifest, field))}, expected 1 to {largest}")
     if manifest.vae_images is not None and not 1 <= manifest.vae_images <= _LIMITS["max_images"]:
         raise ManifestError(f"vae_images is {_short(manifest.vae_images)}, expected 1 to {_LIMITS['max_images']}")
+    if not 0 <= manifest.clip_skip <= _MOST_SKIPPED:
+        raise ManifestError(f"clip_skip is {_short(manifest.clip_skip)}, expected 0 to {_MOST_SKIPPED}")
     if not (math.isfinite(manifest.guidance_scale) and abs(manifest.guidance_scale) <= 1000):
         raise ManifestError(f"guidance_scale is {manifest.guidance_scale}, expected -1000 to 1000")
     if manifest.size_multiple % manifest.vae_scale:
@@ -255,7 +258,8 @@ def check_complete(manifest: Manifest) -> None:
 def _check_text(manifest: Manifest) -> None:
     text = manifest.features.get(TEXT)
     shape = () if text is None else text.shape
-    if len(shape) != 3 or shape[:2] != ("batch", manifest.text_length) or not isinstance(shape[2], int):
+    lengths = (manifest.text_length, f"tokens={manifest.text_length}")
+    if len(shape) != 3 or shape[0] != "batch" or shape[1] not in lengths or not isinstance(shape[2], int):
         raise ManifestError(f"features.{TEXT}.shape is {_short(shape)}, expected (batch, {manifest.text_length}, width)")
 
 

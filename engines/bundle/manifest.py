@@ -195,6 +195,11 @@ class Manifest(Record):
     """Of classifier-free guidance, where a call does not say."""
     text_length: int
     """Tokens of a prompt, start and end included."""
+    text_chunks: int = Field(default=1, exclude_if=lambda given: given == 1)
+    """Chunks of ``text_length`` tokens that engines with a profile take of a prompt; others take any number, if the shape of the
+    text's features says so. Written where there are more."""
+    clip_skip: int = Field(default=0, exclude_if=_is_nothing)
+    """How many of the text encoder's last layers are left out; written where any are."""
     vocabulary: int
     """Token numbers are below this."""
     features: dict[str, Feature]
@@ -235,6 +240,7 @@ class Manifest(Record):
         """The command that builds from the same UNet, to be completed by what should differ."""
         options: dict[str, str | None] = {
             "unet": self.unet, "config": self.config, "variant-files": self.variant_files, "vae": self.vae,
+            "clip-skip": str(self.clip_skip) if self.clip_skip else None,
         }  # fmt: skip
         if self.plans or self.granularity != _BY_DEFAULT:
             options["granularity"] = self.granularity
@@ -251,7 +257,8 @@ class Manifest(Record):
         batch = f"{self.max_images} --static" if self.static else f"1..{self.max_images}"
         precision = self.precision if self.vae_precision is None else f"{self.precision} --vae-precision {self.vae_precision}"
         options = f"--precision {precision} --engine {','.join(names)} --sizes {sizes} --batch {batch}"
-        return f"{self.build_command} {options}"
+        chunks = f" --text-chunks {self.text_chunks}" if self.text_chunks > 1 else ""
+        return f"{self.build_command} {options}{chunks}"
 
     def precision_of(self, segment: Segment) -> VaePrecision:
         """The precision that a segment computes in: the VAE's may have a precision of their own."""

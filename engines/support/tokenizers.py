@@ -8,8 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-__all__ = ["check_tokenizer", "length_in", "load_clip_tokenizer"]
+__all__ = ["LEAST_LENGTH", "check_tokenizer", "length_in", "load_clip_tokenizer"]
 
+LEAST_LENGTH = 3
+"""Tokens that a text encoder reads at a time: both marks, and one word."""
 _CONFIG = "tokenizer_config.json"
 _TRIALS = ("", "a red star", "\u661f " * 100)
 _FILES = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
@@ -73,8 +75,11 @@ def check_tokenizer(tokenizer: Any, length: int, vocabulary: int) -> None:
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if not 0 <= largest < vocabulary:
         raise ValueError(f"its numbers go up to {largest}, and the text encoder knows {vocabulary}")
+    if length < LEAST_LENGTH:
+        raise ValueError(f"prompts become {length} tokens, expected at least {LEAST_LENGTH}: two marks and a word")
     for prompt in _TRIALS:
-        len(tokenizer(prompt, verbose=False).input_ids)
+        if (marks := len(tokenizer(prompt, verbose=False).input_ids)) < 2:
+            raise ValueError(f"a prompt becomes {marks} numbers, expected a mark at both ends")
         numbers = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
         if len(numbers) != length or not all(0 <= number < vocabulary for number in numbers):
             raise ValueError(f"a prompt becomes {len(numbers)} numbers, expected {length} from 0 to {vocabulary - 1}")

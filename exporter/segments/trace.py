@@ -30,7 +30,7 @@ _OPSET_BF16 = 22
 """The first whose convolutions and norms take bfloat16."""
 
 # Sizes of the example: no two alike and none equal to 1, so that nothing is taken for a constant.
-_EXAMPLE = {"batch": 2, "images": 2, "height": 2, "width": 3}
+_EXAMPLE = {"batch": 2, "images": 2, "height": 2, "width": 3, "tokens": 5}
 
 # diffusers' upsampler branches at 64 rows (to copy, not to compute otherwise). Only the torch engine holds to the limit.
 _MAX_ROWS = 63

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,8 @@ class Reference:
                 "build it anew with --force, then verify it"
             )
         _check_settings(bundle, checkpoint)
-        text = TextEncoder(checkpoint.text_encoder())
+        whole = checkpoint.text_encoder()
+        text = _SkippingText(whole, manifest.clip_skip) if manifest.clip_skip else TextEncoder(whole)
         return cls(checkpoint.unet(manifest.variant).eval(), text.eval(), checkpoint.vae().eval())
 
     def features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,6 +198,20 @@ def _check_settings(bundle: Bundle, checkpoint: "Checkpoint") -> None:
             "build it anew with --force, then verify it"
         )
     load_tokenizer(bundle)
+
+
+class _SkippingText(nn.Module):
+    """A whole text encoder whose last layers count for nothing: hidden states of an earlier one, and the final norm."""
+
+    def __init__(self, model: nn.Module, clip_skip: int) -> None:
+        super().__init__()
+        self.model, self._at = model, -(clip_skip + 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.model(input_ids=tokens, output_hidden_states=True).hidden_states[self._at]
+        inside: Any = getattr(self.model, "text_model", self.model)
+        result: Tensor = inside.final_layer_norm(hidden)
+        return result
 
 
 def _keep(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:

@@ -15,10 +15,12 @@ from runtime.images.pictures import Picture
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 
-__all__ = ["CHECKS", "OUTPUTS", "shown", "tensor_fault"]
+__all__ = ["CHECKS", "LONG_PROMPTS", "OUTPUTS", "shown", "tensor_fault"]
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 """The forms that diffusers' pipelines give pictures in."""
+LONG_PROMPTS = ("chunks", "cut")
+"""What becomes of words that the text encoder does not read at once."""
 _MOST_CHARACTERS = 20_000
 """Of a prompt: a hundred times what any text encoder reads."""
 _MOST_SHOWN = 40
@@ -201,10 +203,20 @@ def _tensor(dimensions: str) -> Callable[[str, Any], Tensor | None]:
     return check
 
 
-def _output(name: str, value: Any) -> str:
-    if value not in OUTPUTS:
-        raise RequestError(f"{name} = {shown(value)}; choose from: {', '.join(OUTPUTS)}")
-    return str(value)
+def _one_of(allowed: Sequence[str]) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise RequestError(f"{name} = {shown(value)}; choose from: {', '.join(allowed)}")
+        return value
+
+    return check
+
+
+def _skipped(name: str, value: Any) -> int | None:
+    count = None if value is None else _whole(name, value)
+    if count is not None and count < 0:
+        raise RequestError(f"{name} = {shown(count)}; give the number of the text encoder's last layers to leave out, from 0")
+    return count
 
 
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
@@ -227,5 +239,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "latents": _tensor("images channels height width"),
     "prompt_embeds": _tensor("prompts tokens width"),
     "negative_prompt_embeds": _tensor("prompts tokens width"),
-    "output_type": _output,
+    "output_type": _one_of(OUTPUTS),
+    "long_prompts": _one_of(LONG_PROMPTS),
+    "clip_skip": _skipped,
 }

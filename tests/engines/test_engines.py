@@ -76,6 +76,12 @@ def test_the_chain_agrees_with_the_live_modules(engine, tiny, batch, height, wid
         assert not found[name].requires_grad
 
 
+@pytest.mark.parametrize("tokens", [1, 10, 35])
+def test_text_may_have_any_length(engine, tiny, tokens):
+    inputs = random_inputs(2, 8, 16, tokens=tokens)
+    close(chain(engine, tiny, inputs)["noise"], tiny.reference(inputs)["noise"])
+
+
 def test_inputs_may_be_views(engine, tiny):
     whole = random_inputs(4, 16, 24)
     inputs = {name: tensor[1::2] for name, tensor in whole.items()}

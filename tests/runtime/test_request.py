@@ -190,7 +190,7 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 FIELDS = (
     "prompt", "negative_prompt", "steps", "guidance_scale", "seed", "height", "width", "num_images", "scheduler", "plan", "image",
-    "strength", "mask", "allow_nonfinite",
+    "strength", "mask", "allow_nonfinite", "long_prompts", "clip_skip",
 )  # fmt: skip
 
 

@@ -134,6 +134,8 @@ def test_a_file_that_is_too_much(bundle: Bundle, manifest: dict[str, Any], text:
         ({"latent_channels": -1}, "latent_channels is -1, expected 1 to"),
         ({"vae_scale": 0}, "vae_scale is 0"),
         ({"text_length": 10**9}, "text_length is 1000000000, expected 1 to 4096"),
+        ({"text_chunks": 0}, "text_chunks is 0, expected 1 to 1024"),
+        ({"clip_skip": -1}, "clip_skip is -1, expected 0 to 1024"),
         ({"guidance_scale": 1e300}, "guidance_scale is 1e"),
         ({"source": "a\nb"}, "source is not one line"),
         ({"recipe": "\x1b]0;title\x07.json"}, "recipe is not one line"),
