@@ -17,7 +17,7 @@ from tuning.planning.pictures import Pictures
 __all__ = ["Row", "controls", "fewer_steps", "judge", "plot_front", "table"]
 
 _SPACINGS = range(2, 7)
-_COLOURS = ("tab:red", "tab:grey", "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
+_COLOURS = tuple(f"tab:{name}" for name in ["red", "grey", "blue", "orange", "green", "purple", "brown", "pink", "olive", "cyan"])
 
 
 @dataclass(frozen=True)
