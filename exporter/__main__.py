@@ -138,7 +138,7 @@ def _build(given: object, console: Console) -> None:
     from exporter.options import BuildOptions
     from exporter.segments.progress_display import show_progress
     from exporter.tables import show_built
-    from tuning.checkpoints.lora import Lora
+    from tuning.loras.lora import Lora
 
     values = vars(given)
     variant, recipe = _variant(values["variant"])

@@ -13,7 +13,7 @@ from engines.support.spelling import did_you_mean
 from exporter.errors import BuildError
 from exporter.graph.partition import GRANULARITIES, Granularity
 from runtime.plans.presets import find_plan
-from tuning.checkpoints.lora import Lora
+from tuning.loras.lora import Lora
 
 __all__ = [
     "PRECISIONS",

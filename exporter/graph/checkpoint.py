@@ -22,12 +22,12 @@ from tuning.checkpoints.configs import check_fit
 from tuning.checkpoints.files import CONFIGURATIONS
 from tuning.checkpoints.find_source import MINI, find_source
 from tuning.checkpoints.folder import extent_of, meta_unet, only_assembled, unet_files, unet_weights
-from tuning.checkpoints.fused_weights import fused
-from tuning.checkpoints.lora import Lora
-from tuning.checkpoints.lora_layers import LoraFile, fitted, read_lora
 from tuning.checkpoints.source import PARTS, FolderSource, RandomSource, Source, check_part
 from tuning.checkpoints.vae import Vae, find_vae
 from tuning.checkpoints.weights import ComputedWeights, RenamedWeights, Weights, materialize, shapes_of
+from tuning.loras.fused_weights import fused
+from tuning.loras.layers import LoraFile, fitted, read_lora
+from tuning.loras.lora import Lora
 from tuning.surgery.assembly import origins
 from tuning.surgery.changes import changes_of
 

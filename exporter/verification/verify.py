@@ -117,7 +117,7 @@ class Reference:
     def load(cls, bundle: Bundle) -> "Reference":
         """The model that a bundle was made from; raises as ``verify`` does, also where its tokenizer or scheduler is another."""
         from exporter.graph.checkpoint import open_source
-        from tuning.checkpoints.lora import Lora
+        from tuning.loras.lora import Lora
 
         manifest = bundle.manifest
         unet, config, recipe = (
