@@ -11,8 +11,8 @@ def described_find(plan: Plan) -> str:
     if found is None:
         return ""
     return (
-        f"found for {found.steps} steps of {found.scheduler} with guidance {found.guidance_scale:g}: MACs {found.cost:.2f} of full, "
-        f"{found.psnr:.1f} dB to its pictures on {found.prompts} prompts"
+        f"found for {found.steps} steps of {found.scheduler} with guidance {found.guidance_scale:g}: MACs {found.cost:.2f} of "
+        f"full, {found.psnr:.1f} dB to its pictures on {found.prompts} prompts"
     )
 
 
@@ -22,6 +22,6 @@ def found_for_others(plan: Plan, scheduler: str, steps: int) -> str:
     if found is None or (found.scheduler, found.steps) == (scheduler, steps):
         return ""
     return (
-        f"plan {plan.name} was found for {found.steps} steps of {found.scheduler}, and this is {steps} of {scheduler}: its pictures "
-        "may be further from those of full; find one for these with python -m tuning plan"
+        f"plan {plan.name} was found for {found.steps} steps of {found.scheduler}, and this is {steps} of {scheduler}: its "
+        "pictures may be further from those of full; find one for these with python -m tuning plan"
     )
