@@ -42,7 +42,7 @@ CODE = {
         "segments/trace",
         "segments/writer",
     ),
-    "runtime": ("plans/demand", "plans/key_steps", "plans/plan", "plans/presets"),
+    "runtime": ("plans/demand", "plans/key_steps", "plans/plan", "plans/presets", "plans/words"),
     "tuning": ("checkpoints/*", "surgery/*"),
 }
 """The files that decide what a bundle holds. A test compares them with what the build imports."""

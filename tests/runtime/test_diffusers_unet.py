@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from engines import Bundle
+from engines.bundle.shapes import resolve
 from engines.cuda.streams import CallStreams
 from runtime import Pipeline, PlanError, RequestError, UNet
 from runtime.diffusers_unet import _all_timesteps
@@ -261,7 +262,7 @@ def sample(mini_bundle: Bundle) -> dict[str, Any]:
     text = mini_bundle.manifest.features["text_encoder"].shape
     return {
         "sample": torch.randn(1, 4, 8, 8, generator=generator),
-        "encoder_hidden_states": torch.randn(1, int(text[1]), int(text[2]), generator=generator),
+        "encoder_hidden_states": torch.randn(resolve(text, {"batch": 1}), generator=generator),
     }
 
 
