@@ -4,10 +4,9 @@ Compiling a segment means to write a copy of its graph in which each attention i
 without copies runs too: its ONNX files are taken as they are, slower and with more memory.
 """
 
-import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from engines.base import DTYPES, Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import on_stream
-from engines.errors import EngineError, EngineMemoryError, NeedsBuildError
-from engines.onnx_file import checked_onnx
+from engines.errors import EngineError, NeedsBuildError
+from engines.onnx_file import check_names, checked_onnx, explaining, onnx_files
 from engines.support.caches import cache_places, card_name, first_writable
 from engines.support.records import one_line
 
@@ -27,8 +26,6 @@ __all__ = ["OnnxRuntime"]
 
 _CUDA = "CUDAExecutionProvider"
 _TENSORRT = "TensorrtExecutionProvider"
-_NO_MEMORY = re.compile(r"allocate memory|bad_alloc|out of memory|std::bad_array_new_length", re.IGNORECASE)
-"""In ONNX Runtime's messages, which are all that tells its errors apart."""
 
 
 class OnnxRuntime(Engine):
@@ -117,9 +114,7 @@ class OnnxRuntime(Engine):
                 f"segment {segment.name} of bundle {bundle.folder} computes in bfloat16, which engine {self.name} does not; "
                 f"choose an engine that the bundle has: {have}"
             )
-        files = segment.onnx
-        if not files:
-            raise NeedsBuildError(f"bundle {bundle.folder} has no ONNX file for segment {segment.name}")
+        files = onnx_files(bundle, segment)
         compiled = segment.engines.get(self.name)
         if compiled is not None and not self._tensorrt:  # TensorRT does not know the fused operator
             files = (*compiled.files, *files)
@@ -144,7 +139,7 @@ class OnnxRuntime(Engine):
                 "engine onnxruntime could not start on the GPU: the CUDA and cuDNN libraries here do not fit "
                 f"onnxruntime-gpu {self.version()}; install those that its log names, or choose another engine"
             )
-        _check_names(segment, path, session)
+        check_names(segment, path, set(_input_names(session)), {entry.name for entry in session.get_outputs()})
         return session
 
     def _providers(self, bundle: Bundle, segment: Segment) -> list[Any]:
@@ -195,27 +190,6 @@ class OnnxRuntime(Engine):
         return options
 
 
-def _check_names(segment: Segment, path: Path, session: Any) -> None:
-    """Raise NeedsBuildError where a session takes what the segment is not given, or does not make what it should."""
-    unknown = sorted(set(_input_names(session)) - set(segment.inputs))
-    missing = sorted(set(segment.outputs) - {entry.name for entry in session.get_outputs()})
-    if unknown or missing:
-        found = f"takes {unknown[0]!r:.200}, which it is not given" if unknown else f"does not make {missing[0]!r:.200}"
-        raise NeedsBuildError(f"segment {segment.name}: {path} {found}")
-
-
-@contextmanager
-def _explaining(segment: Segment) -> Iterator[None]:
-    """Say which segment it is that fails, and whether for want of memory."""
-    try:
-        yield
-    except EngineError:
-        raise
-    except Exception as error:  # its exceptions have no base class of their own
-        kind = EngineMemoryError if _NO_MEMORY.search(str(error)) else NeedsBuildError
-        raise kind(f"segment {segment.name}: ONNX Runtime fails: {one_line(error)}") from error
-
-
 @cache
 def _share_arena() -> None:
     """Give this process's sessions on the CPU one arena, from which threads may take memory at the same time.
@@ -239,7 +213,7 @@ class _ArrayRunner(Runner):
 
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
         feeds = {name: inputs[name].detach().contiguous().numpy() for name in self._taken}
-        with _explaining(self.segment):
+        with explaining(self.segment, "ONNX Runtime"):
             arrays = self._session.run(list(self.segment.outputs), feeds)
             outputs = {name: torch.from_numpy(array) for name, array in zip(self.segment.outputs, arrays, strict=True)}
         return self._checked(outputs, sizes)
@@ -279,7 +253,7 @@ class _BoundRunner(Runner):
                 binding.bind_input(name, *self._place(tensor))
             for name, tensor in outputs.items():
                 binding.bind_output(name, *self._place(tensor))
-            with self._running, _explaining(self.segment):
+            with self._running, explaining(self.segment, "ONNX Runtime"):
                 self._session.run_with_iobinding(binding, self._options)
         return outputs
 
