@@ -4,16 +4,28 @@ Engines are named in one table, one class each; the packages behind them are imp
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from engines.support.environment import check_environment
 
 check_environment()  # before the first import that fails without it
 
-from engines.base import DTYPES, Engine, Profile, Runner, Traced
-from engines.bundle.folder import Bundle
-from engines.bundle.manifest import Manifest, Segment, Unit
 from engines.errors import BundleError, EngineError, NeedsBuildError, UserError
-from engines.support.spelling import did_you_mean
+from engines.support.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from engines.base import DTYPES, Engine, Profile, Runner, Traced
+    from engines.bundle.folder import Bundle
+    from engines.bundle.manifest import Manifest, Segment, Unit
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "engines.base": ("DTYPES", "Engine", "Profile", "Runner", "Traced"),
+            "engines.bundle.folder": ("Bundle",),
+            "engines.bundle.manifest": ("Manifest", "Segment", "Unit"),
+        },
+    )
 
 __all__ = [
     "DTYPES",
@@ -48,13 +60,15 @@ ON_ONNX = ("onnxruntime", "openvino", "openvino-bf16")
 """Those that run the ONNX files of any bundle."""
 
 
-def make_engine(name: str) -> Engine:
+def make_engine(name: str) -> "Engine":
     """The engine of that name.
 
     Raises:
         EngineError: there is none, or the package it needs is not installed.
     """
     if name not in ENGINES:
+        from engines.support.spelling import did_you_mean
+
         raise EngineError(f"unknown engine {name!r}; {did_you_mean(name, ENGINES)}choose from: {', '.join(ENGINES)}")
     module, _, attribute = ENGINES[name].partition(":")
     engine: Engine = getattr(import_module(module), attribute)()

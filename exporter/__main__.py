@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from engines import ENGINES, Bundle, UserError
+from engines import ENGINES, UserError
 from engines.support.cli import Parser, parse_size, quiet_libraries, resumable, run_command
 from engines.support.files import expanded
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _SOURCES = "mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG (default: %(default)s)"
 _BUILD = """A UNet in, a bundle out: ONNX segments and compiled engines that `python -m runtime` runs."""
@@ -80,6 +82,8 @@ def _max_images(text: str, static: bool) -> int:
 def main(arguments: Sequence[str], prog: str = "python -m exporter") -> None:
     """Run one command, which is called ``prog`` in messages; raises UserError for a user's mistake."""
     options = _parser(prog).parse_args(arguments)
+    from rich.console import Console  # none of what the work takes is waited for by --help
+
     console = Console(markup=False)
     if options.command == "inspect":
         _inspect(options, console)
@@ -89,7 +93,7 @@ def main(arguments: Sequence[str], prog: str = "python -m exporter") -> None:
         _build(options, console)
 
 
-def _verify(given: object, console: Console) -> None:
+def _verify(given: object, console: "Console") -> None:
     options = vars(given)
     quiet_libraries()
     sizes = tuple(parse_size(size) for size in _names(options["sizes"]))
@@ -107,7 +111,9 @@ def _verify(given: object, console: Console) -> None:
         sys.exit(1)
 
 
-def _inspect(given: object, console: Console) -> None:
+def _inspect(given: object, console: "Console") -> None:
+    from engines import Bundle
+
     options = vars(given)
     if not options["kernels"]:
         if options["target"] or options["json"]:
@@ -133,7 +139,7 @@ def _variant(given: str) -> tuple[str, Path | None]:
     return recipe(str(path)).name, path
 
 
-def _build(given: object, console: Console) -> None:
+def _build(given: object, console: "Console") -> None:
     from exporter.build import build
     from exporter.options import BuildOptions
     from exporter.segments.progress_display import show_progress

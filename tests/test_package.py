@@ -62,6 +62,21 @@ def test_help_and_version_import_nothing_heavy(argument: str, shown: str) -> Non
     assert not HEAVY & {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
 
 
+def test_help_of_the_commands_imports_no_library() -> None:
+    code = """
+import json, sys
+from importlib import import_module
+from contextlib import suppress
+for package in ("exporter", "runtime", "tuning"):
+    with suppress(SystemExit):
+        import_module(f"{package}.__main__").main(["--help"])
+print(json.dumps(sorted(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.count("usage: ") == 3
+    assert not (HEAVY - {"pydantic"}) & {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
 @pytest.mark.parametrize("package", ["exporter", "runtime", "tuning"])
 def test_every_command_tells_its_version(package: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leaving:

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from engines.support.cli import Parser, quiet_libraries, resumable, run_command
 from tuning.distillation.latents_command import add_arguments as add_latents_arguments
 from tuning.distillation.options import DistillOptions
@@ -51,6 +49,8 @@ def _parser(prog: str = "python -m tuning") -> Parser:
 def main(arguments: Sequence[str], prog: str = "python -m tuning") -> None:
     """Run one command, which is called ``prog`` in messages; raises UserError for a user's mistake."""
     options = _parser(prog).parse_args(arguments)
+    from rich.console import Console  # none of what the work takes is waited for by --help
+
     quiet_libraries()
     console = Console()
     given = {key: value for key, value in vars(options).items() if key != "command"}

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import NoReturn
 from engines.errors import UserError, in_one_line
 from engines.support.version import our_version
 
-__all__ = ["Parser", "parse_size", "quiet_libraries", "resumable", "run_command"]
+__all__ = ["Parser", "parse_size", "quiet_libraries", "resumable", "run_command", "starting"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -69,6 +70,18 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
+def starting() -> Iterator[None]:
+    """For a command that imports its libraries inside: no garbage is looked for among what they make, which stays."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextmanager
 def resumable() -> Iterator[None]:
     """Say of work that is stopped inside, by the user or the system, that the same command resumes it."""
     try:
@@ -86,6 +99,7 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
     """
     try:
         main(sys.argv[1:] if arguments is None else arguments)
+        gc.freeze()  # the process ends: nothing is looked for in what its libraries made
     except UserError as error:
         print(f"error: {error.line}", file=sys.stderr)
         sys.exit(2)

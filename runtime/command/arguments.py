@@ -3,10 +3,13 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from engines import UserError
+from engines.errors import UserError
 from engines.support.cli import Parser, parse_size
-from runtime.request import Request
+
+if TYPE_CHECKING:
+    from runtime.request import Request
 
 __all__ = ["PLANS", "check_png", "parse", "request_of"]
 
@@ -72,8 +75,10 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
-def request_of(options: Namespace) -> Request:
+def request_of(options: Namespace) -> "Request":
     """The request that the options make; a plan is explained without a prompt, too."""
+    from runtime.request import Request
+
     height, width = (None, None) if options.size is None else parse_size(options.size)
     seeds = None if options.seeds is None else _seeds(options.seeds)
     return Request(

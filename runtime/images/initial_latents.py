@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from engines.support.lazy import postponed
 from runtime.errors import RequestError
 
 __all__ = ["InitialState", "LatentBlend", "from_latents", "from_noise", "from_picture", "generators_of", "timesteps_from"]
@@ -143,5 +143,8 @@ def _levels(scheduler: Any, timesteps: Tensor, device: torch.device) -> Tensor:
 
 def _draw(shape: Sequence[int], generators: list[torch.Generator], device: torch.device) -> Tensor:
     """Standard normal numbers (images, channels, height, width), picture by picture, drawn on the CPU."""
+    with postponed("torch._dynamo", "allow_in_graph"):
+        from diffusers.utils.torch_utils import randn_tensor
+
     drawn: Tensor = randn_tensor((len(generators), *shape), generators, device, torch.float32)
     return drawn

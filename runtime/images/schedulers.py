@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engines import BundleError
+from engines.support.lazy import postponed
 from engines.support.spelling import did_you_mean
 from runtime.errors import RequestError
 from runtime.images.prediction_spaces import PREDICTION_TYPES, PredictionSpaces
@@ -54,8 +55,7 @@ def check_scheduler(name: str) -> None:
     """Raise RequestError unless there is a scheduler of that name."""
     if name in _NAMES:
         return
-    kind = getattr(import_module("diffusers"), name, None) if name.isidentifier() and name.endswith("Scheduler") else None
-    if kind is not None:
+    if name.isidentifier() and name.endswith("Scheduler") and hasattr(import_module("diffusers"), name):
         raise RequestError(
             f"scheduler {name} is for other models than Stable Diffusion, or draws noise that no seed gives again; "
             f"choose from: {', '.join([*SCHEDULERS, *_OTHERS])}"
@@ -121,12 +121,36 @@ def _load(kind: str, folder: Path) -> Any:
     read_train_steps(folder)
     try:
         config = json.loads((folder / "scheduler_config.json").read_text("utf-8"))
-        settings = {} if config.get("_class_name") == kind or "skip_prk_steps" in config else {"skip_prk_steps": True}
-        return getattr(import_module("diffusers"), kind).from_pretrained(folder, **(settings if kind == "PNDMScheduler" else {}))
+        if kind == "PNDMScheduler" and config.get("_class_name") != kind:
+            config.setdefault("skip_prk_steps", True)
+        return _configured(_class(kind), config)
     except Exception as error:  # a configuration may come from anybody, and schedulers check little of it
         raise BundleError(
             f"{folder / 'scheduler_config.json'} cannot be read as the configuration of {kind}: {_line(error)}"
         ) from error
+
+
+def _class(kind: str) -> Any:
+    """A scheduler's class, without what its module imports for a few of its settings (scipy) and for models (torch._dynamo)."""
+    with postponed("torch._dynamo", "allow_in_graph"), postponed("scipy.stats"):
+        return getattr(import_module("diffusers"), kind)
+
+
+def _configured(kind: Any, config: dict[str, Any]) -> Any:
+    """A scheduler as ``from_pretrained`` makes it, which imports all classes that the configuration could be for as well.
+
+    What the class does not take is kept in the configuration, for another class.
+    """
+    unset = config.pop("_use_default_values", [])
+    config = {name: value for name, value in config.items() if name not in unset}
+    if not isinstance(config.get("_class_name", ""), str | list):
+        raise ValueError("_class_name is no text")
+    taken = inspect.signature(kind.__init__).parameters.keys() - {"self", "kwargs", *kind.ignore_for_config}
+    chosen = {name: value for name, value in config.items() if name in taken and not name.startswith("_")}
+    scheduler = kind(**chosen)
+    hidden = {name: value for name, value in config.items() if name not in chosen}
+    scheduler.register_to_config(**hidden | ({"_class_name": kind.__name__} if "_class_name" in hidden else {}))
+    return scheduler
 
 
 def _set_timesteps(scheduler: Any, steps: int, folder: Path) -> None:

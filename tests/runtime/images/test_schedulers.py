@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import diffusers
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ from runtime import RequestError
 from runtime.images.schedulers import SCHEDULERS, check_scheduler, make_scheduler
 from tests.support.reference import MINI, reference_scheduler
 
+ROOT = Path(__file__).parents[3]
 FOLDER = MINI / "scheduler"
 
 
@@ -28,6 +33,20 @@ def test_every_scheduler_takes_few_steps_and_many(name: str, steps: int) -> None
 @pytest.mark.parametrize("name", list(SCHEDULERS))
 def test_timesteps_are_those_of_the_bundles_configuration(name: str) -> None:
     assert torch.equal(make_scheduler(name, FOLDER, 20).timesteps, reference_scheduler(name, 20).timesteps)
+
+
+@pytest.mark.parametrize("kind", [*SCHEDULERS.values(), "UniPCMultistepScheduler", "LCMScheduler"])
+@pytest.mark.parametrize("folder", [FOLDER, ROOT / "models" / "sd21" / "scheduler"])
+def test_a_configuration_is_read_as_diffusers_reads_it(kind: str, folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "scheduler_config.json").read_text())
+    config |= {"use_karras_sigmas": False, "beta_end": 0.02, "_use_default_values": ["beta_end"], "of_another_class": [1]}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    ours = make_scheduler(kind, tmp_path, 5)
+    theirs = getattr(diffusers, kind).from_pretrained(tmp_path, **({"skip_prk_steps": True} if kind == "PNDMScheduler" else {}))
+    corrected = {"steps_offset", "clip_sample"}  # as diffusers' pipelines do
+    assert {name: value for name, value in ours.config.items() if name not in corrected} == {
+        name: value for name, value in theirs.config.items() if name not in corrected
+    }
 
 
 @pytest.mark.parametrize("steps", [0, -1, 501, 1000, 100000])

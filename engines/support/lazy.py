@@ -1,0 +1,78 @@
+"""What is imported late: a package's public names, and modules that others import at their head and hardly ever use.
+
+A command's ``--help`` waits for no library, and a picture for none that it does not take.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["lazy_names", "postponed"]
+
+
+def lazy_names(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a package whose public names are imported when they are first used (PEP 562).
+
+    Args:
+        package: its name.
+        homes: by module, the names that come from there.
+    """
+    home_of = {name: home for home, names in homes.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(home_of[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *home_of})
+
+
+@contextmanager
+def postponed(name: str, *functions: str) -> Iterator[None]:
+    """Inside, an import of that module gives one that becomes the real one when something is read from it.
+
+    Args:
+        name: of the module, whose package is imported as it is.
+        functions: names that are imported from it by name; a call of what they give imports the real module.
+    """
+    spec = None if name in sys.modules else find_spec(name)
+    if spec is None:
+        yield
+        return
+    module = sys.modules[name] = _Postponed(name)
+    if spec.submodule_search_locations is not None:
+        module.__path__ = spec.submodule_search_locations  # looked for by the import of any name from a package
+    for function in functions:
+        setattr(module, function, _calling(name, function))
+    try:
+        yield
+    finally:
+        _drop(module)
+
+
+class _Postponed(ModuleType):
+    """A module that is imported when it is first read from."""
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute in {"__file__", "__wrapped__"}:  # asked by tools that look through all modules
+            raise AttributeError(attribute)
+        _drop(self)
+        return getattr(import_module(self.__name__), attribute)
+
+
+def _drop(module: ModuleType) -> None:
+    if sys.modules.get(module.__name__) is module:
+        del sys.modules[module.__name__]
+
+
+def _calling(name: str, function: str) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(import_module(name), function)(*args, **options)
+
+    return call
