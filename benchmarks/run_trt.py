@@ -32,7 +32,7 @@ __all__ = ["main"]
 OUT = Path("benchmarks/results")
 QUICK = {
     "variants": ("original", "assembled"), "plans": ("full", "deepcache:3"), "engines": ("onnxruntime",),
-    "peers": ("diffusers", "deepcache"), "steps": 10, "rounds": 3,
+    "peers": "diffusers,deepcache", "steps": 10, "rounds": 3,
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def _parser() -> Parser:
     add("--rounds", type=int, default=5, help="that count, after one that warms up (default: %(default)s)")
     add("--threads", type=int, default=1, help="of every process (default: %(default)s)")
     add("--prompt", help="default: one that suits the source")
-    add("--quick", action="store_true", help="few rows of the embedded model, few rounds: two minutes")
+    add("--quick", action="store_true", help="few rows of the embedded model, few rounds, unless others are named: two minutes")
     add("--dry-run", action="store_true", help="print rows, sizes and expected minutes; nothing is built or measured")
     add("--build-only", action="store_true", help="build the bundles and stop: for a card that is elsewhere, with --targets")
     add("--targets", type=_names, default=(), help="compute capabilities for tensorrt-rtx, such as sm89")
@@ -69,9 +69,6 @@ def _parser() -> Parser:
 
 def _settings(options: argparse.Namespace) -> Settings:
     """The options, checked. Raises UserError; nothing heavy is imported but torch, where the device must be known."""
-    if options.quick:
-        for name, value in QUICK.items():
-            setattr(options, name, ",".join(value) if name == "peers" else value)  # type: ignore[arg-type]
     device = options.device or _found_device()
     if device == "cuda" and not options.build_only and not options.dry_run:
         _require_cuda()
@@ -142,7 +139,11 @@ def _file_name(settings: Settings) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command. Raises UserError for a user's mistake; exits with 1 where a row's output is not the base row's."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.quick:
+        parser.set_defaults(**QUICK)
+        options = parser.parse_args(arguments)
     settings, console = _settings(options), Console()
     quiet_libraries()
     from benchmarks.end_to_end import forecast, run

@@ -14,8 +14,8 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.cuda.tf32 import without_tf32
-from engines.errors import EngineError, NeedsBuildError
-from engines.program import ProgramError
+from engines.errors import EngineError, EngineMemoryError, NeedsBuildError
+from engines.program import ProgramError, first_line
 from engines.pt2 import read_program, without_pickles
 
 __all__ = ["ModuleRunner", "Torch"]
@@ -25,7 +25,7 @@ class ModuleRunner(Runner):
     """A live module as a runner: takes the segment's inputs and returns its outputs in the order of the manifest.
 
     Gradients are off. ``torch.inference_mode`` is not used: what it makes may not be changed in place outside it, and
-    these tensors go on to schedulers and callbacks that are not ours. An ``exact`` one takes no TF32 on a GPU.
+    these tensors go on to schedulers and callbacks that are not ours. Autocast is off. An ``exact`` one takes no TF32 on a GPU.
     """
 
     def __init__(
@@ -42,11 +42,13 @@ class ModuleRunner(Runner):
 
     @torch.no_grad()
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-        with without_tf32() if self._exact else nullcontext():
+        with torch.autocast(self.device.type, enabled=False), without_tf32() if self._exact else nullcontext():
             try:
                 result = self.module(*(inputs[name] for name in self.segment.inputs))
             except ProgramError as error:
                 raise EngineError(f"segment {self.segment.name}: {error}") from error
+            except torch.OutOfMemoryError as error:
+                raise EngineMemoryError(f"segment {self.segment.name}: {first_line(error)}") from error
         outputs = (result,) if isinstance(result, torch.Tensor) else tuple(result)
         if len(outputs) != len(self.segment.outputs):
             raise EngineError(

@@ -40,6 +40,12 @@ def _parser(prog: str) -> Parser:
     build.add_argument("--sizes", default="", help="HEIGHTxWIDTH,... for engines with a profile (default: the model's own)")
     build.add_argument("--batch", help="images per call, for engines with a profile (default: 1..4, with --static 1)")
     build.add_argument("--static", action="store_true", help="build these engines for one size and --batch images with guidance")
+    build.add_argument(
+        "--text-chunks", type=int, default=1, metavar="N", help="chunks of a long prompt, for engines with a profile (default: 1)"
+    )
+    build.add_argument(
+        "--clip-skip", type=int, default=0, metavar="N", help="leave out the text encoder's last N layers (default: none)"
+    )
     build.add_argument("--targets", default="", help="compute capabilities for engines built ahead of time, such as sm86,sm89")
     build.add_argument("--out", type=Path, help="the bundle's folder (default: bundles/SOURCE-VARIANT)")
     build.add_argument("--force", action="store_true", help="replace an existing bundle that differs")
@@ -138,7 +144,7 @@ def _build(given: object, console: "Console") -> None:
     from exporter.options import BuildOptions
     from exporter.segments.progress_display import show_progress
     from exporter.tables import show_built
-    from tuning.checkpoints.lora import Lora
+    from tuning.loras.lora import Lora
 
     values = vars(given)
     variant, recipe = _variant(values["variant"])
@@ -159,6 +165,8 @@ def _build(given: object, console: "Console") -> None:
         sizes=tuple(parse_size(size) for size in _names(values["sizes"])),
         max_images=_max_images(values["batch"] or ("1" if values["static"] else "1..4"), values["static"]),
         static=values["static"],
+        text_chunks=values["text_chunks"],
+        clip_skip=values["clip_skip"],
         targets=_names(values["targets"]),
         out=values["out"],
         force=values["force"],

@@ -7,14 +7,13 @@ this machine has built are reused where they are still valid.
 What is imported here is light, so that a bundle that is up to date is soon found to be: diffusers alone takes seconds.
 """
 
-import json
-import shutil
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines import Bundle, BundleError, Manifest, Segment
+from engines.bundle.checks import ManifestError, check_complete, check_manifest
 from engines.bundle.digests import known_sha256, note_sha256
 from engines.bundle.folder import MANIFEST_NAME, describe_file
 from engines.bundle.manifest import File, FusedLora
@@ -23,14 +22,12 @@ from exporter.errors import BuildError
 from exporter.job import BuildJob, open_writer
 from exporter.options import BuildOptions, versions
 from exporter.segments import known_pieces
-from exporter.segments.artifacts import Artifacts, tidy, working_on
+from exporter.segments.artifacts import tidy, working_on
 from exporter.segments.progress import Progress
 from runtime.plans.plan import inherited_features
 from runtime.plans.presets import find_plan
-from tuning.checkpoints.files import CONFIGURATIONS
 
 if TYPE_CHECKING:
-    from exporter.graph.checkpoint import Checkpoint
     from exporter.graph.graph import Graph
 
 __all__ = ["build"]
@@ -106,46 +103,34 @@ def _make(job: BuildJob, progress: Progress) -> None:
     with working_on(options.folder) as pieces:
         writer = job.writer(pieces)
         bare = segments_of(writer.graph, options.granularity, options.plans)
+        _check_result(_manifest(job, writer.graph, writer.wanted.sizes, bare, ()))
         keys = {key for segment in bare for key in writer.keys(segment).values()}
-        _reuse_replaced(pieces, options.folder, keys)
         if not options.fresh:
-            known_pieces.reuse(pieces, keys)
+            known_pieces.reuse(pieces, keys, options.folder)
         pieces.prune(keys)
         reopen = partial(open_writer, options, job.made_from, pieces.place)
         segments = write_all(writer, bare, progress, options.jobs, reopen)
-        files = tuple(_copy_files(job.checkpoint, pieces.folder))
+        files = tuple(_copy_files(job, pieces.folder))
         manifest = _manifest(job, writer.graph, writer.wanted.sizes, segments, files)
         (pieces.folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
 
 
-def _reuse_replaced(pieces: Artifacts, folder: Path, wanted: Container[str]) -> None:
-    """Reuse the pieces that are still valid of the bundle that is to be replaced."""
-    if folder.exists():
-        try:
-            pieces.reuse_from(Bundle.open(folder), wanted)
-        except BundleError:  # it is none, or a damaged one
-            return
+def _check_result(manifest: Manifest) -> None:
+    """Raise BuildError, before anything is traced, for a bundle that nobody could open."""
+    try:
+        check_manifest(manifest)
+        check_complete(manifest)
+    except ManifestError as error:
+        raise BuildError(f"no bundle can be built so: {error}") from error
 
 
-def _copy_files(checkpoint: "Checkpoint", folder: Path) -> Iterator[File]:
-    """Copy the tokenizer and the scheduler configuration: the files that their libraries read, and a licence.
-
-    What else lies beside them, a stranger's link to a file of this machine among it, is not for whoever gets the bundle.
-    """
-    changes = checkpoint.source.scheduler_changes()
-    for part in ("tokenizer", "scheduler"):
-        for path in sorted(path for path in (checkpoint.folder / part).iterdir() if path.is_file() and _is_known(path)):
-            target = folder / part / path.name
-            target.parent.mkdir(exist_ok=True)
-            if changes and path.name == "scheduler_config.json":
-                target.write_text(json.dumps(checkpoint.source.scheduler_config(), indent=2, sort_keys=True) + "\n", "utf-8")
-            else:
-                shutil.copyfile(path, target)
-            yield describe_file(folder, target)
-
-
-def _is_known(path: Path) -> bool:
-    return path.name in CONFIGURATIONS or (path.name == "LICENSE" and not path.is_symlink())
+def _copy_files(job: BuildJob, folder: Path) -> Iterator[File]:
+    """Write the files of tokenizer and scheduler that a bundle gets."""
+    for name, content in job.checkpoint.settings().items():
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(content)
+        yield describe_file(folder, target)
 
 
 def _manifest(
@@ -181,6 +166,8 @@ def _manifest(
         size_multiple=graph.size_multiple,
         guidance_scale=checkpoint.guidance_scale,
         text_length=graph.text_length,
+        text_chunks=options.text_chunks,
+        clip_skip=options.clip_skip,
         vocabulary=graph.vocabulary,
         features=dict(graph.features),
         units=graph.units,

@@ -42,7 +42,7 @@ CODE = {
         "segments/trace",
         "segments/writer",
     ),
-    "runtime": ("plans/demand", "plans/key_steps", "plans/plan", "plans/presets"),
+    "runtime": ("plans/demand", "plans/key_steps", "plans/plan", "plans/presets", "plans/words"),
     "tuning": ("checkpoints/*", "surgery/*"),
 }
 """The files that decide what a bundle holds. A test compares them with what the build imports."""
@@ -112,11 +112,14 @@ class BuildJob:
         self.checkpoint.check_weights(options.variant)
         first = options.sizes[0] if options.sizes else None
         precision, vae_precision = options.precision, options.vae_precision or options.precision
-        graph = load_graph(self.checkpoint, options.variant, DTYPE[precision], first, DTYPE[vae_precision])
+        dtypes = DTYPE[precision], DTYPE[vae_precision]
+        graph = load_graph(self.checkpoint, options.variant, dtypes[0], first, dtypes[1], options.clip_skip)
         sizes = options.sizes or (graph.size,)
         for size in sizes:
             check_size(size, graph.size_multiple)
-        spec = CompileSpec(self.made_from, self.targets, sizes, options.max_images, precision, vae_precision, options.static)
+        spec = CompileSpec(
+            self.made_from, self.targets, sizes, options.max_images, precision, vae_precision, options.static, options.text_chunks
+        )
         return Writer(graph, self.engines, spec, pieces)
 
 

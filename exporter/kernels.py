@@ -84,7 +84,8 @@ def _profile(bundle: Bundle, segment: Segment) -> Profile:
     from exporter.segments.writer import profile_of
 
     manifest = bundle.manifest
-    return profile_of(segment, manifest.features, manifest.sizes, manifest.max_images, manifest.vae_scale, manifest.static)
+    sizes, scale, chunks = manifest.sizes, manifest.vae_scale, manifest.text_chunks
+    return profile_of(segment, manifest.features, sizes, manifest.max_images, scale, manifest.static, chunks)
 
 
 def total(name: str, counts: Iterable[KernelCounts]) -> KernelCounts:

@@ -13,7 +13,7 @@ from engines.support.spelling import did_you_mean
 from exporter.errors import BuildError
 from exporter.graph.partition import GRANULARITIES, Granularity
 from runtime.plans.presets import find_plan
-from tuning.checkpoints.lora import Lora
+from tuning.loras.lora import Lora
 
 __all__ = [
     "PRECISIONS",
@@ -31,6 +31,9 @@ VAE_PRECISIONS: tuple[VaePrecision, ...] = ("fp32", "bf16", "fp16")
 _VERSIONED = ("unet-heirloom", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
+_MOST_CHUNKS = 64
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """The options of a build.
@@ -39,9 +42,10 @@ class BuildOptions:
     source does not hold it; ``recipe`` the .json file by which it is made, where that is the user's; ``config`` the folder of
     configurations, where a source has none and is not SD 1.x/2.x; ``variant_files`` the variant of a folder's weight files, such
     as fp16; ``loras`` are fused into UNet and text encoder; ``vae`` replaces the source's. ``vae_precision`` is the VAE's, by
-    default ``precision``.
+    default ``precision``. ``clip_skip`` of the text encoder's last layers are left out.
     ``sizes`` are (height, width) in pixels, none for the model's own; ``max_images`` is per call; ``static``
-    engines take nothing less either. ``fresh`` builds take no pieces of other bundles. ``jobs`` processes work side by side.
+    engines take nothing less either. ``text_chunks`` is how many chunks of a prompt engines with a profile take. ``fresh`` builds
+    take no pieces of other bundles. ``jobs`` processes work side by side.
     """
 
     variant: Variant = "original"
@@ -60,6 +64,8 @@ class BuildOptions:
     sizes: tuple[tuple[int, int], ...] = ()
     max_images: int = 4
     static: bool = False
+    text_chunks: int = 1
+    clip_skip: int = 0
     targets: tuple[str, ...] = ()
     out: Path | None = None
     force: bool = False
@@ -106,6 +112,10 @@ def check_choices(options: BuildOptions) -> None:
         raise BuildError(f"jobs {options.jobs}: at least 1 process must do the work")
     if options.max_images < 1:
         raise BuildError(f"batch {options.max_images}: a bundle must take at least 1 image")
+    if not 1 <= options.text_chunks <= _MOST_CHUNKS:
+        raise BuildError(f"text chunks {options.text_chunks}: name from 1 to {_MOST_CHUNKS} that engines with a profile take")
+    if options.clip_skip < 0:
+        raise BuildError(f"clip skip {options.clip_skip}: name the number of the text encoder's last layers to leave out, from 0")
 
 
 def check_precision(options: BuildOptions, engines: Sequence[Engine]) -> None:
@@ -125,6 +135,10 @@ def check_static(options: BuildOptions, engines: Sequence[Engine]) -> None:
     if len(options.sizes) > 1:
         sizes = ", ".join(f"{height}x{width}" for height, width in options.sizes)
         raise BuildError(f"sizes {sizes}: static engines are built for one size; name one, or leave --static out")
+    if options.text_chunks > 1:
+        raise BuildError(
+            f"text chunks {options.text_chunks}: static engines take one chunk of text; leave --text-chunks or --static out"
+        )
     if not any(engine.has_profile for engine in engines):
         raise BuildError(
             f"static: engine {', '.join(options.engines)} is not built for given sizes; "

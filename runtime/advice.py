@@ -8,6 +8,7 @@ from pathlib import Path
 from shlex import quote
 
 from engines import Bundle, BundleError, NeedsBuildError
+from engines.errors import EngineMemoryError
 from runtime.errors import NonFiniteError, PartitionError, SiblingError
 from runtime.plans.plan import Plan
 
@@ -67,9 +68,12 @@ def missing_bundle(folder: Path | None, plan: Plan, engine: str) -> BundleError:
 
 @contextmanager
 def rebuild_advice(bundle: Bundle, engine: str) -> Iterator[None]:
-    """Add to an engine's error the command that builds the bundle again for that engine, beside those that it has."""
+    """Add to an engine's error what mends it: a smaller request, or the command that builds the bundle again for that engine."""
     try:
         yield
+    except EngineMemoryError as error:
+        error.add_note("ask for fewer or smaller pictures")
+        raise
     except NeedsBuildError as error:
         command = bundle.rebuild_command(engine)
         if error.up_to_date:

@@ -8,7 +8,7 @@ from typing import Any
 
 from engines import Bundle, make_engine
 from engines.bundle.folder import MANIFEST_NAME, sha256
-from engines.support.files import expanded, real_path
+from engines.support.files import exists, expanded, real_path
 from runtime.advice import missing_bundle
 from runtime.arguments.aliases import with_our_names
 from runtime.errors import RequestError
@@ -49,7 +49,7 @@ def load(bundle: str | Path | None = None, engine: str = "onnxruntime", plan: st
 
     Args:
         bundle: a bundle's folder, in which ``~`` is one's home; None for the one in ``./bundles`` that was built last.
-        engine: onnxruntime, tensorrt, tensorrt-rtx or torch.
+        engine: onnxruntime, openvino, openvino-bf16, tensorrt, tensorrt-rtx or torch.
         plan: what it is to run; only what is said where there is no bundle depends on it.
 
     Raises:
@@ -72,7 +72,7 @@ def load(bundle: str | Path | None = None, engine: str = "onnxruntime", plan: st
 def find_bundle(bundle: str | Path | None, engine: str = "onnxruntime", plan: str | Path | Plan = "full") -> Path:
     """The folder of a bundle that is there, as ``load`` finds it; raises BundleError with the command that builds it."""
     found = next(reversed(_built()), None) if bundle is None else expanded(str(bundle))
-    if found is None or not found.exists():
+    if found is None or not exists(found):
         raise missing_bundle(found, find_plan(plan), engine)
     return found
 
@@ -101,7 +101,10 @@ def generate(
 
     diffusers' names are taken beside these: ``num_inference_steps``, ``num_images_per_prompt``, ``mask_image``, ``generator``,
     ``latents``, ``prompt_embeds``, ``negative_prompt_embeds``, ``guidance_rescale``, ``callback_on_step_end`` and ``output_type``
-    (pil, np, pt or latent), each with the meaning that it has there.
+    (pil, np, pt or latent), each with the meaning that it has there. ``clip_skip`` is decided when a bundle is built, and what is
+    given for it must be that. ``long_prompts`` says what becomes of the words of a prompt that the text encoder does not read at
+    once: ``chunks`` (each is encoded by itself, and all prompts of a call get as many as the longest needs) or ``cut``, as
+    diffusers' pipelines do. Bundles of older versions cut; engines with a profile cut beyond the chunks they were built for.
 
     Args:
         prompt: what the picture shows; a list of prompts makes ``num_images`` of each in one batch. None with ``prompt_embeds``.

@@ -17,7 +17,7 @@ __all__ = ["Attachment", "Report", "attach"]
 
 @dataclass(frozen=True)
 class Report:
-    """What the last call ran: the ``plan``, each evaluation of the UNet (``steps``), and the ``seconds`` they took together."""
+    """The last call: the ``plan``, each evaluation of the UNet (``steps``), and the ``seconds`` they took together."""
 
     plan: str
     steps: Sequence[StepRecord]
@@ -78,7 +78,7 @@ class Attachment:
         self.pipe.unet = self.original
 
     def report(self) -> Report:
-        """What the last call with the bundle's UNet ran, and how long it took; printed, it is one line."""
+        """Which segments the last call with the bundle's UNet ran, and how long it took; printed, it is one line."""
         return Report(self.unet.last_plan.name, self.unet.steps, segment_counts(self.unet.pipeline.networks))
 
     def __repr__(self) -> str:

@@ -1,5 +1,6 @@
 """A bundle's UNet, run by a plan, instead of a diffusers pipeline's own."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from engines import DTYPES
 from engines.bundle.names import TEXT
 from runtime.api import load
+from runtime.arguments.values import tensor_fault
 from runtime.errors import RequestError
 from runtime.execution.executor import Executor, StepRecord
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from runtime.process import check_not_forked
+from runtime.text.chunks import described_tokens, tokens_taken
 
 __all__ = ["Prediction", "UNet"]
 
@@ -170,7 +173,7 @@ class UNet:
         Args:
             sample: (rows, channels, height, width), scaled for the model.
             timestep: an element of ``scheduler.timesteps``, as an iteration over it gives them.
-            encoder_hidden_states: text features (rows, tokens, width).
+            encoder_hidden_states: text features (rows, tokens, width); of a long prompt, those of its chunks one after another.
             return_dict: whether to return a ``Prediction`` or a plain tuple.
             conditions: what else diffusers' UNets take; None for each.
 
@@ -206,20 +209,28 @@ class UNet:
         """Raise RequestError unless latents and text features have a shape that the bundle takes."""
         manifest = self.pipeline.manifest
         for name, tensor in (("sample", sample), ("encoder_hidden_states", text)):
-            if not isinstance(tensor, Tensor):
-                raise RequestError(f"{name} is a {type(tensor).__name__}; give a tensor")
+            if fault := tensor_fault(tensor, numbers=False):
+                raise RequestError(f"{name} {fault}; give a tensor of floating-point numbers")
         multiple = manifest.size_multiple // manifest.vae_scale
         shape = tuple(sample.shape)
-        if len(shape) != 4 or shape[1] != manifest.latent_channels or any(side < 1 or side % multiple for side in shape[2:]):
+        if (
+            len(shape) != 4
+            or not shape[0]
+            or shape[1] != manifest.latent_channels
+            or any(side < 1 or side % multiple for side in shape[2:])
+        ):
             raise RequestError(
                 f"sample has shape {shape}; expected (rows, {manifest.latent_channels}, height, width) with height and width of "
                 f"latents in multiples of {multiple} (pictures in multiples of {manifest.size_multiple} pixels)"
             )
-        expected = (shape[0], *manifest.features[TEXT].shape[1:])
-        if tuple(text.shape) != expected:
+        least, most = tokens_taken([manifest], self.pipeline.engine)
+        rows, width = shape[0], manifest.features[TEXT].shape[-1]
+        fits = text.ndim == 3 and (text.shape[0], text.shape[2]) == (rows, width)
+        if not fits or text.shape[1] < least or text.shape[1] > (most or text.shape[1]):
+            expected = f"({rows}, {described_tokens(least, most)}, {width})"
             raise RequestError(
                 f"encoder_hidden_states has shape {tuple(text.shape)}; expected {expected}: a row for each of sample's, and "
-                f"{manifest.text_length} tokens, as this bundle's text encoder gives them"
+                f"{manifest.text_length} tokens, or chunks of so many, as this bundle's text encoder gives them"
             )
 
     def _turn(self, sample: Tensor, timestep: Tensor) -> tuple[_Call, int]:
@@ -261,6 +272,8 @@ class UNet:
         if len(timesteps) > timestep.numel():
             return timesteps, index, False
         value = float(timestep.reshape(-1)[0])
+        if not math.isfinite(value):
+            raise RequestError(f"timestep is {value}; give an element of scheduler.timesteps, which tells the step's number")
         walked = getattr(self._scheduler(), "timesteps", None)
         if isinstance(walked, Tensor) and (found := self._number(walked, timestep)) is not None:
             return walked.detach(), found, True
@@ -300,6 +313,10 @@ def _all_timesteps(timestep: Tensor) -> tuple[Tensor, int]:
     if not isinstance(timestep, Tensor):
         raise RequestError(
             f"timestep is a {type(timestep).__name__}; give an element of scheduler.timesteps, which tells the step's number"
+        )
+    if not timestep.numel() or timestep.is_complex() or timestep.is_meta:
+        raise RequestError(
+            f"timestep is {timestep!r:.100}; give an element of scheduler.timesteps, which tells the step's number"
         )
     if timestep.numel() > 1 and bool((timestep != timestep.reshape(-1)[0]).any()):
         raise RequestError("timestep has unlike values; a plan takes one timestep for all rows")

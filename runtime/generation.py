@@ -1,4 +1,4 @@
-"""What a call of ``generate`` gives back: pictures with all that they were made from."""
+"""The result of a call of ``generate``: pictures with all that they were made from."""
 
 import io
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ class Generation:
         return self.request is None or self.request.output_type == "pil"
 
     def made_from(self, number: int = 0) -> dict[str, Any]:
-        """What one of the pictures was made from, by name; what was not given is left out."""
+        """All that one of the pictures was made from, by name; arguments that were not given are left out."""
         request, manifest = self.request, self.manifest
         told: dict[str, Any] = {"plan": self.plan.name, "version": f"unet-heirloom {our_version()}"}
         if self.seeds:
@@ -66,6 +66,7 @@ class Generation:
         if manifest is not None:
             told |= {"source": manifest.source, "variant": manifest.variant, "bundle": manifest.key, "vae": manifest.vae}
             told["loras"] = " ".join(lora.option for lora in manifest.loras)
+            told["clip_skip"] = manifest.clip_skip or None
         return {name: value for name, value in told.items() if value not in {None, ""}}
 
     def metadata(self, number: int = 0) -> dict[str, str]:

@@ -37,16 +37,21 @@ from runtime.images.pictures import Original, read_original, to_pictures
 from runtime.images.prediction_spaces import PredictionSpaces
 from runtime.images.schedulers import make_scheduler, read_spaces, read_train_steps
 from runtime.plans.checks import check_runs
+from runtime.plans.found import found_for_others
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
-from runtime.prepared import Prepared, check_shape, check_tensors, latent_shape, sizes_of
-from runtime.process import check_not_forked, note_loaded, on_cpu_by_default
+from runtime.prepared import Prepared, check_clip_skip, check_shape, check_tensors, latent_shape, sizes_of
+from runtime.process import check_not_forked, note_loaded, plain_settings
 from runtime.report.memory import check_memory
 from runtime.request import FIELDS, Request
+from runtime.text.chunks import tokens_taken
 from runtime.text.encoding import Prompts
 from runtime.text.tokenizer import load_tokenizer
 
 __all__ = ["Callback", "Pipeline"]
+
+CALLBACK = "a callback"
+"""Its name among what can make numbers that are not finite."""
 
 
 class Pipeline:
@@ -76,7 +81,7 @@ class Pipeline:
         self.swapper = Swapper(bundle, engine, self.graphs, free)
         self.networks = self.swapper.networks
         self.network = self.networks[bundle.manifest.variant]
-        self._prompts = Prompts(self.manifest, self.tokenizer, engine.device)
+        self._prompts = Prompts(self.manifest, self.tokenizer, engine)
         self.streams = CallStreams(engine.device)
         self._warned: set[str] = set()
         self._train_steps = read_train_steps(bundle.folder / "scheduler")
@@ -131,7 +136,8 @@ class Pipeline:
         """
         manifest = self.manifest
         original = self._original(request)
-        check_tensors(manifest, request)
+        check_clip_skip(self.bundle, self.engine.name, request)
+        check_tensors(manifest, request, tokens_taken([manifest], self.engine))
         height, width = self._size(request, original)
         guidance_scale = manifest.guidance_scale if request.guidance_scale is None else request.guidance_scale
         check_shape(manifest, self.engine, request.images, height, width, guidance_scale)
@@ -141,6 +147,9 @@ class Pipeline:
         scheduler = make_scheduler(request.scheduler, self.bundle.folder / "scheduler", request.steps, inpainting)
         timesteps = timesteps_from(scheduler, request.steps, request.strength) if original else scheduler.timesteps
         schedule = self.schedule(request.found_plan, timesteps.tolist(), guidance_scale > 1)
+        taken = tokens_taken(schedule.unets.values(), self.engine)
+        check_tensors(manifest, request, taken)
+        sizes["tokens"] = self._prompts.tokens(request, guidance_scale > 1, taken[1])
         check_memory(manifest, self.engine.device, sizes, schedule)
         original = original and original.resized(height, width)
         return Prepared(request, height, width, guidance_scale, sizes, scheduler, timesteps, schedule, original)
@@ -192,17 +201,17 @@ class Pipeline:
         step_end = diffusers_callback(self, options.pop("callback_on_step_end", None), inputs)
         request = self._request(prompt, negative_prompt, options)
         check_not_forked()
-        started = time.perf_counter()
-        with on_cpu_by_default():
+        started, again = time.perf_counter(), request.copied()
+        with plain_settings():
             prepared = self.prepare(request)
             self._warn(prepared)
             with self.streams.one():
-                text, unread = self._prompts.features(request, prepared.guided, self._encode_tokens)
+                text, unread = self._text(prepared)
                 start = self._initial_state(prepared)
                 latents, records = self._denoise(self.executor(prepared.schedule), prepared, text, start, callback, step_end)
                 pixels = None if request.output_type == "latent" else self._pixels(latents)
                 if not (is_finite(latents) and (pixels is None or is_finite(pixels))):
-                    self._report_nonfinite(request)
+                    self._report_nonfinite(again)
                 self.streams.hand_over(latents)
             self.engine.flush()
             images: Any = latents if pixels is None else self._output(prepared, pixels)
@@ -224,7 +233,11 @@ class Pipeline:
         return prompt if isinstance(prompt, Request) else Request(prompt, negative, **with_our_names(options, FIELDS))
 
     def _warn(self, prepared: Prepared) -> None:
-        """Warn of a UNet whose pictures suffer, once for each."""
+        """Warn of a plan that was found for other calls, and of a UNet whose pictures suffer, once for each."""
+        plan, request = prepared.schedule.plan, prepared.request
+        if (other := found_for_others(plan, request.scheduler, request.steps)) and other not in self._warned:
+            self._warned.add(other)
+            warnings.warn(other, stacklevel=4)
         for name in prepared.schedule.unets:
             if not self.networks[name].manifest.distilled and name not in self._warned:
                 self._warned.add(name)
@@ -235,7 +248,7 @@ class Pipeline:
                 )
 
     def _output(self, prepared: Prepared, pixels: Tensor) -> Any:
-        """What the request's ``output_type`` asks for, from what the VAE made; inpainting keeps what its mask leaves out."""
+        """The VAE's pictures in the form of the request's ``output_type``; inpainting keeps what its mask leaves out."""
         if prepared.original is not None:
             pixels = prepared.original.kept_in(pixels)
         kind = prepared.request.output_type
@@ -245,8 +258,16 @@ class Pipeline:
         return levels if kind == "pt" else levels.permute(0, 2, 3, 1).numpy()
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """The text encoder's output (prompts, tokens, width); a prompt that is too long is cut with a warning."""
-        return self._prompts.encode(prompts, self._encode_tokens)[0]
+        """The text encoder's output (prompts, tokens, width), of the chunks that the longest prompt needs; what the UNet does not
+        take is cut off with a warning.
+        """
+        needed, (_, most) = self._prompts.chunks(prompts), tokens_taken([self.manifest], self.engine)
+        chunks = needed if most is None else min(needed, most // self.manifest.text_length)
+        return self._prompts.encode(prompts, self._encode_tokens, chunks)[0]
+
+    def _text(self, prepared: Prepared) -> tuple[Tensor, tuple[str, ...]]:
+        """Text features of a call (rows, tokens, width), and what was not read of its prompts."""
+        return self._prompts.features(prepared.request, prepared.guided, prepared.sizes["tokens"], self._encode_tokens)
 
     def _encode_tokens(self, tokens: Tensor) -> Tensor:
         return self.network.compute(TEXT, {TOKENS: tokens})
@@ -295,7 +316,8 @@ class Pipeline:
         vae = segment in VAE
         precision = (self.manifest.vae_precision if vae else None) or self.manifest.precision
         error = NonFiniteError(f"{where} gave numbers that are not finite ({precision}): the picture is lost")
-        add_precision_advice(error, self.bundle, self.engine.name, precision, vae=vae)
+        if segment != CALLBACK:
+            add_precision_advice(error, self.bundle, self.engine.name, precision, vae=vae)
         if not request.allow_nonfinite:
             raise error
         warnings.warn(error.line, stacklevel=4)
@@ -305,7 +327,7 @@ class Pipeline:
         prepared = self.prepare(request)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is to be said of the prompts was said
-            text, _ = self._prompts.features(request, prepared.guided, self._encode_tokens)
+            text, _ = self._text(prepared)
         if not is_finite(text):
             return f"segment {TEXT}", TEXT
         start, done = self._initial_state(prepared), list[int]()
@@ -320,8 +342,11 @@ class Pipeline:
 
         networks = {name: watched(network) for name, network in self.networks.items()}
         try:
-            self._denoise(Executor(networks, prepared.schedule, None, self.swapper, self._spaces), prepared, text, start, look)
+            executor = Executor(networks, prepared.schedule, None, self.swapper, self._spaces)
+            latents, _ = self._denoise(executor, prepared, text, start, look)
         except NonFinite as found:
             part = found.segment if found.segment == "the scheduler" else f"segment {found.segment}"
             return f"step {len(done)} of {prepared.schedule.steps}: {part}", found.segment
+        if is_finite(self._pixels(latents)):
+            return f"{CALLBACK}, without which all numbers are finite,", CALLBACK
         return f"segment {VAE_DECODER}", VAE_DECODER

@@ -2,19 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from torch import Tensor
 
-from engines import Engine, Manifest
+from engines import Bundle, Engine, Manifest
 from engines.bundle.names import TEXT
 from engines.bundle.shapes import size_fault
+from runtime.arguments.values import shown
 from runtime.errors import RequestError
 from runtime.images.pictures import Original
 from runtime.plans.schedule import Schedule
 from runtime.request import Request
+from runtime.text.chunks import described_tokens
 
-__all__ = ["Prepared", "check_shape", "check_tensors", "latent_shape"]
+__all__ = ["Prepared", "check_clip_skip", "check_shape", "check_tensors", "latent_shape"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Prepared:
 
 
 def sizes_of(manifest: Manifest, images: int, height: int, width: int, guidance_scale: float) -> dict[str, int]:
-    """Values of ``batch``, ``images``, ``height`` and ``width`` (of latents) in the shapes of features."""
+    """Values of ``batch``, ``images``, ``height`` and ``width`` (of latents) in the shapes of features; text is one chunk."""
     _, rows, columns = latent_shape(manifest, height, width)
     return {"batch": images * (2 if guidance_scale > 1 else 1), "images": images, "height": rows, "width": columns}
 
@@ -63,14 +66,37 @@ def check_shape(manifest: Manifest, engine: Engine, images: int, height: int, wi
         _check_profile(manifest, engine.name, images, height, width)
 
 
-def check_tensors(manifest: Manifest, request: Request) -> None:
-    """Raise RequestError unless the latents and text features that were given have the shape of this bundle's."""
-    text = (None, *manifest.features[TEXT].shape[1:])
-    shapes = {"latents": (request.images, manifest.latent_channels), "prompt_embeds": text, "negative_prompt_embeds": text}
-    for name, shape in shapes.items():
+def check_clip_skip(bundle: Bundle, engine: str, request: Request) -> None:
+    """Raise RequestError unless the bundle's text encoder leaves out as many layers as are asked for, where it is to encode."""
+    manifest, asked = bundle.manifest, request.clip_skip
+    given = request.prompt_embeds is not None and request.negative_prompt_embeds is not None
+    if asked is None or asked == manifest.clip_skip or given:
+        return
+    other = manifest.model_copy(update={"clip_skip": asked})
+    command = f"{other.whole_build_command(engine)} --out {quote(f'{bundle.folder}-clip-skip-{asked}')}"
+    raise RequestError(
+        f"clip_skip = {shown(asked)}, and the text encoder of {bundle.folder} was built for {manifest.clip_skip}; leave it out, "
+        f"or build another bundle: {command}"
+    )
+
+
+def check_tensors(manifest: Manifest, request: Request, tokens: tuple[int, int | None]) -> None:
+    """Raise RequestError unless the latents and text features that were given have the shape of this bundle's.
+
+    Args:
+        manifest: of the bundle.
+        request: what was given.
+        tokens: the fewest and the most that text features may have (``tokens_taken``).
+    """
+    latents = request.latents
+    if latents is not None and tuple(latents.shape[:2]) != (request.images, manifest.latent_channels):
+        named = f"{request.images}, {manifest.latent_channels}, height, width"
+        raise RequestError(f"latents has shape {tuple(latents.shape)}; this bundle takes ({named})")
+    (least, most), width = tokens, manifest.features[TEXT].shape[-1]
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
         given = getattr(request, name)
-        if given is not None and any(side not in {None, got} for side, got in zip(shape, given.shape, strict=False)):
-            named = ", ".join(str(side or "prompts") for side in shape) + (", height, width" if name == "latents" else "")
+        if given is not None and (given.shape[2] != width or given.shape[1] < least or given.shape[1] > (most or given.shape[1])):
+            named = f"prompts, {described_tokens(least, most)}, {width}"
             raise RequestError(f"{name} has shape {tuple(given.shape)}; this bundle takes ({named})")
 
 

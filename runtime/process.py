@@ -1,13 +1,14 @@
-"""A call and its process: it must be the one that loaded the bundle, and its default device must change nothing."""
+"""A call and its process: it must be the one that loaded the bundle, and its default device and autocast must change nothing."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from engines import EngineError
 
-__all__ = ["check_not_forked", "note_loaded", "on_cpu_by_default"]
+__all__ = ["check_not_forked", "note_loaded", "plain_settings"]
 
 _loaded_in: list[int] = []
 """Ids of the processes that loaded a bundle, with what a fork brings along from its parent."""
@@ -32,10 +33,14 @@ def check_not_forked() -> None:
         )
 
 
-def on_cpu_by_default() -> AbstractContextManager[object]:
-    """Inside, and on this thread, new tensors are on the CPU where nobody says otherwise, as PyTorch has it by itself.
+@contextmanager
+def plain_settings() -> Iterator[None]:
+    """Inside, and on this thread, new tensors are on the CPU where nobody says otherwise, and nothing is rounded on the way.
 
-    Libraries rely on that: tokenizers and schedulers make tensors without naming a device. (No such thing is needed for the
-    default dtype: all that is made here names its own.)
+    Libraries rely on that, as PyTorch has it by itself: tokenizers and schedulers make tensors without naming a device, and
+    under autocast schedulers would multiply in half precision. (No such thing is needed for the default dtype: all that is made
+    here names its own.)
     """
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    own = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with own, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield

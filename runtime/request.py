@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -55,6 +55,8 @@ class Request:
     prompt_embeds: Tensor | None = field(default=None, compare=False)
     negative_prompt_embeds: Tensor | None = field(default=None, compare=False)
     output_type: str = "pil"
+    long_prompts: str = "chunks"
+    clip_skip: int | None = None
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -108,6 +110,14 @@ class Request:
         if isinstance(self.seed, tuple):
             return self.seed
         return tuple(range(int(self.seed), int(self.seed) + self.images))  # type: ignore[arg-type]  # drawn if it was None
+
+    def copied(self) -> "Request":
+        """The same request, with copies of its generators as they are now: what is drawn for it can be drawn once more."""
+        if self.generator is None:
+            return self
+        given = [self.generator] if isinstance(self.generator, torch.Generator) else list(self.generator)
+        copies = [torch.Generator(each.device).set_state(each.get_state()) for each in given]
+        return replace(self, generator=copies[0] if isinstance(self.generator, torch.Generator) else copies)
 
     @property
     def generators(self) -> list[torch.Generator] | None:

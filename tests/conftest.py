@@ -8,7 +8,8 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import CodeType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
@@ -35,14 +36,14 @@ if "UNET_HEIRLOOM_CACHE" not in os.environ:  # test processes inherit it
     atexit.register(shutil.rmtree, os.environ["UNET_HEIRLOOM_CACHE"], ignore_errors=True)
 
 
-_BUILT = {"mini_bundle", "assembled_bundle", "mini_pipeline", "bundle_copy"}
-"""Fixtures that build the embedded model: tests that use one are slow, for one of them has to build it."""
+_BUILDERS = {"build", "build_shared"}
+"""Functions that make a bundle."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a whole build as slow, and skip the tests marked `gpu` on a machine without one."""
     for item in items:
-        if _BUILT.intersection(getattr(item, "fixturenames", ())):
+        if _is_built_for(item):
             item.add_marker(pytest.mark.slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
@@ -52,6 +53,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none"))
+
+
+def _is_built_for(item: pytest.Item) -> bool:
+    """Whether a fixture of a test builds a bundle: of all tests that use it, the first that runs waits for that."""
+    fixtures: dict[str, Any] = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+    return "fake_trace" not in fixtures and any(
+        _BUILDERS & _names_in(definition.func.__code__) for found in fixtures.values() for definition in found
+    )
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """The names that a function uses, in functions inside of it too."""
+    return set(code.co_names).union(*(_names_in(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 @pytest.fixture(autouse=True)

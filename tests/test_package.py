@@ -44,7 +44,7 @@ def test_the_version_is_the_projects() -> None:
 
 
 def test_the_one_command_has_every_command_of_the_packages() -> None:
-    asked = "build verify inspect run plans explain assemble distill rank bench doctor"
+    asked = "build verify inspect run plans explain assemble distill rank plan bench doctor"
     assert set(asked.split()) <= set(COMMANDS)
     for each in COMMANDS.values():
         assert callable(importlib.import_module(each.module).main)
@@ -152,7 +152,7 @@ def test_the_doctor_works_where_nothing_is_installed(tmp_path: Path) -> None:
 def test_the_doctor_lists_bundles_and_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = examine(tmp_path)
     assert found["engines"]["onnxruntime"].startswith("can run: ")
-    assert set(found["engines"]) >= {"torch", "tensorrt", "tensorrt-rtx"}
+    assert set(found["engines"]) >= {"openvino", "openvino-bf16", "torch", "tensorrt", "tensorrt-rtx"}
     assert found["bundles"] == {}
     assert found["next"] == "python -m exporter build --source mini --variant original"
     (tmp_path / "broken").mkdir()

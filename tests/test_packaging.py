@@ -24,6 +24,7 @@ OPTIONAL = [
     "tensorrt",
     "tensorrt_rtx",
     "onnxruntime",
+    "openvino",
     "polygraphy",
     "matplotlib",
     "scipy",
@@ -37,7 +38,7 @@ MODEL_CODE = ["diffusers.models.unets", "diffusers.models.autoencoders", "transf
 ALLOWED = {
     "engines": set(),
     "runtime": {"engines"},
-    "tuning": {"engines"},
+    "tuning": {"engines", "runtime"},
     "exporter": {"engines", "runtime", "tuning"},
     "unet_heirloom": {"engines", "runtime", "tuning", "exporter"},
     "benchmarks": {"engines", "runtime", "tuning", "exporter"},

@@ -1,4 +1,4 @@
-"""``python -m tuning assemble | distill | latents | rank``."""
+"""``python -m tuning assemble | distill | latents | plan | rank``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,13 +7,15 @@ from engines.support.cli import Parser, quiet_libraries, resumable, run_command
 from tuning.distillation.latents_command import add_arguments as add_latents_arguments
 from tuning.distillation.options import DistillOptions
 from tuning.distillation.options import add_arguments as add_distill_arguments
+from tuning.planning.options import PlanOptions
+from tuning.planning.options import add_arguments as add_plan_arguments
 
 _SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, a .safetensors file, or random:CONFIG"
 _VARIANT_FILES = "which weight files of the source's folder or hub id, such as fp16 (default: those without)"
 
 
 def _parser(prog: str = "python -m tuning") -> Parser:
-    parser = Parser(prog=prog, description="Make UNets smaller.")
+    parser = Parser(prog=prog, description="Make UNets smaller, and find plans for them.")
     parser.add_version()
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     assemble = commands.add_parser("assemble", help="remove what a recipe names; every kept weight stays as it is")
@@ -40,6 +42,7 @@ def _parser(prog: str = "python -m tuning") -> Parser:
     rank.add_argument("--out", type=Path, default=Path("runs/rank"), help="folder for the results (default: %(default)s)")
     add_distill_arguments(commands.add_parser("distill", help="teach a smaller UNet to predict what its original does"))
     add_latents_arguments(commands.add_parser("latents", help="encode pictures once, for many passes of distillation"))
+    add_plan_arguments(commands.add_parser("plan", help="find the plan whose pictures are nearest to those of full, at a cost"))
     return parser
 
 
@@ -65,6 +68,11 @@ def main(arguments: Sequence[str], prog: str = "python -m tuning") -> None:
         from tuning.distillation.latents_command import run as encode
 
         encode(LatentsOptions(**given))
+    elif options.command == "plan":
+        from tuning.planning.command import plan_command
+
+        with resumable():
+            plan_command(PlanOptions(**{**given, "bundle": tuple(given["bundle"])}), console)
     else:
         from tuning.ranking.command import RankOptions, rank_command
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "distill": Command("teach a smaller UNet what its original does", "tuning.__main__", _as("distill")),
     "latents": Command("encode pictures once, for distillation", "tuning.__main__", _as("latents")),
     "rank": Command("measure what each removal saves and costs", "tuning.__main__", _as("rank")),
+    "plan": Command("find the fastest plan for a likeness, or the nearest at a cost", "tuning.__main__", _as("plan")),
     "bench": Command("run a benchmark of the repository", "unet_heirloom.bench", lambda main, arguments: main(arguments)),
     "doctor": Command(
         "say what this machine has, and what to do next", "unet_heirloom.doctor", lambda main, arguments: main(arguments)

@@ -1,5 +1,6 @@
 """Preparations of a run: bundles, the pipeline's weights as peers read them, and environments for peers."""
 
+import json
 import subprocess
 import sys
 import venv
@@ -10,6 +11,7 @@ from benchmarks.end_to_end.rows import Row, Settings, bundle_folder
 from benchmarks.peers import Peer
 from engines import Bundle
 from engines.errors import UserError
+from engines.support.files import write_text
 
 __all__ = ["built", "environment_of", "written_pipeline"]
 
@@ -39,7 +41,7 @@ def built(settings: Settings, variant: str, say: Say) -> Bundle:
 def written_pipeline(settings: Settings, say: Say) -> Path:
     """The source as a diffusers pipeline on disk, which all peers read: the same weights, and the scheduler that the rows have.
 
-    The text encoder's weights keep the names that older versions of transformers look for.
+    The text encoder's weights keep the names that older versions of transformers look for, and the tokenizer its two files.
     """
     folder = settings.work / "pipelines" / f"{Path(settings.source).name}-{settings.precision}".replace(":", "-")
     if (folder / "complete").exists():
@@ -54,6 +56,7 @@ def written_pipeline(settings: Settings, say: Say) -> Path:
     pipeline = source_pipeline(settings.source, "original", torch.device("cpu"), dtype, settings.steps)
     pipeline.save_pretrained(folder)
     _name_text_weights(folder / "text_encoder")
+    _write_words(folder / "tokenizer")
     (folder / "complete").touch()
     return folder
 
@@ -69,6 +72,13 @@ def _name_text_weights(folder: Path) -> None:
 
 def _prefixed(name: str) -> str:
     return name if name.startswith("text_model.") else f"text_model.{name}"
+
+
+def _write_words(folder: Path) -> None:
+    """Older versions of transformers read a tokenizer's words and merges from two files, which newer ones no longer write."""
+    model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+    write_text(folder / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""]))
 
 
 def environment_of(row: Row, settings: Settings, say: Say) -> str:
@@ -93,7 +103,13 @@ def _install(python: Path, peer: Peer) -> None:
     import torch
 
     wanted: Sequence[str] = [f"torch=={torch.__version__.partition('+')[0]}", *peer.to_install]
-    command = [str(python), "-m", "pip", "install", "--quiet", *wanted]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    _pip(python, "install", *wanted)
+    if peer.unwanted:
+        _pip(python, "uninstall", "--yes", *peer.unwanted)
+
+
+def _pip(python: Path, *arguments: str) -> None:
+    done = subprocess.run([str(python), "-m", "pip", *arguments, "--quiet"], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"pip install {' '.join(wanted)} failed: {(done.stderr.strip().splitlines() or ['no reason'])[-1][:300]}")
+        reason = (done.stderr.strip().splitlines() or ["no reason"])[-1][:300]
+        raise UserError(f"pip {' '.join(arguments)} failed: {reason}")

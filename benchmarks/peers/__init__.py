@@ -1,11 +1,12 @@
 """Who is measured: this project, and what people would use otherwise. One adapter each, started as a process of its own.
 
-An adapter has ``load(folder, options)``, which returns what makes a picture of a ``Call``. It imports its packages there, so
+An adapter has ``load(folder, options)``, which returns what makes a picture of a ``Call``. One that loads files of another form
+has ``export(folder, exported)`` too, which writes them, once for all runs. Adapters import their packages in these functions, so
 that this table can be read without them. One that cannot live beside the others has ``own_environment``: run_trt.py makes it
 a virtual one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 __all__ = ["OURS", "PEERS", "Peer"]
@@ -20,6 +21,7 @@ class Peer:
         packages: what pip installs for it, by the module that is then there.
         devices: those that it runs on.
         own_environment: whether its packages do not get on with this project's.
+        unwanted: packages that pip installs along and that are removed again, because they can keep it from being imported.
         same_output: whether it claims to compute what ``original full`` does; then its latents are held to that.
         settings: given to the adapter as they are.
     """
@@ -28,6 +30,7 @@ class Peer:
     packages: tuple[tuple[str, str], ...]
     devices: tuple[str, ...] = ("cpu", "cuda")
     own_environment: bool = False
+    unwanted: tuple[str, ...] = ()
     same_output: bool = True
     settings: tuple[tuple[str, str], ...] = ()
 
@@ -46,6 +49,8 @@ OURS = Peer("ours", ())
 _DIFFUSERS = (("diffusers", "diffusers"), ("transformers", "transformers"))
 _OPTIMUM_ONNX = (("optimum", "optimum-onnx[onnxruntime]"), ("diffusers", "diffusers==0.36.0"), ("accelerate", "accelerate"))
 _OPTIMUM_INTEL = (("optimum", "optimum-intel[openvino,diffusers]"), ("accelerate", "accelerate"))
+# No picture needs torchvision; where it is built for another torch than the one at hand, transformers fails to import it.
+_INTEL = Peer("optimum_openvino", _OPTIMUM_INTEL, ("cpu",), own_environment=True, unwanted=("torchvision",))
 
 PEERS = {
     "diffusers": Peer("diffusers_eager", _DIFFUSERS),
@@ -53,7 +58,7 @@ PEERS = {
     "torch-compile": Peer("diffusers_compiled", _DIFFUSERS),
     "deepcache": Peer("deepcache", (*_DIFFUSERS, ("DeepCache", "DeepCache")), same_output=False),
     "optimum-onnx": Peer("optimum_onnx", _OPTIMUM_ONNX, ("cpu",), own_environment=True),
-    "openvino-f32": Peer("optimum_openvino", _OPTIMUM_INTEL, ("cpu",), own_environment=True, settings=(("precision", "f32"),)),
-    "openvino": Peer("optimum_openvino", _OPTIMUM_INTEL, ("cpu",), own_environment=True, same_output=False),
+    "openvino-f32": replace(_INTEL, settings=(("precision", "f32"),)),
+    "openvino": replace(_INTEL, same_output=False),
 }
 """By the names that ``--peers`` takes."""

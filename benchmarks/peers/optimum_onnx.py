@@ -7,14 +7,22 @@ from typing import Any
 from benchmarks.peers.sd_pipeline import maker
 from benchmarks.peers.serve import Call, Made
 
-__all__ = ["load"]
+__all__ = ["export", "load"]
+
+
+def export(folder: Path, exported: Path) -> None:
+    """Write a pipeline as ONNX files."""
+    from optimum.onnxruntime import ORTStableDiffusionPipeline  # type: ignore[import-not-found]
+
+    # A path that is no string is taken for a model, whose library cannot be told.
+    ORTStableDiffusionPipeline.from_pretrained(str(folder), export=True).save_pretrained(exported)
 
 
 def load(folder: Path, options: dict[str, Any]) -> Callable[[Call], Made]:
-    """A maker of pictures."""
-    from optimum.onnxruntime import ORTStableDiffusionPipeline  # type: ignore[import-not-found]
+    """A maker of pictures, with the exported files."""
+    import onnxruntime
+    from optimum.onnxruntime import ORTStableDiffusionPipeline
 
-    exported = Path(options["work"]) / "optimum-onnx"
-    if not (exported / "model_index.json").is_file():
-        ORTStableDiffusionPipeline.from_pretrained(folder, export=True).save_pretrained(exported)
-    return maker(ORTStableDiffusionPipeline.from_pretrained(exported))
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = options["threads"]
+    return maker(ORTStableDiffusionPipeline.from_pretrained(str(folder), session_options=settings))

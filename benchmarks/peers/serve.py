@@ -7,12 +7,16 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -82,14 +86,32 @@ def _told(error: BaseException) -> dict[str, str]:
     return {"error": f"{type(error).__name__}: {said}" if said else type(error).__name__}
 
 
+def _exported(adapter: ModuleType, folder: Path, work: Path) -> Path:
+    """Where the files are that an adapter loads: they are written by a process of its own, whose memory is not the subject's."""
+    exported = work / adapter.__name__.rpartition(".")[2]
+    if not exported.exists():
+        unfinished = exported.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with ProcessPoolExecutor(1, get_context("spawn"), _print_to_stderr) as pool:
+            pool.submit(adapter.export, folder, unfinished).result()
+        unfinished.rename(exported)
+    return exported
+
+
+def _print_to_stderr() -> None:
+    os.dup2(2, 1)
+
+
 def main(module: str, folder: str, options: str) -> None:
     """Load a subject, say so, and answer until the input ends. What libraries print goes to the standard error."""
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         settings = json.loads(options)
-        started = time.perf_counter()
         try:
-            make = importlib.import_module(f"benchmarks.peers.{module}").load(Path(folder), settings)
+            adapter = importlib.import_module(f"benchmarks.peers.{module}")
+            place = _exported(adapter, Path(folder), Path(settings["work"])) if hasattr(adapter, "export") else Path(folder)
+            started = time.perf_counter()
+            make = adapter.load(place, settings)
         except Exception as error:
             traceback.print_exc()
             print(json.dumps(_told(error)), file=out, flush=True)

@@ -2,13 +2,15 @@
 
 For each plan: MACs and UNet time relative to `full`, as they were on one bundle that is partitioned for all of them; the share of
 held-back prompts that the picture shows (by the rule reader); and PSNR and SSIM to the pictures that `full` makes from the same
-noise. Times are taken in turns, plan after plan, and the median of the ratios to `full` counts. Writes a CSV, a JSON beside it, a
-plot and a grid of pictures. A run that was broken off is resumed: what it has measured stays in --work until it is done.
+noise. Controls are in the same table: `full` with fewer steps of the solver. Times are taken in turns, plan after plan, and the
+median of the ratios to `full` counts; shares and PSNR have 95 % intervals. Writes a CSV, a JSON beside it, a plot and a grid of
+pictures. A run that was broken off is resumed: what it has measured stays in --work until it is done.
 """
 
 import argparse
 import csv
 import json
+import math
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -27,25 +29,31 @@ from rich.table import Table
 import runtime
 from benchmarks.machine import machine
 from benchmarks.quality.attributes import measure
-from benchmarks.quality.grid import draw
+from benchmarks.quality.grid import draw_differences
 from benchmarks.quality.plans_plot import front, plot
 from engines import UserError
 from engines.support.cli import run_command
 from engines.support.extras import need
 from engines.support.files import write_text
-from runtime.report.cost import macs_of
+from runtime.report.cost import macs_of, share_of_rows
 from tuning.mini.scenes import held_back_prompts
 
-__all__ = ["GRID", "PLANS", "RunFolder", "costs", "likeness", "main"]
+__all__ = ["CONTROLS", "GRID", "PLANS", "RunFolder", "costs", "likeness", "main", "plan_and_steps", "share_interval"]
 
 PLANS = (
     "full", "block:2", "block:3", "block:4", "block:6", "layer:2", "layer:3", "layer:5", "deepcache:2", "deepcache:3",
     "deepcache:4", "deepcache:6", "unit:2", "unit:3", "unit:5", "encoder:faster", "encoder:3", "quadratic:2", "quadratic:3",
     "front:3", "back:3", "random:3", "adaptive:0.1", "adaptive:0.2", "switch:0.4", "switch:0.7", "switch:0.4+block:3",
-    "switch:0.7+block:3", "switch:0.4+layer:3", "switch:0.7+deepcache:3", "block:3+unit:2",
+    "switch:0.7+block:3", "switch:0.4+layer:3", "switch:0.7+deepcache:3", "block:3+unit:2", "forecast:2", "forecast:3",
+    "forecast:4", "skip:2", "skip:3", "guide:2", "guide:3", "skip:2+forecast:3", "skip:2+guide:3", "forecast:2+guide:2",
 )  # fmt: skip
-GRID = ("full", "block:3", "layer:3", "deepcache:3", "unit:3", "encoder:faster", "switch:0.4", "switch:0.4+block:3")
-COLUMNS = ("plan", "macs", "time", "time_low", "time_high", "accuracy", "psnr", "ssim")
+CONTROLS = ("6 steps", "7 steps", "8 steps", "10 steps", "12 steps", "14 steps")
+"""`full`, with fewer steps of the solver."""
+GRID = ("full", "deepcache:3", "forecast:3", "skip:2", "skip:3", "guide:2", "10 steps", "6 steps", "unit:5", "encoder:faster")
+COLUMNS = (
+    "plan", "macs", "time", "time_low", "time_high", "accuracy", "accuracy_low", "accuracy_high", "psnr", "psnr_low", "psnr_high",
+    "psnr_p10", "ssim",
+)  # fmt: skip
 PROMPT = "a red star on a blue background"
 """Of the pictures that are timed."""
 _GRID_COLUMNS = 8
@@ -107,41 +115,63 @@ def costs(pipeline: runtime.Pipeline, plans: Sequence[str], options: argparse.Na
     return found
 
 
-def _cost(pipeline: runtime.Pipeline, plan: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
+def plan_and_steps(name: str, steps: int) -> tuple[str, int]:
+    """The plan of a row and the steps that it runs: controls run `full`, with as many as they say."""
+    number, _, word = name.partition(" ")
+    return ("full", int(number)) if word == "steps" else (name, steps)
+
+
+def _cost(pipeline: runtime.Pipeline, name: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
     """MACs of one row, and seconds, of a picture's UNet calls."""
-    made = pipeline.generate(PROMPT, steps=options.steps, guidance_scale=options.guidance, seed=seed, plan=plan)
-    macs = sum(macs_of(pipeline.networks[record.unet].manifest, record.ran) for record in made.steps)
+    plan, steps = plan_and_steps(name, options.steps)
+    made = pipeline.generate(PROMPT, steps=steps, guidance_scale=options.guidance, seed=seed, plan=plan)
+    macs = sum(share_of_rows(record.half) * macs_of(pipeline.networks[record.unet].manifest, record.ran) for record in made.steps)
     return macs, sum(record.seconds for record in made.steps)
 
 
-def likeness(pictures: Sequence[Image.Image], reference: Sequence[Image.Image]) -> tuple[float | None, float]:
-    """Mean PSNR in dB over the pictures that differ at all (None where none does), and mean SSIM."""
+def likeness(pictures: Sequence[Image.Image], reference: Sequence[Image.Image]) -> PlanRow:
+    """Mean PSNR in dB over the pictures that differ at all (None where none does) with its interval of 95 % and its tenth
+    percentile, and mean SSIM.
+    """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     one, other = (
         torch.from_numpy(np.stack([np.asarray(p) for p in some])).permute(0, 3, 1, 2) / 255 for some in (pictures, reference)
     )
     if torch.equal(one, other):
-        return None, 1.0
+        return dict.fromkeys(("psnr", "psnr_low", "psnr_high", "psnr_p10")) | {"ssim": 1.0}
     psnr = peak_signal_noise_ratio(one, other, data_range=1.0, dim=(1, 2, 3), reduction="none")
     ssim = structural_similarity_index_measure(one, other, data_range=1.0)
     assert isinstance(ssim, torch.Tensor)  # a tuple only where the full picture is asked for
-    return round(float(psnr[torch.isfinite(psnr)].mean()), 2), round(float(ssim), 4)
+    found = psnr[torch.isfinite(psnr)]
+    mean, error = float(found.mean()), 1.96 * float(found.std(correction=0)) / math.sqrt(len(found))
+    figures = {"psnr": mean, "psnr_low": mean - error, "psnr_high": mean + error, "psnr_p10": float(found.quantile(0.1))}
+    return {name: round(value, 2) for name, value in figures.items()} | {"ssim": round(float(ssim), 4)}
 
 
-def _quality(plan: str, options: argparse.Namespace, kept: RunFolder) -> PlanRow:
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """The interval of 95 % of a share of so many (Wilson 1927)."""
+    z = 1.96
+    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+
+
+def _quality(name: str, options: argparse.Namespace, kept: RunFolder) -> PlanRow:
     """The worth of a plan's pictures; the first of them (of `full`, all) are kept."""
+    plan, steps = plan_and_steps(name, options.steps)
     figures, pictures, _ = measure(
         options.bundle,
         plan,
         held_back_prompts(options.count),
-        steps=options.steps,
+        steps=steps,
         guidance=options.guidance,
         engine="onnxruntime",
     )
-    kept.put(plan, pictures if plan == "full" else pictures[:_GRID_COLUMNS])
-    psnr, ssim = likeness(pictures, kept.pictures("full"))
-    return {"plan": plan, "accuracy": round(figures["rules"]["all"], 4), "psnr": psnr, "ssim": ssim}
+    kept.put(name, pictures if name == "full" else pictures[:_GRID_COLUMNS])
+    share = figures["rules"]["all"]
+    low, high = share_interval(share, options.count)
+    shares = {"accuracy": round(share, 4), "accuracy_low": round(low, 4), "accuracy_high": round(high, 4)}
+    return {"plan": name} | shares | likeness(pictures, kept.pictures("full"))
 
 
 def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -170,16 +200,18 @@ def main(arguments: Sequence[str]) -> None:
     need("matplotlib", "the plot")
     pipeline = runtime.load(options.bundle)
     for plan in PLANS:  # refused now rather than after an hour; this loads the bundles to switch to
-        pipeline.schedule(runtime.find_plan(plan), [1000 * (1 - step / options.steps) for step in range(options.steps)])
+        timesteps = [1000 * (1 - step / options.steps) for step in range(options.steps)]
+        pipeline.schedule(runtime.find_plan(plan), timesteps, guided=options.guidance > 1)
     settings = {
         "prompts": options.count, "steps": options.steps, "scheduler": "dpm++", "guidance": options.guidance, "dtype": "float32",
         "engine": "onnxruntime", "rounds": options.rounds,
     }  # fmt: skip
     bundles = {name: network.manifest.key for name, network in pipeline.networks.items()}
-    kept = RunFolder(options.work, settings | {"bundles": bundles, "plans": PLANS})
-    found = costs(pipeline, PLANS, options, kept)
+    names = (*PLANS, *CONTROLS)
+    kept = RunFolder(options.work, settings | {"bundles": bundles, "plans": names})
+    found = costs(pipeline, names, options, kept)
     done = {row["plan"] for row in kept.lines("plans")}
-    for plan in track([plan for plan in PLANS if plan not in done], "plans"):
+    for plan in track([name for name in names if name not in done], "plans"):
         kept.add("plans", _quality(plan, options, kept))
     rows = [row | found[row["plan"]] for row in kept.lines("plans")]
     _write(rows, settings, options)
@@ -210,14 +242,15 @@ def _draw_grid(rows: Sequence[PlanRow], kept: RunFolder, options: argparse.Names
     options.grid.parent.mkdir(parents=True, exist_ok=True)
     speeds = {row["plan"]: 1 / row["time"] for row in rows}
     names = {plan: f"{plan.replace('+', '+' + chr(10))}\n{speeds[plan]:.2f} times" for plan in GRID}
-    draw([(names[plan], kept.pictures(plan)[:_GRID_COLUMNS]) for plan in GRID], held_back_prompts(_GRID_COLUMNS), options.grid)
+    lines = [(names[plan], kept.pictures(plan)[:_GRID_COLUMNS]) for plan in GRID]
+    draw_differences(lines, held_back_prompts(_GRID_COLUMNS), options.grid)
 
 
 def _show(rows: Sequence[PlanRow], options: argparse.Namespace) -> None:
     table = Table(*COLUMNS, title=f"{options.count} prompts, {options.steps} steps of DPM++", box=SIMPLE)
     for row in rows:
         table.add_row(*("-" if row[column] is None else str(row[column]) for column in COLUMNS))
-    console = Console(highlight=False, width=130)
+    console = Console(highlight=False, width=160)
     console.print(table)
     for name, plans in _fronts(rows).items():
         console.print(f"Pareto {name}: {', '.join(plans)}")

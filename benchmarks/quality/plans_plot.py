@@ -11,20 +11,23 @@ _MEASURES = {"accuracy": "held-back prompts shown, %", "psnr": "PSNR to the pict
 
 
 def front(rows: Sequence[dict[str, Any]], measure: str, cost: str = "time") -> list[str]:
-    """Names of the plans that no other plan beats in both ``cost`` (``time`` or ``macs``) and ``measure``, the cheapest first.
+    """Names of the plans that no cheaper plan matches in ``measure``, the cheapest first; ``cost`` is ``time`` or ``macs``.
 
-    A measure of None is better than any number: it is the PSNR of `full` to itself.
+    What lies inside the intervals of a cheaper plan does not count as better. A measure of None is better than any number: it is
+    the PSNR of `full` to itself.
     """
     names, best = [], float("-inf")
     for row in sorted(rows, key=lambda row: (float(row[cost]), -_value(row, measure))):
-        if _value(row, measure) > best:
+        if _value(row, f"{measure}_low", measure) > best:
             names.append(str(row["plan"]))
-            best = _value(row, measure)
+            best = _value(row, f"{measure}_high", measure)
     return names
 
 
-def _value(row: dict[str, Any], measure: str) -> float:
-    return float("inf") if row[measure] is None else float(row[measure])
+def _value(row: dict[str, Any], *measures: str) -> float:
+    """The first of the measures that the row has."""
+    value = next(row[measure] for measure in measures if measure in row)
+    return float("inf") if value is None else float(value)
 
 
 def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:

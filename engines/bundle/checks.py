@@ -20,6 +20,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MOST = 4096
 """Units, segments, or features: Stable Diffusion has some 300."""
+_GRANULARITIES = frozenset({None, "block", "layer", "unit"})
+_LARGEST_SETTING = 1 << 26
+"""Bytes of a file of tokenizer or scheduler, all of which is read into memory: CLIP's largest has 4 MB."""
 _LONGEST_TEXT = 4096
 """Characters of a text that is there to be read, such as where a source was found."""
 _LARGEST_DIM = 1 << 20
@@ -27,13 +30,14 @@ _MOST_DIMS = 8
 _MOST_ELEMENTS = 1 << 29
 """Of one feature of two rows at the bundle's first size: 2 GiB in float32."""
 _MOST_PIXELS = 1 << 24
-_SIZES = ("batch", "images", "height", "width")
+_SIZES = ("batch", "images", "height", "width", "tokens")
 _INPUTS = frozenset({TOKENS, SAMPLE, TIMESTEP, LATENTS, IMAGE})
 _LIMITS = {
     "max_images": 1024, "latent_channels": 1024, "vae_scale": 1024, "size_multiple": 8192, "text_length": 4096,
-    "vocabulary": 1 << 24,
+    "text_chunks": 1024, "vocabulary": 1 << 24,
 }  # fmt: skip
 """The largest values; the least is 1."""
+_MOST_SKIPPED = 1024
 
 
 class ManifestError(ValueError):
@@ -61,6 +65,8 @@ def _check_numbers(manifest: Manifest) -> None:
             raise ManifestError(f"{field} is {_short(getattr(manifest, field))}, expected 1 to {largest}")
     if manifest.vae_images is not None and not 1 <= manifest.vae_images <= _LIMITS["max_images"]:
         raise ManifestError(f"vae_images is {_short(manifest.vae_images)}, expected 1 to {_LIMITS['max_images']}")
+    if not 0 <= manifest.clip_skip <= _MOST_SKIPPED:
+        raise ManifestError(f"clip_skip is {_short(manifest.clip_skip)}, expected 0 to {_MOST_SKIPPED}")
     if not (math.isfinite(manifest.guidance_scale) and abs(manifest.guidance_scale) <= 1000):
         raise ManifestError(f"guidance_scale is {manifest.guidance_scale}, expected -1000 to 1000")
     if manifest.size_multiple % manifest.vae_scale:
@@ -78,11 +84,15 @@ def _check_numbers(manifest: Manifest) -> None:
 
 
 def _check_texts(manifest: Manifest) -> None:
-    texts = {
-        "source": [manifest.source], "unet": [manifest.unet or ""], "config": [manifest.config or ""], "plans": manifest.plans,
-        "loras": [text for lora in manifest.loras for text in (lora.file, lora.sha256)], "notes": manifest.notes,
-        "vae": [manifest.vae or ""],
-        "granularity": [manifest.granularity or ""], "variant": [manifest.variant],
+    for field in ("key", "source_sha256"):
+        if not _DIGEST.fullmatch(getattr(manifest, field)):
+            raise ManifestError(f"{field} is {_short(getattr(manifest, field))!r}, expected a hash of 64 letters")
+    if manifest.granularity not in _GRANULARITIES:
+        raise ManifestError(f"granularity is {_short(manifest.granularity)!r}, expected block, layer or unit")
+    texts = {field: [value] for field, value in manifest if isinstance(value, str)}
+    texts |= {
+        "plans": [*manifest.plans], "notes": [*manifest.notes],
+        "loras": [text for lora in manifest.loras for text in (lora.file, lora.sha256)],
         "made_with": [text for pair in manifest.made_with.items() for text in pair],
     }  # fmt: skip
     for field, found in texts.items():
@@ -99,6 +109,9 @@ def _check_files(manifest: Manifest) -> None:
             raise ManifestError(f"the hash or size of {file.path} is not valid")
         if known.setdefault(file.path, file) != file:
             raise ManifestError(f"{file.path} is listed twice, with different hashes or sizes")
+    for file in manifest.files:
+        if file.bytes > _LARGEST_SETTING:
+            raise ManifestError(f"{file.path} has {file.bytes} bytes, expected at most {_LARGEST_SETTING}")
     if len(known) > 16 * _MOST:
         raise ManifestError(f"{len(known)} files are listed, expected at most {16 * _MOST}")
 
@@ -191,9 +204,10 @@ def _check_engines(segment: Segment) -> None:
     if not math.isfinite(segment.seconds) or not 0 <= segment.seconds < 1e9:
         raise ManifestError(f"segment {segment.name}: seconds is {segment.seconds}")
     for name, compiled in segment.engines.items():
-        texts = (name, compiled.version, *compiled.targets)
-        if len(texts) > _MOST or not all(text.isprintable() and len(text) <= _LONGEST_TEXT for text in texts):
-            raise ManifestError(f"segment {segment.name}: engines has a name, version or target that is not valid")
+        texts = (segment.key, compiled.key, compiled.version, *compiled.targets)
+        one_line = all(text.isprintable() and len(text) <= _LONGEST_TEXT for text in texts)
+        if len(texts) > _MOST or not one_line or not _NAME.fullmatch(name):
+            raise ManifestError(f"segment {segment.name}: engines has a name, key, version or target that is not valid")
 
 
 def check_complete(manifest: Manifest) -> None:
@@ -244,7 +258,8 @@ def check_complete(manifest: Manifest) -> None:
 def _check_text(manifest: Manifest) -> None:
     text = manifest.features.get(TEXT)
     shape = () if text is None else text.shape
-    if len(shape) != 3 or shape[:2] != ("batch", manifest.text_length) or not isinstance(shape[2], int):
+    lengths = (manifest.text_length, f"tokens={manifest.text_length}")
+    if len(shape) != 3 or shape[0] != "batch" or shape[1] not in lengths or not isinstance(shape[2], int):
         raise ManifestError(f"features.{TEXT}.shape is {_short(shape)}, expected (batch, {manifest.text_length}, width)")
 
 

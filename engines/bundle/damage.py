@@ -1,6 +1,7 @@
 """The errors of a bundle that another build would mend, with the advice to build it again."""
 
 from pathlib import Path
+from shlex import quote
 
 from engines.errors import BundleError
 
@@ -23,5 +24,6 @@ def of_another_version(folder: Path, found: str, read: int) -> BundleError:
 
 
 def _with_build(error: BundleError, folder: Path) -> BundleError:
-    error.add_note(f"rebuild it with: python -m exporter build --force --out {folder} and the options that it was built with")
+    out = quote(str(folder))
+    error.add_note(f"rebuild it with: python -m exporter build --force --out {out} and the options that it was built with")
     return error

@@ -17,6 +17,7 @@ from engines.bundle.damage import damaged, of_another_version
 from engines.bundle.digests import Digest, fresh_sha256, known_sha256, sha256
 from engines.bundle.manifest import MANIFEST_VERSION, File, Manifest
 from engines.errors import BundleError
+from engines.support.files import exists, is_file
 from engines.support.records import explain, one_line
 
 __all__ = ["MANIFEST_NAME", "Bundle", "Digest", "describe_file", "is_intact", "sha256"]
@@ -32,7 +33,10 @@ def describe_file(folder: Path, path: Path) -> File:
 def is_intact(folder: Path, file: File, digest: Digest = sha256) -> bool:
     """Whether a file is there and is the one that the record describes."""
     path = folder / file.path
-    return path.is_file() and path.stat().st_size == file.bytes and digest(path) == file.sha256
+    if not is_file(path) or path.stat().st_size != file.bytes:
+        return False
+    # What is remembered may be damaged, which says nothing of the file.
+    return digest(path) == file.sha256 or (digest is known_sha256 and fresh_sha256(path) == file.sha256)
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,10 @@ class Bundle:
         """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
-        if not path.is_file():
-            reason = "no such folder" if not folder.exists() else f"no {MANIFEST_NAME} in it"
+        if not is_file(path):
+            reason = f"no {MANIFEST_NAME} in it" if exists(folder) else "no such folder"
             error = BundleError(f"no bundle at {folder} ({reason})")
-            error.add_note(f"make one with: python -m exporter build --variant assembled --out {folder}")
+            error.add_note(f"make one with: python -m exporter build --variant assembled --out {quote(str(folder))}")
             raise error
         _check_place(folder, path)
         try:
@@ -102,7 +106,7 @@ class Bundle:
             BundleError: the file is missing or its hash differs from the manifest's.
         """
         path = self.folder / file.path
-        if not path.is_file():
+        if not is_file(path):
             raise damaged(self.folder, f"{file.path} is missing")
         _check_place(self.folder, path)
         if not is_intact(self.folder, file, digest):

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from shlex import quote
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import Field, field_validator
 
 from engines.bundle.names import OUTSIDE, VAE
 from engines.bundle.shapes import Shape
@@ -41,6 +41,13 @@ _VARIANT = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 Variant = Annotated[str, Field(pattern=_VARIANT)]
 """The name of the recipe by which the UNet was made: original, assembled, bk-tiny, ..."""
 DType = Literal["float32", "float16", "int64"]
+_BY_DEFAULT = "block"
+"""The granularity of a build that is told nothing."""
+
+
+def _is_nothing(value: object) -> bool:
+    """Whether a field says no more than its absence."""
+    return not value
 
 
 def is_variant(name: str) -> bool:
@@ -146,38 +153,38 @@ class Manifest(Record):
     """Hash of everything the bundle was made from: an equal key means that a new build would make the same bundle."""
     variant: Variant
     source: str
-    unet: str | None = None
+    unet: str | None = Field(default=None, exclude_if=_is_nothing)
     """Folder of the UNet, where it is not one of the source's; not written where it is."""
-    recipe: str | None = None
+    recipe: str | None = Field(default=None, exclude_if=_is_nothing)
     """The .json file of the recipe by which the UNet was made, where that was the user's; likewise."""
-    config: str | None = None
+    config: str | None = Field(default=None, exclude_if=_is_nothing)
     """Folder of configurations, where the source has none and was not SD 1.x/2.x; likewise."""
-    variant_files: str | None = None
+    variant_files: str | None = Field(default=None, exclude_if=_is_nothing)
     """Which variant of the source's weight files was asked for, such as fp16; likewise."""
-    vae: str | None = None
+    vae: str | None = Field(default=None, exclude_if=_is_nothing)
     """The VAE, as it was given to the build, where it is not the source's; written where it is not."""
-    loras: tuple[FusedLora, ...] = ()
+    loras: tuple[FusedLora, ...] = Field(default=(), exclude_if=_is_nothing)
     """LoRAs that were fused into the source's weights; written where there are any."""
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = Field(default=(), exclude_if=_is_nothing)
     """What a person should know of how the weights were made; written where there are any."""
     source_sha256: str
     """Hash of the weights and configurations that the bundle was made from."""
     distilled: bool = True
     """Whether the UNet's weights were trained for it, not only cut out of the original's."""
     precision: Precision
-    vae_precision: VaePrecision | None = None
+    vae_precision: VaePrecision | None = Field(default=None, exclude_if=_is_nothing)
     """Of the VAE's segments, where it is not ``precision``; written where it is not."""
     sizes: tuple[tuple[int, int], ...]
     """Picture sizes (height, width) in pixels that engines with a profile were built for; the first is the default."""
     max_images: int
     """Images per call that engines with a profile were built for; guidance doubles the rows of a UNet call."""
-    vae_images: int | None = None
+    vae_images: int | None = Field(default=None, exclude_if=_is_nothing)
     """Pictures that the VAE's engines take at a time; None in bundles built before they took one: up to ``max_images``."""
-    static: bool = False
+    static: bool = Field(default=False, exclude_if=_is_nothing)
     """Whether engines with a profile take nothing but the first size and ``max_images`` images with guidance; written if so."""
-    granularity: str | None = "block"
+    granularity: str | None = Field(default=_BY_DEFAULT, exclude_if=lambda given: given == _BY_DEFAULT)
     """The largest segment that was allowed; None where ``plans`` alone decided. Written where it is not the default."""
-    plans: tuple[str, ...] = ()
+    plans: tuple[str, ...] = Field(default=(), exclude_if=_is_nothing)
     """Plans that the UNet is partitioned for beside the default ones: presets and .json files. Written where there are any."""
     latent_channels: int
     vae_scale: int
@@ -188,6 +195,11 @@ class Manifest(Record):
     """Of classifier-free guidance, where a call does not say."""
     text_length: int
     """Tokens of a prompt, start and end included."""
+    text_chunks: int = Field(default=1, exclude_if=lambda given: given == 1)
+    """Chunks of ``text_length`` tokens that engines with a profile take of a prompt; others take any number, if the shape of the
+    text's features says so. Written where there are more."""
+    clip_skip: int = Field(default=0, exclude_if=_is_nothing)
+    """How many of the text encoder's last layers are left out; written where any are."""
     vocabulary: int
     """Token numbers are below this."""
     features: dict[str, Feature]
@@ -197,16 +209,6 @@ class Manifest(Record):
     """Tokenizer and scheduler configuration."""
     made_with: dict[str, str]
     """Versions of the programs that made the bundle."""
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        written: dict[str, Any] = write(self)
-        defaults: dict[str, tuple[Any, ...]] = {
-            "unet": (None,), "recipe": (None,), "config": (None,), "variant_files": (None,), "vae_precision": (None,),
-            "vae_images": (None,), "static": (False,), "granularity": ("block",), "plans": ((), []),
-            "vae": (None,), "loras": ((), []), "notes": ((), []),
-        }  # fmt: skip
-        return {key: value for key, value in written.items() if value not in defaults.get(key, ())}
 
     @property
     def unet_units(self) -> tuple[str, ...]:
@@ -238,8 +240,9 @@ class Manifest(Record):
         """The command that builds from the same UNet, to be completed by what should differ."""
         options: dict[str, str | None] = {
             "unet": self.unet, "config": self.config, "variant-files": self.variant_files, "vae": self.vae,
+            "clip-skip": str(self.clip_skip) if self.clip_skip else None,
         }  # fmt: skip
-        if self.plans or self.granularity != "block":
+        if self.plans or self.granularity != _BY_DEFAULT:
             options["granularity"] = self.granularity
         given = [(name, value) for name, value in options.items() if value] + [("plan", plan) for plan in self.plans]
         given += [("lora", lora.option) for lora in self.loras]
@@ -254,7 +257,8 @@ class Manifest(Record):
         batch = f"{self.max_images} --static" if self.static else f"1..{self.max_images}"
         precision = self.precision if self.vae_precision is None else f"{self.precision} --vae-precision {self.vae_precision}"
         options = f"--precision {precision} --engine {','.join(names)} --sizes {sizes} --batch {batch}"
-        return f"{self.build_command} {options}"
+        chunks = f" --text-chunks {self.text_chunks}" if self.text_chunks > 1 else ""
+        return f"{self.build_command} {options}{chunks}"
 
     def precision_of(self, segment: Segment) -> VaePrecision:
         """The precision that a segment computes in: the VAE's may have a precision of their own."""

@@ -5,8 +5,8 @@ without copies runs too: its ONNX files are taken as they are, slower and with m
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
 from engines.cuda.graphs import on_stream
 from engines.errors import EngineError, NeedsBuildError
-from engines.onnx_file import checked_onnx
+from engines.onnx_file import check_names, checked_onnx, explaining, onnx_files
 from engines.support.caches import cache_places, card_name, first_writable
 from engines.support.records import one_line
 
@@ -114,9 +114,7 @@ class OnnxRuntime(Engine):
                 f"segment {segment.name} of bundle {bundle.folder} computes in bfloat16, which engine {self.name} does not; "
                 f"choose an engine that the bundle has: {have}"
             )
-        files = segment.onnx
-        if not files:
-            raise NeedsBuildError(f"bundle {bundle.folder} has no ONNX file for segment {segment.name}")
+        files = onnx_files(bundle, segment)
         compiled = segment.engines.get(self.name)
         if compiled is not None and not self._tensorrt:  # TensorRT does not know the fused operator
             files = (*compiled.files, *files)
@@ -131,9 +129,9 @@ class OnnxRuntime(Engine):
         try:
             session = self._ort.InferenceSession(str(path), self._options(), providers=providers)
         except Exception as error:  # its exceptions have no base class of their own
-            raise EngineError(
-                f"segment {segment.name}: ONNX Runtime {self.version()} refuses {path}: {' '.join(str(error).split())}; "
-                "install a newer onnxruntime, or build the bundle again"
+            raise NeedsBuildError(
+                f"segment {segment.name}: ONNX Runtime {self.version()} refuses {path}, which a newer one may take: "
+                f"{one_line(error)}"
             ) from error
         if cuda and _CUDA not in session.get_providers():
             # A missing CUDA library is only a warning to ONNX Runtime; it would run on the CPU with device addresses.
@@ -141,7 +139,7 @@ class OnnxRuntime(Engine):
                 "engine onnxruntime could not start on the GPU: the CUDA and cuDNN libraries here do not fit "
                 f"onnxruntime-gpu {self.version()}; install those that its log names, or choose another engine"
             )
-        _check_names(segment, path, session)
+        check_names(segment, path, set(_input_names(session)), {entry.name for entry in session.get_outputs()})
         return session
 
     def _providers(self, bundle: Bundle, segment: Segment) -> list[Any]:
@@ -192,29 +190,6 @@ class OnnxRuntime(Engine):
         return options
 
 
-def _check_names(segment: Segment, path: Path, session: Any) -> None:
-    """Raise EngineError where a session takes what the segment is not given, or does not make what it should."""
-    unknown = sorted(set(_input_names(session)) - set(segment.inputs))
-    missing = sorted(set(segment.outputs) - {entry.name for entry in session.get_outputs()})
-    if unknown or missing:
-        found = f"takes {unknown[0]!r:.200}, which it is not given" if unknown else f"does not make {missing[0]!r:.200}"
-        raise EngineError(f"segment {segment.name}: {path} {found}; build the bundle again")
-
-
-@contextmanager
-def _explaining(segment: Segment) -> Iterator[None]:
-    """Say which segment it is that fails."""
-    try:
-        yield
-    except EngineError:
-        raise
-    except Exception as error:  # its exceptions have no base class of their own
-        raise EngineError(
-            f"segment {segment.name}: ONNX Runtime fails: {one_line(error)}; if memory is short, ask for fewer or smaller "
-            "pictures, else build the bundle again"
-        ) from error
-
-
 @cache
 def _share_arena() -> None:
     """Give this process's sessions on the CPU one arena, from which threads may take memory at the same time.
@@ -238,7 +213,7 @@ class _ArrayRunner(Runner):
 
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
         feeds = {name: inputs[name].detach().contiguous().numpy() for name in self._taken}
-        with _explaining(self.segment):
+        with explaining(self.segment, "ONNX Runtime"):
             arrays = self._session.run(list(self.segment.outputs), feeds)
             outputs = {name: torch.from_numpy(array) for name, array in zip(self.segment.outputs, arrays, strict=True)}
         return self._checked(outputs, sizes)
@@ -278,7 +253,7 @@ class _BoundRunner(Runner):
                 binding.bind_input(name, *self._place(tensor))
             for name, tensor in outputs.items():
                 binding.bind_output(name, *self._place(tensor))
-            with self._running, _explaining(self.segment):
+            with self._running, explaining(self.segment, "ONNX Runtime"):
                 self._session.run_with_iobinding(binding, self._options)
         return outputs
 

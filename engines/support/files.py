@@ -20,7 +20,10 @@ __all__ = [
     "atomic_directory",
     "atomic_file",
     "check_writable",
+    "exists",
     "expanded",
+    "is_file",
+    "is_folder",
     "os_errors",
     "real_path",
     "remove_partials",
@@ -43,6 +46,21 @@ def check_writable(folder: Path) -> None:
 def expanded(name: str | Path) -> Path:
     """A path with the user's folder in the place of ``~``; of a user that there is not, the name as it is."""
     return Path(os.path.expanduser(name))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at a path; of one that no file system takes, or that may not be looked at, False."""
+    return os.path.exists(path)  # pathlib's raises OSError
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file at a path; likewise."""
+    return os.path.isfile(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder at a path; likewise."""
+    return os.path.isdir(path)
 
 
 def real_path(path: Path) -> Path:

@@ -14,6 +14,8 @@ __all__ = ["MOST_PIXELS", "PictureError", "open_picture", "to_grey", "to_mask", 
 
 MOST_PIXELS = 89_000_000
 """Of a picture that is read; Pillow warns of more."""
+_LEVELS = 255
+"""The largest of 8 bits."""
 
 
 class PictureError(ValueError):
@@ -75,7 +77,7 @@ def to_grey(picture: Image.Image) -> Image.Image:
 
 def _converted(picture: Image.Image, mode: str) -> Image.Image:
     try:
-        if picture.mode in {"I", "F"} or picture.mode.startswith("I;16"):
+        if _is_of_numbers(picture):
             picture = _grey_from_numbers(picture)
         elif picture.mode == "LAB":
             picture = _from_lab(picture)
@@ -86,6 +88,11 @@ def _converted(picture: Image.Image, mode: str) -> Image.Image:
         raise
     except Exception as error:  # as above: a file's pixels are read here
         raise PictureError(f"cannot be read: {_reason(error)}; give a PNG or JPEG file") from error
+
+
+def _is_of_numbers(picture: Image.Image) -> bool:
+    """Whether a picture is of one channel with more than 8 bits."""
+    return picture.mode in {"I", "F"} or picture.mode.startswith("I;16")
 
 
 def _grey_from_numbers(picture: Image.Image) -> Image.Image:
@@ -120,13 +127,17 @@ def to_mask(picture: Image.Image) -> Image.Image:
     Raises:
         PictureError: the mask is kept in the alpha channel, or nothing in it is white though it is not black; and as ``to_rgb``.
     """
+    numbers = np.asarray(picture if _is_of_numbers(picture) else to_rgb(picture))
+    brightest = numbers.max(initial=0)
+    if picture.mode.startswith("I;16") and brightest <= _LEVELS:
+        picture = Image.fromarray(numbers.astype(np.int32))  # in 16 bits it would be black
     grey = to_grey(picture)
     levels = np.asarray(grey)
-    if picture.mode != "1" and levels.size and levels.max() == 1:
-        levels = levels * 255
+    if picture.mode != "F" and brightest == 1:
+        levels = np.where(numbers.reshape(*levels.shape, -1).any(axis=2), 255, 0).astype(np.uint8)
         grey = Image.fromarray(levels, "L")
     _check_alpha(picture, levels)
-    if levels.size and 0 < levels.max() < 128:
+    if brightest > 0 and levels.max() < 128:
         raise PictureError(
             f"has no white: its brightest level is {levels.max()} of 255; give one that is white where to repaint, else black"
         )

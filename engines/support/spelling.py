@@ -1,4 +1,4 @@
-"""What a user may have meant by a name that is none."""
+"""The name that a user may have meant by one that there is not."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,14 +19,15 @@ from engines.bundle.manifest import is_variant
 from engines.support.spelling import did_you_mean
 from exporter.errors import SourceError
 from tuning.checkpoints.configs import check_fit
+from tuning.checkpoints.files import CONFIGURATIONS
 from tuning.checkpoints.find_source import MINI, find_source
 from tuning.checkpoints.folder import extent_of, meta_unet, only_assembled, unet_files, unet_weights
-from tuning.checkpoints.fused_weights import fused
-from tuning.checkpoints.lora import Lora
-from tuning.checkpoints.lora_layers import LoraFile, fitted, read_lora
 from tuning.checkpoints.source import PARTS, FolderSource, RandomSource, Source, check_part
 from tuning.checkpoints.vae import Vae, find_vae
 from tuning.checkpoints.weights import ComputedWeights, RenamedWeights, Weights, materialize, shapes_of
+from tuning.loras.fused_weights import fused
+from tuning.loras.layers import LoraFile, fitted, read_lora
+from tuning.loras.lora import Lora
 from tuning.surgery.assembly import origins
 from tuning.surgery.changes import changes_of
 
@@ -264,12 +266,34 @@ class Checkpoint:
             for number, lora in enumerate(self.loras):
                 yield f"{_LORAS}/{number} at {lora.scale!r}", lora.path
 
+    def settings(self) -> dict[str, bytes]:
+        """The files of tokenizer and scheduler that a bundle gets: those that their libraries read, and a licence.
+
+        What else lies beside them, a stranger's link to a file of this machine among it, is not for whoever gets the bundle.
+        """
+        found: dict[str, bytes] = {}
+        for part in ("tokenizer", "scheduler"):
+            for path in sorted((self.folder / part).iterdir()):
+                known = path.name in CONFIGURATIONS or (path.name == "LICENSE" and not path.is_symlink())
+                if known and path.is_file():
+                    found[f"{part}/{path.name}"] = path.read_bytes()
+        if self.source.scheduler_changes():
+            config = json.dumps(self.source.scheduler_config(), indent=2, sort_keys=True)
+            found["scheduler/scheduler_config.json"] = f"{config}\n".encode()
+        return found
+
     def check_fit(self, unet: Any, vae: Any, text: Any) -> None:
         """Raise SourceError unless the configurations of UNet, VAE and text encoder fit together."""
         with _source_errors(self.name):
             if self.own_vae is not None:
                 self.own_vae.check_fit(unet, self.folder / "vae")
             check_fit(self.name, unet, vae, text)
+
+    def text_length(self, text: Any) -> int:
+        """Tokens of a prompt, given the text encoder's configuration. Raises SourceError where the tokenizer is not for it."""
+        with _source_errors(self.name):
+            length: int = self.source.tokenizer(text).model_max_length
+            return length
 
     def check_weights(self, variant: str) -> None:
         """Raise SourceError if weights are missing, cut off or not those of their configurations, before one is needed."""
@@ -335,6 +359,8 @@ def open_source(
     if not is_variant(variant):
         raise SourceError(f"variant {variant!r} is no name; write small letters, numbers and -, such as {', '.join(VARIANTS)}")
     with _source_errors(source):
+        if recipe is not None:
+            tuning.recipe(str(recipe))
         found = find_source(source, config, variant_files, vae=vae is None)
         own_vae = None if vae is None else find_vae(vae, found.folder / "vae")
         if unet is not None:

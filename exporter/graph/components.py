@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engines.bundle.names import TEXT, VAE_DECODER, VAE_ENCODER
 from exporter.graph.checkpoint import MODELS
-from exporter.graph.text_vae import TextEncoder, VaeDecoder, VaeEncoder
+from exporter.graph.text_vae import TextEncoder, VaeDecoder, VaeEncoder, leave_out_layers
 from exporter.graph.unit_modules import paths_of, unit_module
 
 if TYPE_CHECKING:
@@ -32,11 +32,23 @@ class Components:
         variant: which UNet.
         dtype: of the weights; those of the time embedding stay float32.
         vae_dtype: of the VAE's weights, by default the same.
+        clip_skip: how many of the text encoder's last layers are left out.
+
+    Raises:
+        BuildError: the text encoder has fewer layers.
     """
 
-    def __init__(self, checkpoint: "Checkpoint", variant: str, dtype: torch.dtype, vae_dtype: torch.dtype | None = None) -> None:
-        self.checkpoint, self._variant = checkpoint, variant
+    def __init__(
+        self,
+        checkpoint: "Checkpoint",
+        variant: str,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype | None = None,
+        clip_skip: int = 0,
+    ) -> None:
+        self.checkpoint, self._variant, self.clip_skip = checkpoint, variant, clip_skip
         self.models = {part: checkpoint.skeleton(part, variant) for part in MODELS}
+        leave_out_layers(self.models["text_encoder"], clip_skip)
         for part, model in self.models.items():
             wanted = (vae_dtype or dtype) if part == "vae" else dtype
             nn.Module.to(model, wanted)  # diffusers' own warns of modules kept in float32, of which there are none here

@@ -68,6 +68,7 @@ def load_graph(
     dtype: torch.dtype,
     size: tuple[int, int] | None = None,
     vae_dtype: torch.dtype | None = None,
+    clip_skip: int = 0,
 ) -> Graph:
     """Derive a checkpoint's graph from its configurations; weights are loaded when a segment is asked for.
 
@@ -77,26 +78,31 @@ def load_graph(
         dtype: of the weights and of the features inside the graph; its inputs and outputs stay float32.
         size: picture height and width in pixels at which MACs are counted; None for the model's own size.
         vae_dtype: of the VAE's weights, by default ``dtype``.
+        clip_skip: how many of the text encoder's last layers are left out.
 
     Raises:
         SourceError: the UNet is of another family, or the parts do not fit together.
-        BuildError: the size is not a multiple of what the UNet's depth needs.
+        BuildError: the size is not a multiple of what the UNet's depth needs, or the text encoder has fewer layers.
     """
-    parts = Components(checkpoint, variant, dtype, vae_dtype)
+    parts = Components(checkpoint, variant, dtype, vae_dtype, clip_skip)
     unet: Any = parts.models["unet"]
     vae: Any = parts.models["vae"].config
     text: Any = parts.models["text_encoder"].config
     checkpoint.check_fit(unet.config, vae, text)
     scale, depth = 2 ** (len(vae.block_out_channels) - 1), depth_factor(unet)
     height, width = latent_size(unet.config)
-    size = size or (height * scale, width * scale)
+    own = height * scale, width * scale
+    if size is None and (fault := size_fault(own, scale * depth)):
+        raise BuildError(f"the model's own size is {fault}; name one with --sizes")
+    size = size or own
     check_size(size, scale * depth)
     ends = zip((TEXT, VAE_DECODER, VAE_ENCODER), (TOKENS, LATENTS, IMAGE), strict=True)
     first, *last = (Unit(name=name, kind=name, inputs=(given,)) for name, given in ends)
     chain = (first, *topology(unet), *last)
     sizes = {"height": size[0] // scale, "width": size[1] // scale}
     modules = parts.modules(unit.name for unit in chain)
-    inputs = _inputs(unet.config, vae, text.max_position_embeddings, scale)
+    text_length = checkpoint.text_length(text)
+    inputs = _inputs(unet.config, vae, text_length, scale)
     try:
         units, features = infer_shapes_and_macs(chain, modules, inputs, sizes)
     except Exception as error:  # of many kinds: the libraries check few of the numbers that they compute with
@@ -108,11 +114,11 @@ def load_graph(
     return Graph(
         units=tuple(units),
         parts=parts,
-        features=features,
+        features={**features, TEXT: _of_any_length(features[TEXT])},
         depth=depth,
         vae_scale=scale,
         latent_channels=unet.config.in_channels,
-        text_length=text.max_position_embeddings,
+        text_length=text_length,
         vocabulary=text.vocab_size,
         size=size,
     )
@@ -128,6 +134,12 @@ def _inputs(unet: Any, vae: Any, text_length: int, scale: int) -> dict[str, Feat
         LATENTS: Feature(dtype="float32", shape=("images", vae.latent_channels, "height", "width")),
         IMAGE: Feature(dtype="float32", shape=("images", *picture)),
     }
+
+
+def _of_any_length(text: Feature) -> Feature:
+    """Text features as the UNet takes them: the text encoder makes so many tokens, and of several chunks there are more."""
+    rows, length, width = text.shape
+    return text.model_copy(update={"shape": (rows, f"tokens={length}", width)})
 
 
 def check_size(size: tuple[int, int], multiple: int) -> None:

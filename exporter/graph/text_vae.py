@@ -1,16 +1,17 @@
 """Both ends of the graph around the UNet, as torch modules: the text encoder and the two halves of the VAE."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from exporter.errors import BuildError
 from tuning.checkpoints.parts import is_tiny
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-__all__ = ["TextEncoder", "VaeDecoder", "VaeEncoder"]
+__all__ = ["TextEncoder", "VaeDecoder", "VaeEncoder", "leave_out_layers"]
 
 _LOG_VARIANCE = (-30.0, 20.0)
 """Bounds that diffusers' DiagonalGaussianDistribution sets."""
@@ -28,6 +29,18 @@ class TextEncoder(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         result: Tensor = self.model(input_ids=tokens, position_ids=positions).last_hidden_state
         return result
+
+
+def leave_out_layers(model: Any, count: int) -> None:
+    """Take the last layers out of a text encoder, so that its final norm follows an earlier one: ``clip_skip`` of diffusers.
+
+    Raises:
+        BuildError: it has fewer.
+    """
+    layers = getattr(model, "text_model", model).encoder.layers
+    if count > len(layers):
+        raise BuildError(f"clip skip {count}: the text encoder has {len(layers)} layers; leave out as many at most")
+    del layers[len(layers) - count :]
 
 
 class VaeDecoder(nn.Module):

@@ -7,7 +7,7 @@ that was stopped has left can therefore be trusted, and what it has left half-wr
 import json
 import os
 import shutil
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -73,14 +73,11 @@ class Artifacts:
         """Record a piece whose files have been written."""
         return self._note(key, tuple(describe_file(self.folder, path) for path in paths))
 
-    def reuse_from(self, bundle: Bundle, wanted: Container[str]) -> None:
-        """Take over a bundle's wanted pieces. It stays as it is: its files get a second name, or copies where they can't."""
-        for key, files in pieces_of(bundle):
-            if key in wanted:
-                self.reuse(key, bundle.folder, files)
-
     def reuse(self, key: str, folder: Path, files: tuple[File, ...]) -> None:
-        """Take over a piece that another folder holds, unless it is here or is not whole there."""
+        """Take over a piece that another folder holds, unless it is here or is not whole there.
+
+        The folder stays as it is: its files get a second name, or copies where they can't.
+        """
         if self.find(key) is None and all(is_intact(folder, file) for file in files):
             for file in files:
                 _link(folder / file.path, self.folder / file.path)

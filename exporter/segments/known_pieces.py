@@ -35,12 +35,19 @@ def note(bundle: Bundle) -> None:
             write_text(_place(key), _Note(folder=folder, files=files).model_dump_json() + "\n")
 
 
-def reuse(pieces: Artifacts, wanted: Iterable[str]) -> None:
-    """Take over what is wanted and was built before; notes of what is gone are removed."""
+def reuse(pieces: Artifacts, wanted: Iterable[str], replaced: Path) -> None:
+    """Take over what is wanted and was built before; notes of what is gone are removed.
+
+    Args:
+        pieces: of the bundle that is being built.
+        wanted: their keys.
+        replaced: the folder at its path, which may hold such pieces too, though it was built elsewhere or has been moved.
+    """
     for key in wanted:
         with suppress(OSError, ValidationError):
             found = _Note.model_validate_json(_place(key).read_bytes())
-            pieces.reuse(key, found.folder, found.files)
+            for folder in (found.folder, replaced):
+                pieces.reuse(key, folder, found.files)
             if pieces.find(key) is None:
                 _place(key).unlink()
 

@@ -28,7 +28,7 @@ _AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG
 _WORKER: list[Writer] = []
 """In a worker process: its writer."""
 _AS_UNITS = {TEXT: 6, VAE_DECODER: 16, VAE_ENCODER: 14}
-"""What takes as long to trace as so many units of the UNet: it is one unit, of as many layers."""
+"""Units of the UNet that take as long to trace as one of these, which is one unit of as many layers."""
 
 
 def write_all(

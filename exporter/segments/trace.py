@@ -30,7 +30,7 @@ _OPSET_BF16 = 22
 """The first whose convolutions and norms take bfloat16."""
 
 # Sizes of the example: no two alike and none equal to 1, so that nothing is taken for a constant.
-_EXAMPLE = {"batch": 2, "images": 2, "height": 2, "width": 3}
+_EXAMPLE = {"batch": 2, "images": 2, "height": 2, "width": 3, "tokens": 5}
 
 # diffusers' upsampler branches at 64 rows (to copy, not to compute otherwise). Only the torch engine holds to the limit.
 _MAX_ROWS = 63
@@ -61,7 +61,7 @@ def trace_program(segment: Segment, module: nn.Module, features: Mapping[str, Fe
     base = {name: Dim(f"{name}_{depth}") if name in {"height", "width"} else Dim(name, max=_MAX_ROWS) for name in _EXAMPLE}
     arguments = tuple(_example(features[name], sizes) for name in segment.inputs)
     dynamic = tuple(_dynamic(features[name], base, depth) for name in segment.inputs)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet():
         return torch.export.export(module.eval(), arguments, dynamic_shapes=(dynamic,), strict=False)
 
 

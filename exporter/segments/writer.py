@@ -38,6 +38,7 @@ class CompileSpec:
         precision: of the UNet and the text encoder.
         vae_precision: of the VAE.
         static: whether such engines are for nothing but the first size and that many images, with guidance.
+        text_chunks: how many chunks of text they take.
     """
 
     made_from: Mapping[str, Any]
@@ -47,6 +48,7 @@ class CompileSpec:
     precision: Precision
     vae_precision: VaePrecision
     static: bool = False
+    text_chunks: int = 1
 
     def precision_of(self, segment: Segment) -> VaePrecision:
         """The precision that a segment computes in."""
@@ -83,6 +85,7 @@ class Writer:
             **shared,
             "weights": self.wanted.made_from["parts"][part],
             "changes": self.graph.parts.changes(segment.units),
+            "clip_skip": self.graph.parts.clip_skip if part == "text_encoder" else 0,
             "segment": segment.name,
             "units": segment.units,
             "inputs": segment.inputs,
@@ -143,7 +146,8 @@ class Writer:
 
     def _profile(self, segment: Segment) -> Profile:
         wanted, graph = self.wanted, self.graph
-        return profile_of(segment, graph.features, wanted.sizes, wanted.max_images, graph.vae_scale, wanted.static)
+        scale, chunks = graph.vae_scale, wanted.text_chunks
+        return profile_of(segment, graph.features, wanted.sizes, wanted.max_images, scale, wanted.static, chunks)
 
 
 def _let_go() -> None:
@@ -160,12 +164,13 @@ def profile_of(
     max_images: int,
     vae_scale: int,
     static: bool = False,
+    text_chunks: int = 1,
 ) -> Profile:
     """The input shapes an engine must take: one row at the smallest size up to guidance for all images at the largest.
 
-    It is optimised for one image with guidance (two rows of the UNet) at the first size. A static one takes guidance for all
-    images at the first size and nothing else; but prompts come with as many rows as they are. The VAE takes pictures one by one,
-    so that the memory that it works in does not grow with their number.
+    It is optimised for one image with guidance (two rows of the UNet) at the first size, and for one chunk of text. A static one
+    takes guidance for all images at the first size and nothing else; but prompts come with as many rows as they are. The VAE
+    takes pictures one by one, so that the memory that it works in does not grow with their number.
 
     Args:
         segment: whose inputs.
@@ -174,15 +179,18 @@ def profile_of(
         max_images: images per call.
         vae_scale: pixels per latent, along a side.
         static: whether there is to be one shape only.
+        text_chunks: how many chunks of text it must take.
     """
+    _, length = resolve(features[TOKENS].shape, {"batch": 1})
 
-    def shapes(images: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    def shapes(images: int, height: int, width: int, chunks: int = 1) -> dict[str, tuple[int, ...]]:
         rows = 1 if images == 0 else 2 * images
-        dims = {"batch": rows, "images": 1, "height": height // vae_scale, "width": width // vae_scale}
+        dims = {"batch": rows, "images": 1, "height": height // vae_scale, "width": width // vae_scale, "tokens": chunks * length}
         return {name: resolve(features[name].shape, dims) for name in segment.inputs}
 
     if static and TOKENS not in segment.inputs:
         only = shapes(max_images, *sizes[0])
         return Profile(only, only, only)
     heights, widths = [size[0] for size in sizes], [size[1] for size in sizes]
-    return Profile(shapes(0, min(heights), min(widths)), shapes(1, *sizes[0]), shapes(max_images, max(heights), max(widths)))
+    largest = shapes(max_images, max(heights), max(widths), text_chunks)
+    return Profile(shapes(0, min(heights), min(widths)), shapes(1, *sizes[0]), largest)

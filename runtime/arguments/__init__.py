@@ -1,1 +1,1 @@
-"""What a call may be given: the names of options, and their values."""
+"""The arguments of a call: the names of options, and their values."""

@@ -12,8 +12,6 @@ ALIASES = {"num_inference_steps": "steps", "num_images_per_prompt": "num_images"
 """diffusers' name -> ours; all else that ``generate`` takes has the same name in both."""
 
 _REFUSED = {
-    "clip_skip": "a bundle's text encoder gives its last layer only; give prompt_embeds and negative_prompt_embeds, as "
-    "encode_prompt(..., clip_skip=...) of a diffusers pipeline makes them",
     "cross_attention_kwargs": "a bundle's attentions are compiled; leave it out",
     "eta": "schedulers are used as their configuration says; leave it out",
     "ip_adapter_image": "a bundle has no image encoder; leave it out",

@@ -15,14 +15,17 @@ from runtime.images.pictures import Picture
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 
-__all__ = ["CHECKS", "OUTPUTS", "shown"]
+__all__ = ["CHECKS", "LONG_PROMPTS", "OUTPUTS", "shown", "tensor_fault"]
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 """The forms that diffusers' pipelines give pictures in."""
+LONG_PROMPTS = ("chunks", "cut")
+"""What becomes of words that the text encoder does not read at once."""
 _MOST_CHARACTERS = 20_000
 """Of a prompt: a hundred times what any text encoder reads."""
 _MOST_SHOWN = 40
 _MOST_PROMPTS = 10_000
+_MOST_STEPS = 10**9
 
 
 def shown(value: object) -> str:
@@ -55,6 +58,13 @@ def _count(name: str, value: Any) -> int:
     if count < 1:
         raise RequestError(f"{name} = {shown(count)}; ask for at least 1")
     return count
+
+
+def _steps(name: str, value: Any) -> int:
+    steps = _whole(name, value)
+    if abs(steps) > _MOST_STEPS:  # how many can be had, the scheduler says
+        raise RequestError(f"{name} = {shown(steps)}; choose some hundreds at most")
+    return steps
 
 
 def _number(name: str, value: Any) -> float:
@@ -161,30 +171,58 @@ def _generators(name: str, value: Any) -> torch.Generator | tuple[torch.Generato
     raise _wrong_type(name, value, "a torch.Generator, or a list with one for each picture")
 
 
+def tensor_fault(value: Any, *, numbers: bool = True) -> str | None:
+    """What keeps a value from being a plain tensor of floating-point numbers, in words; None where nothing does.
+
+    Args:
+        value: anything.
+        numbers: whether the numbers are looked at, for which a device has to be waited for.
+    """
+    if not isinstance(value, Tensor):
+        return f"is a {type(value).__name__}"
+    if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+        where = f", {value.layout}, on {value.device}"
+        return f"is a tensor of {value.dtype} and shape {tuple(value.shape)}{where}"
+    if numbers and not bool(value.float().isfinite().all()):
+        return "has numbers that are not finite"
+    return None
+
+
 def _tensor(dimensions: str) -> Callable[[str, Any], Tensor | None]:
     def check(name: str, value: Any) -> Tensor | None:
         if value is None:
             return None
-        if not isinstance(value, Tensor) or value.ndim != len(dimensions.split()) or not value.is_floating_point():
-            got = (
-                f"a tensor of {value.dtype} and shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            )
-            raise RequestError(f"{name} is {got}; give a floating tensor of ({', '.join(dimensions.split())})")
+        fault = tensor_fault(value)
+        if fault is None and (value.ndim != len(dimensions.split()) or not value.numel()):
+            fault = f"has shape {tuple(value.shape)}"
+        if fault is not None:
+            raise RequestError(f"{name} {fault}; give finite floating-point numbers of ({', '.join(dimensions.split())})")
+        detached: Tensor = value.detach()
+        return detached
+
+    return check
+
+
+def _one_of(allowed: Sequence[str]) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise RequestError(f"{name} = {shown(value)}; choose from: {', '.join(allowed)}")
         return value
 
     return check
 
 
-def _output(name: str, value: Any) -> str:
-    if value not in OUTPUTS:
-        raise RequestError(f"{name} = {shown(value)}; choose from: {', '.join(OUTPUTS)}")
-    return str(value)
+def _skipped(name: str, value: Any) -> int | None:
+    count = None if value is None else _whole(name, value)
+    if count is not None and count < 0:
+        raise RequestError(f"{name} = {shown(count)}; give the number of the text encoder's last layers to leave out, from 0")
+    return count
 
 
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "prompt": _prompts,
     "negative_prompt": _negative,
-    "steps": _whole,
+    "steps": _steps,
     "guidance_scale": _guidance,
     "seed": _seed,
     "height": _side,
@@ -201,5 +239,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "latents": _tensor("images channels height width"),
     "prompt_embeds": _tensor("prompts tokens width"),
     "negative_prompt_embeds": _tensor("prompts tokens width"),
-    "output_type": _output,
+    "output_type": _one_of(OUTPUTS),
+    "long_prompts": _one_of(LONG_PROMPTS),
+    "clip_skip": _skipped,
 }

@@ -60,6 +60,8 @@ def _parser(prog: str) -> Parser:
     add("--image", type=Path, help="a picture to start from instead of noise")
     add("--strength", type=float, default=0.6, help="share of the steps that run on --image, above 0 to 1 (default: %(default)s)")
     add("--mask", type=Path, help="what to repaint of --image: a picture of its size, white where to repaint")
+    add("--long-prompts", default="chunks", help="words beyond what is read at once: in chunks or cut off (default: %(default)s)")
+    add("--clip-skip", type=int, help="layers that the text encoder leaves out, which the bundle must be built for")
     add("--images", type=int, default=1, help="number of pictures (default: %(default)s)")
     add("--compare", metavar="PLAN", help="make the same pictures with another plan, such as full, and say how they differ")
     add("--explain", action="store_true", help="print what the plan does and costs, step by step; make no picture")
@@ -99,6 +101,8 @@ def request_of(options: Namespace) -> "Request":
         strength=options.strength,
         mask=options.mask,
         allow_nonfinite=options.allow_nonfinite,
+        long_prompts=options.long_prompts,
+        clip_skip=options.clip_skip,
     )
 
 

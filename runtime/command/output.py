@@ -1,4 +1,4 @@
-"""What ``python -m runtime`` prints of a call: which bundle runs, how far it is, what ran."""
+"""The output of ``python -m runtime``: which bundle runs, how far it is, which segments ran."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ __all__ = ["announce", "as_json", "progress", "show_kinds", "show_steps"]
 
 
 def announce(pipeline: Pipeline, prepared: Prepared, folder: Path) -> str:
-    """What is about to run: the bundle, which may have been chosen by its date, and the request."""
+    """The line that comes before a call: the bundle, which may have been chosen by its date, and the request."""
     manifest, request = pipeline.manifest, prepared.request
     seeds = f"seed {request.seeds[0]}" if len(request.seeds) == 1 else f"{len(request.seeds)} seeds from {min(request.seeds)}"
     return (

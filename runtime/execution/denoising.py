@@ -39,7 +39,7 @@ def denoise(
         start: the first latents, and what inpainting keeps.
         device: where the UNet runs.
         callback: called after every step; what it raises ends the loop.
-        step_end: likewise, before ``callback``; the latents that it returns are gone on with.
+        step_end: likewise, before ``callback``; the next step begins with the latents that it returns.
 
     Raises:
         RequestError: the scheduler stumbles over its configuration.
@@ -62,7 +62,7 @@ def denoise(
             latents = start.repaint.blend(latents, index)
         records.append(record)
         if step_end is not None:
-            latents = step_end(index, timestep, {"latents": latents}).get("latents", latents)
+            latents = step_end(index, timestep, {"latents": latents})["latents"]
         if callback is not None:
             callback(record, latents)
     return latents, records

@@ -41,6 +41,8 @@ class StepRecord:
     kind: str
     ran: tuple[str, ...]
     inherited: tuple[str, ...]
+    half: bool = field(default=False, kw_only=True)
+    """Whether only the half of guidance that is the prompt's was evaluated."""
     timer: Timer = field(repr=False, compare=False)
     swap_seconds: float = field(default=0.0, compare=False)
 
@@ -69,7 +71,7 @@ class Executor:
         graphs: recordings of the UNets' steps, which this call has until its last step or ``close``. Where another call has them,
             steps run piece by piece.
         swapper: sees to it that a step's UNet is on the device; without one, all are.
-        spaces: turns predictions into noise or pictures; for plans that carry these over steps that skip the UNet.
+        spaces: turns predictions into noise or pictures; for plans that carry these from step to step.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Executor:
         self._release = weakref.finalize(self, self._graphs.release) if self._graphs else lambda: None
         self._cache = FeatureCache(schedule, overwritten=self._graphs is not None)
         self._difference: Tensor | None = None
+        """What guidance last made of the noise: that for the prompt less that for the negative prompt."""
 
     def close(self) -> None:
         """Let another call have the graphs; nothing of this one may follow. A call that comes to its end needs no closing."""
@@ -138,6 +141,7 @@ class Executor:
             kind=step.kind,
             ran=(*start.ran, *subgraph.segment_names),
             inherited=tuple(sorted(start.cached_inputs | subgraph.cached_inputs)),
+            half=step.half,
             timer=timer,
         )
         return prediction, record
@@ -182,10 +186,12 @@ class Executor:
         guidance = self._schedule.plan.guidance
         if guidance is None or not self._schedule.guided:
             return prediction
+        assert self._spaces is not None
+        scale = self._spaces.noise_scale(self._schedule.timesteps[step.index])
         if step.half or NOISE in step.inherited:
             assert self._difference is not None
-            return torch.cat([prediction - guidance.scale * self._difference, prediction])
-        self._difference = prompt_half(prediction) - prediction[: len(prediction) // 2]
+            return torch.cat([prediction - guidance.scale / scale * self._difference, prediction])
+        self._difference = scale * (prompt_half(prediction) - prediction[: len(prediction) // 2])
         return prediction
 
     def _keep(self, step: Step, name: str, tensor: Tensor, sample: Tensor) -> None:

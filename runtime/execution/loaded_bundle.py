@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engines import Bundle, Engine, Manifest, NeedsBuildError, Runner
 from engines.bundle.manifest import Segment
+from engines.errors import EngineMemoryError
 from runtime.advice import rebuild_advice
 from runtime.plans.subgraph import Subgraph, subgraph_for
 
@@ -16,7 +17,7 @@ __all__ = ["LoadedBundle", "advice_of", "load_runners"]
 
 
 def advice_of(bundle: Bundle, engine: Engine) -> Callable[[], AbstractContextManager[None]]:
-    """Makes contexts that add to an engine's error the command that builds the bundle again."""
+    """Makes contexts that add to an engine's error what mends it."""
     return partial(rebuild_advice, bundle, engine.name)
 
 
@@ -33,7 +34,7 @@ class LoadedBundle:
     manifest: Manifest
     runners: Mapping[str, Runner]
     advice: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Adds to a runner's error the command that builds its engine again."""
+    """Adds to a runner's error what mends it."""
 
     @classmethod
     def load(cls, bundle: Bundle, engine: Engine) -> "LoadedBundle":
@@ -71,7 +72,7 @@ class LoadedBundle:
             inputs = {name: given[name] if name in given else made[name] for name in segment.inputs}
             try:
                 made.update(self.runners[segment.name].run(inputs))
-            except NeedsBuildError:  # found as late as this: engines are finished when they first run on a stream
+            except (NeedsBuildError, EngineMemoryError):  # found as late as this: engines are finished when they first run
                 with self.advice():
                     raise
 

@@ -50,6 +50,11 @@ class PredictionSpaces:
             return (alpha * sample - value) / sigma if space == "x0" else (value - sigma * sample) / alpha
         return _other(PREDICTION_TYPES[self._type], value, sample, alpha, sigma)
 
+    def noise_scale(self, timestep: float) -> float:
+        """What turns the difference of two predictions for one sample into the difference of the noises that they stand for."""
+        alpha, sigma = self._scales(timestep)
+        return {"eps": 1.0, "v": alpha, "x0": -alpha / sigma}[PREDICTION_TYPES[self._type]]
+
     def _scales(self, timestep: float) -> tuple[float, float]:
         """Alpha and sigma of a timestep; between two that were trained for, by the logarithm of their ratio."""
         log_ratio = float(np.interp(timestep, np.arange(len(self._log_ratios)), self._log_ratios))

@@ -176,7 +176,7 @@ def _preset(text: str) -> Plan:
 
 
 def _meant(name: str, rest: str) -> str:
-    """What was meant by a name that is none, as it is written with the part after the colon that was given."""
+    """The preset that was meant by a name that is none, as it is written with the part after the colon that was given."""
     forms = {known: f"{known}:{rest}" if rest else preset.form for known, preset in PRESETS.items()}
     near = did_you_mean(name.rstrip("0123456789.-"), forms)
     return next(

@@ -38,7 +38,8 @@ class Predict(Record):
 class Guidance(Record):
     """The steps at which classifier-free guidance evaluates both of its halves; at the others only that of the prompt.
 
-    There the negative prompt's prediction is the prompt's less ``scale`` times what it was less at the last step that had both.
+    There the noise for the negative prompt is that for the prompt less ``scale`` times what it was less at the last step that had
+    both, whatever the model predicts.
     """
 
     when: FixedMode

@@ -22,7 +22,7 @@ from tests.support.fake_tensorrt import ALIGNMENT, DataType, FakeTensorRT, Progr
 FEATURES = {
     "sample": Feature(dtype="float32", shape=("batch", 4, "height", "width")),
     "timestep": Feature(dtype="int64", shape=("batch",)),
-    "text": Feature(dtype="float32", shape=("batch", 5, 6)),
+    "text": Feature(dtype="float32", shape=("batch", "tokens=5", 6)),
     "down.0.resnet": Feature(dtype="float32", shape=("batch", 8, "height", "width")),
     "down.0.sampler": Feature(dtype="float32", shape=("batch", 8, "height/2", "width/2")),
     "noise": Feature(dtype="float32", shape=("batch", 4, "height", "width")),
@@ -81,12 +81,12 @@ class Tiny:
         return {**inputs, "down.0.resnet": skip, "down.0.sampler": down, "noise": noise}
 
 
-def random_inputs(batch: int, height: int, width: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_inputs(batch: int, height: int, width: int, seed: int = 0, tokens: int = 5) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         "sample": torch.randn(batch, 4, height, width, generator=generator),
         "timestep": torch.randint(0, 1000, (batch,), generator=generator),
-        "text": torch.randn(batch, 5, 6, generator=generator),
+        "text": torch.randn(batch, tokens, 6, generator=generator),
     }
 
 
@@ -130,7 +130,7 @@ def profile(segment: Segment) -> Profile:
 
     def shapes(batch: int, side: int) -> dict[str, tuple[int, ...]]:
         sizes: dict[Any, int] = {"batch": batch, "height": side, "width": side, "height/2": side // 2}
-        sizes["width/2"] = side // 2
+        sizes |= {"width/2": side // 2, "tokens=5": 5}
         return {
             name: tuple(dim if isinstance(dim, int) else sizes[dim] for dim in FEATURES[name].shape) for name in segment.inputs
         }

@@ -15,6 +15,7 @@ from engines import Bundle, Manifest, Profile, Segment, Traced, make_engine
 from engines.ort.engine import OnnxRuntime
 from engines.tensorrt.engine import TensorRT
 from exporter import BuildError, BuildOptions, build
+from exporter.errors import SourceError
 from exporter.graph.checkpoint import open_source
 from exporter.graph.graph import load_graph
 from exporter.graph.segmentation import segments_of
@@ -25,7 +26,8 @@ from runtime.plans.key_steps import Uniform
 from tests.exporter.conftest import names_in
 from tests.support.commands import contents
 from tests.support.fake_tensorrt import FakeTensorRT
-from tests.support.unets import make_manifest
+from tests.support.sources import save_source
+from tests.support.unets import make_manifest, small_unet
 
 FakeTrace = Callable[..., list[str]]
 UNET_SEGMENTS = [
@@ -187,6 +189,39 @@ def test_other_weights_make_another_key(options: BuildOptions, fake_trace: FakeT
     )
     assert same.manifest.source_sha256 != other.manifest.source_sha256
     assert same.manifest.key != other.manifest.key
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_images": 10**9}, "max_images is 1000000000, expected 1 to 1024"),
+        ({"sizes": ((8192, 8192),)}, "8192x8192, expected multiples of 4 and at most 16777216 pixels"),
+    ],
+)
+def test_what_could_not_be_opened_is_not_built(
+    options: BuildOptions, fake_trace: FakeTrace, changes: dict[str, object], says: str
+) -> None:
+    traced = fake_trace()
+    with pytest.raises(BuildError, match=f"no bundle can be built so: .*{says}"):
+        build(changed(options, **changes))
+    assert traced == []
+    assert not folder_of(options).exists()
+
+
+def test_a_model_whose_own_size_is_none_that_bundles_take(tmp_path: Path, fake_trace: FakeTrace) -> None:
+    fake_trace()
+    options = BuildOptions(
+        source=str(save_source(tmp_path / "odd", small_unet("two stages", sample_size=9))), out=tmp_path / "out"
+    )
+    with pytest.raises(BuildError, match="the model's own size is 18x18: .* multiples of 4 .*; name one with --sizes"):
+        build(options)
+    assert build(changed(options, sizes=((16, 20),)))[1]
+
+
+def test_a_recipe_that_is_not_there(options: BuildOptions) -> None:
+    for name in ("gone.json", f"{'x' * 5000}.json"):
+        with pytest.raises(SourceError, match=r" is no recipe \("):
+            build(changed(options, recipe=Path(name), variant="mine"))
 
 
 def test_an_existing_bundle_of_other_things_is_kept(options: BuildOptions, fake_trace: FakeTrace) -> None:

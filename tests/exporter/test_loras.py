@@ -27,7 +27,7 @@ from tests.support.reference import MINI
 from tests.support.sources import save_source, tiny_vae
 from tests.support.unets import relative_error, small_unet
 from tuning.checkpoints.folder import save_part
-from tuning.checkpoints.lora import Lora
+from tuning.loras.lora import Lora
 
 FakeTrace = Callable[..., list[str]]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engines import Bundle, NeedsBuildError, Runner, Segment
+from engines.errors import EngineMemoryError
 from engines.null import Null
 from runtime import PlanError, find_plan
 from runtime.advice import build_advice, missing_bundle, rebuild_advice
@@ -73,6 +74,12 @@ def test_an_engine_is_built_again_for_the_one_that_needs_it(up_to_date: bool, bu
         note.startswith(f"a build would keep it, for it is of this version and for this GPU: remove {bundle.folder}")
         == up_to_date
     )
+
+
+def test_what_does_not_fit_into_memory_is_to_be_less(bundle: Bundle) -> None:
+    with pytest.raises(EngineMemoryError) as refusal, rebuild_advice(bundle, "onnxruntime"):
+        raise EngineMemoryError("no memory")
+    assert refusal.value.line == "no memory; ask for fewer or smaller pictures"
 
 
 def test_engines_that_fail_to_load_or_to_run_are_advised_alike(bundle: Bundle) -> None:

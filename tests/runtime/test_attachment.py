@@ -12,6 +12,7 @@ from torch import Tensor
 
 import unet_heirloom
 from engines import Bundle
+from engines.bundle.shapes import resolve
 from runtime import Attachment, PlanError, RequestError, UNet
 from tests.support.diffusers_pipelines import PIPELINES, inputs, latents, pipeline
 from tests.support.reference import SCHEDULER_CLASSES, Inheritance, mini_unet, reference_scheduler
@@ -159,7 +160,7 @@ def test_a_loop_of_ones_own_with_copies(mini_bundle: Bundle) -> None:
     scheduler = reference_scheduler("pndm", 4)
     unet = UNet(mini_bundle.folder, "deepcache:3", scheduler=scheduler)
     text = mini_bundle.manifest.features["text_encoder"].shape
-    sample, states = torch.zeros(1, 4, 8, 8), torch.zeros(1, int(text[1]), int(text[2]))
+    sample, states = torch.zeros(1, 4, 8, 8), torch.zeros(resolve(text, {"batch": 1}))
     for stop in (5, 2, 1, 5):
         for timestep in scheduler.timesteps[:stop]:
             unet(sample, timestep.clone(), states)

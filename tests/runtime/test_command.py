@@ -204,8 +204,10 @@ def test_a_plan_of_ones_own(runtime: Command, mini_bundle: Bundle, here: Path, t
     assert "plan mine" in outcome.out[-1]
 
 
-def test_an_over_long_prompt_is_cut_with_a_warning(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
-    outcome = runtime(" ".join([PROMPT] * 9), "--bundle", mini_bundle.folder, "--steps", 1)
+def test_an_over_long_prompt_is_read_whole_or_cut_with_a_warning(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
+    given = (" ".join([PROMPT] * 9), "--bundle", mini_bundle.folder, "--steps", 1)
+    assert runtime(*given).err == []
+    outcome = runtime(*given, "--long-prompts", "cut")
     assert outcome.code == 0
     assert len(outcome.err) == 1
     assert outcome.err[0].startswith("warning: prompt cut to 32 tokens")

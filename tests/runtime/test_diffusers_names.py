@@ -127,14 +127,18 @@ def test_both_names_with_one_value_are_one_option() -> None:
         ),
         ({"num_images": 1, "num_images_per_prompt": 2}, "num_images and num_images_per_prompt are two names"),
         ({"num_inference_step": 5}, "generate takes no 'num_inference_step'; did you mean num_inference_steps"),
-        ({"clip_skip": 1}, "clip_skip cannot be had: .* give prompt_embeds"),
+        ({"clip_skip": -1}, "clip_skip = -1; give the number of the text encoder's last layers to leave out"),
+        ({"long_prompts": "drop"}, "long_prompts = 'drop'; choose from: chunks, cut"),
         ({"eta": 0.5}, "eta cannot be had"),
         ({"callback_on_step_end": 3}, "callback_on_step_end is a int; give a function of the pipeline"),
         ({"callback_on_step_end": halve, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, r"only \['latents'\]"),
         ({"callback_on_step_end": lambda *_: None}, "callback_on_step_end returned a NoneType; return the dict"),
         ({"latents": torch.ones(1, 4, 8, 8), "height": 128}, r"size 128x64 and latents of 64x64 pixels are given"),
         ({"latents": torch.ones(2, 4, 8, 8)}, r"latents has shape \(2, 4, 8, 8\); this bundle takes \(1, 4, height, width\)"),
-        ({"negative_prompt_embeds": torch.ones(1, 77, 128)}, r"has shape \(1, 77, 128\); this bundle takes \(prompts, 32, 128\)"),
+        (
+            {"negative_prompt_embeds": torch.ones(1, 32, 77)},
+            r"has shape \(1, 32, 77\); this bundle takes \(prompts, tokens, 128\)",
+        ),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, dict) else None,
 )
@@ -191,3 +195,24 @@ def test_inpainting_keeps_what_is_black_to_the_pixel(mini_pipeline: Pipeline) ->
     kept, original = np.asarray(made.image)[black], np.asarray(picture())[black]
     assert np.array_equal(kept, original)
     assert not np.array_equal(np.asarray(made.image)[~black], np.asarray(picture())[~black])
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (None, "latents of a NoneType; return floating ones of shape (1, 4, 8, 8)"),
+        (torch.zeros(1, 4, 8, 4), "latents of torch.float32 (1, 4, 8, 4)"),
+        (torch.zeros(1, 4, 8, 8, dtype=torch.int64), "latents of torch.int64"),
+    ],
+)
+def test_latents_that_a_callback_may_not_return(mini_pipeline: Pipeline, returned: Any, says: str) -> None:
+    with pytest.raises(RequestError) as refusal:
+        mini_pipeline.generate(PROMPT, steps=2, callback_on_step_end=lambda *given: {"latents": returned})
+    assert says in str(refusal.value)
+
+
+def test_latents_that_a_callback_returns_in_another_precision_stay_in_ours(mini_pipeline: Pipeline) -> None:
+    def rounded(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"].half()}
+
+    assert mini_pipeline.generate(PROMPT, steps=2, callback_on_step_end=rounded).latents.dtype == torch.float32

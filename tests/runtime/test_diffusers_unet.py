@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from engines import Bundle
+from engines.bundle.shapes import resolve
 from engines.cuda.streams import CallStreams
 from runtime import Pipeline, PlanError, RequestError, UNet
 from runtime.diffusers_unet import _all_timesteps
@@ -261,7 +262,7 @@ def sample(mini_bundle: Bundle) -> dict[str, Any]:
     text = mini_bundle.manifest.features["text_encoder"].shape
     return {
         "sample": torch.randn(1, 4, 8, 8, generator=generator),
-        "encoder_hidden_states": torch.randn(1, int(text[1]), int(text[2]), generator=generator),
+        "encoder_hidden_states": torch.randn(resolve(text, {"batch": 1}), generator=generator),
     }
 
 
@@ -315,6 +316,15 @@ def test_what_it_cannot_take_is_refused_by_name(unet: UNet, sample: dict[str, An
         unet(timestep=timestep, class_labels=None, cross_attention_kwargs={}, down_block_additional_residuals=(), **sample)
     with pytest.raises(RequestError, match="timestep is a int; give an element of scheduler.timesteps"):
         unet(timestep=501, **sample)  # type: ignore[arg-type]
+    for wrong in (torch.ones(0), torch.tensor(1j), torch.tensor(float("nan")), torch.ones((), device="meta")):
+        with pytest.raises(RequestError, match="timestep is .*; give an element of scheduler.timesteps"):
+            unet(timestep=wrong, **sample)
+    for name, tensor in sample.items():
+        with pytest.raises(RequestError, match="has shape"):
+            unet(timestep=timestep, **{**sample, name: tensor[:0]})
+        for other in (tensor.long(), tensor.to("meta"), tensor.to_sparse()):
+            with pytest.raises(RequestError, match=rf"{name} is a tensor of .*; give a tensor of floating-point numbers"):
+                unet(timestep=timestep, **{**sample, name: other})
     with pytest.raises(RequestError, match="timestep has unlike values"):
         unet(timestep=torch.tensor([1, 2]), **sample)
 
@@ -329,7 +339,7 @@ def test_shapes_are_checked_at_the_door(unet: UNet, sample: dict[str, Any]) -> N
         ({"sample": latents[0]}, "sample has shape"),
         ({"sample": torch.zeros(rows, 4, 0, 8)}, "sample has shape"),
         ({"sample": None}, "sample is a NoneType; give a tensor"),
-        ({"encoder_hidden_states": torch.cat([text, text], dim=1)}, r"shape \(\d, 64, 128\); expected \(\d, 32, 128\): a row"),
+        ({"encoder_hidden_states": text[:, :0]}, r"shape \(\d, 0, 128\); expected \(\d, tokens, 128\): a row for each"),
         ({"encoder_hidden_states": text[:0]}, "encoder_hidden_states has shape"),
         ({"encoder_hidden_states": text[..., :64]}, "encoder_hidden_states has shape"),
         ({"encoder_hidden_states": None}, "encoder_hidden_states is a NoneType"),

@@ -83,6 +83,22 @@ def test_the_first_segment_that_goes_wrong_is_named(
     assert "fp32 has room" in refusal.value.__notes__[0]
 
 
+def test_a_callback_that_spoils_the_latents_is_named(mini_pipeline: Pipeline) -> None:
+    """The second run, which looks for the segment, has the same noise, though it came from a generator of the user's."""
+
+    def spoil(record: Any, latents: Tensor) -> None:
+        latents.fill_(float("inf"))
+
+    generator = torch.Generator().manual_seed(3)
+    once = torch.Generator().manual_seed(3)
+    mini_pipeline.generate(PROMPT, steps=2, generator=once)
+    with pytest.raises(NonFiniteError) as refusal:
+        mini_pipeline.generate(PROMPT, steps=2, callback=spoil, generator=generator)
+    assert str(refusal.value).startswith("a callback, without which all numbers are finite, gave numbers that are not finite")
+    assert not getattr(refusal.value, "__notes__", [])
+    assert torch.equal(generator.get_state(), once.get_state())
+
+
 def test_with_allow_nonfinite_it_is_a_warning(mini_pipeline: Pipeline) -> None:
     broken = spoilt(mini_pipeline, "vae_decoder")
     with pytest.warns(UserWarning, match="segment vae_decoder gave numbers that are not finite"):

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from engines import EngineError
+from engines.bundle.shapes import resolve
+from exporter.segments.trace import trace_program
 from runtime import Pipeline
 from runtime.images.schedulers import SCHEDULERS
 from runtime.process import check_not_forked
 from tests.support.diffusers_pipelines import PROMPT, inputs
+from tests.support.unets import live_network, manifest_of, segment_module, small_unet
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float64)
 
@@ -48,6 +51,29 @@ def test_the_default_dtype_and_device_change_nothing(mini_pipeline: Pipeline, se
         assert torch.equal(got, expected), kind
         with torch.device("meta"):
             assert torch.equal(made(mini_pipeline, kind, scheduler), expected)
+
+
+@pytest.mark.parametrize("scheduler", ["unipc", "deis", "dpm++"])
+def test_autocast_changes_nothing(mini_pipeline: Pipeline, scheduler: str) -> None:
+    """UniPC's steps are products of matrices, which autocast would compute in half precision."""
+    expected = made(mini_pipeline, "text", scheduler)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(made(mini_pipeline, "text", scheduler), expected)
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_changes_no_live_segment_and_no_trace() -> None:
+    unet = small_unet("two stages")
+    manifest = manifest_of(unet)
+    segment = manifest.segment("stem")
+    runner, sizes = live_network(unet, manifest).runners["stem"], {"batch": 1, "height": 8, "width": 8}
+    inputs = {name: torch.ones(resolve(manifest.features[name].shape, sizes)) for name in segment.inputs}
+    expected = runner.run(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = runner.run(inputs)
+        program = trace_program(segment, segment_module(unet, manifest, segment), manifest.features, 4)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not [node for node in program.graph.nodes if "bfloat16" in str(node.args)]
 
 
 def test_the_device_is_put_back(mini_pipeline: Pipeline, settings: None) -> None:

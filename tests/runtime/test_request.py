@@ -64,6 +64,21 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "both given; a call starts",
     ),
     "latents of three dimensions": ({"latents": torch.ones(4, 8, 8)}, r"shape \(4, 8, 8\); give .* \(images, channels, height"),
+    "sparse latents": (
+        {"latents": torch.ones(1, 4, 8, 8).to_sparse()},
+        "latents is a tensor of .* torch.sparse_coo, on cpu",
+    ),
+    "latents that are nowhere": ({"latents": torch.ones(1, 4, 8, 8, device="meta")}, "latents is a tensor of .* on meta; give"),
+    "embeddings of nothing": ({"prompt": None, "prompt_embeds": torch.ones(0, 32, 128)}, r"shape \(0, 32, 128\)"),
+    "very many steps": ({"steps": 10**400}, "steps = a number of more than 40 digits; choose some hundreds"),
+    "latents that are not finite": (
+        {"latents": torch.full((1, 4, 8, 8), float("nan"))},
+        "latents has numbers that are not finite",
+    ),
+    "embeddings that are not finite": (
+        {"prompt": None, "prompt_embeds": torch.full((1, 32, 128), float("inf"))},
+        "prompt_embeds has numbers that are not finite; give finite floating-point numbers",
+    ),
     "whole latents": ({"latents": torch.ones(1, 4, 8, 8, dtype=torch.int64)}, "latents is a tensor of torch.int64"),
     "a prompt twice": ({"prompt_embeds": torch.ones(1, 32, 128)}, "prompt and prompt_embeds are both given"),
     "negative rows": ({"negative_prompt_embeds": torch.ones(2, 32, 128)}, r"has 2 rows for 1 prompt\(s\)"),
@@ -99,6 +114,9 @@ def test_what_is_refused_in_one_line_before_anything_is_loaded(name: str) -> Non
 def test_other_doors_check_types_too(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="callback is a int; give a function"):
         Pipeline.generate(None, PROMPT, callback=1)  # type: ignore[arg-type]
+    for given in (3, "latents", ["noise"]):
+        with pytest.raises(RequestError, match="callback_on_step_end_tensor_inputs = .*; only"):
+            Pipeline.generate(None, PROMPT, callback_on_step_end_tensor_inputs=given)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="bundle is a int"):
         runtime.load(3)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="engine is a NoneType"):
@@ -172,7 +190,7 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 FIELDS = (
     "prompt", "negative_prompt", "steps", "guidance_scale", "seed", "height", "width", "num_images", "scheduler", "plan", "image",
-    "strength", "mask", "allow_nonfinite",
+    "strength", "mask", "allow_nonfinite", "long_prompts", "clip_skip",
 )  # fmt: skip
 
 

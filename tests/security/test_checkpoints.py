@@ -160,10 +160,28 @@ def test_a_tokenizer_of_another_text_encoder(folder: Path) -> None:
     source = find_source(str(folder))
     text = source.model("text_encoder")
     change(folder / "tokenizer" / "tokenizer_config.json", model_max_length=10**9)
-    assert source.tokenizer(text).model_max_length == text.config.max_position_embeddings
+    assert source.tokenizer(text.config).model_max_length == text.config.max_position_embeddings
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(CONFIGS / "sd15" / "tokenizer", folder / "tokenizer")
     with pytest.raises(
         TuningError, match=r"tokenizer cannot be read \(its numbers go up to 49407, and the text encoder knows 636"
     ):
-        source.tokenizer(text)
+        source.tokenizer(text.config)
+
+
+@pytest.mark.parametrize("broken", ["{}", "", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}'])
+def test_a_tokenizer_that_does_not_work_is_found_before_anything_is_traced(folder: Path, broken: str) -> None:
+    (folder / "tokenizer" / "tokenizer.json").write_text(broken)
+    source = find_source(str(folder))
+    text: Any = source.skeleton("text_encoder")
+    with pytest.raises(TuningError, match="tokenizer cannot be read") as caught:
+        source.tokenizer(text.config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_cannot_pad_is_found_before_anything_is_traced(folder: Path) -> None:
+    change(folder / "tokenizer" / "tokenizer_config.json", pad_token=None)
+    source = find_source(str(folder))
+    text: Any = source.skeleton("text_encoder")
+    with pytest.raises(TuningError, match="tokenizer cannot be read .*padding token"):
+        source.tokenizer(text.config)

@@ -134,8 +134,16 @@ def test_a_file_that_is_too_much(bundle: Bundle, manifest: dict[str, Any], text:
         ({"latent_channels": -1}, "latent_channels is -1, expected 1 to"),
         ({"vae_scale": 0}, "vae_scale is 0"),
         ({"text_length": 10**9}, "text_length is 1000000000, expected 1 to 4096"),
+        ({"text_chunks": 0}, "text_chunks is 0, expected 1 to 1024"),
+        ({"clip_skip": -1}, "clip_skip is -1, expected 0 to 1024"),
         ({"guidance_scale": 1e300}, "guidance_scale is 1e"),
         ({"source": "a\nb"}, "source is not one line"),
+        ({"recipe": "\x1b]0;title\x07.json"}, "recipe is not one line"),
+        ({"variant_files": "a\nb"}, "variant_files is not one line"),
+        ({"granularity": "block; reboot"}, "granularity is 'block; reboot', expected block, layer or unit"),
+        ({"key": "/tmp/elsewhere"}, "key is '/tmp/elsewhere', expected a hash"),
+        ({"engines": "null; reboot"}, "engines has a name, key, version or target that is not valid"),
+        ({"bytes": 1 << 40}, "has 1099511627776 bytes, expected at most"),
         ({"units": "drop"}, "unit time is in no segment|does not exist|reads"),
         ({"segments": "drop"}, "is in no segment"),
         ({"segments": "turn"}, "before it makes"),
@@ -148,6 +156,10 @@ def test_what_a_manifest_cannot_say(bundle: Bundle, manifest: dict[str, Any], ch
             del manifest[name][3]
         elif value == "turn":
             manifest[name].reverse()
+        elif name == "engines":
+            manifest["segments"][0]["engines"][value] = {"files": [], "version": "1"}
+        elif name == "bytes":
+            manifest["files"][0]["bytes"] = value
         elif value == "many":
             manifest[name] += [dict(manifest[name][0], name=f"extra{number}") for number in range(300_000 // 100)] * 100
         else:

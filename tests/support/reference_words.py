@@ -160,8 +160,11 @@ def reference_words(
         assert prompt is not None
         negative = made[0]
         if guided and halves is not None:
-            difference = prompt - made[0] if evaluated and made[0] is not None else difference
-            negative = made[0] if evaluated else prompt - halves.scale * difference
+            if evaluated and made[0] is not None:
+                noises = [_into("eps", kind, each, sample, share) for each in (prompt, made[0])]
+                difference = noises[0] - noises[1]
+            noise = _into("eps", kind, prompt, sample, share) - halves.scale * difference
+            negative = made[0] if evaluated else _out_of("eps", kind, noise, sample, share)
         prediction = prompt if not guided else (1 - guidance_scale) * negative + guidance_scale * prompt  # type: ignore[operator]
         latents = scheduler.step(prediction, timestep, latents).prev_sample
     return latents

@@ -14,12 +14,12 @@ from tests.support.reference import MINI
 from tests.support.unets import TEXT_WIDTH, small_unet
 
 
-def save_source(folder: Path, unet: UNet2DConditionModel | None = None, **vae_changes: Any) -> Path:
+def save_source(folder: Path, unet: UNet2DConditionModel | None = None, text_layers: int = 1, **vae_changes: Any) -> Path:
     """Write a seeded checkpoint with the embedded model's tokenizer and scheduler; pictures are twice the latents' size."""
     (unet or small_unet("two stages")).save_pretrained(folder / "unet")
     small_vae(**vae_changes).save_pretrained(folder / "vae")
     text = CLIPTextConfig(
-        vocab_size=636, hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=636, hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=text_layers, num_attention_heads=2,
         max_position_embeddings=32, projection_dim=TEXT_WIDTH, bos_token_id=634, eos_token_id=635, pad_token_id=635,
     )  # fmt: skip
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")

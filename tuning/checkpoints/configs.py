@@ -19,6 +19,7 @@ __all__ = ["Extent", "check_channels", "check_extent", "check_fit", "check_kinds
 
 _USUAL_LATENTS = 64
 """Side in latents where a configuration names none, as diffusers' pipelines have it for Stable Diffusion."""
+_COLOURS = 3
 _LARGEST_LATENTS = 4096
 _LARGEST_NUMBER = 10_000_000
 _COUNTS = {
@@ -148,6 +149,11 @@ def text_width(unet: Any) -> int:
 def check_fit(name: str, unet: Any, vae: Any, text: Any) -> None:
     """Raise TuningError unless the configurations of UNet, VAE (if there is one) and text encoder fit together."""
     check_channels(name, unet, vae.latent_channels if vae else unet.out_channels)
+    if vae and (vae.in_channels, vae.out_channels) != (_COLOURS, _COLOURS):
+        raise TuningError(
+            f"source {name}: its VAE takes pictures of {vae.in_channels} channels and gives {vae.out_channels}, and pictures "
+            f"have {_COLOURS}, red, green and blue; give one for them"
+        )
     latent_size(unet)
     if text_width(unet) != text.hidden_size:
         raise TuningError(

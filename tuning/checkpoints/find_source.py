@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.support.files import expanded, real_path
+from engines.support.files import exists, expanded, is_file, is_folder, real_path
 from tuning.checkpoints.configs import text_width
 from tuning.checkpoints.folder import load_unet, meta_unet
 from tuning.checkpoints.single_file import GIVE_CONFIG, check_single_file, text_width_in_file
@@ -87,7 +87,7 @@ def open_unet(source: str, variant: str | None = None) -> UNetSource:
     path = path_of(source)
     if path.suffix == ".safetensors":
         return UNetSource(source, whole=_file_source(source, path, None))
-    folder = path if path.is_dir() else fetch(source, variant)
+    folder = path if is_folder(path) else fetch(source, variant)
     if not (folder / "unet").is_dir() and (folder / "config.json").is_file():
         check_part(source, folder.parent, folder.name, variant=variant)
         _check_has(source, folder, variant)
@@ -121,7 +121,7 @@ def find_source(source: str, config: Path | None = None, variant: str | None = N
     Raises:
         TuningError: there is no such source, a part of it is missing, or its weights are pickled.
     """
-    if config is not None and not (config / "unet" / "config.json").is_file():
+    if config is not None and not is_file(config / "unet" / "config.json"):
         raise TuningError(f"config {config} is no diffusers folder: {config / 'unet' / 'config.json'} is missing")
     _check_variant(source, variant)
     if source.startswith(RANDOM):
@@ -131,7 +131,7 @@ def find_source(source: str, config: Path | None = None, variant: str | None = N
         return _file_source(source, path, config)
     if config is not None:
         raise TuningError(f"source {source} has configurations of its own: leave --config out, which is for single files")
-    folder = path if path.is_dir() else fetch(source, variant)
+    folder = path if is_folder(path) else fetch(source, variant)
     for part, has_weights in PARTS.items():
         if vae or part != "vae":
             check_part(source, folder, part, weights=has_weights, variant=variant)
@@ -176,16 +176,16 @@ def path_of(source: str) -> Path:
         TuningError: it is a pickle, or a file that is missing.
     """
     path = place_of(source)
-    if path.suffix in {*PICKLES, ".safetensors"} and not path.exists():
+    if path.suffix in {*PICKLES, ".safetensors"} and not exists(path):
         raise TuningError(f"source {path}: no such file; {_CHOICES}")
-    if path.is_file() and path.suffix in PICKLES:
+    if is_file(path) and path.suffix in PICKLES:
         convert = _CONVERT.format(path=path, folder=path.with_suffix(""))
         raise TuningError(
             f"source {path} is a pickle, which can run code when it is read; if you trust it, convert it once: {convert}"
         )
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if exists(path) and not is_file(path) and not is_folder(path):
         raise TuningError(f"source {path} is neither a file nor a folder; {_CHOICES}")
-    if path.is_file() and path.suffix != ".safetensors":
+    if is_file(path) and path.suffix != ".safetensors":
         raise TuningError(f"source {path} is a file of another kind than .safetensors; {_CHOICES}")
     return path
 
@@ -220,7 +220,7 @@ def _random_config(source: str) -> tuple[Path, str | None]:
         family = name if name in _FAMILIES.values() else "sd15"
         return _MODELS / family / "unet" / "config.json", None if name == family else name
     path = expanded(name)
-    if path.suffix != ".json" or not path.is_file():
+    if path.suffix != ".json" or not is_file(path):
         raise TuningError(
             f"source {source}: no such configuration; choose from: {', '.join(RANDOM_CONFIGS)}, or a UNet's config.json"
         )

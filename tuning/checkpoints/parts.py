@@ -79,6 +79,8 @@ def _text_config(folder: Path, extent: Extent | None = None) -> Any:
         raise ValueError(f"it is of the kind {kind!r:.60}, and CLIP is the only kind of text encoder that can be built")
     settings = text_settings(found)
     check_extent(settings, extent)
+    if settings.get("use_attention_mask"):
+        raise ValueError("it has use_attention_mask, with which padding is not read; here it always is")
     named = {} if (named := weights_named_in(folder)) is None else {"transformers_weights": named}
     return CLIPTextConfig(**{name: settings[name] for name in _TEXT_FIELDS if name in settings}, **named)
 

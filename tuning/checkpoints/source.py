@@ -1,5 +1,6 @@
 """A whole Stable Diffusion checkpoint: the modules of its parts without weights, and the weights, whatever they are kept in."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Size, nn
 
+from engines.support.files import is_folder
 from engines.support.records import one_line
-from engines.support.tokenizers import load_clip_tokenizer
+from engines.support.tokenizers import check_tokenizer, length_in, load_clip_tokenizer
 from tuning.checkpoints.configs import Extent, check_fit
 from tuning.checkpoints.files import CONFIGURATIONS, check_file, read_json
 from tuning.checkpoints.folder import extent_of, meta_unet, unet_weights
@@ -39,7 +41,8 @@ PARTS = {"unet": True, "vae": True, "text_encoder": True, "tokenizer": False, "s
 """The folders of a checkpoint, and whether they hold weights."""
 _PREFIX = "text_model."
 """Of a text encoder's weights in most files; some versions of transformers leave it out."""
-_ADAPTERS = (".base_layer.", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")
+_ADAPTER = re.compile(r"\.base_layer\.|lora[._]|\.(hada|lokr)_w|\.oft_[a-z]|\.ia3_l", re.IGNORECASE)
+"""In the names of tensors that diffusers, PEFT, Kohya's scripts and LyCORIS add to a model."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,34 @@ class Source(ABC):
         """Every file that reading a part, ``tokenizer`` or ``scheduler`` depends on."""
 
     def tokenizer(self, text: Any) -> Any:
-        """The tokenizer, whose prompts are as long as its text encoder reads. Raises TuningError where it is another's."""
-        folder = self.folder / "tokenizer"
+        """The tokenizer, whose prompts are as long as its text encoder reads.
+
+        Args:
+            text: the text encoder's configuration.
+
+        Raises:
+            TuningError: it is another's, or does not work.
+        """
+        folder, length = self.folder / "tokenizer", self.text_length(text)
         with reading(self.name, folder):
             tokenizer = load_clip_tokenizer(folder)
-            largest = max(tokenizer.get_vocab().values(), default=-1)
-            if not 0 <= largest < text.config.vocab_size:
-                raise ValueError(f"its numbers go up to {largest}, and the text encoder knows {text.config.vocab_size}")
-        tokenizer.model_max_length = min(tokenizer.model_max_length, text.config.max_position_embeddings)
+            check_tokenizer(tokenizer, length, text.vocab_size)
+        tokenizer.model_max_length = length
         return tokenizer
+
+    def text_length(self, text: Any) -> int:
+        """Tokens of a prompt, as diffusers' pipelines pad it: those of the tokenizer, as far as the text encoder can read them.
+
+        Args:
+            text: the text encoder's configuration.
+
+        Raises:
+            TuningError: the tokenizer's configuration cannot be read.
+        """
+        with reading(self.name, self.folder / "tokenizer"):
+            found = length_in(self.folder / "tokenizer")
+        positions: int = text.max_position_embeddings
+        return positions if found is None else min(found, positions)
 
     def scheduler_changes(self) -> dict[str, Any]:
         """What the weights ask of the scheduler that its configuration does not say."""
@@ -257,7 +279,7 @@ def reading(name: str, folder: Path) -> Iterator[None]:
 def check_part(name: str, checkpoint: Path, part: str, *, weights: bool = True, variant: str | None = None) -> None:
     """Raise TuningError unless a checkpoint's folder has the part, with safetensors of the variant where it has ``weights``."""
     folder = checkpoint / part
-    if not folder.is_dir() or not any(folder.glob("*.json")):
+    if not is_folder(folder) or not any(folder.glob("*.json")):
         raise TuningError(
             f"source {name}: {folder} is missing; a diffusers folder has unet, vae, text_encoder, tokenizer and scheduler"
         )
@@ -282,7 +304,7 @@ def _check_weights(name: str, folder: Path, variant: str | None) -> None:
             f"P.from_pretrained('{whole}').save_pretrained('{whole}-safetensors')\""
         ) from error
     for path in files:
-        adapters = (tensor for tensor in mmap_safetensors(path) if any(word in tensor for word in _ADAPTERS))
+        adapters = (tensor for tensor in mmap_safetensors(path) if _ADAPTER.search(tensor))
         if found := next(adapters, None):
             raise TuningError(
                 f"source {name}: {path} holds a LoRA that was not fused ({found}): load the checkpoint and the LoRA with "

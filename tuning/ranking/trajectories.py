@@ -80,6 +80,6 @@ def trajectories(
 def _read(source: Source, prompts: int) -> tuple[Tensor, Any]:
     """Text states of the empty prompt and of `prompts` others, and the scheduler's configuration."""
     text = source.model("text_encoder")
-    tokenizer = source.tokenizer(text)
+    tokenizer = source.tokenizer(text.config)
     words = ["", *held_back_prompts(prompts, seed=2)]  # seeds 0 and 1 are for published figures and for validation
     return text(tokenize(tokenizer, words)).last_hidden_state, source.scheduler_config()

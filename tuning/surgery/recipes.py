@@ -70,7 +70,7 @@ class Recipe(Record):
             return cls.model_validate_json(path.read_text())
         except (OSError, UnicodeDecodeError, ValidationError) as error:
             reason = explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
-            raise TuningError(f"{path} is no recipe ({reason}): write name, version 1 and remove as JSON") from error
+            raise TuningError(f"{path!s:.200} is no recipe ({reason:.300}): write name, version 1 and remove as JSON") from error
 
 
 _SECOND_LAYERS = ("down.*.layer.1", "up.*.layer.1")

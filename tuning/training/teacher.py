@@ -37,7 +37,7 @@ class Teacher:
         found = find_source(source, variant=variant)
         found.check_fit()
         unet, text, vae = (found.model(part).requires_grad_(False) for part in ("unet", "text_encoder", "vae"))
-        tokenizer = found.tokenizer(text)
+        tokenizer = found.tokenizer(text.config)
         config = found.scheduler_config()
         with reading(source, found.folder / "scheduler"):
             schedule = DDPMScheduler.from_config(config)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from benchmarks import run_trt
+from benchmarks.end_to_end.prepare import _write_words
 from benchmarks.end_to_end.rows import Settings, chosen_peers, rows_of
 from benchmarks.peers import PEERS
+from benchmarks.peers.serve import _exported
 from engines.errors import UserError
 from tests.support.sources import save_source
 
@@ -116,3 +121,35 @@ def test_original_full_is_always_measured() -> None:
     assert {row.reason for row in rows if row.engine == "torch"} == {"it is not here"}
     assert chosen_peers("all") == tuple(PEERS)
     assert chosen_peers("none") == ()
+
+
+def test_quick_gives_way_to_what_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    run_trt.main(["--quick", "--device", "cpu", "--dry-run", "--peers", "none", "--plans", "full"])
+    told = capsys.readouterr().out
+    assert "assembled full" in told
+    assert "diffusers" not in told
+    assert "deepcache" not in told
+
+
+def test_older_versions_of_transformers_find_the_tokenizers_words(tmp_path: Path) -> None:
+    source = ROOT / "models" / "mini" / "tokenizer"
+    shutil.copy(source / "tokenizer.json", tmp_path)
+    _write_words(tmp_path)
+    assert json.loads((tmp_path / "vocab.json").read_text()) == json.loads((source / "vocab.json").read_text())
+    merges = [(folder / "merges.txt").read_text().splitlines() for folder in (tmp_path, source)]
+    assert merges[0][1:] == [line for line in merges[1] if not line.startswith("#version")]
+
+
+def test_an_adapters_files_are_written_once_and_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    adapter = ModuleType("benchmarks.peers.copied")
+    adapter.export = shutil.copytree  # type: ignore[attr-defined]
+    assert _exported(adapter, folder, tmp_path / "work") == tmp_path / "work" / "copied"
+    (folder / "later").touch()
+    assert list(_exported(adapter, folder, tmp_path / "work").iterdir()) == []
+    adapter.export = os.fspath  # type: ignore[attr-defined]
+    adapter.__name__ = "benchmarks.peers.failing"
+    with pytest.raises(TypeError):
+        _exported(adapter, folder, tmp_path / "work")
+    assert not (tmp_path / "work" / "failing").exists()

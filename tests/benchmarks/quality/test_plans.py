@@ -35,7 +35,7 @@ def test_the_plans_are_many_and_known() -> None:
     assert len(plans.PLANS) >= 20
     assert len({find_plan(name).name for name in plans.PLANS}) == len(plans.PLANS)
     assert {name.partition(":")[2] for name in plans.PLANS} >= {"2", "3", "4", "5", "6"}
-    assert set(plans.GRID) <= set(plans.PLANS)
+    assert set(plans.GRID) <= {*plans.PLANS, *plans.CONTROLS}
 
 
 def picture(value: int, size: int = 16) -> Image.Image:
@@ -44,11 +44,37 @@ def picture(value: int, size: int = 16) -> Image.Image:
 
 def test_likeness() -> None:
     reference = [picture(100), picture(50)]
-    assert plans.likeness(reference, reference) == (None, 1.0)
-    psnr, ssim = plans.likeness([picture(100), picture(60)], reference)
+    alike = plans.likeness(reference, reference)
+    assert (alike["psnr"], alike["psnr_low"], alike["ssim"]) == (None, None, 1.0)
+    figures = plans.likeness([picture(100), picture(60)], reference)
     # Only the one that differs counts, by 10 levels of 255 in every pixel.
-    assert psnr == pytest.approx(20 * np.log10(255 / 10), abs=0.01)
-    assert 0.9 < ssim < 1
+    assert figures["psnr"] == pytest.approx(20 * np.log10(255 / 10), abs=0.01)
+    assert 0.9 < figures["ssim"] < 1
+    two = plans.likeness([picture(110), picture(60), picture(70)], [*reference, picture(50)])
+    decibels = 20 * np.log10(255 / np.array([10, 10, 20]))
+    assert two["psnr"] == pytest.approx(decibels.mean(), abs=0.01)
+    assert two["psnr_high"] - two["psnr_low"] == pytest.approx(2 * 1.96 * decibels.std() / np.sqrt(3), abs=0.02)
+
+
+def test_intervals_of_shares() -> None:
+    """Figures of Brown, Cai and DasGupta's form of Wilson's interval, worked out by hand."""
+    assert plans.share_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    low, high = plans.share_interval(1.0, 500)
+    assert (low, high) == pytest.approx((0.9924, 1.0), abs=1e-4)
+
+
+def test_a_front_is_not_drawn_through_noise() -> None:
+    rows = [
+        {"plan": "cheap", "time": 0.3, "accuracy": 0.95, "accuracy_low": 0.93, "accuracy_high": 0.97},
+        {"plan": "no better", "time": 0.4, "accuracy": 0.97, "accuracy_low": 0.95, "accuracy_high": 0.98},
+        {"plan": "better", "time": 0.5, "accuracy": 0.99, "accuracy_low": 0.98, "accuracy_high": 1.0},
+    ]
+    assert plans_plot.front(rows, "accuracy") == ["cheap", "better"]
+
+
+def test_controls_run_all_with_fewer_steps() -> None:
+    assert [plans.plan_and_steps(name, 20) for name in ("12 steps", "skip:2")] == [("full", 12), ("skip:2", 20)]
+    assert all(plans.plan_and_steps(name, 20)[0] == "full" for name in plans.CONTROLS)
 
 
 def test_labels_cover_neither_each_other_nor_a_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -99,7 +125,7 @@ def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
     pytest.importorskip("matplotlib")
     calls: list[str] = []
     network = SimpleNamespace(manifest=SimpleNamespace(key="k"))
-    pipeline = SimpleNamespace(networks={"original": network}, schedule=lambda plan, timesteps: None)
+    pipeline = SimpleNamespace(networks={"original": network}, schedule=lambda plan, timesteps, guided: None)
 
     def cost(pipeline: Any, plan: str, seed: int, options: Any) -> tuple[int, float]:
         calls.append(f"{plan} {seed}")
@@ -122,11 +148,11 @@ def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
     done = len(calls)
     plans.main(arguments)
     # Nothing is measured twice but the plan at which it stopped.
-    assert calls[done:] == ["block:4", *plans.PLANS[4:]]
+    assert calls[done:] == ["block:4", *plans.PLANS[4:], *["full"] * len(plans.CONTROLS)]
     assert not (tmp_path / "work").exists()
     with (tmp_path / "plans.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["plan"] for row in rows] == list(plans.PLANS)
+    assert [row["plan"] for row in rows] == [*plans.PLANS, *plans.CONTROLS]
     assert (rows[0]["time"], rows[0]["psnr"], rows[1]["time"], rows[1]["macs"]) == ("1.0", "", "0.5", "1.0")
     described = json.loads((tmp_path / "plans.json").read_text())
     assert described["settings"]["prompts"] == 8

@@ -12,6 +12,7 @@ import pytest
 
 from engines.bundle import digests
 from engines.bundle.digests import fresh_sha256, known_sha256, note_sha256, sha256
+from engines.bundle.folder import describe_file, is_intact
 
 ROOT = Path(__file__).parents[3]
 LARGE = b"0" * digests._SMALL
@@ -81,6 +82,17 @@ def test_what_is_remembered_may_be_damaged(path: Path, caches: Path, read: list[
     next((caches / "digests").iterdir()).write_text(text)
     assert known_sha256(path) == known_sha256(path) == sha256(path)
     assert len(read) == 2
+
+
+def test_a_damaged_memory_damages_no_bundle(path: Path, caches: Path, read: list[Path]) -> None:
+    file = describe_file(path.parent, path)
+    assert is_intact(path.parent, file, known_sha256)
+    place = next((caches / "digests").iterdir())
+    place.write_text(place.read_text().replace(file.sha256, "0" * 64))
+    assert is_intact(path.parent, file, known_sha256)
+    assert file.sha256 in place.read_text()
+    path.write_bytes(LARGE[:-1] + b"1")
+    assert not is_intact(path.parent, file, known_sha256)
 
 
 def test_nothing_that_lies_beside_a_file_is_believed(path: Path) -> None:

@@ -42,6 +42,18 @@ def test_missing_folder_and_missing_manifest_are_told_apart(tmp_path):
         Bundle.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "manifest.json/x"])
+def test_paths_that_no_file_system_takes_are_no_bundles(tmp_path, name):
+    with pytest.raises(BundleError, match=r"no bundle at .* \(no such folder\)"):
+        Bundle.open(tmp_path / name)
+
+
+def test_a_folder_with_a_blank_in_its_name_is_quoted_in_the_command(tmp_path):
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(tmp_path / "my bundle")
+    assert caught.value.__notes__[0].endswith(f"--out '{tmp_path / 'my bundle'}'")
+
+
 @pytest.mark.parametrize("version", [0, 99, "1", None])
 def test_another_manifest_version_is_refused(damageable, version):
     edit(damageable, lambda data: data.update(version=version))

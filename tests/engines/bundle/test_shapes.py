@@ -9,15 +9,16 @@ from engines.bundle.shapes import bind, resolve
         (("batch", 4, "height", "width"), (2, 4, 48, 64)),
         (("batch", 320, "height/8", "width/4"), (2, 320, 6, 16)),
         (("batch", 3, "8*height", "8*width"), (2, 3, 384, 512)),
+        (("batch", "tokens=77", 768), (2, 154, 768)),
         ((), ()),
     ],
 )
 def test_resolve_and_bind_are_inverse(shape, expected):
-    sizes = {"batch": 2, "height": 48, "width": 64}
+    sizes = {"batch": 2, "height": 48, "width": 64, "tokens": 154}
     assert resolve(shape, sizes) == expected
     told: dict[str, int] = {}
     assert bind(shape, expected, told) is None
-    assert told == {dim.strip("/*0123456789"): sizes[dim.strip("/*0123456789")] for dim in shape if isinstance(dim, str)}
+    assert told == {dim.strip("=/*0123456789"): sizes[dim.strip("=/*0123456789")] for dim in shape if isinstance(dim, str)}
 
 
 def test_resolve_refuses_a_size_that_does_not_divide():
@@ -25,12 +26,16 @@ def test_resolve_refuses_a_size_that_does_not_divide():
         resolve(("height/4",), {"height": 6})
 
 
+def test_a_size_that_nobody_says_is_the_usual_one():
+    assert resolve(("batch", "tokens=77"), {"batch": 2}) == (2, 77)
+
+
 def test_resolve_names_the_size_that_is_missing():
     with pytest.raises(KeyError, match=r"images"):
         resolve(("images", 3), {"batch": 2})
 
 
-@pytest.mark.parametrize("dim", ["Batch", "2batch", "batch*2", "height//2", "height/", "", "-1"])
+@pytest.mark.parametrize("dim", ["Batch", "2batch", "batch*2", "height//2", "height/", "", "-1", "tokens=", "height/2=3"])
 def test_malformed_dimensions_are_refused(dim):
     with pytest.raises(ValueError, match=r"is no dimension"):
         resolve((dim,), {"batch": 1, "height": 1})

@@ -12,9 +12,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from engines import Bundle, BundleError, EngineError, Segment
+from engines import Bundle, BundleError, EngineError, NeedsBuildError, Segment
 from engines.base import DTYPES
 from engines.bundle.shapes import resolve
+from engines.errors import EngineMemoryError
 from engines.ort.engine import OnnxRuntime
 from tests.support.reference import MINI
 
@@ -101,6 +102,42 @@ def test_a_damaged_copy_is_refused(mini_bundle: Bundle, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(BundleError, match=r"segments/mid.ort.onnx is not the file that was built"):
         OnnxRuntime().load(Bundle.open(tmp_path / "copy"), mini_bundle.manifest.segment("mid"))
+
+
+class Failing:
+    """A session that fails as it runs."""
+
+    def __init__(self, session: Any, message: str) -> None:
+        self._session, self._message = session, message
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run(self, *given: Any) -> Any:
+        raise RuntimeError(self._message)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("[ONNXRuntimeError] : 6 : Failed to allocate memory\nfor requested buffer", EngineMemoryError),
+        ("std::bad_alloc", EngineMemoryError),
+        ("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT", NeedsBuildError),
+    ],
+)
+def test_a_session_that_fails_is_told_by_what_it_lacks(mini_bundle: Bundle, message: str, kind: type[EngineError]) -> None:
+    segment = mini_bundle.manifest.segment("stem")
+    runner: Any = OnnxRuntime().load(mini_bundle, segment)
+    runner._session = Failing(runner._session, message)
+    with pytest.raises(kind, match=r"^segment stem: ONNX Runtime fails: .*") as caught:
+        runner.run(random_inputs(mini_bundle, segment, 0))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_session_with_other_names_needs_a_build(mini_bundle: Bundle) -> None:
+    segment = mini_bundle.manifest.segment("stem").model_copy(update={"inputs": ()})
+    with pytest.raises(NeedsBuildError, match=r"takes '\w+', which it is not given$"):
+        OnnxRuntime().load(mini_bundle, segment)
 
 
 def test_targets_are_refused(tiny, tmp_path: Path) -> None:

@@ -84,6 +84,10 @@ def test_masks_are_read_as_meant() -> None:
         "0 and 1": Image.fromarray(bilevel(1)),
         "one bit": Image.fromarray(bilevel(255)).convert("1"),
         "16 bits": sixteen_bits(bilevel(1).astype(np.uint16) * 65535),
+        "16 bits of 0 and 1": sixteen_bits(bilevel(1).astype(np.uint16)),
+        "16 bits of 0 and 255": sixteen_bits(bilevel(255).astype(np.uint16)),
+        "whole numbers": Image.fromarray(bilevel(1).astype(np.int32)),
+        "0 and 1 in red": Image.merge("RGB", [Image.fromarray(bilevel(1)), *(Image.new("L", mask().size) for _ in range(2))]),
         "palette": palette,
         "floating": Image.fromarray(bilevel(1).astype(np.float32)),
         "coloured": Image.fromarray(bilevel(255)).convert("RGB"),
@@ -108,6 +112,20 @@ def test_masks_whose_meaning_is_not_clear_are_refused() -> None:
     labels.putpalette([0, 0, 0, 128, 0, 0])  # as segmentation tools write them
     with pytest.raises(PictureError, match="has no white: its brightest level is 38 of 255"):
         to_mask(labels)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        sixteen_bits(bilevel(1).astype(np.uint16) * 7),
+        Image.merge("RGB", [Image.new("L", mask().size), Image.new("L", mask().size), Image.fromarray(bilevel(3))]),
+        Image.fromarray(bilevel(1).astype(np.float32) * 0.001),
+    ],
+    ids=["numbers of things, in 16 bits", "numbers of things, in blue", "nearly nothing"],
+)
+def test_a_mask_that_would_be_read_as_black_though_it_is_not_is_refused(image: Image.Image) -> None:
+    with pytest.raises(PictureError, match="has no white: its brightest level is [07] of 255"):
+        to_mask(image)
 
 
 def png_header(width: int, height: int) -> bytes:

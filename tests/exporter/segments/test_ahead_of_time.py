@@ -20,12 +20,13 @@ TARGETS = ("sm86", "sm89", "sm120")
 
 @pytest.fixture(scope="module")
 def built(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The small checkpoint in half precision, for three kinds of cards, in as few segments as one plan allows."""
+    """The small checkpoint in half precision, for three kinds of cards and three chunks of text, in few segments."""
     options = BuildOptions(
         source=str(tiny_source),
         engines=("tensorrt-rtx",),
         precision="fp16",
         targets=TARGETS,
+        text_chunks=3,
         granularity=None,
         plans=("deepcache:2",),
         out=tmp_path_factory.mktemp("rtx") / "bundle",

@@ -73,6 +73,21 @@ def test_a_bundle_from_elsewhere_offers_nothing(first: BuildOptions, fake_trace:
     assert len(traced_for(first, fake_trace, out=tmp_path / "second")) == 12
 
 
+def test_a_bundle_from_elsewhere_offers_nothing_in_the_place_of_the_new_one(
+    first: BuildOptions, fake_trace: FakeTrace, caches: Path
+) -> None:
+    """Its manifest may give any file the key of a piece, compiled engines among them."""
+    shutil.rmtree(caches)
+    assert len(traced_for(first, fake_trace, force=True, max_images=2)) == 12
+
+
+def test_a_bundle_that_was_moved_here_offers_what_was_built_here(
+    first: BuildOptions, fake_trace: FakeTrace, tmp_path: Path
+) -> None:
+    shutil.move(tmp_path / "first", tmp_path / "moved")
+    assert traced_for(first, fake_trace, out=tmp_path / "moved", force=True, max_images=2) == []
+
+
 def test_files_that_changed_since_are_not_taken(first: BuildOptions, fake_trace: FakeTrace, tmp_path: Path, caches: Path) -> None:
     changed, notes = tmp_path / "first" / "segments" / "stem.onnx", len(list((caches / "pieces").iterdir()))
     changed.write_bytes(b"x" * changed.stat().st_size)

@@ -24,19 +24,26 @@ FEATURES = {
     "tokens": Feature(dtype="int64", shape=("batch", 77)),
     "sample": Feature(dtype="float32", shape=("batch", 4, "height", "width")),
     "time": Feature(dtype="float32", shape=(1, 1280)),
+    "text_encoder": Feature(dtype="float32", shape=("batch", "tokens=77", 768)),
     "latents": Feature(dtype="float32", shape=("images", 4, "height", "width")),
     "image": Feature(dtype="float32", shape=("images", 3, "8*height", "8*width")),
 }
-READ = {"text_encoder": ("tokens",), "down.0": ("sample", "time"), "vae_decoder": ("latents",), "vae_encoder": ("image",)}
+READ = {
+    "text_encoder": ("tokens",),
+    "down.0": ("sample", "time"),
+    "mid": ("text_encoder",),
+    "vae_decoder": ("latents",),
+    "vae_encoder": ("image",),
+}
 SIZES = [(64, 96), (32, 128)]
 
 
-def profiles(sizes: Any, static: bool) -> dict[str, list[dict[str, tuple[int, ...]]]]:
+def profiles(sizes: Any, static: bool, chunks: int = 1) -> dict[str, list[dict[str, tuple[int, ...]]]]:
     """Smallest, best and largest shapes for 3 images, by segment."""
     made = {}
     for name, inputs in READ.items():
         segment = Segment(name=name, units=(name,), inputs=inputs, outputs=(name,))
-        profile = profile_of(segment, FEATURES, sizes, 3, 8, static)
+        profile = profile_of(segment, FEATURES, sizes, 3, 8, static, chunks)
         made[name] = [dict(shapes) for shapes in (profile.minimum, profile.optimum, profile.maximum)]
     return made
 
@@ -46,6 +53,13 @@ def test_a_profile_goes_from_one_row_to_guidance_for_all_images() -> None:
     assert [shapes["sample"] for shapes in found["down.0"]] == [(1, 4, 4, 12), (2, 4, 8, 12), (6, 4, 8, 16)]
     assert [shapes["tokens"] for shapes in found["text_encoder"]] == [(1, 77), (2, 77), (6, 77)]
     assert [shapes["latents"] for shapes in found["vae_decoder"]] == [(1, 4, 4, 12), (1, 4, 8, 12), (1, 4, 8, 16)], "one by one"
+
+
+def test_a_profile_is_best_at_one_chunk_of_text_and_takes_as_many_as_were_asked_for() -> None:
+    one, three = (profiles(SIZES, static=False, chunks=chunks) for chunks in (1, 3))
+    assert [shapes["text_encoder"] for shapes in one["mid"]] == [(1, 77, 768), (2, 77, 768), (6, 77, 768)]
+    assert [shapes["text_encoder"] for shapes in three["mid"]] == [(1, 77, 768), (2, 77, 768), (6, 231, 768)]
+    assert three["text_encoder"] == one["text_encoder"], "it reads a chunk at a time"
 
 
 def test_a_static_profile_is_one_shape_but_where_rows_differ_from_call_to_call() -> None:
@@ -112,6 +126,8 @@ def test_a_static_build_is_of_one_image_where_nothing_is_said(
         ([], ["static: engine onnxruntime is not built for given sizes; add tensorrt or tensorrt-rtx"]),
         (["--batch", "1..2", "--engine", "tensorrt-rtx"], ["batch '1..2' is no number; with --static write the number"]),
         (["--batch", "0", "--engine", "tensorrt-rtx"], ["batch 0: "]),
+        (["--text-chunks", "2", "--engine", "tensorrt-rtx"], ["text chunks 2: static engines take one chunk of text; leave"]),
+        (["--text-chunks", "0", "--engine", "tensorrt-rtx"], ["text chunks 0: name from 1 to 64"]),
     ],
     ids=str,
 )

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from engines import Bundle
+from engines import Bundle, Manifest, Segment
+from engines.bundle.manifest import File
+from engines.bundle.names import TEXT
+from engines.bundle.shared import shared_difference
 from runtime import find_plan
 from runtime.errors import SiblingError
 from runtime.execution.siblings import find_sibling
-from tests.support.unets import manifest_of, small_unet, written_manifest
+from tests.support.unets import make_manifest, manifest_of, small_unet, written_manifest
 
 SWITCH = find_plan("switch:0.4")
 TIMESTEPS = [float(timestep) for timestep in range(970, 0, -100)]
@@ -48,3 +51,30 @@ def test_of_several_siblings_the_one_that_can_run_the_plan_is_taken(original: Pa
     written_manifest(manifest_of(unet, None, ["unit:3"]), parent / "c-by-unit", variant="assembled")
     assert find_sibling(bundle, "assembled", plan, TIMESTEPS).folder == parent / "c-by-unit"
     assert find_sibling(bundle, "assembled", SWITCH, TIMESTEPS).folder == parent / "b-by-block"
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "words"),
+    [
+        ({"data": "a", "key": "1"}, {"data": "b", "key": "2"}, "text encoder"),
+        ({"data": "a", "key": "1"}, {"data": "a", "key": "2"}, None),
+        ({"data": "a", "key": "1"}, {"key": "1"}, "text encoder"),
+        ({"key": "1"}, {"key": "2"}, "text encoder"),
+        ({"key": "1"}, {"key": "1"}, None),
+        ({"key": "1", "tokenizer": "a"}, {"key": "1", "tokenizer": "b"}, "tokenizer"),
+        ({"key": "1", "scheduler": "a"}, {"key": "1", "scheduler": "b"}, "scheduler"),
+    ],
+)
+def test_what_bundles_share_is_told_by_hashes(here: dict[str, str], there: dict[str, str], words: str | None) -> None:
+    """Weights that are so few that they lie in the graph have no file of their own, and a scheduler says what UNets predict."""
+
+    def file(path: str, content: str) -> File:
+        return File(path=path, sha256=content * 64, bytes=1)
+
+    def manifest(given: dict[str, str]) -> Manifest:
+        onnx = [file("segments/text.onnx", given["key"]), *(file("text.onnx.data", given[k]) for k in ("data",) if k in given)]
+        text = Segment(name="text", units=(TEXT,), inputs=(), outputs=(TEXT,), onnx=tuple(onnx), key=given["key"])
+        files = [file(f"{part}/config.json", given[part]) for part in ("tokenizer", "scheduler") if part in given]
+        return make_manifest(segments=(text,), files=tuple(files))
+
+    assert shared_difference(manifest(here), manifest(there)) == words

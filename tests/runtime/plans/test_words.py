@@ -131,11 +131,13 @@ def test_schedulers_skip_alike(unet: Any, scheduler: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.9, 1.0])
-@pytest.mark.parametrize("images", [1, 3])
-def test_guidance_evaluates_one_half(unet: Any, scale: float, images: int) -> None:
+@pytest.mark.parametrize(("images", "prediction_type"), [(1, "v_prediction"), (3, "epsilon")])
+def test_guidance_evaluates_one_half(unet: Any, scale: float, images: int, prediction_type: str) -> None:
     plan = Plan(name="p", guidance=Guidance(when=Explicit(steps=(0, 3, 4)), scale=scale))
-    made, records = made_by(plan, 3.0, images=images)
-    assert relative_error(made, expected(unet, 3.0, images=images, halves=Halves({0, 3, 4}, scale))) < TOLERANCE
+    settings: dict[str, Any] = {"prediction_type": prediction_type}
+    made, records = made_by(plan, 3.0, images=images, **settings)
+    reference = expected(unet, 3.0, images=images, settings=settings, halves=Halves({0, 3, 4}, scale))
+    assert relative_error(made, reference) < TOLERANCE
     assert [record.kind for record in records][:4] == ["key", "key, half", "key, half", "key"]
 
 

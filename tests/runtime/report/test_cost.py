@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from engines import Manifest
+from engines.bundle.shapes import resolve
 from exporter.graph.partition import Granularity
 from runtime import Executor, Plan, Rule, Schedule
 from runtime.execution.executor import LoadedBundle
@@ -58,9 +59,9 @@ def measured_peak(schedule: Schedule, networks: dict[str, Any], samples: list[Te
         name: LoadedBundle(network.manifest, {key: Counting(runner, ledger) for key, runner in network.runners.items()})  # type: ignore[misc]
         for name, network in networks.items()
     }
-    shape = next(iter(networks.values())).manifest.features["text_encoder"].shape
+    shape = resolve(next(iter(networks.values())).manifest.features["text_encoder"].shape, {"batch": 2})
     spaces = PredictionSpaces(torch.linspace(0.99, 0.01, 1000), "epsilon")
-    executor, text = Executor(counting, schedule, spaces=spaces), torch.randn(2, *map(int, shape[1:]))
+    executor, text = Executor(counting, schedule, spaces=spaces), torch.randn(shape)
     for index, sample in enumerate(samples):
         prediction, _ = executor.step(index, sample, torch.tensor([5.0]), text)
         del prediction

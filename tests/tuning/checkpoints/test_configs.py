@@ -59,6 +59,15 @@ def test_the_size_of_latents(folder: Path, given: Any, size: tuple[int, int]) ->
     assert latent_size(skeleton.config) == size
 
 
+@pytest.mark.parametrize(("given", "length"), [(16, 16), (77, 32), (None, 32), (-1, 32)])
+def test_prompts_are_as_long_as_diffusers_pads_them(folder: Path, given: int | None, length: int) -> None:
+    """Of the tokenizer, not of the text encoder, which may have more positions than are used."""
+    change(folder, "tokenizer/tokenizer_config.json", model_max_length=given)
+    source = find_source(str(folder))
+    skeleton: Any = source.skeleton("text_encoder")
+    assert source.text_length(skeleton.config) == length
+
+
 def test_a_text_width_for_every_block(folder: Path) -> None:
     """The numbers of the UNet are diffusers' own on the same folder."""
     change(folder, "unet/config.json", cross_attention_dim=[TEXT_WIDTH, TEXT_WIDTH])
@@ -90,6 +99,7 @@ def test_a_text_width_for_every_block(folder: Path) -> None:
     ("vae/config.json", {"_class_name": "AsymmetricAutoencoderKL"}, "AutoencoderKL and AutoencoderTiny are the only kinds"),
     ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
     ("text_encoder/config.json", {"max_position_embeddings": 10**9}, "max_position_embeddings is 1000000000"),
+    ("text_encoder/config.json", {"use_attention_mask": True}, "it has use_attention_mask, with which padding is not read"),
     ("text_encoder/config.json", {"model_type": "t5"}, "it is of the kind 't5', and CLIP is the only kind of text encoder"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")  # fmt: skip
 def test_configurations_that_no_model_has(folder: Path, file: str, changes: dict[str, Any], says: str) -> None:
@@ -114,6 +124,13 @@ def test_a_unet_that_gives_more_than_it_takes(folder: Path) -> None:
     shutil.rmtree(folder / "unet")
     unet.save_pretrained(folder / "unet")
     with pytest.raises(TuningError, match="its UNet takes 4 channels and gives 8, and latents have 4"):
+        read_all(folder)
+
+
+@pytest.mark.parametrize("changes", [{"in_channels": 4, "out_channels": 4}, {"out_channels": 1}])
+def test_a_vae_for_other_pictures_than_coloured_ones(tmp_path: Path, changes: dict[str, int]) -> None:
+    folder = save_source(tmp_path / "grey", **changes)
+    with pytest.raises(TuningError, match="its VAE takes pictures of . channels and gives ., and pictures have 3"):
         read_all(folder)
 
 

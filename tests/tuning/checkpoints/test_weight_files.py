@@ -299,6 +299,22 @@ def test_a_variant_that_is_not_there(half: Path) -> None:
         find_source("random:sd15", variant="fp16")
 
 
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight"),
+        ("vae", "decoder.mid_block.attentions.0.to_q.lora_magnitude_vector.default.weight"),
+        ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.up.weight"),
+        ("unet", "mid_block.resnets.0.conv1.hada_w1_a"),
+    ],
+)
+def test_what_other_programs_call_a_lora(folder: Path, part: str, name: str) -> None:
+    path = next((folder / part).glob("*.safetensors"))
+    save_file(load_file(path) | {name: torch.zeros(2, 2)}, path)
+    with pytest.raises(TuningError, match=rf"holds a LoRA that was not fused \({name}\)"):
+        find_source(str(folder))
+
+
 def test_a_lora_that_was_not_fused(folder: Path) -> None:
     path = folder / "unet" / UNET_FILE
     state = load_file(path)

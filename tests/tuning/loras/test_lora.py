@@ -19,10 +19,10 @@ from tests.support.loras import FORMS, add, save_lora
 from tests.support.sources import save_source
 from tests.support.unets import small_unet
 from tuning.checkpoints.find_source import find_source
-from tuning.checkpoints.fused_weights import fused
-from tuning.checkpoints.lora import Lora
-from tuning.checkpoints.lora_layers import read_lora
 from tuning.errors import TuningError
+from tuning.loras.fused_weights import fused
+from tuning.loras.layers import read_lora
+from tuning.loras.lora import Lora
 
 PARTS = ("unet", "text_encoder")
 

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Size, Tensor
 
 from engines.support.records import one_line
-from tuning.checkpoints.lora import Lora
 from tuning.checkpoints.weights import metadata_of, mmap_safetensors
 from tuning.errors import TuningError
+from tuning.loras.lora import Lora
 
 __all__ = ["LoraFile", "LoraLayer", "fitted", "read_lora"]
 

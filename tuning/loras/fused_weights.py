@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Size, Tensor
 
-from tuning.checkpoints.lora_layers import LoraFile, LoraLayer, fitted
 from tuning.checkpoints.weights import Weights, mmap_safetensors
 from tuning.errors import TuningError
+from tuning.loras.layers import LoraFile, LoraLayer, fitted
 
 __all__ = ["FusedWeights", "fused"]
 

@@ -1,0 +1,27 @@
+"""What a plan says that it was found for, in words, and whether a call is of that kind."""
+
+from runtime.plans.plan import Plan
+
+__all__ = ["described_find", "found_for_others"]
+
+
+def described_find(plan: Plan) -> str:
+    """What a plan was found for and worth there, as one line; nothing for plans that no search found."""
+    found = plan.found
+    if found is None:
+        return ""
+    return (
+        f"found for {found.steps} steps of {found.scheduler} with guidance {found.guidance_scale:g}: MACs {found.cost:.2f} of "
+        f"full, {found.psnr:.1f} dB to its pictures on {found.prompts} prompts"
+    )
+
+
+def found_for_others(plan: Plan, scheduler: str, steps: int) -> str:
+    """A warning where a plan was found for another scheduler or number of steps; nothing where it was not."""
+    found = plan.found
+    if found is None or (found.scheduler, found.steps) == (scheduler, steps):
+        return ""
+    return (
+        f"plan {plan.name} was found for {found.steps} steps of {found.scheduler}, and this is {steps} of {scheduler}: its "
+        "pictures may be further from those of full; find one for these with python -m tuning plan"
+    )

@@ -1,0 +1,44 @@
+"""What a found plan says of itself, and when a call is not what it was found for."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+from engines import Bundle
+from runtime import Pipeline, find_plan
+from runtime.plans.found import described_find, found_for_others
+from runtime.plans.words import Found
+from tests.support.commands import Command
+
+FOUND = find_plan("skip:2").model_copy(
+    update={"name": "found", "found": Found(scheduler="ddim", steps=4, guidance_scale=3.0, prompts=16, cost=0.75, psnr=61.5)}
+)
+
+
+def test_a_plan_says_what_it_was_found_for() -> None:
+    assert described_find(find_plan("skip:2")) == ""
+    line = described_find(FOUND)
+    assert line == "found for 4 steps of ddim with guidance 3: MACs 0.75 of full, 61.5 dB to its pictures on 16 prompts"
+    assert found_for_others(FOUND, "ddim", 4) == found_for_others(find_plan("full"), "dpm++", 20) == ""
+    assert "found for 4 steps of ddim, and this is 20 of dpm++" in found_for_others(FOUND, "dpm++", 20)
+
+
+def test_a_call_of_another_kind_is_warned_of_once(mini_pipeline: Pipeline) -> None:
+    with pytest.warns(UserWarning, match="plan found was found for 4 steps of ddim, and this is 3 of ddim"):
+        mini_pipeline.generate("a red star", plan=FOUND, steps=3, scheduler="ddim")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mini_pipeline.generate("a red star", plan=FOUND, steps=3, scheduler="ddim")
+        mini_pipeline.generate("a red star", plan=FOUND, steps=4, scheduler="ddim")
+
+
+def test_explain_prints_it(runtime: Command, mini_bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    path.write_text(FOUND.model_dump_json())
+    outcome = runtime(
+        "a red star", "--bundle", mini_bundle.folder, "--plan", path, "--explain", "--steps", 4, "--scheduler", "ddim"
+    )
+    assert outcome.out[-1].startswith("found for 4 steps of ddim with guidance 3: MACs 0.75 of full")

@@ -1,0 +1,173 @@
+"""A small search on the embedded model: what it finds, that it is resumed, and that what it writes runs everywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import runtime
+from engines import Bundle
+from runtime import Pipeline
+from runtime.images.schedulers import make_scheduler
+from runtime.plans.plan import Plan
+from tests.support.commands import Command, assert_refused
+from tuning.planning.gaps import Trajectories
+from tuning.planning.pictures import Pictures, choose_prompts
+from tuning.planning.space import Point, Space
+
+STEPS = 6
+QUICK = ("--steps", str(STEPS), "--tries", "4", "--count", "2")
+OPTIONS: dict[str, Any] = {"steps": STEPS, "scheduler": "dpm++", "guidance_scale": 3.0, "height": None, "width": None}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red star on a blue background\na green circle\n\na black ring\na green circle\n")
+    return path
+
+
+def test_prompts_of_a_file_are_shared_out(prompts: Path) -> None:
+    assert choose_prompts("any", prompts, 2) == (["a red star on a blue background", "a green circle"], ["a black ring"])
+    assert choose_prompts("any", prompts, 8)[1] == []
+
+
+def test_the_embedded_model_has_prompts_of_its_own() -> None:
+    used, others = choose_prompts("mini", None, 16)
+    assert len(set(used)) == 16
+    assert set(used).isdisjoint(others)
+    assert len(others) == 48
+
+
+@pytest.mark.parametrize("scheduler", ["dpm++", "euler a", "heun"])
+def test_a_trajectory_is_gone_on_with_as_a_whole_call_would(mini_pipeline: Pipeline, scheduler: str) -> None:
+    """From a step on, the same latents as of a call from the beginning, whatever the scheduler keeps and draws."""
+    pictures = Pictures(mini_pipeline, ["a red star", "a green circle"], 2, {**OPTIONS, "scheduler": scheduler})
+    timesteps = mini_pipeline.prepare(pictures.requests[0]).timesteps
+    space, trajectories = Space(tuple(timesteps.tolist()), ("deepcache",), ("original",)), Trajectories(pictures)
+    keys = tuple(step for step in range(space.steps) if step not in {3, 4})
+    for point in (Point(keys, damping=0), Point(keys, damping=1), Point(keys, skips=(3, 4)), Point(keys, skips=(4,))):
+        plan = space.plan(point)
+        whole = pictures.error(plan)
+        assert whole > 1e-8
+        assert trajectories.error(plan, 1) == pytest.approx(whole, rel=1e-2)
+    assert trajectories.error(runtime.find_plan("full"), 2) < 1e-8
+
+
+def test_pictures_do_not_depend_on_how_many_are_made_at_a_time(mini_pipeline: Pipeline) -> None:
+    prompts = ["a red star", "a green circle", "a black ring"]
+    plan = runtime.find_plan("deepcache:2")
+    together, apart = (Pictures(mini_pipeline, prompts, count, OPTIONS) for count in (3, 2))
+    assert [len(request.prompt_embeds) for request in apart.requests if request.prompt_embeds is not None] == [2, 1]
+    assert torch.allclose(together.reference, apart.reference, atol=1e-4)
+    assert together.psnr(plan) == pytest.approx(apart.psnr(plan), abs=0.1)
+    assert together.psnr(runtime.find_plan("full")) == pytest.approx(100)
+
+
+def latents_of(bundle: Bundle, plan: Path, prompt: str) -> torch.Tensor:
+    return runtime.generate(prompt, steps=STEPS, plan=plan, bundle=bundle.folder, guidance_scale=1, output_type="latent").latents
+
+
+def drop_in(bundle: Bundle, plan: Path, prompt: str) -> torch.Tensor:
+    """The same latents from a loop of one's own, with the UNet that diffusers' pipelines take."""
+    scheduler = make_scheduler("dpm++", bundle.folder / "scheduler", STEPS)
+    unet = runtime.UNet(bundle.folder, plan=plan, scheduler=scheduler)
+    text = unet.pipeline.encode([prompt])
+    shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        prediction = unet(scheduler.scale_model_input(latents, timestep), timestep, text, return_dict=False)[0]
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+def test_what_is_found_is_within_the_budget_and_runs_everywhere(
+    tuning: Command, mini_bundle: Bundle, tmp_path: Path, prompts: Path
+) -> None:
+    out = tmp_path / "found" / "plan.json"
+    done = tuning("plan", "--bundle", mini_bundle.folder, "--budget", "0.6", "--prompts", prompts, "--out", out, *QUICK)
+    assert done.code == 0, done.err
+    assert [path.name for path in out.parent.iterdir()] == ["plan.json"]
+    plan = Plan.read(out)
+    made = runtime.generate("a black ring", steps=STEPS, plan=out, bundle=mini_bundle.folder)
+    kinds = [step.kind for step in made.steps]
+    assert kinds[0] == "key"
+    assert kinds.count("key") <= 4
+    assert plan.found is not None
+    assert (plan.found.steps, plan.found.prompts, plan.found.guidance_scale) == (STEPS, 1, mini_bundle.manifest.guidance_scale)
+    assert plan.found.cost <= 0.6
+    assert made.plan == plan
+    assert torch.allclose(drop_in(mini_bundle, out, "a black ring"), latents_of(mini_bundle, out, "a black ring"), atol=1e-4)
+    # Any other number of steps takes it as well.
+    assert len(runtime.generate("a black ring", steps=9, plan=out, bundle=mini_bundle.folder).steps) == 9
+
+
+def test_a_search_that_was_stopped_comes_to_the_same_plan(
+    tuning: Command, mini_bundle: Bundle, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(name: str) -> tuple[object, ...]:
+        out = tmp_path / name / "plan.json"
+        return ("plan", "--bundle", mini_bundle.folder, "--budget", "0.6", "--prompts", prompts, "--out", out, *QUICK)
+
+    assert tuning(*given("whole")).code == 0
+    calls = 0
+    error = Pictures.error
+
+    def stopping(self: Pictures, plan: Plan) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return error(self, plan)
+
+    monkeypatch.setattr(Pictures, "error", stopping)
+    stopped = tuning(*given("stopped"))
+    assert stopped.code == 130
+    assert "the same command resumes from what was finished" in stopped.err[0]
+    state = tmp_path / "stopped" / "plan.search.json"
+    assert sum(name.startswith("error") for name in json.loads(state.read_text())["values"]) == 3
+    copy = tmp_path / "copy.json"
+    shutil.copy(state, copy)
+    assert_refused(tuning(*given("stopped"), "--guidance-scale", "2"), "holds a search with guidance 3.0, and this one has 2.0")
+    resumed = tuning(*given("stopped"))
+    assert resumed.code == 0
+    assert any("resumed with" in line for line in resumed.out)
+    assert (tmp_path / "stopped" / "plan.json").read_text() == (tmp_path / "whole" / "plan.json").read_text()
+    assert not state.exists()
+
+
+def test_what_no_plan_can_do(tuning: Command, mini_bundle: Bundle, tmp_path: Path, prompts: Path) -> None:
+    given = ("plan", "--bundle", mini_bundle.folder, "--prompts", prompts, "--out", tmp_path / "plan.json", *QUICK)
+    assert_refused(tuning(*given, "--budget", "0.01"), "no plan costs 0.01 or less; the cheapest costs 0.")
+    assert_refused(
+        tuning(*given, "--psnr", "99.5"), "no plan reaches 99.5 dB but full itself; the best found has", "ask for less"
+    )
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_the_cheapest_plan_for_a_likeness(tuning: Command, mini_bundle: Bundle, tmp_path: Path, prompts: Path) -> None:
+    out = tmp_path / "plan.json"
+    done = tuning("plan", "--bundle", mini_bundle.folder, "--psnr", "25", "--prompts", prompts, "--out", out, *QUICK)
+    assert done.code == 0, done.err
+    pipeline = runtime.load(mini_bundle.folder)
+    pictures = Pictures(pipeline, ["a red star on a blue background", "a green circle"], 2, OPTIONS)
+    assert pictures.psnr(Plan.read(out)) >= 25
+
+
+def test_a_front_is_plans_and_a_plot(tuning: Command, mini_bundle: Bundle, tmp_path: Path, prompts: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "front"
+    done = tuning("plan", "--bundle", mini_bundle.folder, "--front", "--prompts", prompts, "--out", out, *QUICK, "--steps", "4")
+    assert done.code == 0, done.err
+    figures = json.loads((out / "front.json").read_text())
+    assert {"found", "fewer steps", "deepcache", "back"} <= set(figures)
+    plans = sorted(path.name for path in out.glob("found-*.json"))
+    assert plans == sorted(f"{row['name']}.json" for row in figures["found"])
+    assert [row["cost"] for row in figures["found"]] == sorted(row["cost"] for row in figures["found"])
+    assert (out / "front.png").stat().st_size > 10_000
+    assert {path.name for path in tmp_path.iterdir()} == {"front", "prompts.txt"}

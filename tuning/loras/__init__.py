@@ -1,0 +1,1 @@
+"""LoRAs: which weights a file of theirs changes, and how they are added to these."""
