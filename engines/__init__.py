@@ -3,6 +3,8 @@
 Engines are named in one table, one class each; the packages behind them are imported when an engine is made.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ from engines.support.environment import check_environment
 check_environment()  # before the first import that fails without it
 
 from engines.errors import BundleError, EngineError, NeedsBuildError, UserError
-from engines.support.lazy import lazy_names
+from engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from engines.base import DTYPES, Engine, Profile, Runner, Traced
@@ -60,7 +62,7 @@ ON_ONNX = ("onnxruntime", "openvino", "openvino-bf16")
 """Those that run the ONNX files of any bundle."""
 
 
-def make_engine(name: str) -> "Engine":
+def make_engine(name: str) -> Engine:
     """The engine of that name.
 
     Raises:

@@ -4,7 +4,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from engines.support.lazy import lazy_names
+from engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from exporter.build import build

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from engines import Bundle, BundleError, Manifest, Segment
 from engines.bundle.checks import ManifestError, check_complete, check_manifest
+from engines.bundle.digests import known_sha256, note_sha256
 from engines.bundle.folder import MANIFEST_NAME, describe_file
 from engines.bundle.manifest import File, FusedLora
 from engines.bundle.shapes import size_fault
@@ -22,7 +23,6 @@ from exporter.job import BuildJob, open_writer
 from exporter.options import BuildOptions, versions
 from exporter.segments import known_pieces
 from exporter.segments.artifacts import tidy, working_on
-from exporter.segments.digests import Digests
 from exporter.segments.progress import Progress
 from runtime.plans.plan import inherited_features
 from runtime.plans.presets import find_plan
@@ -30,10 +30,7 @@ from runtime.plans.presets import find_plan
 if TYPE_CHECKING:
     from exporter.graph.graph import Graph
 
-__all__ = ["DIGESTS", "build"]
-
-DIGESTS = ".digests.json"
-"""In a bundle: hashes that a later build need not compute again. It belongs to the machine, not to the bundle."""
+__all__ = ["build"]
 
 
 def build(options: BuildOptions, progress: Progress = lambda step: None) -> tuple[Bundle, bool]:
@@ -49,21 +46,19 @@ def build(options: BuildOptions, progress: Progress = lambda step: None) -> tupl
         PlanError: a plan to partition for is unknown or names a unit that the UNet does not have.
     """
     tidy(options.folder)
-    digests = Digests.load(options.folder / DIGESTS)
-    job = BuildJob.resolve(options, digests, progress)
-    existing = _existing(options, job.key, digests)
+    job = BuildJob.resolve(options, progress)
+    existing = _existing(options, job.key)
     if existing is not None:
         return existing, False
     _make(job, progress)
     bundle = Bundle.open(options.folder)
     known_pieces.note(bundle)
     for file in bundle.manifest.all_files:
-        digests.note(bundle.folder / file.path, file.sha256)
-    digests.save(bundle.folder / DIGESTS)
+        note_sha256(bundle.folder / file.path, file.sha256)
     return bundle, True
 
 
-def _existing(options: BuildOptions, key: str, digests: Digests) -> Bundle | None:
+def _existing(options: BuildOptions, key: str) -> Bundle | None:
     """The bundle at its path, if it is whole and made from the same things; None if a new one may replace it."""
     folder = options.folder
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -72,7 +67,7 @@ def _existing(options: BuildOptions, key: str, digests: Digests) -> Bundle | Non
         raise BuildError(f"{folder} exists and is no bundle, so it is kept, also with --force; choose another --out")
     try:
         bundle = Bundle.open(folder)
-        bundle.check(digests)
+        bundle.check(known_sha256)
     except BundleError as error:
         if options.force:
             return None

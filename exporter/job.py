@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines import Engine, make_engine
+from engines.bundle.digests import known_sha256
 from engines.bundle.manifest import MANIFEST_VERSION
 from exporter.options import BuildOptions, check_choices, check_precision, check_static, targets_of, versions
 from exporter.segments.artifacts import key_of
-from exporter.segments.digests import Digests
 from exporter.segments.progress import Progress, Step
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class BuildJob:
     made_from: Mapping[str, Any]
 
     @classmethod
-    def resolve(cls, options: BuildOptions, digests: Digests, progress: Progress) -> "BuildJob":
-        """Open the source, make the engines and check the options; ``digests`` remembers hashes of the source's files.
+    def resolve(cls, options: BuildOptions, progress: Progress) -> "BuildJob":
+        """Open the source, make the engines and check the options.
 
         Raises:
             BuildError: an option is not one of those allowed.
@@ -85,9 +85,9 @@ class BuildJob:
             "versions": versions(),
             "code": _own_code(),
             "manifest": MANIFEST_VERSION,
-            "source": checkpoint.fingerprint(options.variant, digests),
-            "loras": [digests(lora.path) for lora in options.loras],
-            "parts": {part: checkpoint.fingerprint(options.variant, digests, {part}) for part in MODELS},
+            "source": checkpoint.fingerprint(options.variant, known_sha256),
+            "loras": [known_sha256(lora.path) for lora in options.loras],
+            "parts": {part: checkpoint.fingerprint(options.variant, known_sha256, {part}) for part in MODELS},
             "variant": options.variant,
         }
         return cls(options, checkpoint, engines, targets, made_from)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from engines.support.lazy import lazy_names
+from engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from runtime.api import default_bundle, generate, load

@@ -1,9 +1,8 @@
 """A bundle on disk: read it, check it, hash its files."""
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +14,15 @@ from pydantic import ValidationError
 
 from engines.bundle.checks import LARGEST_MANIFEST, ManifestError, check_complete, check_manifest
 from engines.bundle.damage import damaged, of_another_version
+from engines.bundle.digests import Digest, fresh_sha256, known_sha256, sha256
 from engines.bundle.manifest import MANIFEST_VERSION, File, Manifest
 from engines.errors import BundleError
 from engines.support.files import exists, is_file
 from engines.support.records import explain, one_line
 
-__all__ = ["MANIFEST_NAME", "Bundle", "describe_file", "is_intact", "sha256"]
+__all__ = ["MANIFEST_NAME", "Bundle", "Digest", "describe_file", "is_intact", "sha256"]
 
 MANIFEST_NAME = "manifest.json"
-
-Digest = Callable[[Path], str]
-"""SHA-256 of a file, in hexadecimal."""
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def describe_file(folder: Path, path: Path) -> File:
@@ -42,7 +33,10 @@ def describe_file(folder: Path, path: Path) -> File:
 def is_intact(folder: Path, file: File, digest: Digest = sha256) -> bool:
     """Whether a file is there and is the one that the record describes."""
     path = folder / file.path
-    return is_file(path) and path.stat().st_size == file.bytes and digest(path) == file.sha256
+    if not is_file(path) or path.stat().st_size != file.bytes:
+        return False
+    # What is remembered may be damaged, which says nothing of the file.
+    return digest(path) == file.sha256 or (digest is known_sha256 and fresh_sha256(path) == file.sha256)
 
 
 @dataclass(frozen=True)
@@ -103,8 +97,10 @@ class Bundle:
                 shutil.copyfile(self.path(file), target)
             yield Path(temporary)
 
-    def path(self, file: File, digest: Digest = sha256) -> Path:
+    def path(self, file: File, digest: Digest = known_sha256) -> Path:
         """The absolute path of a file, after checking that it is whole; ``digest`` tells its SHA-256.
+
+        A large file that was read before is known by its times: ``check`` reads all of them.
 
         Raises:
             BundleError: the file is missing or its hash differs from the manifest's.
@@ -121,8 +117,8 @@ class Bundle:
         """The command that builds the bundle again at its path, for an engine beside those that it has."""
         return f"{self.manifest.whole_build_command(engine)} --force --out {quote(str(self.folder))}"
 
-    def check(self, digest: Digest = sha256) -> None:
-        """Check every file of the bundle; raises BundleError as ``path`` does."""
+    def check(self, digest: Digest = fresh_sha256) -> None:
+        """Read and check every file of the bundle; raises BundleError as ``path`` does."""
         for file in self.manifest.all_files:
             self.path(file, digest)
 

@@ -11,7 +11,7 @@ from platformdirs import user_cache_path
 
 from engines.support.files import expanded
 
-__all__ = ["cache_places", "card_name", "first_writable", "user_cache"]
+__all__ = ["cache_places", "card_name", "first_writable", "prune", "user_cache"]
 
 
 def user_cache() -> Path:
@@ -49,3 +49,12 @@ def first_writable(folders: Sequence[Path]) -> Path | None:
             if os.access(folder, os.W_OK):
                 return folder
     return None
+
+
+def prune(folder: Path, most: int) -> None:
+    """Remove those files of a folder of small caches that were written first, where there are more than ``most``."""
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if len(paths) > most:
+        with contextlib.suppress(OSError):  # another process removes them as well
+            for path in sorted(paths, key=lambda path: path.stat().st_mtime)[: len(paths) - most]:
+                path.unlink(missing_ok=True)

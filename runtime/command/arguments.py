@@ -67,6 +67,11 @@ def _parser(prog: str) -> Parser:
     add("--explain", action="store_true", help="print what the plan does and costs, step by step; make no picture")
     add("--card", help="with --explain: the least time that the plan could take on that GPU, such as rtx4090")
     add("--plot", type=Path, metavar="PNG", help="draw the plan, steps across and units down; make no picture")
+    add(
+        "--check",
+        action="store_true",
+        help="read every file of the bundle, also those known by their times, to see that it is whole",
+    )
     add("--allow-nonfinite", action="store_true", help="write the picture, with a warning, where numbers became infinite or NaN")
     add("--every-step", action="store_true", help="list all steps, and not their kinds")
     add("--json", action="store_true", help="print the result as JSON, and nothing else")

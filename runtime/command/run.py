@@ -54,8 +54,13 @@ def _generate(options: Namespace, console: Console) -> None:
     other = None if options.compare is None else replace(request, plan=options.compare)
     folder = find_bundle(options.bundle, options.engine, request.found_plan)
     with console.status(f"loading {folder}"), starting():
+        if options.check:
+            Bundle.open(folder).check()
         pipeline = load(folder, options.engine, request.found_plan)
         prepared = pipeline.prepare(request)
+        for name in prepared.schedule.unets if options.check else ():
+            if (bundle := pipeline.swapper.bundle_of(name)).folder != pipeline.bundle.folder:
+                bundle.check()
     if other is not None:
         pipeline.prepare(other)  # refused now rather than after the first
     console.print(announce(pipeline, prepared, folder), soft_wrap=True)

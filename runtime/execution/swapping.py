@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engines import Bundle, Engine, Runner
-from engines.bundle.folder import Digest, sha256
+from engines.bundle.digests import Digest, known_sha256
 from engines.bundle.manifest import File
 from engines.errors import EngineMemoryError
 from runtime.execution.graph_cache import CudaGraphCache
@@ -34,7 +34,7 @@ def free_bytes(device: torch.device) -> int | None:
 class _Checked(Bundle):
     """A bundle whose files have been read and found whole: they are not hashed anew at every swap."""
 
-    def path(self, file: File, digest: Digest = sha256) -> Path:
+    def path(self, file: File, digest: Digest = known_sha256) -> Path:
         """As ``Bundle.path``, by name and size only."""
         return super().path(file, lambda path: file.sha256)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.support.lazy import postponed
+from engines.lazy import postponed
 from runtime.errors import RequestError
 
 __all__ = ["InitialState", "LatentBlend", "from_latents", "from_noise", "from_picture", "generators_of", "timesteps_from"]

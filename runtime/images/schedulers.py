@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engines import BundleError
-from engines.support.lazy import postponed
+from engines.lazy import postponed
 from engines.support.spelling import did_you_mean
 from runtime.errors import RequestError
 from runtime.images.prediction_spaces import PREDICTION_TYPES, PredictionSpaces

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from exporter import BuildOptions, build
-from exporter.build import DIGESTS
 from exporter.segments import known_pieces
 
 FakeTrace = Callable[..., list[str]]
@@ -87,12 +86,6 @@ def test_a_bundle_that_was_moved_here_offers_what_was_built_here(
 ) -> None:
     shutil.move(tmp_path / "first", tmp_path / "moved")
     assert traced_for(first, fake_trace, out=tmp_path / "moved", force=True, max_images=2) == []
-
-
-def test_hashes_beside_a_bundle_that_are_none_are_no_obstacle(first: BuildOptions, fake_trace: FakeTrace) -> None:
-    (first.folder / DIGESTS).write_text('{"segments/stem.onnx": 5, "segments/head.onnx": ["a", {}, 3], "x": [1, 2, 3]}')
-    fake_trace()
-    assert not build(first)[1], "it is up to date"
 
 
 def test_files_that_changed_since_are_not_taken(first: BuildOptions, fake_trace: FakeTrace, tmp_path: Path, caches: Path) -> None:

@@ -20,9 +20,7 @@ from engines import Bundle, Segment, Traced
 from engines.bundle.manifest import Precision
 from engines.support import files
 from exporter import BuildError, BuildOptions, build
-from exporter.build import DIGESTS
 from exporter.segments.artifacts import Artifacts, working_on
-from exporter.segments.digests import Digests
 from exporter.segments.progress import Step
 from tests.exporter.conftest import names_in
 from tests.support.commands import Command, contents
@@ -359,34 +357,6 @@ def test_pieces_are_found_by_another_process_or_not_at_all(tmp_path: Path) -> No
     assert Artifacts(tmp_path).find("ab" * 32) is None
     next((tmp_path / "pieces").iterdir()).write_text("[{")
     assert Artifacts(tmp_path).find("ab" * 32) is None
-
-
-def test_nothing_is_hashed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(b"one")
-    os.utime(path, (1, 1))
-    digests = Digests(tmp_path)
-    one = digests(path)
-    digests.save(tmp_path / DIGESTS)
-    read: list[Path] = []
-
-    def note(path: Path) -> str:
-        read.append(path)
-        return "other"
-
-    monkeypatch.setattr("exporter.segments.digests.sha256", note)
-    again = Digests.load(tmp_path / DIGESTS)
-    assert (again(path), read) == (one, [])
-    path.write_bytes(b"two")
-    os.utime(path, (2, 2))
-    assert (again(path), read) == ("other", [path])
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"weights": []}'])
-def test_what_is_remembered_may_be_damaged(tmp_path: Path, text: str) -> None:
-    (tmp_path / "weights").write_bytes(b"one")
-    (tmp_path / DIGESTS).write_text(text)
-    assert Digests.load(tmp_path / DIGESTS)(tmp_path / "weights") == Digests(tmp_path)(tmp_path / "weights")
 
 
 @pytest.mark.slow

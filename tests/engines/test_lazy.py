@@ -8,9 +8,9 @@ import pytest
 
 import exporter
 import runtime
-from engines.support.lazy import postponed
+from engines.lazy import postponed
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 OURS = "postponed_by_us"
 
 
