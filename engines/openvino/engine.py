@@ -12,7 +12,6 @@ import torch
 from engines.base import DTYPES, Engine, Runner
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Manifest, Segment, VaePrecision
-from engines.bundle.names import VAE
 from engines.errors import EngineError, NeedsBuildError
 from engines.onnx_file import check_names, checked_onnx, explaining, onnx_files
 from engines.openvino.waves import split_waves
@@ -103,8 +102,8 @@ class OpenVINOBfloat16(OpenVINO):
             )
 
     def precision_of(self, manifest: Manifest, segment: Segment) -> VaePrecision:
-        """Bfloat16, and single precision for the VAE: single numbers of its decoder are off by 6 % in bfloat16."""
-        return "fp32" if VAE.issuperset(segment.units) else "bf16"
+        """Bfloat16."""
+        return "bf16"
 
 
 def _names(ports: Any) -> set[str]:
