@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["machine", "write_results"]
 
-_PACKAGES = ("torch", "onnxruntime", "openvino", "diffusers", "transformers", "numpy", "scipy")
+_PACKAGES = ("torch", "onnxruntime", "diffusers", "transformers", "numpy", "scipy")
 
 
 def _processor() -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from engines.bundle.folder import Bundle
-from engines.bundle.manifest import Feature, Manifest, Segment, VaePrecision
+from engines.bundle.manifest import Feature, Segment
 from engines.bundle.shapes import bind, resolve
 from engines.cuda.graphs import Recorder
 from engines.errors import EngineError, NeedsBuildError
@@ -177,10 +177,6 @@ class Engine(ABC):
             EngineError: the bundle has no files of this engine for the segment, or they cannot run here.
             BundleError: the files are damaged.
         """
-
-    def precision_of(self, manifest: Manifest, segment: Segment) -> VaePrecision:
-        """What the engine computes a segment in: what it was built in, unless the engine has a precision of its own."""
-        return manifest.precision_of(segment)
 
     def check_device(self) -> None:  # noqa: B027 - most run everywhere
         """Raise EngineError unless this machine has what the engine runs on; to be called before anything else of it is used."""

@@ -24,7 +24,6 @@ OPTIONAL = [
     "tensorrt",
     "tensorrt_rtx",
     "onnxruntime",
-    "openvino",
     "polygraphy",
     "matplotlib",
     "scipy",
