@@ -7,7 +7,6 @@ from pathlib import Path
 
 from engines.support.cli import parse_size
 from engines.support.files import check_writable
-from runtime.images.schedulers import check_scheduler
 from tuning.errors import TuningError
 
 __all__ = ["PlanOptions", "add_arguments"]
@@ -68,6 +67,8 @@ class PlanOptions:
                 raise TuningError(f"--{name} {getattr(self, name)}: must be {least} or more{why}")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise TuningError(f"--guidance-scale {self.guidance_scale:g}: must be a number, such as 7.5")
+        from runtime.images.schedulers import check_scheduler  # which --help does not wait for
+
         check_scheduler(self.scheduler)
         _ = self.height_and_width
         self._check_place()
