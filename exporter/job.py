@@ -43,7 +43,7 @@ CODE = {
         "segments/writer",
     ),
     "runtime": ("plans/demand", "plans/key_steps", "plans/plan", "plans/presets", "plans/words"),
-    "tuning": ("checkpoints/*", "surgery/*"),
+    "tuning": ("checkpoints/*", "loras/*", "surgery/*"),
 }
 """The files that decide what a bundle holds. A test compares them with what the build imports."""
 

@@ -350,8 +350,9 @@ def test_the_command_states_the_cost(
     short: Pipeline, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from runtime import __main__ as module
+    from runtime.command import run as work
 
-    monkeypatch.setattr(module, "load", lambda *given: short)
+    monkeypatch.setattr(work, "load", lambda *given: short)
     run = command(module.main, capfd, monkeypatch)
     options = ["--bundle", short.bundle.folder, "--plan", "switch:0.4", "--steps", 6, "--scheduler", "ddim", "--size", "64x64"]
     explained = run(PROMPT, *options, "--explain")
