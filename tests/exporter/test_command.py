@@ -234,15 +234,14 @@ def test_a_full_disk_while_files_are_copied(
     folder = tmp_path / "full"
     folder.mkdir()
 
-    copy = shutil.copyfile
+    write = Path.write_bytes
 
-    def refuse(source: Path, target: Path) -> None:
-        if folder not in Path(target).parents:  # as where a tokenizer is tried
-            copy(source, target)
-        else:
-            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+    def refuse(path: Path, data: bytes) -> int:
+        if folder in path.parents and path.parent.name == "tokenizer":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, data)
 
-    monkeypatch.setattr(shutil, "copyfile", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     assert_refused(exporter("build", "--source", tiny_source, "--out", folder / "bundle"), "the disk is full")
     assert names_in(folder) == [".bundle.building"]
 
