@@ -52,14 +52,17 @@ def fresh_sha256(path: Path) -> str:
     return found
 
 
-def note_sha256(path: Path, digest: str) -> None:
-    """Remember what a file was found to be. Where the caches cannot be written, nothing is."""
+def note_sha256(path: Path, digest: str, *, settled: bool = False) -> None:
+    """Remember what a file was found to be; where the caches cannot be written, nothing is.
+
+    Whoever knows that no program will change the file soon says that it is ``settled``.
+    """
     state, place = _state(path), _place(path)
     if state[1] < _SMALL:
         return
     folder, name = real_path(path).parent, real_path(path).name
     known = {other: entry for other, entry in _read(place).items() if other != name and (folder / other).exists()}
-    if time.time_ns() - max(state[2:]) > _SETTLED:
+    if settled or time.time_ns() - max(state[2:]) > _SETTLED:
         known[name] = [*state, digest]
     with suppress(OSError):
         write_text(place, json.dumps(known, indent=1, sort_keys=True) + "\n")

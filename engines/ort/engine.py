@@ -15,10 +15,11 @@ import torch
 
 from engines.base import DTYPES, Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
-from engines.bundle.manifest import Feature, Segment
+from engines.bundle.manifest import Feature, File, Segment
 from engines.cuda.graphs import on_stream
 from engines.errors import EngineError, NeedsBuildError
 from engines.onnx_file import check_names, checked_onnx, explaining, onnx_files
+from engines.ort.kept_graphs import KeptGraph
 from engines.support.caches import cache_places, card_name, first_writable
 from engines.support.records import one_line
 
@@ -118,11 +119,22 @@ class OnnxRuntime(Engine):
         compiled = segment.engines.get(self.name)
         if compiled is not None and not self._tensorrt:  # TensorRT does not know the fused operator
             files = (*compiled.files, *files)
-        session = self._session(checked_onnx(bundle, files), segment, self._providers(bundle, segment))
+        path, providers = checked_onnx(bundle, files), self._providers(bundle, segment)
+        kept = self._kept_session(path, files) if self.device.type == "cpu" else None
+        session = kept or self._session(path, segment, providers)
+        check_names(segment, path, set(_input_names(session)), {entry.name for entry in session.get_outputs()})
         if self.device.type == "cpu":
             return _ArrayRunner(segment, bundle.manifest.features, session)
         features, options = bundle.manifest.features, self._run_options()
         return _BoundRunner(segment, features, session, self.device, options, self._stream, self._running)
+
+    def _kept_session(self, path: Path, files: Sequence[File]) -> Any | None:
+        """A session on a graph that was optimised at an earlier start, or whose optimised form is kept for later ones."""
+        size = sum(file.bytes for file in files)
+        if not KeptGraph.pays(size):
+            return None
+        kept = KeptGraph(self._ort, path, [file.sha256 for file in files])
+        return kept.session(self._options()) or kept.made(self._options(), size)
 
     def _session(self, path: Path, segment: Segment, providers: Sequence[Any]) -> Any:
         cuda = self.device.type == "cuda"
@@ -139,7 +151,6 @@ class OnnxRuntime(Engine):
                 "engine onnxruntime could not start on the GPU: the CUDA and cuDNN libraries here do not fit "
                 f"onnxruntime-gpu {self.version()}; install those that its log names, or choose another engine"
             )
-        check_names(segment, path, set(_input_names(session)), {entry.name for entry in session.get_outputs()})
         return session
 
     def _providers(self, bundle: Bundle, segment: Segment) -> list[Any]:

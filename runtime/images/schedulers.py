@@ -8,16 +8,18 @@ import inspect
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from engines import BundleError
 from engines.lazy import postponed
 from engines.support.spelling import did_you_mean
 from runtime.errors import RequestError
-from runtime.images.prediction_spaces import PREDICTION_TYPES, PredictionSpaces
+
+if TYPE_CHECKING:  # names of schedulers are asked for by commands that draw nothing
+    import torch
+    from torch import Tensor
+
+    from runtime.images.prediction_spaces import PredictionSpaces
 
 __all__ = ["SCHEDULERS", "advance", "check_scheduler", "make_scheduler", "read_spaces", "read_train_steps", "step_options"]
 
@@ -80,6 +82,8 @@ def make_scheduler(name: str, folder: Path, steps: int, inpainting: bool = False
         RequestError: unknown name, or a number of steps that the scheduler cannot take.
         BundleError: the configuration cannot be read, or is not one for this scheduler.
     """
+    import torch
+
     check_scheduler(name)
     kind = _NAMES[name]
     with torch.device("cpu"):
@@ -102,8 +106,10 @@ def read_train_steps(folder: Path) -> int:
     return count
 
 
-def read_spaces(folder: Path) -> PredictionSpaces:
+def read_spaces(folder: Path) -> "PredictionSpaces":
     """What the model's predictions stand for at each timestep; raises BundleError."""
+    from runtime.images.prediction_spaces import PREDICTION_TYPES, PredictionSpaces
+
     scheduler = _load("DDIMScheduler", folder)
     kind = scheduler.config.prediction_type
     if kind not in PREDICTION_TYPES:
@@ -187,7 +193,7 @@ def _correct(scheduler: Any, inpainting: bool) -> None:
         scheduler.register_to_config(skip_prk_steps=True)
 
 
-def step_options(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+def step_options(scheduler: Any, generators: "list[torch.Generator]") -> dict[str, Any]:
     """Arguments of ``scheduler.step``: all that it draws comes from the pictures' own generators, and eta is that of diffusers'
     pipelines, which is not every scheduler's own.
     """
@@ -195,7 +201,7 @@ def step_options(scheduler: Any, generators: list[torch.Generator]) -> dict[str,
     return {name: value for name, value in options.items() if name in inspect.signature(scheduler.step).parameters}
 
 
-def advance(scheduler: Any, prediction: Tensor, timestep: Tensor, latents: Tensor, options: dict[str, Any]) -> Tensor:
+def advance(scheduler: Any, prediction: "Tensor", timestep: "Tensor", latents: "Tensor", options: dict[str, Any]) -> "Tensor":
     """The latents after a step; raises RequestError where a scheduler stumbles over its own configuration."""
     try:
         following: Tensor = scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
