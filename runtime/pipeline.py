@@ -120,7 +120,11 @@ class Pipeline:
 
     def executor(self, schedule: Schedule) -> Executor:
         """The state of one call that runs a schedule's steps."""
-        return Executor(self.networks, schedule, self.graphs, self.swapper, self._spaces)
+        return Executor(self.networks, schedule, self.graphs, self.swapper, self._spaces_for(schedule))
+
+    def _spaces_for(self, schedule: Schedule) -> PredictionSpaces | None:
+        """What predictions stand for, read when the first plan that carries them asks."""
+        return self._spaces if schedule.carries_predictions else None
 
     @cached_property
     def _spaces(self) -> PredictionSpaces:
@@ -342,7 +346,7 @@ class Pipeline:
 
         networks = {name: watched(network) for name, network in self.networks.items()}
         try:
-            executor = Executor(networks, prepared.schedule, None, self.swapper, self._spaces)
+            executor = Executor(networks, prepared.schedule, None, self.swapper, self._spaces_for(prepared.schedule))
             latents, _ = self._denoise(executor, prepared, text, start, look)
         except NonFinite as found:
             part = found.segment if found.segment == "the scheduler" else f"segment {found.segment}"

@@ -87,6 +87,11 @@ class Schedule:
         """Whether some steps evaluate only the half of guidance that is the prompt's."""
         return self._layout.guided
 
+    @property
+    def carries_predictions(self) -> bool:
+        """Whether predictions are turned into noise or pictures on the way from step to step."""
+        return self.guided or any(rule.predict is not None and rule.predict.space != "raw" for rule in self.plan.rules)
+
     @cached_property
     def _depths(self) -> Mapping[str, int]:
         found = Counter[str]()
@@ -101,14 +106,19 @@ class Schedule:
 
     def predict(self, unet: str, name: str) -> Predict | None:
         """How a feature is forecast where it is inherited."""
-        rules = zip(self.plan.rules, self._layout.features[unet], strict=True)
-        return next((rule.predict for rule, names in rules if name in names), None)
+        number = self._rule_of(unet, name)
+        return None if number is None else self.plan.rules[number].predict
 
     def is_forecast(self, step: Step, name: str) -> bool:
         """Whether a feature that a step inherits is forecast: not where only one key step has been."""
-        rules = zip(self.plan.rules, self._layout.features[step.unet], strict=True)
-        number, rule = next((number, rule) for number, (rule, names) in enumerate(rules) if name in names)
-        return rule.depth > 1 and len(self._layout.sources(number, rule, step.index)) > 1
+        number = self._rule_of(step.unet, name)
+        if number is None or self.plan.rules[number].depth == 1:
+            return False
+        return len(self._layout.sources(number, self.plan.rules[number], step.index)) > 1
+
+    def _rule_of(self, unet: str, name: str) -> int | None:
+        """The number of the rule that inherits a feature of a UNet, if one does."""
+        return next((number for number, names in enumerate(self._layout.features[unet]) if name in names), None)
 
     def is_half(self, step: Step, name: str) -> bool:
         """Whether a step has only the prompt's rows of a feature, one half of guidance. Of predictions no more is kept."""
