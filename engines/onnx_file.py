@@ -5,52 +5,19 @@ or functions, which could run for ever, except for a Scan that goes once over th
 open other files (``EPContext``).
 """
 
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from engines.bundle.damage import damaged
 from engines.bundle.folder import Bundle
-from engines.bundle.manifest import File, Segment
-from engines.errors import EngineError, EngineMemoryError, NeedsBuildError
-from engines.support.records import one_line
+from engines.bundle.manifest import File
 
-__all__ = ["check_names", "check_onnx", "checked_onnx", "explaining", "onnx_files"]
+__all__ = ["check_onnx", "checked_onnx"]
 
 _OPERATORS = {"": None, "ai.onnx": None, "com.microsoft": frozenset({"MultiHeadAttention"})}
 """By their domain, the operators that may run; None for all. Others than ONNX's own are those of ``fuse_attention``."""
-_NO_MEMORY = re.compile(r"allocate memory|bad_alloc|out of memory|std::bad_array_new_length", re.IGNORECASE)
-"""In the libraries' messages, which are all that tells their errors apart."""
-
-
-def onnx_files(bundle: Bundle, segment: Segment) -> tuple[File, ...]:
-    """A segment's ONNX file and those of its weights; raises NeedsBuildError where there are none."""
-    if not segment.onnx:
-        raise NeedsBuildError(f"bundle {bundle.folder} has no ONNX file for segment {segment.name}")
-    return segment.onnx
-
-
-def check_names(segment: Segment, path: Path, taken: set[str], made: set[str]) -> None:
-    """Raise NeedsBuildError where a file takes what its segment is not given, or does not make what it should."""
-    unknown, missing = sorted(taken - set(segment.inputs)), sorted(set(segment.outputs) - made)
-    if unknown or missing:
-        found = f"takes {unknown[0]!r:.200}, which it is not given" if unknown else f"does not make {missing[0]!r:.200}"
-        raise NeedsBuildError(f"segment {segment.name}: {path} {found}")
-
-
-@contextmanager
-def explaining(segment: Segment, library: str) -> Iterator[None]:
-    """Say which segment it is that a library fails at, and whether for want of memory."""
-    try:
-        yield
-    except EngineError:
-        raise
-    except Exception as error:  # the libraries' exceptions have no base class of their own
-        kind = EngineMemoryError if _NO_MEMORY.search(str(error)) else NeedsBuildError
-        raise kind(f"segment {segment.name}: {library} fails: {one_line(error)}") from error
 
 
 def checked_onnx(bundle: Bundle, files: Sequence[File]) -> Path:

@@ -91,6 +91,11 @@ class Pipeline:
         """The bundle's description of itself."""
         return self.bundle.manifest
 
+    @property
+    def is_static(self) -> bool:
+        """Whether its engines take one size and one number of rows only."""
+        return self.engine.has_profile and self.manifest.static
+
     def schedule(self, plan: Plan, timesteps: Sequence[float], guided: bool = False) -> Schedule:
         """A plan laid out for this bundle (and others of its source, where the plan switches UNets), checked.
 
@@ -111,7 +116,7 @@ class Pipeline:
             unets = {name: self.networks[name].manifest for name in names}
             schedule = Schedule(plan, unets, timesteps, self._train_steps, guided)
             check_runs(schedule)
-        if schedule.guided and self.engine.has_profile and self.manifest.static:
+        if schedule.guided and self.is_static:
             raise PlanError(
                 f"plan {plan.name} evaluates half of guidance's rows at some steps, and the {self.engine.name} engines of this "
                 f"bundle are static, for {2 * self.manifest.max_images} rows; build it without --static"

@@ -19,13 +19,11 @@ from benchmarks.end_to_end.worker import Subject, SubjectError
 from benchmarks.gpu.card import card_state, check_engines
 from benchmarks.peers import OURS
 from benchmarks.peers.serve import Call
-from engines import Bundle, Manifest
-from engines.bundle.names import NOISE
+from engines import Bundle
 from engines.errors import UserError
 from runtime import Schedule, find_plan
 from runtime.images.schedulers import make_scheduler
-from runtime.plans.subgraph import subgraph_for
-from runtime.report.cost import macs_of, relative_macs
+from runtime.report.cost import full_macs, relative_macs
 
 __all__ = ["build", "measured"]
 
@@ -145,12 +143,7 @@ def _macs(row: Row, settings: Settings, bundles: dict[str, Bundle]) -> float:
     height, width = (side // manifest.vae_scale for side in settings.size or manifest.sizes[0])
     sizes = {"height": height, "width": width}
     last = manifests[names[-1]]
-    return relative_macs(schedule, sizes=sizes) * _whole(last, sizes) / _whole(manifest, sizes)
-
-
-def _whole(manifest: Manifest, sizes: dict[str, int]) -> float:
-    """MACs of the UNet run in full."""
-    return macs_of(manifest, subgraph_for(manifest, frozenset({NOISE})).segment_names, sizes)
+    return relative_macs(schedule, sizes=sizes) * full_macs(last, sizes) / full_macs(manifest, sizes)
 
 
 def _report(figures: list[Figures], name: str, out: Path, settings: Settings, console: Console) -> bool:

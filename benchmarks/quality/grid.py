@@ -1,12 +1,13 @@
 """Pictures in a grid, a row for each UNet or plan and a column for each prompt."""
 
-import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from runtime.images.pictures import picture_psnr
 
 __all__ = ["PROMPTS", "draw", "draw_differences"]
 
@@ -61,9 +62,7 @@ def draw_differences(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns:
 def _difference(one: Image.Image, other: Image.Image) -> tuple[Image.Image, float]:
     """Grey where two pictures are alike, eight times their difference where not; and their PSNR in dB."""
     apart = np.asarray(one, np.float64) - np.asarray(other, np.float64)
-    error = float((apart**2).mean())
-    psnr = math.inf if error == 0 else 10 * math.log10(255**2 / error)
-    return Image.fromarray((128 + 8 * apart).clip(0, 255).astype(np.uint8)), psnr
+    return Image.fromarray((128 + 8 * apart).clip(0, 255).astype(np.uint8)), picture_psnr(one, other)
 
 
 def _wrapped(text: str, width: int = 24) -> str:

@@ -29,6 +29,7 @@ from rich.table import Table
 import runtime
 from benchmarks.machine import machine
 from benchmarks.quality.attributes import measure
+from benchmarks.quality.emoji import wilson
 from benchmarks.quality.grid import draw_differences
 from benchmarks.quality.plans_plot import front, plot
 from engines import UserError
@@ -38,7 +39,7 @@ from engines.support.files import write_text
 from runtime.report.cost import macs_of, share_of_rows
 from tuning.mini.scenes import held_back_prompts
 
-__all__ = ["CONTROLS", "GRID", "PLANS", "RunFolder", "costs", "likeness", "main", "plan_and_steps", "share_interval"]
+__all__ = ["CONTROLS", "GRID", "PLANS", "RunFolder", "costs", "likeness", "main", "plan_and_steps"]
 
 PLANS = (
     "full", "block:2", "block:3", "block:4", "block:6", "layer:2", "layer:3", "layer:5", "deepcache:2", "deepcache:3",
@@ -149,13 +150,6 @@ def likeness(pictures: Sequence[Image.Image], reference: Sequence[Image.Image]) 
     return {name: round(value, 2) for name, value in figures.items()} | {"ssim": round(float(ssim), 4)}
 
 
-def share_interval(share: float, count: int) -> tuple[float, float]:
-    """The interval of 95 % of a share of so many (Wilson 1927)."""
-    z = 1.96
-    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
-
-
 def _quality(name: str, options: argparse.Namespace, kept: RunFolder) -> PlanRow:
     """The worth of a plan's pictures; the first of them (of `full`, all) are kept."""
     plan, steps = plan_and_steps(name, options.steps)
@@ -169,7 +163,7 @@ def _quality(name: str, options: argparse.Namespace, kept: RunFolder) -> PlanRow
     )
     kept.put(name, pictures if name == "full" else pictures[:_GRID_COLUMNS])
     share = figures["rules"]["all"]
-    low, high = share_interval(share, options.count)
+    low, high = wilson(round(share * options.count), options.count)
     shares = {"accuracy": round(share, 4), "accuracy_low": round(low, 4), "accuracy_high": round(high, 4)}
     return {"plan": name} | shares | likeness(pictures, kept.pictures("full"))
 

@@ -4,9 +4,10 @@ Compiling a segment means to write a copy of its graph in which each attention i
 without copies runs too: its ONNX files are taken as they are, slower and with more memory.
 """
 
+import re
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from engines.base import DTYPES, Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, File, Segment
 from engines.cuda.graphs import on_stream
-from engines.errors import EngineError, NeedsBuildError
-from engines.onnx_file import check_names, checked_onnx, explaining, onnx_files
+from engines.errors import EngineError, EngineMemoryError, NeedsBuildError
+from engines.onnx_file import checked_onnx
 from engines.ort.kept_graphs import KeptGraph
 from engines.support.caches import cache_places, card_name, first_writable
 from engines.support.records import one_line
@@ -27,6 +28,8 @@ __all__ = ["OnnxRuntime"]
 
 _CUDA = "CUDAExecutionProvider"
 _TENSORRT = "TensorrtExecutionProvider"
+_NO_MEMORY = re.compile(r"allocate memory|bad_alloc|out of memory|std::bad_array_new_length", re.IGNORECASE)
+"""In ONNX Runtime's messages, which are all that tells its errors apart."""
 
 
 class OnnxRuntime(Engine):
@@ -115,14 +118,16 @@ class OnnxRuntime(Engine):
                 f"segment {segment.name} of bundle {bundle.folder} computes in bfloat16, which engine {self.name} does not; "
                 f"choose an engine that the bundle has: {have}"
             )
-        files = onnx_files(bundle, segment)
+        files = segment.onnx
+        if not files:
+            raise NeedsBuildError(f"bundle {bundle.folder} has no ONNX file for segment {segment.name}")
         compiled = segment.engines.get(self.name)
         if compiled is not None and not self._tensorrt:  # TensorRT does not know the fused operator
             files = (*compiled.files, *files)
         path, providers = checked_onnx(bundle, files), self._providers(bundle, segment)
         kept = self._kept_session(path, files) if self.device.type == "cpu" else None
         session = kept or self._session(path, segment, providers)
-        check_names(segment, path, set(_input_names(session)), {entry.name for entry in session.get_outputs()})
+        _check_names(segment, path, session)
         if self.device.type == "cpu":
             return _ArrayRunner(segment, bundle.manifest.features, session)
         features, options = bundle.manifest.features, self._run_options()
@@ -201,6 +206,27 @@ class OnnxRuntime(Engine):
         return options
 
 
+def _check_names(segment: Segment, path: Path, session: Any) -> None:
+    """Raise NeedsBuildError where a session takes what the segment is not given, or does not make what it should."""
+    unknown = sorted(set(_input_names(session)) - set(segment.inputs))
+    missing = sorted(set(segment.outputs) - {entry.name for entry in session.get_outputs()})
+    if unknown or missing:
+        found = f"takes {unknown[0]!r:.200}, which it is not given" if unknown else f"does not make {missing[0]!r:.200}"
+        raise NeedsBuildError(f"segment {segment.name}: {path} {found}")
+
+
+@contextmanager
+def _explaining(segment: Segment) -> Iterator[None]:
+    """Say which segment it is that fails, and whether for want of memory."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as error:  # its exceptions have no base class of their own
+        kind = EngineMemoryError if _NO_MEMORY.search(str(error)) else NeedsBuildError
+        raise kind(f"segment {segment.name}: ONNX Runtime fails: {one_line(error)}") from error
+
+
 @cache
 def _share_arena() -> None:
     """Give this process's sessions on the CPU one arena, from which threads may take memory at the same time.
@@ -224,7 +250,7 @@ class _ArrayRunner(Runner):
 
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
         feeds = {name: inputs[name].detach().contiguous().numpy() for name in self._taken}
-        with explaining(self.segment, "ONNX Runtime"):
+        with _explaining(self.segment):
             arrays = self._session.run(list(self.segment.outputs), feeds)
             outputs = {name: torch.from_numpy(array) for name, array in zip(self.segment.outputs, arrays, strict=True)}
         return self._checked(outputs, sizes)
@@ -264,7 +290,7 @@ class _BoundRunner(Runner):
                 binding.bind_input(name, *self._place(tensor))
             for name, tensor in outputs.items():
                 binding.bind_output(name, *self._place(tensor))
-            with self._running, explaining(self.segment, "ONNX Runtime"):
+            with self._running, _explaining(self.segment):
                 self._session.run_with_iobinding(binding, self._options)
         return outputs
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from engines.support.files import atomic_file
 from runtime.generation import Generation
+from runtime.images.pictures import picture_psnr
 from runtime.plans.schedule import Schedule
 from runtime.report.explain import COLOURS, unit_states
 from runtime.report.kinds import kinds_of
@@ -34,7 +34,7 @@ class Comparison:
     @property
     def psnr(self) -> list[float]:
         """Of each picture, the peak signal-to-noise ratio in dB against the other's, in 8 bits; infinite where they are alike."""
-        return [_psnr(one, other) for one, other in zip(self.made.images, self.other.images, strict=True)]
+        return [picture_psnr(one, other) for one, other in zip(self.made.images, self.other.images, strict=True)]
 
     def __str__(self) -> str:
         least, most = min(self.psnr), max(self.psnr)
@@ -52,12 +52,6 @@ class Comparison:
         """The figures in JSON's terms; null where pictures are alike."""
         likeness = [None if math.isinf(value) else round(value, 2) for value in self.psnr]
         return {"plan": self.other.plan.name, "speedup": round(self.speedup, 3), "psnr": likeness}
-
-
-def _psnr(one: Image.Image, other: Image.Image) -> float:
-    difference = np.asarray(one, np.float64) - np.asarray(other, np.float64)
-    mean = float((difference**2).mean())
-    return math.inf if mean == 0 else 10 * math.log10(255**2 / mean)
 
 
 _SIDE, _GAP, _TEXT, _ROW = 384, 16, 16, 6

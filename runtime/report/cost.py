@@ -12,7 +12,7 @@ from runtime.plans.retention import Retention
 from runtime.plans.schedule import Schedule, Step
 from runtime.plans.subgraph import Subgraph, subgraph_for
 
-__all__ = ["feature_bytes", "from_to", "macs_of", "peak_bytes", "relative_macs", "share_of_rows"]
+__all__ = ["feature_bytes", "from_to", "full_macs", "macs_of", "peak_bytes", "relative_macs", "share_of_rows"]
 
 
 def macs_of(manifest: Manifest, segments: Collection[str], sizes: Mapping[str, int] | None = None) -> float:
@@ -23,6 +23,11 @@ def macs_of(manifest: Manifest, segments: Collection[str], sizes: Mapping[str, i
         area = sizes["height"] * sizes["width"] / (height * width)
     macs = {unit.name: unit.macs_at(area) for unit in manifest.units}
     return sum(macs[unit] for segment in manifest.segments if segment.name in segments for unit in segment.units)
+
+
+def full_macs(manifest: Manifest, sizes: Mapping[str, int] | None = None) -> float:
+    """Multiply-accumulates of a step that runs all of the UNet, for one row; sizes as ``macs_of``."""
+    return macs_of(manifest, subgraph_for(manifest, frozenset({NOISE})).segment_names, sizes)
 
 
 def relative_macs(
@@ -42,7 +47,7 @@ def relative_macs(
     total = sum(
         count * share_of_rows(half) * macs_of(schedule.unets[unet], ran, sizes) for (unet, ran, half), count in kinds.items()
     )
-    return total / (macs_of(reference, subgraph_for(reference, frozenset({NOISE})).segment_names, sizes) * len(steps))
+    return total / (full_macs(reference, sizes) * len(steps))
 
 
 def share_of_rows(half: bool) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from runtime import Executor, LoadedBundle, Plan, Schedule, StepRecord
+from runtime.images.prediction_spaces import PredictionSpaces
 from runtime.plans.checks import check_runs
 from tests.support.unets import TEXT_WIDTH, TOKENS
 
@@ -33,9 +34,10 @@ def denoise(
         guidance: above 1 for classifier-free guidance.
     """
     manifests = {name: network.manifest for name, network in networks.items()}
-    schedule = Schedule(plan.checked(), manifests, scheduler.timesteps.tolist())
+    schedule = Schedule(plan.checked(), manifests, scheduler.timesteps.tolist(), guided=guidance > 1)
     check_runs(schedule)
-    executor, records = Executor(networks, schedule), []
+    spaces = PredictionSpaces(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+    executor, records = Executor(networks, schedule, spaces=spaces), []
     for index, timestep in enumerate(scheduler.timesteps):
         sample = scheduler.scale_model_input(latents, timestep)
         sample = torch.cat([sample] * 2) if guidance > 1 else sample

@@ -9,18 +9,16 @@ from typing import Any
 
 from rich.console import Console
 
-from engines import Bundle, Manifest, make_engine
-from engines.bundle.names import NOISE
+from engines import Bundle, make_engine
 from engines.support.extras import need
 from engines.support.files import real_path, write_text
 from runtime.errors import PlanError
 from runtime.pipeline import Pipeline
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
-from runtime.plans.subgraph import subgraph_for
 from runtime.plans.words import Found
 from runtime.prepared import Prepared
-from runtime.report.cost import macs_of
+from runtime.report.cost import full_macs
 from runtime.request import Request
 from tuning.errors import TuningError
 from tuning.planning.costs import Costs, MacCosts, TimeCosts
@@ -105,7 +103,7 @@ def _work(options: PlanOptions, search: Search) -> float:
 
 def _open(folders: Sequence[Path]) -> list[Bundle]:
     """The bundles, that of the larger UNet first; raises TuningError where they cannot take turns."""
-    bundles = sorted(map(Bundle.open, folders), key=lambda bundle: -_macs(bundle.manifest))
+    bundles = sorted(map(Bundle.open, folders), key=lambda bundle: -full_macs(bundle.manifest))
     if len(bundles) > 2:
         raise TuningError(f"--bundle is given {len(bundles)} times; a plan can begin with one smaller UNet: give two at most")
     for other in bundles[1:]:
@@ -120,10 +118,6 @@ def _open(folders: Sequence[Path]) -> list[Bundle]:
     return bundles
 
 
-def _macs(manifest: Manifest) -> float:
-    return macs_of(manifest, subgraph_for(manifest, frozenset({NOISE})).segment_names)
-
-
 def _shared_options(options: PlanOptions, pipeline: Pipeline) -> dict[str, Any]:
     height, width = options.height_and_width or (None, None)
     guidance = pipeline.manifest.guidance_scale if options.guidance_scale is None else options.guidance_scale
@@ -134,13 +128,13 @@ def _shared_options(options: PlanOptions, pipeline: Pipeline) -> dict[str, Any]:
 
 def _least_images(pipeline: Pipeline) -> int:
     """How many pictures the smallest call makes."""
-    return pipeline.manifest.max_images if pipeline.engine.has_profile and pipeline.manifest.static else 1
+    return pipeline.manifest.max_images if pipeline.is_static else 1
 
 
 def _space(pipeline: Pipeline, bundles: Sequence[Bundle], first: Prepared) -> Space:
     """What the bundles can run; raises TuningError where one is not where plans find it."""
     unets = tuple(bundle.manifest.variant for bundle in bundles)
-    halves = first.guided and not (pipeline.engine.has_profile and pipeline.manifest.static)
+    halves = first.guided and not pipeline.is_static
     space = Space(first.schedule.timesteps, (), unets, first.scheduler.config.num_train_timesteps, halves)
     if len(unets) > 1:
         every = Point(tuple(range(space.steps)), switch=1)

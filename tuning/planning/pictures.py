@@ -100,7 +100,7 @@ class Pictures:
     def requests(self) -> list[Request]:
         """One for each call; a static engine's last call is filled up with prompts from the beginning."""
         prompts = list(self.prompts)
-        if self.pipeline.engine.has_profile and self.pipeline.manifest.static:
+        if self.pipeline.is_static:
             prompts += (prompts * self.at_a_time)[: -len(prompts) % self.at_a_time]
         first = _HELD_BACK_SEED if self.held_back else _SEED
         parts = range(0, len(prompts), self.at_a_time)

@@ -14,6 +14,7 @@ from PIL import Image
 
 import runtime
 from benchmarks.quality import plans, plans_plot
+from benchmarks.quality.emoji import wilson
 from engines import UserError
 from runtime.plans.presets import find_plan
 
@@ -58,8 +59,8 @@ def test_likeness() -> None:
 
 def test_intervals_of_shares() -> None:
     """Figures of Brown, Cai and DasGupta's form of Wilson's interval, worked out by hand."""
-    assert plans.share_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    low, high = plans.share_interval(1.0, 500)
+    assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    low, high = wilson(500, 500)
     assert (low, high) == pytest.approx((0.9924, 1.0), abs=1e-4)
 
 

@@ -11,15 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime import Executor, LoadedBundle, Plan, Schedule
+from runtime import LoadedBundle, Plan
 from runtime import Rule as PlanRule
 from runtime.errors import PlanError
 from runtime.execution.executor import StepRecord
-from runtime.images.prediction_spaces import PredictionSpaces
-from runtime.plans.checks import check_runs
 from runtime.plans.key_steps import Explicit, Threshold, Uniform
 from runtime.plans.presets import find_plan
 from runtime.plans.words import Found, Guidance, Predict
+from tests.support.denoise import denoise
 from tests.support.reference import reference_scheduler
 from tests.support.reference_words import Halves, Rule, Skip, reference_words
 from tests.support.unets import TEXT_WIDTH, TOKENS, live_network, manifest_of, relative_error, small_unet
@@ -58,23 +57,8 @@ def made_by(
     plan: Plan, guidance: float, scheduler: str = "ddim", images: int = 2, loaded: LoadedBundle | None = None, **settings: Any
 ) -> tuple[Tensor, list[StepRecord]]:
     """Final latents and records of a plan on live modules."""
-    loaded = loaded or network()
     noise, (latents, text) = reference_scheduler(scheduler, STEPS, **settings), inputs(guidance, images)
-    schedule = Schedule(plan.checked(), {"one": loaded.manifest}, noise.timesteps.tolist(), guided=guidance > 1)
-    check_runs(schedule)
-    spaces = PredictionSpaces(noise.alphas_cumprod, noise.config.prediction_type)
-    executor, records = Executor({"one": loaded}, schedule, spaces=spaces), []
-    latents = latents * noise.init_noise_sigma
-    for index, timestep in enumerate(noise.timesteps):
-        sample = noise.scale_model_input(latents, timestep)
-        rows = torch.cat([sample] * 2) if guidance > 1 else sample
-        prediction, record = executor.step(index, rows, timestep.reshape(1).float(), text)
-        if guidance > 1:
-            negative, positive = prediction.chunk(2)
-            prediction = negative + guidance * (positive - negative)
-        latents = noise.step(prediction, timestep, latents).prev_sample
-        records.append(record)
-    return latents, records
+    return denoise({"one": loaded or network()}, noise, latents * noise.init_noise_sigma, text, plan, guidance)
 
 
 def expected(
