@@ -16,6 +16,9 @@ __all__ = ["Costs", "MacCosts", "TimeCosts"]
 
 _ROUNDS = 3
 
+_Kind = tuple[str, tuple[str, ...], bool]
+"""Of a step: its UNet, the segments that it runs, and whether with half of guidance's rows."""
+
 
 class Costs:
     """Costs of plans over the steps of a call.
@@ -60,10 +63,11 @@ class TimeCosts(Costs):
         return sum(self._time(schedule, step) for step in steps) / len(steps)
 
     def _time(self, schedule: Schedule, step: Step) -> float:
-        kind = step.unet, schedule.subgraph(step).segment_names
-        return self._state.get(f"time {' '.join((kind[0], *kind[1]))}", lambda: self._measure(schedule.plan, kind))
+        kind = step.unet, schedule.subgraph(step).segment_names, step.half
+        name = " ".join(("half time" if step.half else "time", step.unet, *kind[1]))
+        return self._state.get(name, lambda: self._measure(schedule.plan, kind))
 
-    def _measure(self, plan: Plan, kind: tuple[str, tuple[str, ...]]) -> float:
+    def _measure(self, plan: Plan, kind: _Kind) -> float:
         """The time of a kind of step over that of a step of ``full``: the median ratio of a few rounds, after one to warm up."""
         ratios = []
         for _ in range(_ROUNDS + 1):
@@ -71,8 +75,8 @@ class TimeCosts(Costs):
             ratios.append(statistics.median(part[kind]) / statistics.median(next(iter(whole.values()))))
         return statistics.median(ratios[1:])
 
-    def _seconds(self, plan: Plan) -> dict[tuple[str, tuple[str, ...]], list[float]]:
-        found: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+    def _seconds(self, plan: Plan) -> dict[_Kind, list[float]]:
+        found: dict[_Kind, list[float]] = {}
         for record in self._pipeline.generate(replace(self._request, plan=plan, output_type="latent")).steps:
-            found.setdefault((record.unet, record.ran), []).append(record.seconds)
+            found.setdefault((record.unet, record.ran, record.half), []).append(record.seconds)
         return found
