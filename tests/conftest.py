@@ -71,9 +71,9 @@ def _names_in(code: CodeType) -> set[str]:
 @pytest.fixture(autouse=True)
 def caches(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's caches, each test's own. With the mark `shared_pieces` they are the session's: builds there take what others
-    made, which is for tests that need bundles and do not test how they are built.
+    made, which is for tests that need bundles and do not test how they are built. Pieces that a fake wrote are never shared.
     """
-    if request.node.get_closest_marker("shared_pieces"):
+    if request.node.get_closest_marker("shared_pieces") and "fake_trace" not in request.fixturenames:
         return Path(os.environ["UNET_HEIRLOOM_CACHE"])
     folder = tmp_path.with_name(f"{tmp_path.name}-caches")
     monkeypatch.setenv("UNET_HEIRLOOM_CACHE", str(folder))

@@ -30,7 +30,7 @@ _MOST_STEPS = 10**9
 
 def shown(value: object) -> str:
     """A value as messages have it: on one line, and short."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MOST_SHOWN:
+    if isinstance(value, int) and abs(value) >= 10**_MOST_SHOWN:
         return f"a number of more than {_MOST_SHOWN} digits"
     text = ascii(value) if isinstance(value, str) else " ".join(repr(value).split())
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
@@ -41,12 +41,17 @@ def _wrong_type(name: str, value: object, wanted: str) -> RequestError:
 
 
 def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, bool):
-        if isinstance(value, Integral):
-            return int(value)
-        if isinstance(value, Real) and float(value).is_integer():
-            return int(float(value))
-    raise _wrong_type(name, value, "a whole number")
+    if isinstance(value, bool) or not (isinstance(value, Integral) or (isinstance(value, Real) and float(value).is_integer())):
+        raise _wrong_type(name, value, "a whole number")
+    return int(value)  # type: ignore[call-overload,no-any-return]
+
+
+def _printable(name: str, value: Any) -> int:
+    """A whole number that can be printed, and so can what is reckoned from it."""
+    number = _whole(name, value)
+    if abs(number) >= 10**_MOST_SHOWN:
+        raise RequestError(f"{name} = {shown(number)}; give one of less")
+    return number
 
 
 def _side(name: str, value: Any) -> int | None:
@@ -54,7 +59,7 @@ def _side(name: str, value: Any) -> int | None:
 
 
 def _count(name: str, value: Any) -> int:
-    count = _whole(name, value)
+    count = _printable(name, value)
     if count < 1:
         raise RequestError(f"{name} = {shown(count)}; ask for at least 1")
     return count
@@ -213,7 +218,7 @@ def _one_of(allowed: Sequence[str]) -> Callable[[str, Any], str]:
 
 
 def _skipped(name: str, value: Any) -> int | None:
-    count = None if value is None else _whole(name, value)
+    count = None if value is None else _printable(name, value)
     if count is not None and count < 0:
         raise RequestError(f"{name} = {shown(count)}; give the number of the text encoder's last layers to leave out, from 0")
     return count

@@ -91,6 +91,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "guidance as text": ({"guidance_scale": "7"}, "guidance_scale is a str"),
     "infinite guidance": ({"guidance_scale": float("inf")}, "guidance_scale = inf; choose a finite number"),
     "guidance of 5,000 digits": ({"guidance_scale": 10**5000}, "guidance_scale = inf"),
+    "pictures of 5,000 digits": ({"num_images": 10**5000, "seed": 1}, "num_images = a number of more than 40 digits"),
     "no pictures": ({"num_images": 0}, "num_images = 0; ask for at least 1"),
     "a scheduler object": ({"scheduler": object()}, "scheduler is a object"),
     "a scheduler that is not": ({"scheduler": "x" * 10_000}, "unknown scheduler 'x"),
