@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ["engines", "exporter", "runtime", "tuning", "unet_heirloom"]
+PACKAGES = ["engines", "exporter", "runtime", "serving", "tuning", "unet_heirloom"]
 
 # Imported where they are used, so that nothing else needs them.
 OPTIONAL = [
@@ -30,6 +30,10 @@ OPTIONAL = [
     "accelerate",
     "datasets",
     "DeepCache",
+    "fastapi",
+    "gradio",
+    "ray",
+    "uvicorn",
 ]
 # Text encoder, VAE and UNet are segments of a bundle: generating needs nobody's model code, and nothing that builds.
 MODEL_CODE = ["diffusers.models.unets", "diffusers.models.autoencoders", "transformers.models.clip.modeling_clip"]
@@ -39,7 +43,8 @@ ALLOWED = {
     "runtime": {"engines"},
     "tuning": {"engines", "runtime"},
     "exporter": {"engines", "runtime", "tuning"},
-    "unet_heirloom": {"engines", "runtime", "tuning", "exporter"},
+    "serving": {"engines", "runtime"},
+    "unet_heirloom": {"engines", "runtime", "tuning", "exporter", "serving"},
     "benchmarks": {"engines", "runtime", "tuning", "exporter"},
 }
 MOST_FILES = 13
