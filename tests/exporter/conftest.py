@@ -9,8 +9,15 @@ from typing import Any
 import pytest
 
 from engines import Segment
+from tests.support import remembered
 from tests.support.commands import Command, command
 from tests.support.sources import save_source
+
+
+@pytest.fixture(autouse=True)
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of what was built before need not measure it again."""
+    monkeypatch.setattr("exporter.graph.graph.infer_shapes_and_macs", remembered.infer_shapes_and_macs)
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,12 @@ from engines.bundle.manifest import Feature
 from engines.bundle.names import SAMPLE, TEXT, TIMESTEP
 from engines.torch_program import ModuleRunner
 from exporter.graph.partition import Granularity, partition
-from exporter.graph.shapes_and_macs import infer_shapes_and_macs
 from exporter.graph.topology import depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule, unit_module
 from runtime.execution.executor import LoadedBundle
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
+from tests.support.remembered import infer_shapes_and_macs
 
 TEXT_WIDTH, TOKENS = 16, 5
 
