@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from serving.errors import ServingError
 from serving.page.asked import MOST_STEPS, size_names
 from serving.page.look import CSS, theme
 from serving.page.site import Site
-from serving.page.views import PARTS, View, status
+from serving.page.views import PARTS, UNEXPECTED, View, status
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -28,6 +28,7 @@ _WAITING = 32
 """Calls that wait for their turn; more are turned away."""
 _KEPT_SECONDS = 3600
 """How long pictures and uploads are kept."""
+_REFUSED = "This cannot be done"
 _CONTROLS = ("prompt", "negative", "seed", "steps", "size", "scheduler", "guidance", "edited", "strength", "preview", "compare")
 """The parts whose values are those of ``Asked``."""
 
@@ -47,7 +48,11 @@ def make_page(pipelines: Mapping[str, Pipeline], at_once: int = 1) -> "gr.Blocks
     with gr.Blocks(title="unet-heirloom", analytics_enabled=False, delete_cache=(600, _KEPT_SECONDS), fill_width=True) as page:
         parts = _lay_out(site)
         _tie(page, site, parts, at_once)
-    return page.queue(max_size=_WAITING, api_open=False)
+    page.queue(max_size=_WAITING, api_open=False)
+    # Gradio 6 asks whether a file was uploaded only of pages that were launched, which a mounted one never is: without this, a
+    # visitor could have any picture of the server opened by its path.
+    page.has_launched = True
+    return page  # type: ignore[no-any-return]
 
 
 def mount_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], path: str = "/", at_once: int = 1) -> "FastAPI":
@@ -57,7 +62,7 @@ def mount_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], path: str = "/
     anything.
     """
     gr, page = _gradio(), make_page(pipelines, at_once)
-    return gr.mount_gradio_app(
+    mounted: FastAPI = gr.mount_gradio_app(
         app,
         page,
         path=path,
@@ -73,6 +78,7 @@ def mount_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], path: str = "/
         theme=theme(),
         css=CSS,
     )
+    return mounted
 
 
 def _gradio() -> Any:
@@ -102,10 +108,7 @@ def _lay_out(site: Site) -> _Parts:
     manifest = site.pipelines[site.first].manifest
     cost, strip = site.describe(site.first, site.plan_at(site.first, site.first_rung(site.first)), 20)
     made: dict[str, Any] = {"uploaded": gr.State(None)}
-    gr.HTML(
-        "<h1>unet-heirloom</h1><p>pictures from a UNet that inherits features instead of computing them again</p>",
-        elem_id="title",
-    )
+    gr.HTML(_title(site), elem_id="title")
     with gr.Row(elem_id="room"):
         with gr.Column(elem_id="ask"):
             made |= _ask(gr, site, cost)
@@ -114,6 +117,12 @@ def _lay_out(site: Site) -> _Parts:
         with gr.Column(elem_id="more"):
             made |= _more(gr, manifest)
     return _Parts(made)
+
+
+def _title(site: Site) -> str:
+    engines = dict.fromkeys(pipeline.engine.name for pipeline in site.pipelines.values())
+    told = escape(f"{', '.join(site.pipelines)} on {', '.join(engines)}")
+    return f"<h1>unet-heirloom</h1><p>a UNet that inherits features instead of computing them again · {told}</p>"
 
 
 def _ask(gr: Any, site: Site, cost: str) -> dict[str, Any]:
@@ -133,12 +142,12 @@ def _ask(gr: Any, site: Site, cost: str) -> dict[str, Any]:
     made["speed"] = gr.Slider(
         0, max(1, len(site.rungs[first]) - 1), at, step=1, label="quality  →  speed", elem_id="speed", buttons=[]
     )
-    with gr.Row():
+    with gr.Row(elem_id="plan-row"):
         made["plan"] = gr.Dropdown(
             names, value=site.plan_at(first, at), allow_custom_value=True, label="plan", elem_id="plan", scale=3, min_width=140
         )
         made["upload"] = gr.UploadButton(
-            "Plan file", file_types=[".json"], type="filepath", elem_id="upload", scale=1, min_width=90, size="sm"
+            "Upload a plan", file_types=[".json"], type="filepath", elem_id="upload", scale=1, min_width=90, size="sm"
         )
     made["cost"] = gr.HTML(cost, elem_id="cost")
     made["compare"] = gr.Checkbox(False, label="compare with full", elem_id="compare")
@@ -155,17 +164,18 @@ def _more(gr: Any, manifest: Any) -> dict[str, Any]:
             made["dice"] = gr.Button("⚄", elem_id="dice")
         made["steps"] = gr.Slider(1, MOST_STEPS, 20, step=1, label="steps", elem_id="steps", buttons=[])
         with gr.Row():
-            made["size"] = gr.Dropdown(sizes, value=sizes[0], label="size (height x width)", elem_id="size", min_width=110)
+            made["size"] = gr.Dropdown(sizes, value=sizes[0], label="size", elem_id="size", min_width=110)
             made["scheduler"] = gr.Dropdown(
-                [*SCHEDULERS], value="dpm++", allow_custom_value=True, label="scheduler, or diffusers' class",
+                [*SCHEDULERS], value="dpm++", allow_custom_value=True, label="scheduler",
                 elem_id="scheduler", min_width=110,
             )  # fmt: skip
         made["guidance"] = gr.Slider(1, 20, manifest.guidance_scale, step=0.5, label="guidance", elem_id="guidance", buttons=[])
         made["preview"] = gr.Slider(0, 20, 4, step=1, label="a preview every … steps (0: none)", elem_id="preview", buttons=[])
     with gr.Accordion("Start from a picture", open=False, elem_id="start"):
+        gr.HTML("Open a picture here. To change a part of it only, paint over that part.")
         made["edited"] = gr.ImageEditor(
             type="pil", image_mode="RGBA", sources=["upload", "clipboard"], transforms=["crop"], layers=False, format="png",
-            brush=gr.Brush(colors=["#ffffff"], color_mode="fixed"), label="picture; paint over what is to change",
+            brush=gr.Brush(colors=["#e07a5f"], color_mode="fixed"), label="picture",
             elem_id="edited", buttons=[],
         )  # fmt: skip
         made["strength"] = gr.Slider(0.05, 1, 0.6, step=0.05, label="strength", elem_id="strength", buttons=[])
@@ -183,7 +193,7 @@ def _results(gr: Any, strip: str) -> dict[str, Any]:
     made["figures"] = gr.HTML("", elem_id="figures")
     made["strip"] = gr.HTML(strip, elem_id="strip")
     text = {"buttons": ["copy"], "wrap_lines": True, "show_label": False, "interactive": False}
-    with gr.Accordion("Make it again", open=False, elem_id="again", visible=False) as made["again"]:
+    with gr.Accordion("Copy as Python or command", open=False, elem_id="again", visible=False) as made["again"]:
         with gr.Tab("Python"):
             made["python"] = gr.Code("", language="python", elem_id="python", **text)
         with gr.Tab("command"):
@@ -212,26 +222,43 @@ def _tie(page: Any, site: Site, parts: _Parts, at_once: int) -> None:
         _safely(site, functools.partial(_of_bundle, gr, site)), parts["bundle"],
         [parts["speed"], parts["plan"], parts["size"], parts["guidance"], parts["uploaded"]], **quick,
     )  # fmt: skip
+    for each in (parts["upload"], parts["edited"]):
+        each.async_move_resource_to_block_cache = _only_uploads(each.async_move_resource_to_block_cache)
     _tie_calls(page, site, parts, at_once, quick)
+
+
+def _only_uploads(move: Callable[[str], Awaitable[str]]) -> Callable[[str], Awaitable[str]]:
+    """How Gradio takes a visitor's file, but for files that are named by an address, which it would fetch."""
+
+    async def take(path: str) -> str:
+        if "://" in str(path):
+            raise _gradio().Error("the page fetches no file by its address; upload it", title=_REFUSED, print_exception=False)
+        return await move(path)
+
+    return take
 
 
 def _tie_calls(page: Any, site: Site, parts: _Parts, at_once: int, quick: dict[str, Any]) -> None:
     gr = _gradio()
+    from gradio import Request
+
     shown, buttons = parts.all((*PARTS, "again")), [parts["generate"], parts["cancel"]]
 
-    def begin(request: gr.Request) -> tuple[str, Any, Any]:
+    def begin(request: Request) -> tuple[str, Any, Any]:
         return site.begin(_visitor(request)), gr.update(interactive=False), gr.update(interactive=True)
 
-    def generate(request: gr.Request, bundle: Any, plan: Any, uploaded: Plan | None, *values: Any) -> Iterator[dict[Any, Any]]:
+    def generate(request: Request, bundle: Any, plan: Any, uploaded: Plan | None, *values: Any) -> Iterator[dict[Any, Any]]:
         asked = dict(zip(_CONTROLS, values, strict=True))
         for view in site.generate(_visitor(request), bundle, plan, uploaded, **asked):
             yield _updates(gr, parts, view)
 
-    def cancel(request: gr.Request) -> None:
+    def cancel(request: Request) -> None:
         site.calls.cancel(_visitor(request))
 
-    def end() -> tuple[Any, Any]:
-        return gr.update(interactive=True), gr.update(interactive=False)
+    def end(told: str) -> tuple[Any, Any, Any]:
+        """Whatever happened: also where Gradio refused what the browser sent, so that nothing began."""
+        lost = gr.update(value=status("wrong", UNEXPECTED)) if "status running" in told else gr.skip()
+        return lost, gr.update(interactive=True), gr.update(interactive=False)
 
     inputs = parts.all(("bundle", "plan", "uploaded", *_CONTROLS))
     for touched in (parts["generate"].click, parts["prompt"].submit):
@@ -243,7 +270,7 @@ def _tie_calls(page: Any, site: Site, parts: _Parts, at_once: int, quick: dict[s
             concurrency_id="calls",
             show_progress="hidden",
             api_visibility="private",
-        ).then(end, None, buttons, **quick)
+        ).then(end, parts["status"], [parts["status"], *buttons], **quick)
     parts["cancel"].click(cancel, None, None, **quick)
     page.unload(cancel)
 
@@ -271,7 +298,7 @@ def _safely(site: Site, function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*values)
         except Exception as error:
-            raise _gradio().Error(escape(site.said(error)), title="This cannot be done", print_exception=False) from None
+            raise _gradio().Error(escape(site.said(error)), title=_REFUSED, print_exception=False) from None
 
     return call
 

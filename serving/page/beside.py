@@ -41,4 +41,4 @@ def figures(made: Made, macs: str, full: Made | None = None) -> str:
             cards[1],
         ]
     shown = "".join(f"<div><b>{escape(value)}</b><span>{escape(of)}</span></div>" for value, of in cards)
-    return f'<div class="figures">{shown}</div>'
+    return f'<div class="figures{" compared" if full else ""}">{shown}</div>'

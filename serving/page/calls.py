@@ -15,6 +15,10 @@ from runtime import Generation, Pipeline, Request, StepRecord
 __all__ = ["Calls", "Cancelled", "Made", "StepDone", "run"]
 
 
+_APART = 0.5
+"""Seconds between two previews: of pictures that are made in less, nobody would see them, and they would be in their way."""
+
+
 class Cancelled(Exception):
     """The visitor stopped the call, or left."""
 
@@ -70,7 +74,9 @@ class Calls:
                     del self._stops[visitor]
 
 
-def run(pipeline: Pipeline, request: Request, stop: threading.Event, every: int = 0) -> Iterator[StepDone | Made]:
+def run(
+    pipeline: Pipeline, request: Request, stop: threading.Event, every: int = 0, apart: float = _APART
+) -> Iterator[StepDone | Made]:
     """Every step of a call when it has been done, and at last what it made.
 
     Args:
@@ -78,6 +84,7 @@ def run(pipeline: Pipeline, request: Request, stop: threading.Event, every: int 
         request: what is made.
         stop: the call ends after the step that runs when this is set.
         every: a preview is decoded after every so many steps; 0 for none.
+        apart: seconds between previews at least, and before the first.
 
     Raises:
         Cancelled: it was stopped.
@@ -89,7 +96,7 @@ def run(pipeline: Pipeline, request: Request, stop: threading.Event, every: int 
     def stops() -> bool:
         return stop.is_set() or left.is_set()
 
-    worker = threading.Thread(target=_work, args=(pipeline, request, stops, every, news), name="page-call", daemon=True)
+    worker = threading.Thread(target=_work, args=(pipeline, request, stops, (every, apart), news), name="page-call", daemon=True)
     worker.start()
     try:
         while not isinstance(item := news.get(), BaseException):
@@ -106,23 +113,23 @@ def _work(
     pipeline: Pipeline,
     request: Request,
     stops: Callable[[], bool],
-    every: int,
+    when: tuple[int, float],
     news: "queue.SimpleQueue[StepDone | Made | BaseException]",
 ) -> None:
-    previews, first = 0.0, 0.0
+    (every, apart), previews, first, last = when, 0.0, 0.0, time.monotonic()
 
     def after(record: StepRecord, latents: Tensor) -> None:
-        nonlocal previews, first
+        nonlocal previews, first, last
         if stops():
             raise Cancelled
         now = time.monotonic() - previews
         first = first or now
         rate = record.index / (now - first) if now > first else None
         preview = None
-        if every and (record.index + 1) % every == 0:
-            started = time.monotonic()
+        if every and (record.index + 1) % every == 0 and (started := time.monotonic()) - last >= apart:
             preview = pipeline.decode(latents)[0]
-            previews += time.monotonic() - started
+            last = time.monotonic()
+            previews += last - started
         news.put(StepDone(record, rate, preview))
 
     try:

@@ -35,16 +35,20 @@ def ladder(pipeline: Pipeline) -> list[Rung]:
     """``full``, and the plans of a front that was found for the bundle, or else presets, dearest first.
 
     A front is a folder beside the bundle as ``python -m tuning plan --front --out FOLDER`` writes it; where there are several,
-    the one that was written last. Only plans are taken that the bundle can run, and of those only what costs less than the last.
+    one whose name begins with the bundle's is taken first, and of these the one that was written last. Only plans are taken
+    that the bundle can run, and of those only what costs less than the last.
     """
-    plans = _front(pipeline.bundle.folder.parent) or [find_plan(name) for name in _LADDER]
+    plans = _front(pipeline.bundle.folder) or [find_plan(name) for name in _LADDER]
     rungs = sorted((rung for plan in [find_plan("full"), *plans] if (rung := _rung(pipeline, plan))), key=lambda rung: -rung.cost)
     return [rung for rung, above in zip(rungs, [None, *rungs], strict=False) if above is None or rung.cost < above.cost]
 
 
-def _front(folder: Path) -> list[Plan]:
-    """The plans of the front in a folder that was written last; none where there is no front."""
-    fronts = sorted(folder.glob("*/front.json"), key=lambda path: path.stat().st_mtime)
+def _front(bundle: Path) -> list[Plan]:
+    """The plans of the front beside a bundle; none where there is no front."""
+    fronts = sorted(
+        bundle.parent.glob("*/front.json"),
+        key=lambda path: (path.parent.name.startswith(bundle.name), path.stat().st_mtime),
+    )
     return list(_readable(fronts[-1].parent)) if fronts else []
 
 

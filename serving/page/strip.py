@@ -62,7 +62,7 @@ class Strip:
 
     def _legend(self) -> str:
         shown = sorted({state for column in self.columns for state in column})
-        chips = "".join(f'<span><i style="background:{COLOURS[_NAMES[state]]}"></i>{_NAMES[state]}</span>' for state in shown)
+        chips = "".join(f'<span><i style="background:{_paint(state)}"></i>{_NAMES[state]}</span>' for state in shown)
         return f'<div class="legend">{chips}</div>'
 
 
@@ -71,15 +71,20 @@ def _progress(index: int, done: int, running: bool) -> str:
 
 
 def _column(states: Sequence[int]) -> str:
-    """One step: a path for each colour, with a cell for each unit."""
+    """One step: a path for each state, with a cell for each unit."""
     side = f"{_CELL - _GAP:g}"
     return "".join(
-        f'<path fill="{colour}" d="'
+        f'<path style="fill:{_paint(number)}" d="'
         + "".join(f"M0 {_CELL * row}h{side}v{side}h-{side}z" for row, state in enumerate(states) if state == number)
         + '"/>'
-        for number, colour in enumerate(COLOURS.values())
-        if number in states
+        for number in sorted(set(states))
     )
+
+
+def _paint(state: int) -> str:
+    """The colour of a state, which the page's CSS may change by its name."""
+    name = _NAMES[state]
+    return f"var(--{name.replace(' ', '-')}, {COLOURS[name]})"
 
 
 def _labels(units: Sequence[str]) -> str:

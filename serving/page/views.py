@@ -28,7 +28,7 @@ View = dict[str, Any]
 PARTS = ("status", "strip", "picture", "full", "difference", "figures", "python", "command", "files")
 UNEXPECTED = "unexpected: this is a fault of the program, not of yours; its log says more"
 _LOG = logging.getLogger(__name__)
-_BREATH = 0.1
+_BREATH = 0.2
 """Seconds between two views; steps that take less are shown together."""
 
 
@@ -129,12 +129,12 @@ def _saved(made: Made, path: Path) -> Path:
     return made.generation.save(path)[0]
 
 
-def _files(request: Request, place: Path) -> list[Path] | None:
+def _files(request: Request, place: Path) -> list[str] | None:
     """What the texts read beside the bundle."""
     pictures = [(name, picture) for name, picture in ((IMAGE, request.image), (MASK, request.mask)) if picture is not None]
     for name, picture in pictures:
         picture.save(place / name)  # type: ignore[union-attr]  # PIL images: see Asked
-    return [place / name for name, _ in pictures] or None
+    return [str(place / name) for name, _ in pictures] or None
 
 
 def _notes(made: Made, request: Request) -> list[str]:

@@ -80,6 +80,11 @@ class Page:
         self.find(selector).send_keys(Keys.CONTROL, "a")
         self.find(selector).send_keys(text, Keys.TAB)
 
+    def generate(self) -> None:
+        """Press the button; the status that stands there is no longer one."""
+        self.js("document.querySelector('#status .status').className = 'seen'")
+        self.click("#generate")
+
     def status(self, kind: str) -> str:
         """The status line, once it is of a kind and the page can be used again."""
         self.until(lambda: self.all(f"#status .{kind}") and self.find("#generate").is_enabled())
@@ -95,7 +100,7 @@ class Page:
         return Image.open(io.BytesIO(base64.b64decode(self.chrome.execute_async_script(code, source).partition(",")[2])))
 
     def log(self, kind: str) -> list[dict[str, Any]]:
-        return list(self.chrome.get_log(kind))  # type: ignore[no-untyped-call]
+        return list(self.chrome.get_log(kind))
 
     def draw(self, name: str, size: tuple[int, int]) -> None:
         """Write a picture of the page, for the documents, if asked to."""
@@ -130,7 +135,7 @@ def test_it_loads_without_asking_anybody_else(page: Page) -> None:
 def test_it_makes_a_picture_and_the_same_in_full(page: Page, mini_pipeline: Pipeline) -> None:
     page.write("#seed input", "7")
     page.click("#compare input")
-    page.click("#generate")
+    page.generate()
     assert page.status("done") == "done: seed 7"
     assert len(page.all("#strip use.done")) == 20
     asked = {"prompt": "a red star on a blue background", "seed": 7, "steps": 20}
@@ -140,6 +145,8 @@ def test_it_makes_a_picture_and_the_same_in_full(page: Page, mini_pipeline: Pipe
     assert page.picture("picture").text["plan"] == "deepcache:3"  # type: ignore[attr-defined]
     figures = page.find("#figures").text
     assert all(part in figures for part in ("×", "dB", "deepcache:3", "full", "%"))
+    page.click("#again button")
+    page.until(lambda: "plan='deepcache:3'" in page.find("#python").text)
     page.draw("serving.png", DESKTOP)
 
 
@@ -154,9 +161,10 @@ def test_it_fits_a_phone(page: Page) -> None:
 
 
 def test_the_slider_leads_from_full_to_speed(page: Page) -> None:
-    for key, plan in (("HOME", "full"), ("END", "deepcache:10")):
-        slide(page, key)
-        page.until(lambda plan=plan: page.find("#plan input").get_attribute("value") == plan)
+    slide(page, "END")
+    page.until(lambda: page.find("#plan input").get_attribute("value") == "deepcache:10")
+    slide(page, "HOME")
+    page.until(lambda: page.find("#plan input").get_attribute("value") == "full")
     page.until(lambda: "% of the multiply-accumulates" in page.find("#cost").text)
 
 
@@ -169,7 +177,7 @@ def slide(page: Page, key: str) -> None:
 def test_a_mistake_is_one_line(page: Page) -> None:
     page.write("#plan input", "blok:3")
     page.until(lambda: page.all("#cost .wrong"))
-    page.click("#generate")
+    page.generate()
     told = page.status("wrong")
     assert told.startswith("unknown plan 'blok:3'; did you mean block:3?")
     assert "Traceback" not in page.text()
@@ -180,27 +188,64 @@ def test_a_mistake_is_one_line(page: Page) -> None:
 def test_cancel_stops_the_call_and_the_page_goes_on(page: Page) -> None:
     page.write("#steps input[type=number]", "100")
     page.write("#scheduler input", "heun")
-    page.click("#generate")
+    page.generate()
     page.until(lambda: " of 199" in page.find("#status").text)
     page.click("#cancel")
     assert page.status("idle") == "cancelled"
-    assert [thread for thread in threading.enumerate() if thread.name == "page-call"] == []
+    assert "page-call" not in names()
     page.write("#steps input[type=number]", "4")
     page.write("#scheduler input", "dpm++")
-    page.click("#generate")
+    page.generate()
     assert page.status("done") == "done: seed 7"
 
 
 def test_a_fault_is_called_unexpected_and_is_in_the_log(
     page: Page, mini_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(latents: Any) -> Any:
+    def broken(*given: Any, **named: Any) -> Any:
         raise RuntimeError("secret of the server")
 
-    monkeypatch.setattr(mini_pipeline, "decode", broken)
+    monkeypatch.setattr(mini_pipeline, "generate", broken)
     with caplog.at_level(logging.ERROR):
-        page.click("#generate")
+        page.generate()
         assert page.status("wrong") == UNEXPECTED
     assert "secret of the server" in caplog.text
     assert "Traceback" in caplog.text
     assert "secret" not in page.text()
+
+
+def test_a_picture_that_is_painted_over_is_repainted_there(page: Page, tmp_path: Path) -> None:
+    from selenium.webdriver import ActionChains
+
+    Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(tmp_path / "start.png")
+    page.click("#start button")
+    page.until(lambda: page.all("#edited input[type=file]"))
+    page.find("#edited input[type=file]").send_keys(str(tmp_path / "start.png"))
+    page.until(lambda: page.all("#edited [aria-label=Brush]"))
+    page.js("document.querySelector('#edited').scrollIntoView({block: 'center'})")
+    canvas = page.until(lambda: page.find("#edited canvas"))
+    ActionChains(page.chrome).move_to_element_with_offset(canvas, -60, -60).click_and_hold().move_by_offset(
+        40, 0
+    ).release().perform()
+    page.write("#preview input[type=number]", "0")
+    page.generate()
+    page.status("done")
+    made, start = np.asarray(page.picture("picture").convert("RGB")), np.asarray(Image.open(tmp_path / "start.png"))
+    kept = (made == start).all(axis=2)
+    assert kept[-8:].all()
+    assert not kept[:32, :32].all()
+    assert {"image.png", "mask.png"} <= {link.get_attribute("download") for link in page.all("#files a")}
+
+
+def test_a_visitor_who_leaves_ends_the_call(page: Page) -> None:
+    page.write("#strength input[type=number]", "1")
+    page.write("#steps input[type=number]", "100")
+    page.write("#scheduler input", "heun")
+    page.generate()
+    page.until(lambda: "page-call" in names())
+    page.chrome.get("about:blank")
+    page.until(lambda: "page-call" not in names())
+
+
+def names() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]

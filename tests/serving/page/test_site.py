@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import logging
 import shlex
 import threading
@@ -33,6 +32,10 @@ from tests.support.commands import command
 
 pytestmark = pytest.mark.shared_pieces
 BUNDLE = "mini-original"
+CONTROLS = ("prompt", "negative", "seed", "steps", "size", "scheduler", "guidance", "edited", "strength", "preview", "compare")
+ASKED = {"negative": "", "scheduler": "dpm++", "strength": 0.6, "compare": False}
+"""The page's controls in their order, and what stands there if nobody touched them."""
+ROOT = Path(__file__).resolve().parents[3]
 PROMPT = "a red star on a blue background"
 
 
@@ -201,7 +204,7 @@ def test_steps_that_are_decided_while_running_become_what_they_were(site: Site) 
 def test_a_call_gives_its_steps_previews_and_picture(site: Site) -> None:
     pipeline = site.pipelines[BUNDLE]
     request = Asked(PROMPT, find_plan("full"), steps=5, seed=1).request(pipeline.manifest)
-    items = list(run(pipeline, request, threading.Event(), every=2))
+    items = list(run(pipeline, request, threading.Event(), every=2, apart=0))
     steps = [item for item in items if isinstance(item, StepDone)]
     assert [item.record.index for item in steps] == [0, 1, 2, 3, 4]
     assert [item.preview is not None for item in steps] == [False, True, False, True, False]
@@ -272,7 +275,7 @@ def results(site: Site, plan: object, uploaded: Plan | None = None, **changes: A
     for view in site.generate("visitor", BUNDLE, plan, uploaded, **controls(**changes)):
         shown |= view
         if view.get("files"):
-            files = {path.name: path.read_bytes() for path in view["files"]}
+            files = {path.name: path.read_bytes() for path in map(Path, view["files"])}
         if isinstance(view.get("picture"), Path):
             picture = Image.open(io.BytesIO(view["picture"].read_bytes()))
     return shown, picture, files
@@ -304,8 +307,8 @@ def elsewhere(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def test_copied_texts_make_the_picture_again(
     site: Site, elsewhere: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    odd = {"prompt": "-a 'red' star\n\"on\" \\ blue $HOME", "negative": "-green", "scheduler": "EulerDiscreteScheduler"}
-    shown, picture, files = results(site, "deepcache:2", **odd)
+    odd = "-a 'red' star\n\"on\" \\ blue $HOME"
+    shown, picture, files = results(site, "deepcache:2", prompt=odd, negative="-green", scheduler="EulerDiscreteScheduler")
     assert files == {}
     check_texts(shown, picture, elsewhere, capfd, monkeypatch)
 
@@ -374,7 +377,38 @@ def test_a_page_needs_a_bundle_that_is_there(site: Site) -> None:
     assert 0 <= site.dice() < 2**32
 
 
-def test_gradios_doors_are_closed(mini_pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Doors:
+    """The page as a program reaches it that is no browser: its events, by part and what is done to it."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        config = client.get("/config").json()
+        names = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
+        self.events = {(names.get(part), event): each["id"] for each in config["dependencies"] for part, event in each["targets"]}
+
+    def touch(self, part: str, event: str, *values: object, then: int = 0) -> Any:
+        """What comes of touching a part; ``then``: of the event so many places behind that."""
+        asked = {"fn_index": self.events[part, event] + then, "session_hash": "x", "data": values}
+        return self.client.post("/gradio_api/run/predict", json=asked).json()
+
+    def generate(self, *values: object) -> str:
+        """What the page is sent while a picture is made."""
+        asked = {"fn_index": self.events["generate", "click"] + 1, "session_hash": "y", "data": values}
+        assert self.client.post("/gradio_api/queue/join", json=asked).status_code == 200
+        return str(self.client.get("/gradio_api/queue/data", params={"session_hash": "y"}).text)
+
+    def upload(self, name: str, content: bytes) -> dict[str, Any]:
+        (path,) = self.client.post("/gradio_api/upload", files={"files": (name, content)}).json()
+        return file_at(path)
+
+
+def file_at(path: str | Path) -> dict[str, Any]:
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.fixture
+def doors(mini_bundle: Bundle, bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Doors]:
+    """A page of two bundles whose engine computes nothing, in an application that has a route already."""
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
 
@@ -383,19 +417,59 @@ def test_gradios_doors_are_closed(mini_pipeline: Pipeline, tmp_path: Path, monke
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     app = FastAPI()
     app.get("/healthz")(lambda: "well")
+    bundles = {"one": mini_bundle, "other": Bundle.open(bundle_copy)}
+    with TestClient(mount_page(app, {name: Pipeline(each, make_engine("null")) for name, each in bundles.items()})) as client:
+        yield Doors(client)
+
+
+def test_no_file_of_the_server_can_be_had(doors: Doors, tmp_path: Path, mini_bundle: Bundle) -> None:
     secret = tmp_path / "secret.json"
     secret.write_text(find_plan("block:2").model_dump_json())
-    with TestClient(mount_page(app, {BUNDLE: mini_pipeline})) as client:
-        assert client.get("/healthz").json() == "well"
-        for path in (secret, Path(__file__), mini_pipeline.bundle.folder / "manifest.json", Path("/etc/hostname")):
-            assert client.get(f"/gradio_api/file={path}").status_code in {403, 404}
-        config = client.get("/config").text
-        assert str(mini_pipeline.bundle.folder.parent) not in config
-        assert client.get("/gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
-        assert client.get("/monitoring").status_code in {403, 404}
-        events = {each["targets"][0][1]: each["id"] for each in json.loads(config)["dependencies"] if each["targets"]}
-        typed = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-        asked = {"fn_index": events["upload"], "session_hash": "x", "data": [BUNDLE, typed]}
-        answer = client.post("/gradio_api/run/predict", json=asked)
-        assert answer.status_code >= 400
-        assert "rules" not in answer.text
+    for path in (secret, ROOT / "models" / "sd15" / "model_index.json", mini_bundle.folder / "manifest.json", "/etc/hostname"):
+        assert doors.client.get(f"/gradio_api/file={path}").status_code in {403, 404}
+        assert doors.touch("upload", "upload", "one", file_at(path)) == {"error": None}, "a path that was not uploaded"
+    fetched = doors.touch("upload", "upload", "one", file_at("http://203.0.113.7/plan.json"))
+    assert fetched["error"] == "the page fetches no file by its address; upload it"
+    assert str(mini_bundle.folder.parent) not in doors.client.get("/config").text
+
+
+def test_no_picture_of_the_server_can_be_had(doors: Doors, tmp_path: Path) -> None:
+    picture = tmp_path / "secret.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    for file, had in ((file_at(picture), False), (doors.upload("mine.png", picture.read_bytes()), True)):
+        asked = controls(edited={"background": file, "layers": [], "composite": None})
+        told = doors.generate("one", "full", None, *(asked.get(name, ASKED.get(name)) for name in CONTROLS))
+        assert ("image.png" in told) is had
+        assert ("not uploaded" in told or '"success":false' in told) is not had
+
+
+def test_the_pages_events_are_no_endpoints(doors: Doors) -> None:
+    assert doors.client.get("/healthz").json() == "well"
+    assert doors.client.get("/gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
+    assert doors.client.get("/monitoring").status_code in {403, 404}
+
+
+def test_uploads_are_said_to_be_wrong_in_one_line_or_can_be_chosen(doors: Doors) -> None:
+    wrong = doors.touch("upload", "upload", "one", doors.upload("bad.json", b"{}"))
+    assert wrong["error"].startswith("plan file bad.json, name: Field required")
+    plan = find_plan("block:2").model_copy(update={"name": "mine"})
+    _, choice = doors.touch("upload", "upload", "one", doors.upload("good.json", plan.model_dump_json().encode()))["data"]
+    assert choice["value"] == "mine"
+    assert choice["choices"][0] == ["mine", "mine"]
+
+
+def test_a_call_that_gradio_refused_does_not_wait_for_ever(doors: Doors) -> None:
+    waiting = doors.touch("generate", "click")["data"][0]
+    assert "waiting for its turn" in waiting
+    ended, generate, cancel = doors.touch("generate", "click", waiting, then=2)["data"]
+    assert UNEXPECTED in ended["value"]
+    assert (generate["interactive"], cancel["interactive"]) == (True, False)
+    assert "value" not in doors.touch("generate", "click", '<div class="status done">', then=2)["data"][0]
+
+
+def test_another_bundle_brings_its_own_plans_and_sizes(doors: Doors) -> None:
+    speed, plan, size, guidance, uploaded = doors.touch("bundle", "change", "other")["data"]
+    assert speed["maximum"] >= speed["value"] > 0
+    assert plan["value"] == "deepcache:3"
+    assert (size["value"], guidance["value"], uploaded) == ("64x64", 3.0, None)
+    assert doors.touch("speed", "input", "other", 0)["data"] == ["full"]
