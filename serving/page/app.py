@@ -14,7 +14,7 @@ from serving.errors import ServingError
 from serving.page.asked import MOST_STEPS, size_names
 from serving.page.look import CSS, theme
 from serving.page.site import Site
-from serving.page.views import PARTS, UNEXPECTED, View, status
+from serving.page.views import NOTHING_MADE, PARTS, View, status
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -214,6 +214,9 @@ def _tie(page: Any, site: Site, parts: _Parts, at_once: int) -> None:
     parts["speed"].input(_safely(site, site.plan_at), [parts["bundle"], parts["speed"]], parts["plan"], **quick)
     for each in (parts["plan"], parts["steps"]):
         each.change(site.describe, told, [parts["cost"], parts["strip"]], trigger_mode="always_last", **quick)
+    parts["plan"].change(
+        _safely(site, functools.partial(_moved, gr, site)), [parts["bundle"], parts["plan"]], parts["speed"], **quick
+    )
     parts["upload"].upload(
         _safely(site, functools.partial(_uploaded, gr, site)), [parts["bundle"], parts["upload"]],
         [parts["uploaded"], parts["plan"]], **quick,
@@ -255,9 +258,12 @@ def _tie_calls(page: Any, site: Site, parts: _Parts, at_once: int, quick: dict[s
     def cancel(request: Request) -> None:
         site.calls.cancel(_visitor(request))
 
+    def leave(request: Request) -> None:
+        site.calls.forget(_visitor(request))
+
     def end(told: str) -> tuple[Any, Any, Any]:
-        """Whatever happened: also where Gradio refused what the browser sent, so that nothing began."""
-        lost = gr.update(value=status("wrong", UNEXPECTED)) if "status running" in told else gr.skip()
+        """Whatever happened: also where Gradio turned the call away, so that nothing began."""
+        lost = gr.update(value=status("wrong", NOTHING_MADE)) if "status running" in told else gr.skip()
         return lost, gr.update(interactive=True), gr.update(interactive=False)
 
     inputs = parts.all(("bundle", "plan", "uploaded", *_CONTROLS))
@@ -272,7 +278,7 @@ def _tie_calls(page: Any, site: Site, parts: _Parts, at_once: int, quick: dict[s
             api_visibility="private",
         ).then(end, parts["status"], [parts["status"], *buttons], **quick)
     parts["cancel"].click(cancel, None, None, **quick)
-    page.unload(cancel)
+    page.unload(leave)
 
 
 def _visitor(request: Any) -> str:
@@ -298,9 +304,15 @@ def _safely(site: Site, function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*values)
         except Exception as error:
-            raise _gradio().Error(escape(site.said(error)), title=_REFUSED, print_exception=False) from None
+            raise _gradio().Error(escape(site.said(error), quote=False), title=_REFUSED, print_exception=False) from None
 
     return call
+
+
+def _moved(gr: Any, site: Site, bundle: str, plan: str) -> Any:
+    """The slider where the plan stands; where it stood, if that is nowhere on it."""
+    place = site.place_of(bundle, plan)
+    return gr.skip() if place is None else gr.update(value=place)
 
 
 def _uploaded(gr: Any, site: Site, bundle: str, path: str | None) -> tuple[Plan | None, Any]:

@@ -71,6 +71,12 @@ class Site:
             raise RequestError(f"the slider goes from 0 to {len(rungs) - 1}")
         return rungs[math.floor(position)].plan.name
 
+    def place_of(self, bundle: object, plan: object) -> int | None:
+        """The place of the slider at which a plan stands, if it does."""
+        self.pipeline(bundle)
+        names = [rung.plan.name for rung in self.rungs[str(bundle)]]
+        return names.index(str(plan)) if plan in names else None
+
     def describe(self, bundle: object, plan: object, steps: object, uploaded: Plan | None = None) -> tuple[str, str]:
         """What a plan costs, and its strip, both as HTML; in the place of the first what is wrong with it."""
         try:

@@ -17,16 +17,17 @@ from runtime.plans.schedule import Schedule
 from runtime.report.cost import from_to, relative_macs
 from serving.page.asked import Asked
 from serving.page.beside import difference, figures
-from serving.page.calls import Made, StepDone, run
+from serving.page.calls import Made, StepDone, in_turns, run
 from serving.page.reproduce import IMAGE, MASK, as_command, as_python
 from serving.page.strip import Strip
 
-__all__ = ["PARTS", "UNEXPECTED", "View", "fault", "status", "views"]
+__all__ = ["NOTHING_MADE", "PARTS", "UNEXPECTED", "View", "fault", "status", "views"]
 
 View = dict[str, Any]
 """New values of some of ``PARTS``; the others stay."""
 PARTS = ("status", "strip", "picture", "full", "difference", "figures", "python", "command", "files")
 UNEXPECTED = "unexpected: this is a fault of the program, not of yours; its log says more"
+NOTHING_MADE = "no picture was made: too many calls are waiting, or what the browser sent could not be read; try again"
 _LOG = logging.getLogger(__name__)
 _BREATH = 0.2
 """Seconds between two views; steps that take less are shown together."""
@@ -83,14 +84,18 @@ def _call(pipeline: Pipeline, asked: Asked, stop: threading.Event, place: Path) 
         "files": _files(request, place),
     }
     if compare:
-        full = yield from _steps(pipeline, replace(request, plan=find_plan("full")), stop, 0, None)
+        whole = replace(request, plan=find_plan("full"))
+        full = yield from _steps(pipeline, whole, stop, 0, None)
         apart = difference(made.generation.image, full.generation.image)
         apart.save(place / "difference.png")
         yield {
             "full": _saved(full, place / "full.png"),
             "difference": place / "difference.png",
             "figures": figures(made, share, full),
+            "status": status("running", "measuring", 1),
         }
+        made, full = in_turns(pipeline, (request, whole), (made, full), stop)
+        yield {"figures": figures(made, share, full)}
     yield {"status": status("done", "; ".join([f"done: seed {made.generation.seeds[0]}", *_notes(made, request)]))}
 
 

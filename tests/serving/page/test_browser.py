@@ -85,6 +85,14 @@ class Page:
         self.js("document.querySelector('#status .status').className = 'seen'")
         self.click("#generate")
 
+    def choose(self, selector: str, text: str) -> None:
+        """Write into a list and take that."""
+        from selenium.webdriver import Keys
+
+        self.js("arguments[0].scrollIntoView({block: 'center'})", self.find(selector))
+        self.find(selector).send_keys(Keys.CONTROL, "a")
+        self.find(selector).send_keys(text, Keys.ENTER)
+
     def status(self, kind: str) -> str:
         """The status line, once it is of a kind and the page can be used again."""
         self.until(lambda: self.all(f"#status .{kind}") and self.find("#generate").is_enabled())
@@ -102,11 +110,11 @@ class Page:
     def log(self, kind: str) -> list[dict[str, Any]]:
         return list(self.chrome.get_log(kind))
 
-    def draw(self, name: str, size: tuple[int, int]) -> None:
+    def draw(self, name: str, size: tuple[int, int], wait: float = 1.0) -> None:
         """Write a picture of the page, for the documents, if asked to."""
         if folder := os.environ.get("DRAW_PAGE"):
             self.js("window.scrollTo(0, 0); document.activeElement.blur()")
-            time.sleep(1)  # what fades in has done so
+            time.sleep(wait)  # what fades in has done so
             height = self.js("return document.querySelector('#made').getBoundingClientRect().bottom + 24")
             self.resize((size[0], max(size[1], int(height))))
             shot = self.chrome.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
@@ -175,26 +183,32 @@ def slide(page: Page, key: str) -> None:
 
 
 def test_a_mistake_is_one_line(page: Page) -> None:
-    page.write("#plan input", "blok:3")
+    page.choose("#plan input", "blok:3")
     page.until(lambda: page.all("#cost .wrong"))
     page.generate()
     told = page.status("wrong")
     assert told.startswith("unknown plan 'blok:3'; did you mean block:3?")
     assert "Traceback" not in page.text()
-    page.write("#plan input", "block:3")
+    page.choose("#plan input", "deepcache:3")
     page.until(lambda: not page.all("#cost .wrong"))
+    page.until(lambda: page.find("#speed input[type=range]").get_attribute("value") == "3")
 
 
 def test_cancel_stops_the_call_and_the_page_goes_on(page: Page) -> None:
     page.write("#steps input[type=number]", "100")
-    page.write("#scheduler input", "heun")
+    page.choose("#scheduler input", "heun")
+    if "DRAW_PAGE" in os.environ:
+        time.sleep(1)  # lists fade out
     page.generate()
     page.until(lambda: " of 199" in page.find("#status").text)
+    if "DRAW_PAGE" in os.environ:
+        page.until(lambda: "step 1" in page.find("#status").text and len(page.all("#strip use.done")) > 100)
+        page.draw("serving-running.png", DESKTOP, wait=0)
     page.click("#cancel")
     assert page.status("idle") == "cancelled"
     assert "page-call" not in names()
     page.write("#steps input[type=number]", "4")
-    page.write("#scheduler input", "dpm++")
+    page.choose("#scheduler input", "dpm++")
     page.generate()
     assert page.status("done") == "done: seed 7"
 
@@ -240,7 +254,7 @@ def test_a_picture_that_is_painted_over_is_repainted_there(page: Page, tmp_path:
 def test_a_visitor_who_leaves_ends_the_call(page: Page) -> None:
     page.write("#strength input[type=number]", "1")
     page.write("#steps input[type=number]", "100")
-    page.write("#scheduler input", "heun")
+    page.choose("#scheduler input", "heun")
     page.generate()
     page.until(lambda: "page-call" in names())
     page.chrome.get("about:blank")

@@ -22,12 +22,12 @@ from runtime.plans.words import Found
 from serving.errors import ServingError
 from serving.page.asked import MOST_STEPS, Asked, image_and_mask
 from serving.page.beside import GAIN, difference, figures
-from serving.page.calls import Calls, Cancelled, Made, StepDone, run
+from serving.page.calls import Calls, Cancelled, Made, StepDone, in_turns, run
 from serving.page.plans import MOST_PLAN_BYTES, chosen_plan, ladder, read_plan
 from serving.page.reproduce import as_command, as_python
 from serving.page.site import Site
 from serving.page.strip import Strip
-from serving.page.views import UNEXPECTED, View
+from serving.page.views import NOTHING_MADE, UNEXPECTED, View
 from tests.support.commands import command
 
 pytestmark = pytest.mark.shared_pieces
@@ -59,6 +59,8 @@ def test_the_ladder_begins_with_full_and_every_rung_costs_less(site: Site) -> No
     assert rungs[0].cost == 1
     assert all(below.cost < above.cost for above, below in itertools.pairwise(rungs))
     assert site.plan_at(BUNDLE, site.first_rung(BUNDLE)) == "deepcache:3"
+    assert site.place_of(BUNDLE, "deepcache:3") == site.first_rung(BUNDLE)
+    assert site.place_of(BUNDLE, "unit:3") is None
     with pytest.raises(RequestError, match=f"0 to {len(rungs) - 1}"):
         site.plan_at(BUNDLE, len(rungs))
 
@@ -216,6 +218,18 @@ def test_a_call_gives_its_steps_previews_and_picture(site: Site) -> None:
     assert made.generation.image == pipeline.generate(request).image, "which change nothing"
 
 
+def test_calls_that_are_compared_are_the_quickest_of_several_if_they_are_short(site: Site) -> None:
+    pipeline = site.pipelines[BUNDLE]
+    plans = find_plan("deepcache:2"), find_plan("full")
+    requests = tuple(Asked(PROMPT, plan, steps=2).request(pipeline.manifest) for plan in plans)
+    one, other = (Made(pipeline.generate(request), 0.9) for request in requests)
+    made = in_turns(pipeline, (requests[0], requests[1]), (one, other), threading.Event())
+    assert [each.generation.plan for each in made] == list(plans)
+    assert all(each.seconds < 0.9 for each in made)
+    long = Made(one.generation, 100)
+    assert in_turns(pipeline, (requests[0], requests[1]), (long, other), threading.Event()) == (long, other)
+
+
 def test_a_call_stops_when_it_is_cancelled_or_nobody_looks_any_more(site: Site) -> None:
     pipeline = site.pipelines[BUNDLE]
     request = Asked(PROMPT, find_plan("full"), steps=100).request(pipeline.manifest)
@@ -249,6 +263,12 @@ def test_one_visitor_does_not_stop_another() -> None:
         calls.cancel("other")
     with calls.running("one") as again:
         assert not again.is_set()
+        calls.forget("one")
+        assert again.is_set()
+    calls.begin("one")
+    calls.forget("one")
+    with calls.running("one") as last:
+        assert not last.is_set()
 
 
 def test_differences_are_made_visible() -> None:
@@ -462,7 +482,7 @@ def test_a_call_that_gradio_refused_does_not_wait_for_ever(doors: Doors) -> None
     waiting = doors.touch("generate", "click")["data"][0]
     assert "waiting for its turn" in waiting
     ended, generate, cancel = doors.touch("generate", "click", waiting, then=2)["data"]
-    assert UNEXPECTED in ended["value"]
+    assert NOTHING_MADE in ended["value"]
     assert (generate["interactive"], cancel["interactive"]) == (True, False)
     assert "value" not in doors.touch("generate", "click", '<div class="status done">', then=2)["data"][0]
 
