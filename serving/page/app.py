@@ -1,17 +1,13 @@
-"""The page's parts and what ties them to ``Site``. Gradio is imported when a page is made, and nothing else knows of it."""
+"""The page as Gradio's blocks in an application: what ties its parts to ``Site``, and what Gradio is kept from."""
 
 import functools
-import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from engines.support.extras import need
 from runtime import Pipeline, Plan
-from runtime.images.schedulers import SCHEDULERS
-from serving.errors import ServingError
-from serving.page.asked import MOST_STEPS, size_names
+from serving.page.asked import size_names
+from serving.page.layout import Parts, gradio, lay_out
 from serving.page.look import CSS, theme
 from serving.page.site import Site
 from serving.page.views import NOTHING_MADE, PARTS, View, status
@@ -22,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["make_page", "mount_page"]
 
-_EXAMPLE = "a red star on a blue background"
 _UPLOAD_BYTES = "20mb"
 _WAITING = 32
 """Calls that wait for their turn; more are turned away."""
@@ -43,10 +38,10 @@ def make_page(pipelines: Mapping[str, Pipeline], at_once: int = 1) -> "gr.Blocks
     Raises:
         ServingError: no bundle, or Gradio is not installed.
     """
-    gr = _gradio()
+    gr = gradio()
     site = Site(pipelines)
     with gr.Blocks(title="unet-heirloom", analytics_enabled=False, delete_cache=(600, _KEPT_SECONDS), fill_width=True) as page:
-        parts = _lay_out(site)
+        parts = lay_out(site)
         _tie(page, site, parts, at_once)
     page.queue(max_size=_WAITING, api_open=False)
     # Gradio 6 asks whether a file was uploaded only of pages that were launched, which a mounted one never is: without this, a
@@ -61,7 +56,7 @@ def mount_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], path: str = "/
     No file of the server can be asked for through it but those that the page itself showed, and it asks no other server for
     anything.
     """
-    gr, page = _gradio(), make_page(pipelines, at_once)
+    gr, page = gradio(), make_page(pipelines, at_once)
     mounted: FastAPI = gr.mount_gradio_app(
         app,
         page,
@@ -81,132 +76,9 @@ def mount_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], path: str = "/
     return mounted
 
 
-def _gradio() -> Any:
-    """Gradio, which is told not to phone home before it is imported."""
-    need("gradio", "the page", "serve", ServingError)
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    import gradio
-
-    return gradio
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The page's components, by name."""
-
-    by_name: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.by_name[name]
-
-    def all(self, names: tuple[str, ...]) -> list[Any]:
-        return [self.by_name[name] for name in names]
-
-
-def _lay_out(site: Site) -> _Parts:
-    gr = _gradio()
-    manifest = site.pipelines[site.first].manifest
-    cost, strip = site.describe(site.first, site.plan_at(site.first, site.first_rung(site.first)), 20)
-    made: dict[str, Any] = {"uploaded": gr.State(None)}
-    gr.HTML(_title(site), elem_id="title")
-    with gr.Row(elem_id="room"):
-        with gr.Column(elem_id="ask"):
-            made |= _ask(gr, site, cost)
-        with gr.Column(elem_id="made"):
-            made |= _results(gr, strip)
-        with gr.Column(elem_id="more"):
-            made |= _more(gr, manifest)
-    return _Parts(made)
-
-
-def _title(site: Site) -> str:
-    engines = dict.fromkeys(pipeline.engine.name for pipeline in site.pipelines.values())
-    told = escape(f"{', '.join(site.pipelines)} on {', '.join(engines)}")
-    return f"<h1>unet-heirloom</h1><p>a UNet that inherits features instead of computing them again · {told}</p>"
-
-
-def _ask(gr: Any, site: Site, cost: str) -> dict[str, Any]:
-    """Prompt, buttons, and the plan."""
-    first, source = site.first, site.pipelines[site.first].manifest.source
-    made = {
-        "bundle": gr.Dropdown([*site.pipelines], value=first, label="bundle", visible=len(site.pipelines) > 1, elem_id="bundle"),
-        "prompt": gr.Textbox(
-            _EXAMPLE if source == "mini" else "", label="prompt", placeholder=_EXAMPLE, lines=2, max_lines=6, elem_id="prompt"
-        ),
-    }
-    with gr.Row(elem_id="buttons"):
-        made["generate"] = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
-        made["cancel"] = gr.Button("Cancel", variant="stop", elem_id="cancel", interactive=False, scale=1)
-    made["status"] = gr.HTML(status("idle", "ready"), elem_id="status")
-    names, at = site.plan_names(first), site.first_rung(first)
-    made["speed"] = gr.Slider(
-        0, max(1, len(site.rungs[first]) - 1), at, step=1, label="quality  →  speed", elem_id="speed", buttons=[]
-    )
-    with gr.Row(elem_id="plan-row"):
-        made["plan"] = gr.Dropdown(
-            names, value=site.plan_at(first, at), allow_custom_value=True, label="plan", elem_id="plan", scale=3, min_width=140
-        )
-        made["upload"] = gr.UploadButton(
-            "Upload a plan", file_types=[".json"], type="filepath", elem_id="upload", scale=1, min_width=90, size="sm"
-        )
-    made["cost"] = gr.HTML(cost, elem_id="cost")
-    made["compare"] = gr.Checkbox(False, label="compare with full", elem_id="compare")
-    return made
-
-
-def _more(gr: Any, manifest: Any) -> dict[str, Any]:
-    """What most visitors leave as it is."""
-    sizes, made = size_names(manifest), dict[str, Any]()
-    with gr.Accordion("Settings", open=True, elem_id="settings"):
-        made["negative"] = gr.Textbox(label="negative prompt", elem_id="negative")
-        with gr.Row(elem_id="seed-row"):
-            made["seed"] = gr.Number(0, label="seed", precision=0, elem_id="seed", min_width=80)
-            made["dice"] = gr.Button("⚄", elem_id="dice")
-        made["steps"] = gr.Slider(1, MOST_STEPS, 20, step=1, label="steps", elem_id="steps", buttons=[])
-        with gr.Row():
-            made["size"] = gr.Dropdown(sizes, value=sizes[0], label="size", elem_id="size", min_width=110)
-            made["scheduler"] = gr.Dropdown(
-                [*SCHEDULERS], value="dpm++", allow_custom_value=True, label="scheduler",
-                elem_id="scheduler", min_width=110,
-            )  # fmt: skip
-        made["guidance"] = gr.Slider(1, 20, manifest.guidance_scale, step=0.5, label="guidance", elem_id="guidance", buttons=[])
-        made["preview"] = gr.Slider(0, 20, 4, step=1, label="a preview every … steps (0: none)", elem_id="preview", buttons=[])
-    with gr.Accordion("Start from a picture", open=False, elem_id="start"):
-        gr.HTML("Open a picture here. To change a part of it only, paint over that part.")
-        made["edited"] = gr.ImageEditor(
-            type="pil", image_mode="RGBA", sources=["upload", "clipboard"], transforms=["crop"], layers=False, format="png",
-            brush=gr.Brush(colors=["#e07a5f"], color_mode="fixed"), label="picture",
-            elem_id="edited", buttons=[],
-        )  # fmt: skip
-        made["strength"] = gr.Slider(0.05, 1, 0.6, step=0.05, label="strength", elem_id="strength", buttons=[])
-    return made
-
-
-def _results(gr: Any, strip: str) -> dict[str, Any]:
-    """Pictures, figures, strip, and the texts that make the picture again."""
-    made, kept = dict[str, Any](), ["download", "fullscreen"]
-    with gr.Row(elem_id="pictures"):
-        for name, label in (("picture", "picture"), ("full", "the same in full"), ("difference", "difference, × 8")):
-            made[name] = gr.Image(
-                label=label, elem_id=name, interactive=False, visible=name == "picture", format="png", buttons=kept
-            )
-    made["figures"] = gr.HTML("", elem_id="figures")
-    made["strip"] = gr.HTML(strip, elem_id="strip")
-    text = {"buttons": ["copy"], "wrap_lines": True, "show_label": False, "interactive": False}
-    with gr.Accordion("Copy as Python or command", open=False, elem_id="again", visible=False) as made["again"]:
-        with gr.Tab("Python"):
-            made["python"] = gr.Code("", language="python", elem_id="python", **text)
-        with gr.Tab("command"):
-            made["command"] = gr.Code(
-                "", language="shell", buttons=["copy"], wrap_lines=True, elem_id="command", show_label=False
-            )
-        made["files"] = gr.File(label="what they read", visible=False, file_count="multiple", elem_id="files")
-    return made
-
-
-def _tie(page: Any, site: Site, parts: _Parts, at_once: int) -> None:
+def _tie(page: Any, site: Site, parts: Parts, at_once: int) -> None:
     """What happens when a part is touched. None of it is an endpoint that other programs are offered."""
-    gr = _gradio()
+    gr = gradio()
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     told = [parts["bundle"], parts["plan"], parts["steps"], parts["uploaded"]]
 
@@ -224,7 +96,7 @@ def _tie(page: Any, site: Site, parts: _Parts, at_once: int) -> None:
     parts["bundle"].change(
         _safely(site, functools.partial(_of_bundle, gr, site)), parts["bundle"],
         [parts["speed"], parts["plan"], parts["size"], parts["guidance"], parts["uploaded"]], **quick,
-    )  # fmt: skip
+    ).then(site.describe, told, [parts["cost"], parts["strip"]], **quick)  # fmt: skip
     for each in (parts["upload"], parts["edited"]):
         each.async_move_resource_to_block_cache = _only_uploads(each.async_move_resource_to_block_cache)
     _tie_calls(page, site, parts, at_once, quick)
@@ -235,14 +107,14 @@ def _only_uploads(move: Callable[[str], Awaitable[str]]) -> Callable[[str], Awai
 
     async def take(path: str) -> str:
         if "://" in str(path):
-            raise _gradio().Error("the page fetches no file by its address; upload it", title=_REFUSED, print_exception=False)
+            raise gradio().Error("the page fetches no file by its address; upload it", title=_REFUSED, print_exception=False)
         return await move(path)
 
     return take
 
 
-def _tie_calls(page: Any, site: Site, parts: _Parts, at_once: int, quick: dict[str, Any]) -> None:
-    gr = _gradio()
+def _tie_calls(page: Any, site: Site, parts: Parts, at_once: int, quick: dict[str, Any]) -> None:
+    gr = gradio()
     from gradio import Request
 
     shown, buttons = parts.all((*PARTS, "again")), [parts["generate"], parts["cancel"]]
@@ -285,7 +157,7 @@ def _visitor(request: Any) -> str:
     return str(request.session_hash)
 
 
-def _updates(gr: Any, parts: _Parts, view: View) -> dict[Any, Any]:
+def _updates(gr: Any, parts: Parts, view: View) -> dict[Any, Any]:
     """New values for the page's parts; what there is nothing of is not shown."""
     updates: dict[Any, Any] = {}
     for name, value in view.items():
@@ -304,7 +176,7 @@ def _safely(site: Site, function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*values)
         except Exception as error:
-            raise _gradio().Error(escape(site.said(error), quote=False), title=_REFUSED, print_exception=False) from None
+            raise gradio().Error(escape(site.said(error), quote=False), title=_REFUSED, print_exception=False) from None
 
     return call
 
