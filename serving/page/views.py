@@ -1,0 +1,148 @@
+"""What the page shows of a call, from its first step to its end: plain values, which ``app`` puts into the page's parts."""
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from engines import UserError
+from runtime import Pipeline, Request, find_plan
+from runtime.plans.found import found_for_others
+from runtime.plans.schedule import Schedule
+from runtime.report.cost import from_to, relative_macs
+from serving.page.asked import Asked
+from serving.page.beside import difference, figures
+from serving.page.calls import Made, StepDone, in_turns, run
+from serving.page.reproduce import IMAGE, MASK, as_command, as_python
+from serving.page.strip import Strip
+
+__all__ = ["NOTHING_MADE", "PARTS", "UNEXPECTED", "View", "fault", "status", "views"]
+
+View = dict[str, Any]
+"""New values of some of ``PARTS``; the others stay."""
+PARTS = ("status", "strip", "picture", "full", "difference", "figures", "python", "command", "files")
+UNEXPECTED = "unexpected: this is a fault of the program, not of yours; its log says more"
+NOTHING_MADE = "no picture was made: too many calls are waiting, or what the browser sent could not be read; try again"
+_LOG = logging.getLogger(__name__)
+_BREATH = 0.2
+"""Seconds between two views; steps that take less are shown together."""
+
+
+def status(kind: str, text: str, share: float | None = None) -> str:
+    """The line below the button, with a bar where a share is done; ``kind`` is idle, running, done or wrong."""
+    bar = "" if share is None else f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div>'
+    role = "alert" if kind == "wrong" else "status"
+    return f'<div class="status {kind}" role="{role}"><span>{escape(text)}</span>{bar}</div>'
+
+
+def fault(error: BaseException) -> str:
+    """What is said of an error: a visitor's mistake in one line; anything else is unexpected, and its traceback logged."""
+    if isinstance(error, UserError):
+        return error.line
+    _LOG.error("a fault on the page", exc_info=error)
+    return UNEXPECTED
+
+
+def views(pipeline: Pipeline, asked: Asked, stop: threading.Event) -> Iterator[View]:
+    """Everything that is shown of a call. Its pictures are files that are gone when the next view is asked for.
+
+    Args:
+        pipeline: makes it.
+        asked: what was asked for.
+        stop: the call ends when it is set.
+
+    Raises:
+        Cancelled: it was stopped.
+        UserError: the request is refused.
+    """
+    with tempfile.TemporaryDirectory(prefix="unet-heirloom-page-") as folder:
+        yield from _call(pipeline, asked, stop, Path(folder))
+
+
+def _call(pipeline: Pipeline, asked: Asked, stop: threading.Event, place: Path) -> Iterator[View]:
+    request = asked.request(pipeline.manifest)
+    compare = bool(asked.compare) and request.found_plan.name != "full"
+    every = asked.preview if isinstance(asked.preview, int) else 0
+    schedule = pipeline.prepare(request).schedule
+    strip = Strip(schedule)
+    yield dict.fromkeys(("full", "difference", "figures", "python", "command", "files")) | {
+        "strip": strip.svg(running=True),
+        "status": status("running", "starting", 0),
+    }
+    made = yield from _steps(pipeline, request, stop, every, strip)
+    share = _share_of_macs(schedule)
+    yield {
+        "picture": _saved(made, place / "picture.png"),
+        "figures": figures(made, share),
+        "python": as_python(made.generation, pipeline),
+        "command": as_command(made.generation, pipeline),
+        "files": _files(request, place),
+    }
+    if compare:
+        whole = replace(request, plan=find_plan("full"))
+        full = yield from _steps(pipeline, whole, stop, 0, None)
+        apart = difference(made.generation.image, full.generation.image)
+        apart.save(place / "difference.png")
+        yield {
+            "full": _saved(full, place / "full.png"),
+            "difference": place / "difference.png",
+            "figures": figures(made, share, full),
+            "status": status("running", "measuring", 1),
+        }
+        made, full = in_turns(pipeline, (request, whole), (made, full), stop)
+        yield {"figures": figures(made, share, full)}
+    yield {"status": status("done", "; ".join([f"done: seed {made.generation.seeds[0]}", *_notes(made, request)]))}
+
+
+def _steps(
+    pipeline: Pipeline, request: Request, stop: threading.Event, every: int, strip: Strip | None
+) -> Generator[View, None, Made]:
+    """The views of a call's steps; returns what it made. A call without a strip is the one that is compared with."""
+    total, shown_at = len(pipeline.prepare(request).timesteps), 0.0
+    name = "" if strip else "now in full: "
+    for item in run(pipeline, request, stop, every):
+        if isinstance(item, Made):
+            return item
+        if strip is not None:
+            strip.note(item.record)
+        done = item.record.index + 1
+        if item.preview is None and done < total and time.monotonic() - shown_at < _BREATH:
+            continue
+        shown_at = time.monotonic()
+        yield _step(item, done, total, name) | ({} if strip is None else {"strip": strip.svg(done, running=done < total)})
+    raise AssertionError("a call ends with what it made")
+
+
+def _step(item: StepDone, done: int, total: int, name: str) -> View:
+    rate = "" if item.rate is None else f" · {item.rate:.1f} steps/s"
+    view: View = {"status": status("running", f"{name}step {done} of {total}{rate}", done / total)}
+    return view if item.preview is None else view | {"picture": item.preview}
+
+
+def _share_of_macs(schedule: Schedule) -> str:
+    least, most = (100 * relative_macs(schedule, changed=changed) for changed in (False, True))
+    return f"{from_to(least, most, digits=0)} %"
+
+
+def _saved(made: Made, path: Path) -> Path:
+    """The picture as a PNG file that carries what it was made from."""
+    return made.generation.save(path)[0]
+
+
+def _files(request: Request, place: Path) -> list[str] | None:
+    """What the texts read beside the bundle."""
+    pictures = [(name, picture) for name, picture in ((IMAGE, request.image), (MASK, request.mask)) if picture is not None]
+    for name, picture in pictures:
+        picture.save(place / name)  # type: ignore[union-attr]  # PIL images: see Asked
+    return [str(place / name) for name, _ in pictures] or None
+
+
+def _notes(made: Made, request: Request) -> list[str]:
+    """What a visitor should know of the picture."""
+    unread = [f"not read, for the prompt is too long: {words}" for words in made.generation.unread if words]
+    return list(filter(None, [found_for_others(made.generation.plan, request.scheduler, request.steps), *unread]))
