@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -104,6 +105,18 @@ def test_columns_go_and_digits_stay(width: int, left: int) -> None:
     assert sum(name in heads for name in ("seg", "units", "params", "MACs")) == left
     assert any("1,257,256.4" in line for line in lines)
     assert "…" not in "".join(lines)
+
+
+@pytest.mark.parametrize("width", [80, 76, 73])
+def test_names_stay_whole_while_they_fit(width: int) -> None:
+    table = Table(box=SIMPLE)
+    for name in ("step", "kind", "segments run", "inherited", "MACs", "time"):
+        table.add_column(name, justify="right" if name in {"step", "MACs", "time"} else "left")
+    table.add_row("12", "inherit", "3 of 13: stem, up.3.layer.2, head", "up.3.layer.1.attention", "0.10", "0.12")
+    lines = printed(table, width, ["inherited"])
+    words = " ".join(lines).split()
+    assert {"inherit", "up.3.layer.2,", "up.3.layer.1.attention", "0.12"} <= set(words)
+    assert max(map(len, lines)) <= width
 
 
 def test_a_bundle_is_shown_in_80_columns(tmp_path: Path) -> None:

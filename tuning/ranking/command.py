@@ -17,6 +17,7 @@ from rich.table import Table
 
 from engines.bundle.manifest import is_variant
 from engines.support.files import check_writable, write_text
+from engines.support.tables import fit
 from tuning.checkpoints.configs import check_channels, latent_size
 from tuning.checkpoints.find_source import RANDOM, UNetSource, open_unet
 from tuning.errors import TuningError
@@ -88,7 +89,7 @@ def rank_command(options: RankOptions, console: Console) -> None:
             result = _measure(options, bar)
         except torch.OutOfMemoryError as error:
             raise TuningError("the GPU's memory is too small for this: fewer --prompts, or --device cpu") from error
-    console.print(_table(result))
+    console.print(fit(_table(result), console, ["± spread"]))
     for line in _lines(options, result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     write_text(options.out / "rank.json", json.dumps(_record(options, result), indent=1) + "\n")
