@@ -81,10 +81,10 @@ def partitioned_by_unit(manifest: Manifest) -> Manifest:
     return manifest.model_copy(update={"segments": tuple(segments)})
 
 
-def lay_out_part(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> Schedule:
+def lay_out_part(plan: Plan, manifest: Manifest, timesteps: Sequence[float], guided: bool = False) -> Schedule:
     """A plan laid out for one UNet's part of it, to be checked whatever the bundles of the others are partitioned for.
 
-    The other UNets are replaced by this one, partitioned by unit.
+    The other UNets are replaced by this one, partitioned by unit; ``guided`` calls have classifier-free guidance.
 
     Raises:
         PlanError: the plan does not run this UNet, or names what it does not have.
@@ -93,7 +93,7 @@ def lay_out_part(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> 
     if manifest.variant not in names:
         raise PlanError(f"plan {plan.name} runs the UNets {', '.join(names)}, not {manifest.variant}")
     unets = dict.fromkeys(names, partitioned_by_unit(manifest)) | {manifest.variant: manifest}
-    return Schedule(plan, unets, timesteps)
+    return Schedule(plan, unets, timesteps, guided=guided)
 
 
 def _can_run(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> bool:

@@ -17,7 +17,9 @@ from engines.bundle.names import TEXT, VAE_DECODER
 from engines.support.tables import fit
 from exporter.segments.progress import Step
 from exporter.segments.progress_display import show_progress
-from exporter.tables import show_bundle
+from exporter.tables import _plans, show_bundle
+from runtime.plans.presets import PRESETS
+from runtime.report.plan_table import list_plans
 from tests.exporter.conftest import names_in
 from tests.support.commands import Command, assert_refused, contents
 
@@ -133,6 +135,18 @@ def test_a_bundle_is_shown_in_80_columns(tmp_path: Path) -> None:
     assert "…" not in text
     assert "MACs of 20 steps, relative to full" in text
     assert all(unit.name in text for unit in units if isinstance(unit, Unit) and unit.kind == "stem")
+
+
+def test_a_plan_costs_the_same_in_each_list_of_plans(tmp_path: Path) -> None:
+    """That of ``inspect`` and that of ``python -m runtime plans``, whose rows are in the same order."""
+    from tests.support.unets import manifest_of, small_unet, written_manifest
+
+    bundle = Bundle.open(written_manifest(manifest_of(small_unet("uneven")), tmp_path / "bundle"))
+    inspected = dict(zip(*(list(column.cells) for column in _plans(bundle.manifest).columns[::2]), strict=True))
+    listed = dict(zip(PRESETS, list_plans(bundle, 20).columns[1].cells, strict=False))
+    costs = {name: (inspected[preset.example], listed[name]) for name, preset in PRESETS.items()}
+    assert {name: cost for name, cost in costs.items() if cost[0] not in {cost[1], "-"}} == {}
+    assert {"full", "block", "deepcache", "adaptive", "skip", "guide"} <= {name for name, cost in costs.items() if cost[0] != "-"}
 
 
 def test_the_vae_counts_in_the_time_left() -> None:
