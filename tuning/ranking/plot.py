@@ -60,7 +60,8 @@ def plot_ranking(ranked: Sequence[Ranked], chosen: Sequence[Chosen], path: Path,
     axes.set_ylabel("relative mean squared error of the prediction, before distillation")
     axes.set_title(title, fontsize=10)
     figure.legend(fontsize=8, loc="outside lower center", ncols=3)
-    FigureCanvasAgg(figure).draw()  # where things are is known once they are laid out
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()  # where things are is known once they are laid out
     figure.set_layout_engine("none")
     _label(axes, ranked, steps)
     with atomic_file(path) as temporary:
