@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tuning.ranking.labels import place_label
+
 __all__ = ["front", "plot"]
 
-_FRONT, _REST, _GREY = "#c8553d", "#2f6690", "#9aa5ad"
+_FRONT, _REST = "#c8553d", "#2f6690"
 _MEASURES = {"accuracy": "held-back prompts shown, %", "psnr": "PSNR to the pictures of full, dB"}
 
 
@@ -84,48 +86,7 @@ def _name_points(axis: Any, rows: Sequence[dict[str, Any]], measure: str) -> Non
     for number in sorted(points, key=lambda number: rows[number]["plan"] not in best):
         on_front = rows[number]["plan"] in best
         text = rows[number]["plan"] if on_front else str(number + 1)
-        _place(axis, text, points[number], list(points.values()), _FRONT if on_front else _REST)
-
-
-def _place(axis: Any, text: str, point: tuple[float, float], points: Sequence[tuple[float, float]], colour: str) -> None:
-    """Write a text near a point where it covers neither another text nor a point; a line leads from far ones to their point."""
-    from matplotlib.patheffects import withStroke
-
-    taken = [_box(note).padded(3) for note in axis.texts]
-    marks = axis.transData.transform(points)
-    note = axis.annotate(
-        text, point, fontsize=7.5, color=colour, textcoords="offset points", xytext=(0, 0), ha="center", va="center",
-        arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
-    )  # fmt: skip
-    note.set_path_effects([withStroke(linewidth=2, foreground="white")])
-    half = _box(note).width / 2 * 72 / axis.figure.dpi
-    for offset in _offsets(half):
-        note.xyann = offset
-        box = _box(note)
-        inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 and axis.bbox.y0 <= box.y0 and box.y1 <= axis.bbox.y1
-        if (
-            inside
-            and not any(box.overlaps(other) for other in taken)
-            and not any(box.padded(4).contains(*mark) for mark in marks)
-        ):
-            return
-
-
-def _box(note: Any) -> Any:
-    """Where a note's text is, in pixels, without its line."""
-    from matplotlib.text import Text
-
-    note.update_positions(note.figure.canvas.get_renderer())
-    return Text.get_window_extent(note)
-
-
-def _offsets(half: float) -> list[tuple[float, float]]:
-    """Places for the middle of a text that is twice ``half`` points wide: beside its point, above, below, then further away."""
-    found: list[tuple[float, float]] = []
-    for far in (0, 8, 16, 26, 38, 52, 68, 86):
-        wide, high = half + 5 + far, 8 + far
-        found += [(wide, 0), (0, high), (0, -high), (-wide, 0), (wide, high), (wide, -high), (-wide, high), (-wide, -high)]
-    return found
+        place_label(axis, text, points[number], list(points.values()), _FRONT if on_front else _REST)
 
 
 def _list(axis: Any, rows: Sequence[dict[str, Any]]) -> None:

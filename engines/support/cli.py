@@ -22,12 +22,33 @@ _KEPT = "nothing half-written was kept"
 _RESUMES = "the same command resumes from what was finished"
 
 
+class _Refusal(argparse.Action):
+    """An option that another command takes, and this one refuses."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> NoReturn:
+        raise UserError(f"{option}: {self.const}")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
 
     def add_version(self) -> None:
         """Take ``--version``, which prints this project's."""
         self.add_argument("--version", action="version", version=f"unet-heirloom {our_version()}")
+
+    def refuse(self, option: str, why: str) -> None:
+        """Refuse an option that users may expect here, and say ``why``, and what to do instead; --help does not name it."""
+        self.add_argument(
+            option,
+            action=_Refusal,
+            nargs="?",
+            const=why,
+            dest=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

@@ -21,7 +21,16 @@ if TYPE_CHECKING:  # names of schedulers are asked for by commands that draw not
 
     from runtime.images.prediction_spaces import PredictionSpaces
 
-__all__ = ["SCHEDULERS", "advance", "check_scheduler", "make_scheduler", "read_spaces", "read_train_steps", "step_options"]
+__all__ = [
+    "SCHEDULERS",
+    "advance",
+    "check_scheduler",
+    "make_scheduler",
+    "read_prediction_type",
+    "read_spaces",
+    "read_train_steps",
+    "step_options",
+]
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -106,16 +115,28 @@ def read_train_steps(folder: Path) -> int:
     return count
 
 
+def read_prediction_type(folder: Path) -> str:
+    """What the model predicts, in diffusers' words: ``epsilon``, ``v_prediction`` or ``sample``; raises BundleError."""
+    return _read_predictions(folder)[1]
+
+
 def read_spaces(folder: Path) -> "PredictionSpaces":
     """What the model's predictions stand for at each timestep; raises BundleError."""
-    from runtime.images.prediction_spaces import PREDICTION_TYPES, PredictionSpaces
+    from runtime.images.prediction_spaces import PredictionSpaces
+
+    return PredictionSpaces(*_read_predictions(folder))
+
+
+def _read_predictions(folder: Path) -> "tuple[Tensor, str]":
+    """The share of the picture in the sample at each timestep (alphas_cumprod), and what the model predicts."""
+    from runtime.images.prediction_spaces import PREDICTION_TYPES
 
     scheduler = _load("DDIMScheduler", folder)
     kind = scheduler.config.prediction_type
     if kind not in PREDICTION_TYPES:
         path = folder / "scheduler_config.json"
         raise BundleError(f"{path} has prediction_type {kind!r:.60}; expected {', '.join(PREDICTION_TYPES)}")
-    return PredictionSpaces(scheduler.alphas_cumprod, kind)
+    return scheduler.alphas_cumprod, kind
 
 
 def _load(kind: str, folder: Path) -> Any:

@@ -282,6 +282,14 @@ def test_no_prompt_at_all(runtime: Command) -> None:
     assert_refused(runtime(), "no prompt; say what the picture shows, such as", "`plans`")
 
 
+@pytest.mark.parametrize("option", ["--lora", "--vae"])
+def test_what_is_built_into_a_bundle_is_not_given_here(runtime: Command, option: str) -> None:
+    for given in ([option, "x.safetensors"], [f"{option}=x"], [option]):
+        assert_refused(
+            runtime(PROMPT, *given), f"{option}: it is built into a bundle: give {option} to build, and here the bundle"
+        )
+
+
 @pytest.mark.parametrize("prompt", [[], ["plans"], [PROMPT]], ids=str)
 def test_a_plan_is_explained_with_or_without_a_prompt(
     runtime: Command, mini_bundle: Bundle, here: Path, prompt: list[str]
