@@ -95,7 +95,7 @@ def make_scheduler(name: str, folder: Path, steps: int, inpainting: bool = False
 
 
 def _check_variance(scheduler: Any, folder: Path) -> None:
-    """Raise BundleError where a scheduler would take a part of each prediction for its variance, which Stable Diffusion has none of.
+    """Raise BundleError where a scheduler would take a part of each prediction for its variance, of which Stable Diffusion has none.
 
     Those that do have an ``algorithm_type``; others leave a prediction of the latents' channels as it is.
     """
