@@ -95,7 +95,7 @@ def make_scheduler(name: str, folder: Path, steps: int, inpainting: bool = False
 
 
 def _check_variance(scheduler: Any, folder: Path) -> None:
-    """Raise BundleError where a scheduler would take a part of each prediction for its variance, of which Stable Diffusion has none.
+    """Raise BundleError where a scheduler would take a part of each prediction for a variance, which this UNet does not predict.
 
     Those that do have an ``algorithm_type``; others leave a prediction of the latents' channels as it is.
     """
