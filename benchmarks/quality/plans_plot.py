@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engines.support.files import atomic_file
 from tuning.ranking.labels import place_label
 
 __all__ = ["front", "plot"]
@@ -54,7 +55,8 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     figure.set_layout_engine("none")
     for axis, measure in zip((left, right), _MEASURES, strict=True):
         _name_points(axis, rows, measure)
-    figure.savefig(path, dpi=110)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
 
 

@@ -14,6 +14,8 @@ from engines.support.version import our_version
 __all__ = ["Parser", "parse_size", "quiet_libraries", "resumable", "run_command", "starting"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_BROKEN = {errno.EFBIG, errno.EIO}
+"""What writing ends with on disks that take no file so large, or are damaged or gone; such errors name no file."""
 
 _MOST_SHOWN = 300
 """Characters of an argument that a message shows."""
@@ -127,6 +129,8 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
     except OSError as error:
         if error.errno in _FULL:
             message = f"the disk is full ({error}); {_kept(error)}; make space first"
+        elif error.errno in _BROKEN and error.filename is None:
+            message = f"a file cannot be written any further ({error}); {_kept(error)}; choose a path on another disk"
         elif error.errno is not None and error.filename is not None:  # a file or folder is at fault, not this program
             message = f"{error.filename} cannot be read or written ({error.strerror}); choose another path"
         else:

@@ -97,9 +97,21 @@ def make_scheduler(name: str, folder: Path, steps: int, inpainting: bool = False
     kind = _NAMES[name]
     with torch.device("cpu"):
         scheduler = _load(kind, folder)
+        _check_variance(scheduler, folder)
         _correct(scheduler, inpainting)
         _set_timesteps(scheduler, steps, folder)
     return scheduler
+
+
+def _check_variance(scheduler: Any, folder: Path) -> None:
+    """Raise BundleError where a scheduler would take a part of each prediction for a variance, which this UNet does not predict.
+
+    Those that do have an ``algorithm_type``; others leave a prediction of the latents' channels as it is.
+    """
+    kind = scheduler.config.get("variance_type")
+    if kind in ("learned", "learned_range") and "algorithm_type" in scheduler.config:
+        path = folder / "scheduler_config.json"
+        raise BundleError(f"{path} has variance_type {kind!r}, and this UNet predicts none; expected null, or another scheduler")
 
 
 def read_train_steps(folder: Path) -> int:

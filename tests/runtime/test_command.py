@@ -519,6 +519,25 @@ def test_a_full_disk_leaves_no_half_picture_and_keeps_the_old_one(
     assert out.read_bytes() == b"an older picture"
 
 
+def test_a_full_disk_keeps_the_old_plot(
+    runtime: Command, mini_bundle: Bundle, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    plot = here / "plan.png"
+    plot.write_bytes(b"an older picture")
+
+    def refuse(self: Figure, target: Any, *args: Any, **kwargs: Any) -> None:
+        Path(target).write_bytes(b"half a pict")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", refuse)
+    outcome = runtime("--plan", "block:3", "--bundle", mini_bundle.folder, "--engine", "null", "--plot", plot)
+    assert_refused(outcome, "the disk is full", "nothing half-written was kept")
+    assert [path.name for path in here.iterdir()] == ["plan.png"]
+    assert plot.read_bytes() == b"an older picture"
+
+
 def test_a_place_where_nothing_can_be_written(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
     (here / "folder.png").mkdir()
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--steps", 1, "-o", here / "folder.png")

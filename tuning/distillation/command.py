@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from engines.support.files import expanded
+from engines.support.files import expanded, remove_partials
 from tuning.checkpoints.find_source import check_apart, place_of
 from tuning.checkpoints.folder import load_unet, save_part
 from tuning.distillation.losses import check_pair
@@ -150,6 +150,8 @@ class _Run:
 
     def train(self) -> None:
         """Trains stage after stage, passing over those that an earlier run has done, and writes the student of the last."""
+        if self.workers.first:
+            remove_partials(self.folder)  # what a run that was killed has left of pictures and logs
         student, batches = self.first, 0
         for stage in range(self.stages):
             last = stage == self.stages - 1
