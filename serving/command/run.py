@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from importlib import import_module
@@ -44,15 +45,21 @@ def run(options: Namespace) -> None:
     app = make_app(pipelines, limits, key)
     if not options.no_page:
         app = _with_page(app, pipelines, limits, key)
+    if key is None and is_loopback(options.host):
+        _answer_own_names_only(app, options.host)
     make_server(app, options.stop_timeout, options.quiet).run([listening])
     _LOG.info("stopped")
 
 
 def _log(options: Namespace) -> None:
-    """Have everything in one log, warnings of the runtime too, on standard error."""
+    """Have everything in one log on standard error, warnings of the runtime too.
+
+    Each of them, for Python remembers those that it tells once, and callers choose their words.
+    """
     level = logging.WARNING if options.quiet else logging.INFO
     logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(message)s")
     logging.captureWarnings(True)
+    warnings.simplefilter("always", UserWarning)
 
 
 def _loaded(options: Namespace) -> dict[str, Pipeline]:
@@ -62,6 +69,16 @@ def _loaded(options: Namespace) -> dict[str, Pipeline]:
         pipelines[name] = load(folder, options.engine)
         _LOG.info("serving %s from %s with %s", name, folder, options.engine)
     return pipelines
+
+
+def _answer_own_names_only(app: "FastAPI", host: str) -> None:
+    """Have requests refused that are for a name which is not this machine's.
+
+    A site can give a name of its own this machine's address; its pages would then pass for the service's in a browser here.
+    """
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host])
 
 
 def _with_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], limits: Limits, key: str | None) -> "FastAPI":

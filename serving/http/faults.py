@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Mapping
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import EngineMemoryError, UserError, in_one_line
@@ -58,8 +57,8 @@ def answer(error: BaseException, hidden: Mapping[str, str] | None = None) -> "JS
         _LOG.error("a request failed", exc_info=error)
         return _response(500, "server_error", None, _FAULT, headers)
     status, kind, code = found
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        _LOG.warning("%d: %s", status, error.line if isinstance(error, UserError) else error)
+    if isinstance(error, EngineMemoryError | LateError):
+        _LOG.warning("%d: %s", status, error.line)
     return _response(status, kind, code, without_paths(str(error), hidden), headers)
 
 

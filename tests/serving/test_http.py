@@ -227,8 +227,24 @@ def test_a_body_that_does_not_come_is_not_waited_for(client: Client) -> None:
     assert run(app, [{"type": "http.request", "body": b"{", "more_body": True}]) == 408
 
 
+def test_bodies_that_are_read_at_once_are_bounded_together(client: Client) -> None:
+    asking = client(body=1000, body_seconds=1.0)
+
+    async def flood() -> list[int]:
+        begun = [{"type": "http.request", "body": b"{", "more_body": True}]
+        return await asyncio.gather(*(answered(asking.app, [*begun]) for _ in range(9)))
+
+    statuses = asyncio.run(flood())
+    assert sorted(statuses) == [408] * 8 + [429], "one more than may be read"
+    assert asking.post(NATIVE, json={"prompt": "a star", "steps": 1}).status_code == 200
+
+
 def run(app: Any, messages: list[dict[str, Any]], later: Callable[[], Any] | None = None) -> int:
-    """The status that the app answers to messages with, after which nothing comes; ``later`` is awaited in between."""
+    return asyncio.run(answered(app, messages, later))
+
+
+async def answered(app: Any, messages: list[dict[str, Any]], later: Callable[[], Any] | None = None) -> int:
+    """The status that the app answers to messages with, after which comes what ``later`` gives, or nothing."""
     scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": NATIVE, "raw_path": b""}
     scope |= {"query_string": b"", "root_path": "", "scheme": "http", "server": ("x", 80), "client": ("y", 1)}
     scope |= {"headers": [(b"content-type", b"application/json")], "state": {}}
@@ -244,7 +260,7 @@ def run(app: Any, messages: list[dict[str, Any]], later: Callable[[], Any] | Non
     async def send(message: dict[str, Any]) -> None:
         found.extend([message["status"]] if message["type"] == "http.response.start" else [])
 
-    asyncio.run(asyncio.wait_for(app(scope, receive, send), PATIENCE))
+    await asyncio.wait_for(app(scope, receive, send), PATIENCE)
     return found[0]
 
 
@@ -265,7 +281,7 @@ def test_a_caller_who_leaves_is_forgotten(client: Client, gated: GatedPipeline) 
 
 
 def test_what_is_late_and_what_is_too_much(client: Client, gated: GatedPipeline) -> None:
-    asking = client(seconds=1.0, queue=1)
+    asking = client(seconds=2.0, queue=1)
     answers: list[Any] = []
     with gated.closed():
         running = threading.Thread(target=lambda: answers.append(asking.post(NATIVE, json={"prompt": "a star", "steps": 2})))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -16,7 +15,7 @@ from serving import Limits, Service, ServingError
 from serving.errors import BusyError, LateError, StoppingError, UnknownModelError
 from serving.queueing.ticket import Ticket
 from tests.support.diffusers_pipelines import picture
-from tests.support.gated import PATIENCE, GatedPipeline
+from tests.support.gated import PATIENCE, GatedPipeline, wait_for
 
 pytestmark = pytest.mark.shared_pieces
 PROMPTS = ["a red star on a blue background", "a green ring", "a yellow square"]
@@ -35,13 +34,6 @@ def service(gated: GatedPipeline) -> Iterator[Callable[..., Service]]:
             return found
 
         yield make
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 def behind(service: Service, gated: GatedPipeline, *requests: Request) -> list[Ticket]:
@@ -190,7 +182,7 @@ def test_what_is_given_up_is_not_made_and_what_runs_for_nobody_is_stopped(
 def test_a_batch_goes_on_while_somebody_waits_for_one_of_its_pictures(
     service: Callable[..., Service], gated: GatedPipeline
 ) -> None:
-    running = service(batch_wait=0.5, batch=2)
+    running = service(batch_wait=5.0, batch=2)
     with gated.closed():
         one, other = (running.submit(None, Request(name, steps=2)) for name in ("a star", "a ring"))
         gated.wait_until_running()
@@ -199,7 +191,7 @@ def test_a_batch_goes_on_while_somebody_waits_for_one_of_its_pictures(
 
 
 def test_what_is_late_is_answered_so_and_made_no_further(service: Callable[..., Service], gated: GatedPipeline) -> None:
-    impatient = service(seconds=0.2)
+    impatient = service(seconds=1.0)
     with gated.closed():
         running = impatient.submit(None, Request("a star", steps=4))
         gated.wait_until_running()

@@ -26,7 +26,7 @@ from serving.__main__ import main
 from serving.command.arguments import limits_of, named_bundles, parse
 from serving.errors import ServingError
 from tests.support.commands import Command, assert_refused, command
-from tests.support.gated import PATIENCE, GatedPipeline
+from tests.support.gated import PATIENCE, GatedPipeline, wait_for
 
 pytestmark = pytest.mark.shared_pieces
 KEY = "a-key-of-24-characters-x"
@@ -84,14 +84,13 @@ class Beside:
                 stop()  # for a second time: it ends whatever still runs
 
     def _wait_until_ready(self) -> None:
-        until = time.monotonic() + PATIENCE
-        while True:
+        def is_ready() -> bool:
             try:
-                if ask(self.port, "GET", "/readyz")[0] == 200:
-                    return
+                return ask(self.port, "GET", "/readyz")[0] == 200
             except OSError:
-                assert time.monotonic() < until
-                time.sleep(0.02)
+                return False
+
+        wait_for(is_ready)
 
 
 def stop() -> None:
@@ -145,20 +144,19 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_took(serve: Command, ser
             star.start()
             served.wait_until_running()
             ring.start()
-            while ask(port, "GET", "/readyz")[0] == 200:  # the ring may still be on its way when it is told to stop
-                if answers_waiting():
-                    stop()
-                time.sleep(0.02)
+            wait_for(is_waiting)
+            stop()
+            wait_for(lambda: ask(port, "GET", "/readyz")[0] == 503)
             status, told = ask(port, "POST", "/generate", {"prompt": "a cross"})
             assert (status, told["error"]["code"]) == (503, "stopping")
             assert ask(port, "GET", "/healthz")[0] == 200
         for thread in (star, ring):
             thread.join(PATIENCE)
 
-    def answers_waiting() -> bool:
-        text = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-        text.request("GET", "/metrics")
-        return 'waiting_pictures{model="mini"} 1.0' in text.getresponse().read().decode()
+    def is_waiting() -> bool:
+        connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        connection.request("GET", "/metrics")
+        return 'waiting_pictures{model="mini"} 1.0' in connection.getresponse().read().decode()
 
     with Beside(port, things):
         outcome = serve("--bundle", "mini=anything", "--port", port, "--no-page", "--quiet")
@@ -186,6 +184,25 @@ def test_a_second_signal_and_the_time_to_stop_end_what_runs(serve: Command, serv
     assert status == 503
     assert "stopped before the request was finished" in told["error"]["message"]
     assert served.records == 0
+
+
+def test_the_name_of_another_site_is_not_answered_without_a_key(
+    serve: Command, served: GatedPipeline, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statuses: list[int] = []
+
+    def things() -> None:
+        for name in ("localhost", f"127.0.0.1:{port}", "[::1]", "site.example", f"site.example:{port}"):
+            connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            connection.request("GET", "/healthz", headers={"Host": name})
+            statuses.append(connection.getresponse().status)
+
+    with Beside(port, things):
+        serve("--bundle", "mini=anything", "--port", port, "--no-page", "--quiet")
+    monkeypatch.setenv("UNET_HEIRLOOM_API_KEY", KEY)
+    with Beside(port, things):
+        serve("--bundle", "mini=anything", "--port", port, "--no-page", "--quiet")
+    assert statuses == [200, 200, 200, 400, 400, *[200] * 5]
 
 
 @pytest.mark.parametrize("key", [None, KEY])

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from engines import Bundle, make_engine
 from runtime import Generation, Pipeline, Request
 
-__all__ = ["GatedPipeline"]
+__all__ = ["PATIENCE", "GatedPipeline", "wait_for"]
 
 PATIENCE = 20.0
 """Seconds after which a test that waits for something has failed."""
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until it holds."""
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 class GatedPipeline(Pipeline):
