@@ -27,9 +27,9 @@ from serving.command.arguments import limits_of, named_bundles, parse
 from serving.errors import ServingError
 from tests.support.commands import Command, assert_refused, command
 from tests.support.gated import PATIENCE, GatedPipeline, wait_for
+from tests.support.http_answers import KEY
 
 pytestmark = pytest.mark.shared_pieces
-KEY = "a-key-of-24-characters-x"
 
 
 @pytest.fixture
