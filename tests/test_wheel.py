@@ -21,7 +21,7 @@ from engines import Bundle
 from tests.support.sources import save_source
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("engines", "exporter", "runtime", "tuning", "unet_heirloom")
+PACKAGES = ("engines", "exporter", "runtime", "serving", "tuning", "unet_heirloom")
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "NOTICE", "constraints.txt")
 
 pytestmark = pytest.mark.slow
