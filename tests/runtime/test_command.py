@@ -120,6 +120,8 @@ def test_words_that_the_embedded_model_never_learned_are_warned_of(runtime: Comm
         "warning: this model never learned the words 'lighthouse', 'bleu', and what it makes of them means nothing "
         "(docs/embedded-model.md has those that it knows); did you mean blue?"
     ]
+    for known in ("a small red ring in the center on a black background", "a big moon in the middle", "a heart in the centre"):
+        assert runtime(known, "--bundle", mini_bundle.folder, "--steps", 1).err == [], "some words are several tokens"
 
 
 @pytest.mark.parametrize("word", ["plan", "explain", "help"])
