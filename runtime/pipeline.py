@@ -61,16 +61,23 @@ class Pipeline:
         bundle: what to load.
         engine: what runs it.
         free: tells how much memory of a device is free; UNets that do not fit into it together are swapped.
+        siblings: the bundles whose UNets plans may switch to; None for all that lie beside the bundle.
 
     Raises:
         BundleError, EngineError: as ``Engine.load``.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, free: Callable[[torch.device], int | None] = free_bytes) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        free: Callable[[torch.device], int | None] = free_bytes,
+        siblings: Sequence[Bundle] | None = None,
+    ) -> None:
         note_loaded()
         engine.check_device()
         bundle.check_complete()
-        self.bundle, self.engine = bundle, engine
+        self.bundle, self.engine, self.siblings = bundle, engine, siblings
         if bundle.manifest.is_random:
             warnings.warn(
                 f"{bundle.folder} has random weights ({bundle.manifest.source}), so its pictures are noise", stacklevel=2
@@ -112,7 +119,7 @@ class Pipeline:
         with build_advice(plan, self.bundle, self.engine.name, self.swapper.bundle_of):
             for name in names:
                 if name not in self.networks:
-                    self.swapper.add(find_sibling(self.bundle, name, plan, timesteps))
+                    self.swapper.add(find_sibling(self.bundle, name, plan, timesteps, self.siblings))
             unets = {name: self.networks[name].manifest for name in names}
             schedule = Schedule(plan, unets, timesteps, self._train_steps, guided)
             check_runs(schedule)
@@ -265,6 +272,13 @@ class Pipeline:
             return to_pictures(pixels)
         levels = (pixels.nan_to_num(nan=-1.0) / 2 + 0.5).clamp(0, 1)
         return levels if kind == "pt" else levels.permute(0, 2, 3, 1).numpy()
+
+    def reads_whole(self, request: Request) -> bool:
+        """Whether nothing of the request's prompts is cut off; of the negative ones neither, which guidance reads."""
+        length, (_, most) = self.manifest.text_length, tokens_taken([self.manifest], self.engine)
+        most = length if request.long_prompts == "cut" else most
+        texts = [*request.prompts, *request.negative_prompts]
+        return most is None or not texts or self._prompts.chunks(texts) * length <= most
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The text encoder's output (prompts, tokens, width), of the chunks that the longest prompt needs; what the UNet does not

@@ -44,7 +44,7 @@ def test_the_version_is_the_projects() -> None:
 
 
 def test_the_one_command_has_every_command_of_the_packages() -> None:
-    asked = "build verify inspect run plans explain assemble distill rank plan bench doctor"
+    asked = "build verify inspect run plans explain serve assemble distill rank plan bench doctor"
     assert set(asked.split()) <= set(COMMANDS)
     for each in COMMANDS.values():
         assert callable(importlib.import_module(each.module).main)
@@ -67,13 +67,13 @@ def test_help_of_the_commands_imports_no_library() -> None:
 import json, sys
 from importlib import import_module
 from contextlib import suppress
-for package in ("exporter", "runtime", "tuning"):
+for package in ("exporter", "runtime", "serving", "tuning"):
     with suppress(SystemExit):
         import_module(f"{package}.__main__").main(["--help"])
 print(json.dumps(sorted(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.count("usage: ") == 3
+    assert done.stdout.count("usage: ") == 4
     assert not (HEAVY - {"pydantic"}) & {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
 
 

@@ -32,6 +32,7 @@ OPTIONAL = [
     "DeepCache",
     "fastapi",
     "gradio",
+    "prometheus_client",
     "ray",
     "uvicorn",
 ]

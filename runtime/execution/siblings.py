@@ -13,7 +13,9 @@ from runtime.plans.schedule import Schedule
 __all__ = ["find_sibling", "lay_out_part", "partitioned_by_unit"]
 
 
-def find_sibling(bundle: Bundle, variant: str, plan: Plan, timesteps: Sequence[float]) -> Bundle:
+def find_sibling(
+    bundle: Bundle, variant: str, plan: Plan, timesteps: Sequence[float], among: Sequence[Bundle] | None = None
+) -> Bundle:
     """The bundle of that variant: the one given, or one that lies beside it and was made from the same source.
 
     Where there are several, it is the first by name that is partitioned for the plan, or else the first.
@@ -23,6 +25,7 @@ def find_sibling(bundle: Bundle, variant: str, plan: Plan, timesteps: Sequence[f
         variant: the UNet to find.
         plan: which both are to run.
         timesteps: of each model evaluation.
+        among: the bundles that may be taken; None for those that lie beside it.
 
     Raises:
         SiblingError: there is none that can take turns with the bundle on the same latents and text.
@@ -30,13 +33,16 @@ def find_sibling(bundle: Bundle, variant: str, plan: Plan, timesteps: Sequence[f
     source = bundle.manifest.source
     if variant == bundle.manifest.variant:
         return bundle
-    found = [other for other in _beside(bundle) if (other.manifest.variant, other.manifest.source) == (variant, source)]
+    others = _beside(bundle) if among is None else among
+    found = [other for other in others if (other.manifest.variant, other.manifest.source) == (variant, source)]
     alike = [other for other in found if _difference(bundle, other) is None]
     if alike:
         return next((other for other in alike if _can_run(plan, other.manifest, timesteps)), alike[0])
     unlike = "".join(f"; {other.folder} cannot take turns with it: {_difference(bundle, other)}" for other in found)
     raise SiblingError(
-        f"the plan runs the UNet {variant!r} of source {source}, and no bundle beside {bundle.folder} has it{unlike}",
+        f"the plan runs the UNet {variant!r} of source {source}, and no bundle beside {bundle.folder} has it{unlike}"
+        if among is None
+        else f"the plan runs the UNet {variant!r}, and no bundle that may be taken beside {bundle.folder} has it{unlike}",
         variant,
     )
 

@@ -103,12 +103,21 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
         Raises:
             PlanError: the file is missing, is no JSON, or a field is wrong; the message names the field.
         """
-        try:
-            plan = cls.model_validate(_read_json(path)).checked()
-        except ValidationError as error:
-            raise PlanError(f"plan file {shown(path)}, {_explained(error.errors()[0])}") from error
+        plan = cls.from_data(_read_json(path), f"plan file {shown(path)}")
         plan._path = path
         return plan
+
+    @classmethod
+    def from_data(cls, data: Any, where: str = "the plan") -> "Plan":
+        """A plan out of what JSON holds, called ``where`` in messages; no file is read.
+
+        Raises:
+            PlanError: a field is wrong; the message names it.
+        """
+        try:
+            return cls.model_validate(data).checked()
+        except ValidationError as error:
+            raise PlanError(f"{where}, {_explained(error.errors()[0])}") from error
 
     def __eq__(self, other: object) -> bool:
         """Whether all fields are equal; where plans were read from does not matter."""

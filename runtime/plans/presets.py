@@ -12,7 +12,7 @@ from runtime.plans.key_steps import Back, Explicit, Front, Mode, Quadratic, Rand
 from runtime.plans.plan import Plan, Rule, UNetRange, shown
 from runtime.plans.words import Guidance, Predict
 
-__all__ = ["PRESETS", "Preset", "find_plan"]
+__all__ = ["PRESETS", "Preset", "find_plan", "join_presets"]
 
 FASTER_DIFFUSION = (0, 1, 2, 3, 5, 10, 15, 25, 35)
 """Key steps of 50 as published (arXiv 2312.09608)."""
@@ -147,9 +147,22 @@ def find_plan(plan: str | Path | Plan) -> Plan:
         raise PlanError(f"plan is a {type(plan).__name__}; give a preset such as 'block:3', the path of a .json file, or a Plan")
     if isinstance(plan, Path) or plan.endswith(".json"):
         return Plan.read(Path(plan))
+    return join_presets(plan, "the path of a .json file")
+
+
+def join_presets(plan: str, otherwise: str) -> Plan:
+    """A plan from presets joined by ``+``; no file is read.
+
+    Args:
+        plan: the text.
+        otherwise: what else can be given for a plan, in words.
+
+    Raises:
+        PlanError: unknown preset or bad number.
+    """
     if len(plan) > _MOST_CHARACTERS:
-        raise PlanError(f"plan {shown(plan)!r} has {len(plan)} characters; join fewer presets, or write a .json file")
-    parts = [_preset(part) for part in plan.split("+")]
+        raise PlanError(f"plan {shown(plan)!r} has {len(plan)} characters; join fewer presets, or give {otherwise}")
+    parts = [_preset(part, otherwise) for part in plan.split("+")]
     guidance = [found.guidance for found in parts if found.guidance]
     if len(guidance) > 1:
         raise PlanError(f"plan {plan}: guide stands there {len(guidance)} times; a plan can have it once")
@@ -161,13 +174,12 @@ def find_plan(plan: str | Path | Plan) -> Plan:
     ).checked()
 
 
-def _preset(text: str) -> Plan:
+def _preset(text: str, otherwise: str) -> Plan:
     name, _, rest = text.partition(":")
     if name not in PRESETS:
         forms = ", ".join(preset.form for preset in PRESETS.values())
         raise PlanError(
-            f"unknown plan {shown(text)!r}; {_meant(name, rest)}choose from: {forms}, several joined by '+', "
-            "or the path of a .json file"
+            f"unknown plan {shown(text)!r}; {_meant(name, rest)}choose from: {forms}, several joined by '+', or {otherwise}"
         )
     try:
         return PRESETS[name].make(rest)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import cache, partial
 
 from engines import DTYPES
 from engines.bundle.manifest import Manifest
@@ -77,9 +77,15 @@ def peak_bytes(schedule: Schedule, sizes: Mapping[str, int]) -> int:
     inputs (latents, text) are not counted.
     """
     cached, peak = Retention[int](schedule), 0
+
+    @cache  # asked for thousands of times, of some hundred features
+    def bytes_of(unet: str, name: str, half: bool) -> int:
+        rows = {**sizes, "batch": sizes["batch"] // 2} if half else sizes
+        return feature_bytes(schedule.unets[unet], name, rows)
+
     for index in range(schedule.steps):
         decisions = [schedule.resolve(index, changed) for changed in (False, True)]
-        size = partial(_bytes_in_step, schedule, decisions[0], sizes=sizes)
+        size = partial(_bytes_in_step, schedule, decisions[0], bytes_of)
         made, probed = _made_by_probe(schedule, index, size)
         peak = max(peak, _total(cached) + probed)
         for step in decisions if decisions[0] != decisions[1] else decisions[:1]:
@@ -101,10 +107,9 @@ def _total(cached: Retention[int]) -> int:
     return sum(entry.value for _, entry in cached)
 
 
-def _bytes_in_step(schedule: Schedule, step: Step, name: str, sizes: Mapping[str, int]) -> int:
+def _bytes_in_step(schedule: Schedule, step: Step, bytes_of: Callable[[str, str, bool], int], name: str) -> int:
     """Size of a feature with the rows that a step evaluates."""
-    half = schedule.is_half(step, name)
-    return feature_bytes(schedule.unets[step.unet], name, {**sizes, "batch": sizes["batch"] // 2} if half else sizes)
+    return bytes_of(step.unet, name, schedule.is_half(step, name))
 
 
 def _made_by_probe(schedule: Schedule, index: int, size: Callable[[str], int]) -> tuple[frozenset[str], int]:

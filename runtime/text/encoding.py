@@ -23,6 +23,8 @@ Encoder = Callable[[Tensor], Tensor]
 """A text encoder: from tokens (prompts, length) to features (prompts, length, width), on its device."""
 _SMALL = 5000
 """Tokens of a vocabulary made for a model of few words; CLIP's has ten times as many."""
+_MOST_UNKNOWN = 10_000
+"""Words that were warned of and are remembered."""
 
 
 class Prompts:
@@ -84,6 +86,8 @@ class Prompts:
         new = [word for word in words if f"{word}</w>" not in vocabulary and word not in self._unknown]
         if not new:
             return
+        if len(self._unknown) > _MOST_UNKNOWN:  # a service reads words of strangers
+            self._unknown.clear()
         self._unknown.update(new)
         known = [token.removesuffix("</w>") for token in vocabulary if token.endswith("</w>") and len(token) > len("x</w>")]
         meant = " ".join(near for word in new[:10] if (near := did_you_mean(word, known).strip()))

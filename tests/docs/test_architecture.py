@@ -13,7 +13,7 @@ from exporter.graph.unit_modules import paths_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "ARCHITECTURE.md").read_text()
-PACKAGES = ("engines", "exporter", "runtime", "tuning", "serving", "unet_heirloom", "benchmarks")
+PACKAGES = ("engines", "exporter", "runtime", "serving", "tuning", "unet_heirloom", "benchmarks")
 
 
 def section(title: str) -> str:

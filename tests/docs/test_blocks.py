@@ -33,6 +33,7 @@ def test_the_blocks_of_a_page_run_in_order(
         return bundle.folder
 
     reader = Reader(tmp_path, monkeypatch, built)
+    request.addfinalizer(reader.stop)
     for block in blocks_of(page):
         reader.read(block)
 

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "models").rglob("*.md")})
-MODULE = r"python -m ((?:engines|exporter|runtime|tuning|benchmarks)[\w.]*)"
+MODULE = r"python -m ((?:engines|exporter|runtime|serving|tuning|benchmarks)[\w.]*)"
 TREE = r"`((?:engines|exporter|runtime|tuning|benchmarks|models|tests|docs)/[\w./-]*)`"
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,5 +1,7 @@
 """Code blocks of the documents, run as a reader would: in a folder with a fresh clone in it and nothing else.
 
+`unet-heirloom serve ... &` is run beside the blocks after it, at a port that is free, until `kill %1`; `curl` asks it.
+
 A block's language says what is done with it: `bash` and `python` are run, `json` is read as a plan or a recipe and saved under
 its name, `text` is left alone. `bash dry-run` and `python dry-run` are for what needs a GPU, a network, a checkpoint or hours:
 commands are parsed, imports are made, and nothing runs.
@@ -12,17 +14,22 @@ import ast
 import importlib
 import itertools
 import json
+import logging
 import os
+import queue
 import re
 import runpy
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +39,8 @@ from unet_heirloom.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = {"bash", "bash dry-run", "python", "python dry-run", "json", "text"}
+SERVED_AT = "127.0.0.1:7860"
+"""Where documents have the service; tests have it elsewhere."""
 _NOT_IN_A_CLONE = {".git", ".venv", "bundles", "runs", "build", "dist"}
 _LAUNCHERS = r"(?:accelerate launch|torchrun --nproc-per-node \d+) -m "
 
@@ -85,6 +94,7 @@ class Reader:
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, built: Callable[[str], Path]) -> None:
         self.patch, self.built = patch, built
         self.names: dict[str, Any] = {"__name__": "__main__"}
+        self.server: BackgroundServer | None = None
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
         clone(folder)
@@ -92,6 +102,8 @@ class Reader:
     def read(self, block: Block) -> None:
         """Do with a block what its language says; raises where a reader would get stuck."""
         language, _, dry = block.language.partition(" ")
+        if self.server is not None:
+            block = replace(block, text=block.text.replace(SERVED_AT, self.server.address))
         if language == "json":
             _read_json(block.text)
         elif language == "python":
@@ -108,7 +120,14 @@ class Reader:
         text = shlex.join(words)
         text = re.sub(f"^{_LAUNCHERS}", "python -m ", text)
         words = shlex.split(text)
-        if words[:2] == ["python", "-m"] and words[2] != "pip":
+        if words[-1] == "&":
+            assert words[:2] == ["unet-heirloom", "serve"]
+            self.server = BackgroundServer(words[2:-1], self.patch)
+        elif words == ["kill", "%1"]:
+            self.stop()
+        elif words[0] == "curl":
+            subprocess.run([*words, "--silent", "--fail-with-body", "--max-time", "60"], check=True, capture_output=True)
+        elif words[:2] == ["python", "-m"] and words[2] != "pip":
             self._module(words[2], words[3:], dry=dry)
         elif words[0] == "unet-heirloom":
             assert words[1] in COMMANDS
@@ -126,12 +145,21 @@ class Reader:
         else:
             raise AssertionError(f"a command that no test knows: {text}")
 
+    def stop(self) -> None:
+        """End the server that a block started, if one did."""
+        if self.server is not None:
+            self.server.stop()
+            self.server = None
+
     def _module(self, module: str, arguments: list[str], *, dry: bool) -> None:
         if importlib.util.find_spec(module) is None:
             raise AssertionError(f"no module {module}")
         if dry and module == "unet_heirloom":
             name, *rest = arguments
-            module, arguments = COMMANDS[name].module.removesuffix(".__main__"), [*(() if name == "run" else (name,)), *rest]
+            module, arguments = (
+                COMMANDS[name].module.removesuffix(".__main__"),
+                [*(() if name in {"run", "serve"} else (name,)), *rest],
+            )
         if dry:
             self._parse(module, arguments)
             return
@@ -176,6 +204,45 @@ class Reader:
         out = Path(given.get("--out", f"bundles/mini-{variant}"))
         if variant in {"original", "assembled"} and not out.exists():
             shutil.copytree(self.built(variant), out)
+
+
+class BackgroundServer:
+    """The command ``serve`` on a thread of its own, without the page.
+
+    Args:
+        arguments: of the command.
+        patch: undone by the test.
+    """
+
+    def __init__(self, arguments: list[str], patch: pytest.MonkeyPatch) -> None:
+        from serving.__main__ import main
+        from serving.command import server
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"127.0.0.1:{port}"
+        made, make = queue.Queue[Any](), server.make_server
+
+        def noted(*options: Any) -> Any:
+            made.put(found := make(*options))
+            return found
+
+        patch.setattr(server, "make_server", noted)
+        given = [*arguments, "--port", str(port), "--no-page", "--quiet"]
+        self._thread = threading.Thread(target=main, args=(given,), daemon=True)
+        self._thread.start()
+        self._server = made.get(timeout=60)
+        while not self._server.started:
+            assert self._thread.is_alive()
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Let it end."""
+        self._server.should_exit = True
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        logging.captureWarnings(False)
 
 
 def _check_names(arguments: list[str]) -> None:

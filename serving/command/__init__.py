@@ -1,0 +1,1 @@
+"""What ``unet-heirloom serve`` takes and does."""

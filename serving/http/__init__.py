@@ -1,0 +1,1 @@
+"""The service as HTTP: its addresses, the form of its answers, and who may call it."""

@@ -1,0 +1,1 @@
+"""Requests that wait, and the threads that make their pictures: those of one kind at once."""
