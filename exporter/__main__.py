@@ -1,4 +1,4 @@
-"""``python -m exporter build | verify | inspect``."""
+"""``python -m exporter build | verify | inspect | export-triton``."""
 
 import sys
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _BUILD = """A UNet in, a bundle out: ONNX segments and compiled engines that `py
 
 
 def _parser(prog: str) -> Parser:
-    parser = Parser(prog=prog, description="Build, verify and inspect bundles.")
+    parser = Parser(prog=prog, description="Build, verify, inspect and export bundles.")
     parser.add_version()
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     build = commands.add_parser("build", help="make a bundle", description=_BUILD)
@@ -63,6 +63,13 @@ def _parser(prog: str) -> Parser:
     inspect.add_argument("--kernels", action="store_true", help="compile with TensorRT-RTX, GPU or none, and count its kernels")
     inspect.add_argument("--target", help="compute capability to compile for, with --kernels (default: sm89)")
     inspect.add_argument("--json", action="store_true", help="with --kernels: print JSON")
+    triton = commands.add_parser("export-triton", help="write a model repository for the Triton Inference Server")
+    triton.add_argument("bundle", type=Path)
+    triton.add_argument("folder", type=Path, help="the repository, which may have other models")
+    triton.add_argument("--name", help="of the model (default: the bundle's folder's)")
+    triton.add_argument("--engine", default="onnxruntime", help="what runs the segments (default: %(default)s)")
+    triton.add_argument("--batch", type=int, default=8, help="pictures made at once (default: %(default)s)")
+    triton.add_argument("--instances", type=int, default=1, help="processes on each device (default: %(default)s)")
     return parser
 
 
@@ -89,6 +96,8 @@ def main(arguments: Sequence[str], prog: str = "python -m exporter") -> None:
         _inspect(options, console)
     elif options.command == "verify":
         _verify(options, console)
+    elif options.command == "export-triton":
+        _export_triton(options, console)
     else:
         _build(options, console)
 
@@ -127,6 +136,20 @@ def _inspect(given: object, console: "Console") -> None:
     from exporter.kernels import DEFAULT_TARGET, show_kernels
 
     show_kernels(Bundle.open(options["bundle"]), console, options["target"] or DEFAULT_TARGET, as_json=options["json"])
+
+
+def _export_triton(given: object, console: "Console") -> None:
+    from engines import Bundle
+    from exporter.triton.repository import export_triton
+
+    options = vars(given)
+    for name in ("batch", "instances"):
+        if not 1 <= options[name] <= 1000:
+            raise UserError(f"--{name} {options[name]}: give a number from 1 to 1000")
+    bundle = Bundle.open(options["bundle"])
+    name = options["name"] or bundle.folder.resolve().name
+    target = export_triton(bundle, options["folder"], name, options["engine"], options["batch"], options["instances"])
+    console.print(f"wrote {target}; serve it with: tritonserver --model-repository {options['folder']}", soft_wrap=True)
 
 
 def _variant(given: str) -> tuple[str, Path | None]:

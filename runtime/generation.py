@@ -1,6 +1,7 @@
 """The result of a call of ``generate``: pictures with all that they were made from."""
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from runtime.execution.executor import StepRecord
 from runtime.plans.plan import Plan
 from runtime.request import Request
 
-__all__ = ["Generation", "numbered"]
+__all__ = ["Generation", "numbered", "write_png"]
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,7 @@ class Generation:
             raise RequestError("the pictures of this call are no PIL pictures; leave output_type out to have such")
         paths = numbered(path, len(self.images))
         for number, (place, image) in enumerate(zip(paths, self.images, strict=True)):
-            text = PngInfo()
-            for name, value in self.metadata(number).items():
-                text.add_itxt(name, value)
-            with atomic_file(place) as temporary:
-                image.save(temporary, format="PNG", pnginfo=text)
+            write_png(place, image, self.metadata(number))
         return paths
 
     def __repr__(self) -> str:
@@ -118,6 +115,15 @@ class Generation:
         written = io.BytesIO()
         sheet.save(written, format="PNG")
         return written.getvalue()
+
+
+def write_png(path: Path, image: Image.Image, told: Mapping[str, Any]) -> None:
+    """Write a picture, whole or not at all, as a PNG file that carries texts by name."""
+    text = PngInfo()
+    for name, value in told.items():
+        text.add_itxt(name, str(value))
+    with atomic_file(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=text)
 
 
 def numbered(path: Path, count: int) -> list[Path]:

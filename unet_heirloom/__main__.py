@@ -35,6 +35,7 @@ COMMANDS = {
         "show what a plan does at each step", "runtime.__main__", _as(after=("--explain",), prog=f"{_PROGRAM} explain")
     ),
     "serve": Command("serve pictures over HTTP, and a page", "serving.__main__", _as(prog=f"{_PROGRAM} serve")),
+    "prompts": Command("make a picture for each line of a file", "serving.prompts.__main__", _as(prog=f"{_PROGRAM} prompts")),
     "assemble": Command("make a smaller UNet out of a checkpoint's", "tuning.__main__", _as("assemble")),
     "distill": Command("teach a smaller UNet what its original does", "tuning.__main__", _as("distill")),
     "latents": Command("encode pictures once, for distillation", "tuning.__main__", _as("latents")),

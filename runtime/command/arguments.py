@@ -1,5 +1,6 @@
 """The arguments of ``python -m runtime``, and the request that they make."""
 
+import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,10 @@ def parse(arguments: Sequence[str], prog: str) -> Namespace:
     word = "" if options.prompt is None else options.prompt.strip().lower()
     if word in _MEANT and not options.explain:
         raise UserError(f"{word!r} as a prompt? {_MEANT[word]}; for a picture of it, say more of what it shows")
+    if options.prompts is not None:
+        raise UserError(
+            f"a file of prompts is made by another command: python -m serving.prompts {shlex.quote(str(options.prompts))}"
+        )
     if options.seeds is not None and options.seed is not None:
         raise UserError("--seed and --seeds are both given; give one")
     if options.seeds is not None and options.images != 1:
@@ -49,6 +54,7 @@ def _parser(prog: str) -> Parser:
     add = parser.add_argument
     parser.add_version()
     add("prompt", nargs="?", help="what the picture shows, or the word `plans`")
+    add("--prompts", type=Path, metavar="FILE", help="for a file of prompts take python -m serving.prompts FILE")
     add("--negative", default="", help="what it should not show")
     add("--bundle", type=Path, help="a bundle's folder (default: the one in ./bundles that was built last)")
     add("--engine", default="onnxruntime", help="what runs the segments (default: %(default)s)")

@@ -56,6 +56,10 @@ def test_a_prompt_gives_a_picture_and_says_what_ran(runtime: Command, mini_bundl
     assert outcome.out[-1] == f"wrote out.png (64x64, bundle {mini_bundle.folder}, plan deepcache:2, seed 4)"
 
 
+def test_a_file_of_prompts_is_another_command(runtime: Command) -> None:
+    assert_refused(runtime("--prompts", "my prompts.txt"), "python -m serving.prompts 'my prompts.txt'")
+
+
 def test_every_step_is_listed_if_asked_for(runtime: Command, mini_bundle: Bundle) -> None:
     outcome = runtime(PROMPT, "--bundle", mini_bundle.folder, "--plan", "deepcache:2", "--steps", 3, "--every-step")
     text = "\n".join(outcome.out)

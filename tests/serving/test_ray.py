@@ -1,0 +1,116 @@
+"""Many processes at once, with Ray: replicas of the service, one of which is killed, and files of prompts.
+
+Ray takes long to start, so all of it is one cluster: two cores, no dashboard, a small store.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from engines import Bundle
+from runtime import Pipeline, Request
+from serving.prompts.__main__ import main
+from serving.ray_app import Arguments, app
+from tests.support.commands import command
+from tests.support.gated import wait_for
+
+ray = pytest.importorskip("ray", reason="needs ray: the extra `ray`")
+from ray import serve  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.shared_pieces]
+PORT = 18_473
+HERE = f"http://127.0.0.1:{PORT}"
+PROMPTS = ["a red star on a blue background", "a green ring", "a yellow square", "a red cross"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=2**27, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    yield
+    serve.shutdown()
+    ray.shutdown()
+
+
+def picture(answer: dict[str, Any]) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))) as image:
+        return np.asarray(image, np.int16)
+
+
+def pids(handle: Any, count: int) -> list[int]:
+    """Of replicas, as they answer."""
+    found: set[int] = set()
+
+    def all_answer() -> bool:
+        found.update(handle.pid.remote().result(timeout_s=60) for _ in range(8))
+        return len(found) >= count
+
+    wait_for(all_answer)
+    return sorted(found)
+
+
+def test_two_replicas_answer_and_one_is_killed_in_the_middle_and_no_request_is_lost(
+    cluster: None, mini_bundle: Bundle, mini_pipeline: Pipeline
+) -> None:
+    asked_for = Arguments(bundle=f"copy:{mini_bundle.folder}", min_replicas=2, max_replicas=2, batch=2)
+    serve.run(app(asked_for), name="pictures", route_prefix="/")
+    handle = serve.get_deployment_handle("Pictures", "pictures")
+    first, second = pids(handle, 2)
+
+    def asked(number: int) -> httpx.Response:
+        body = {"prompt": PROMPTS[number % 4], "seed": number, "steps": 12}
+        return httpx.post(f"{HERE}/generate", json=body, timeout=120)
+
+    with ThreadPoolExecutor(8) as clients:
+        answers = [clients.submit(asked, number) for number in range(24)]
+        wait_for(lambda: sum(each.done() for each in answers) >= 4)
+        os.kill(first, signal.SIGKILL)
+        assert not all(each.done() for each in answers)
+        results = [each.result() for each in answers]
+    assert [each.status_code for each in results] == [200] * 24
+    for number in (0, 11, 23):  # whichever replica it was
+        alone = mini_pipeline.generate(Request(PROMPTS[number % 4], seed=number, steps=12))
+        assert np.abs(picture(results[number].json()) - np.asarray(alone.image, np.int16)).max() <= 1
+    assert second in pids(handle, 1)
+
+    _check_the_rest()
+
+
+def _check_the_rest() -> None:
+    """Mistakes, OpenAI's form, and what is served."""
+    refused = httpx.post(f"{HERE}/generate", json={"prompt": "a ring", "plan": "blok:3"}, timeout=60)
+    assert refused.status_code == 400
+    assert "blok" in refused.json()["error"]["message"]
+    form = {"prompt": "a ring", "size": "64x64"}
+    assert httpx.post(f"{HERE}/v1/images/generations", json=form, timeout=60).json()["data"][0]["b64_json"]
+    assert httpx.post(f"{HERE}/generate", content=b"{", timeout=60).status_code == 415
+    assert httpx.get(f"{HERE}/nothing", timeout=60).status_code == 404
+    assert httpx.get(f"{HERE}/v1/models", timeout=60).json()["data"] == [{"id": "model", "object": "model"}]
+    serve.delete("pictures")
+
+
+def test_a_file_of_prompts_is_made_by_two_workers(
+    cluster: None, mini_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("".join(f"{PROMPTS[number % 4]}\n" for number in range(40)) + "\n\xff\n", "latin-1")
+    given = ["p.txt", "--shards", "out", "--shard-size", 16, "--bundle", mini_bundle.folder, "--steps", 1, "--batch", 1]
+    outcome = command(main, capfd, monkeypatch)(*given, "--workers", 2)
+    assert outcome.code == 1
+    assert outcome.out[-1] == "40 made, 0 there already, 1 not made"
+    assert [line for line in outcome.err if line.startswith("warning")] == ["warning: line 42: the line is no text in UTF-8"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [f"shard-00000{number}.tar" for number in range(3)]
+    assert command(main, capfd, monkeypatch)(*given).out[-1] == "0 made, 40 there already, 1 not made"
