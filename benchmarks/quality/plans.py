@@ -51,7 +51,7 @@ PLANS = (
 )  # fmt: skip
 CONTROLS = ("6 steps", "7 steps", "8 steps", "10 steps", "12 steps", "14 steps")
 """`full`, with fewer steps of the solver."""
-GRID = ("full", "deepcache:3", "forecast:3", "skip:2", "skip:3", "guide:2", "10 steps", "6 steps", "unit:5", "encoder:faster")
+GRID = ("full", "deepcache:3", "skip:2", "skip:3", "6 steps", "unit:5", "encoder:faster")
 COLUMNS = (
     "plan", "macs", "time", "time_low", "time_high", "accuracy", "accuracy_low", "accuracy_high", "psnr", "psnr_low", "psnr_high",
     "psnr_p10", "ssim",
