@@ -269,6 +269,10 @@ class UNet:
         said = self._guided()
         return torch.equal(*sample.chunk(2)) if said is None else said
 
+    def close(self) -> None:
+        """Let go of what the last call keeps, where it broke off before its last step; the next call begins anew either way."""
+        self._end()
+
     def _end(self) -> None:
         """Let the last call go: what it keeps, its stream, and what it has compiled if it broke off before its last step."""
         if self._call is not None:

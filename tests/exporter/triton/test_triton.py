@@ -35,7 +35,12 @@ def exporter(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> Command:
 def parsed(text: str) -> Any:
     """A configuration as Triton's message; raises ParseError for fields and values that there are not."""
     protobuf = pytest.importorskip("google.protobuf", reason="needs protobuf, which ray brings")
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+    from google.protobuf import (  # type: ignore[import-untyped]
+        descriptor_pb2,
+        descriptor_pool,
+        message_factory,
+        text_format,
+    )
 
     assert protobuf.__version__
     pool = descriptor_pool.DescriptorPool()
