@@ -1,7 +1,8 @@
 """Pictures of lines as PNG files in a folder: their names, and whether they are there already."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
@@ -9,7 +10,7 @@ from runtime.generation import numbered, write_png
 from serving.prompts.lines import Asked
 from serving.queueing.ticket import Made
 
-__all__ = ["is_there", "paths_for", "write"]
+__all__ = ["is_there", "mark_in", "paths_for", "write"]
 
 _MARK = "request"
 """The text in a file that tells which line, as it then was, it was made from."""
@@ -20,22 +21,31 @@ def paths_for(folder: Path, number: int, pictures: int) -> list[Path]:
     return numbered(folder / f"{number:08}.png", pictures)
 
 
-def is_there(folder: Path, asked: Asked) -> bool:
-    """Whether all pictures of a line are in a folder, made from the line as it is now."""
-    return all(_mark_of(path) == asked.fingerprint for path in paths_for(folder, asked.number, asked.request.images))
+def is_there(folder: Path, asked: Asked, marks: Mapping[str, str]) -> bool:
+    """Whether all pictures of a line are there, made from the line as it is now.
+
+    Args:
+        folder: for PNG files.
+        asked: the line.
+        marks: of pictures that lie elsewhere, by the names of their files; those in the folder were made later.
+    """
+    paths = paths_for(folder, asked.number, asked.request.images)
+    return all((mark_in(path) if path.exists() else marks.get(path.name)) == asked.fingerprint for path in paths)
 
 
-def _mark_of(path: Path) -> str | None:
+def mark_in(picture: Path | IO[bytes]) -> str | None:
+    """What a PNG file tells of the line that it was made from; its pixels are not read."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:  # reads the texts, not the pixels
+        with Image.open(picture, formats=["PNG"]) as image:
             found = image.info.get(_MARK)
-    except (OSError, ValueError, SyntaxError):  # not there, or no picture
+    except (OSError, ValueError, SyntaxError):  # no picture
         return None
     return found if isinstance(found, str) else None
 
 
 def write(folder: Path, asked: Asked, made: Made) -> Sequence[Path]:
     """Write the pictures of a line, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
     paths = paths_for(folder, asked.number, len(made.images))
     for path, image, told in zip(paths, made.images, made.made_from, strict=True):
         write_png(path, image, {**told, _MARK: asked.fingerprint})

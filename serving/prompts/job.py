@@ -1,6 +1,6 @@
 """What a call makes of a file: where pictures go, which are there already, and when a shard is whole."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,13 @@ class Course:
     def lines(self) -> Iterator[tuple[Line, Asked]]:
         """The lines whose pictures are to be made. To be taken to the end: what comes after the last one closes the shards."""
         for line in read_lines(self._job.file):
-            self._enter(line.number)
+            marks = self._enter(line.number)
             try:
                 asked = self._job.read(line)
             except UserError as error:
                 self.failed(line.number, error)
                 continue
-            if is_there(self._job.folder_of(line.number), asked):
+            if is_there(self._job.folder_of(line.number), asked, marks):
                 self.there += 1
                 self._settle(line.number, asked.request.images)
             else:
@@ -94,16 +94,19 @@ class Course:
         self._failed(number, error)
         self._settle(number, 0)
 
-    def _enter(self, number: int) -> None:
+    def _enter(self, number: int) -> Mapping[str, str]:
+        """A line comes; the marks of the pictures that its shard has."""
         if self._shards is None:
-            return
+            return {}
         shard = self._shards.number_of(number)
         if shard not in self._open:
-            self._open[shard] = _Range()
-            self._shards.open(shard)
-        self._open[shard].waiting.add(number)
+            # Where its hidden folder is there, pictures were made that it does not have yet.
+            self._open[shard] = _Range(self._shards.marks(shard), self._shards.pictures(shard).exists())
+        found = self._open[shard]
+        found.waiting.add(number)
         self._last = shard
         self._close_whole_ones()
+        return found.marks
 
     def _settle(self, number: int, pictures: int) -> None:
         if self._shards is None:
@@ -121,17 +124,18 @@ class Course:
             found, folder = self._open.pop(shard), self._shards.pictures(shard)
             numbers = sorted(found.pictures)
             wanted = [path for number in numbers for path in _paths(folder, number, found.pictures[number])]
-            self._shards.close(shard, wanted, changed=found.changed)
+            gone = not set(found.marks) <= {path.name for path in wanted}  # of lines that are no more, or are bad now
+            self._shards.close(shard, wanted, changed=found.changed or gone)
 
 
 class _Range:
     """The lines of a shard that is being made."""
 
-    def __init__(self) -> None:
+    def __init__(self, marks: Mapping[str, str], changed: bool) -> None:
+        self.marks, self.changed = marks, changed
         self.waiting: set[int] = set()
         self.pictures: dict[int, int] = {}
         """Pictures of each line that is done."""
-        self.changed = False
 
 
 def _paths(folder: Path, number: int, pictures: int) -> list[Path]:

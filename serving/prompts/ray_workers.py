@@ -35,17 +35,24 @@ class Painter:
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
         """What became of lines: their numbers, how many pictures each has, and why it has none."""
-        asked = [self._job.read(Line(int(number), text)) for number, text in zip(rows["number"], rows["text"], strict=True)]
+        asked: list[Asked] = []
         faults: dict[int, str] = {}
 
         def failed(number: int, error: UserError) -> None:
             faults[number] = error.line
 
+        for number, text in zip(rows["number"].tolist(), rows["text"], strict=True):
+            try:
+                asked.append(self._job.read(Line(number, text)))
+            except UserError as error:  # a file that it names has gone since
+                failed(number, error)
         make(self._pipeline, asked, self._job.batch, self._write, failed)
+        pictures = {each.number: each.request.images for each in asked}
+        numbers = rows["number"].tolist()
         return {
-            "number": [each.number for each in asked],
-            "pictures": [each.request.images for each in asked],
-            "fault": [faults.get(each.number, "") for each in asked],
+            "number": numbers,
+            "pictures": [pictures.get(number, 0) for number in numbers],
+            "fault": [faults.get(number, "") for number in numbers],
         }
 
     def _write(self, asked: Asked, made: Made) -> None:

@@ -8,14 +8,16 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
 from engines.support.files import atomic_file, remove_partials, write_text
 from serving.errors import ServingError
+from serving.prompts.folder import mark_in
 
 __all__ = ["Shards"]
 
@@ -50,28 +52,32 @@ class Shards:
         """The hidden folder of a shard's pictures."""
         return self.folder / f".shard-{shard:06}"
 
-    def open(self, shard: int) -> Path:
-        """The hidden folder, with the pictures that the shard has if it was written before."""
-        folder = self.pictures(shard)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.path(shard).exists():
-            with tarfile.open(self.path(shard)) as archive:
-                for member in archive:
-                    data = archive.extractfile(member)
-                    place = folder / Path(member.name).name
-                    # What is in the folder was made later.
-                    if data is not None and place.suffix == ".png" and not place.exists():
-                        with atomic_file(place) as temporary:
-                            temporary.write_bytes(data.read())
-        return folder
+    def marks(self, shard: int) -> dict[str, str]:
+        """Of each picture in a shard that was written before, by its file's name, the mark of the line that it was made from."""
+        if not self.path(shard).exists():
+            return {}
+        with tarfile.open(self.path(shard)) as archive:
+            return {name: mark for name, data in _pictures_in(archive) if (mark := mark_in(data)) is not None}
 
     def close(self, shard: int, wanted: Iterable[Path], *, changed: bool) -> None:
         """Write a shard of those pictures that are wanted, if anything changed, and remove its hidden folder."""
-        if changed or not self.path(shard).exists():
-            paths = [path for path in wanted if path.exists()]
-            if paths:
+        if changed:
+            folder = self.pictures(shard)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._unpack(shard, folder)
+            if paths := [path for path in wanted if path.exists()]:
                 self._write(self.path(shard), paths)
-        shutil.rmtree(self.pictures(shard))
+        shutil.rmtree(self.pictures(shard), ignore_errors=True)
+
+    def _unpack(self, shard: int, folder: Path) -> None:
+        """Put a shard's pictures beside those that were made since; what is there was made later."""
+        if not self.path(shard).exists():
+            return
+        with tarfile.open(self.path(shard)) as archive:
+            for name, data in _pictures_in(archive):
+                if not (folder / name).exists():
+                    with atomic_file(folder / name) as temporary:
+                        temporary.write_bytes(data.read())
 
     @staticmethod
     def _write(target: Path, paths: Iterable[Path]) -> None:
@@ -83,6 +89,14 @@ class Shards:
                 _add(archive, path.with_suffix(".json"), json.dumps(told).encode())
                 _add(archive, path, path.read_bytes())
                 _add(archive, path.with_suffix(".txt"), told.get("prompt", "").encode())
+
+
+def _pictures_in(archive: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
+    """The pictures of a shard, by name; their bytes are read as they are asked for."""
+    for member in archive:
+        data, name = archive.extractfile(member), Path(member.name).name
+        if data is not None and name.endswith(".png"):
+            yield name, data
 
 
 def _add(archive: tarfile.TarFile, path: Path, data: bytes) -> None:

@@ -102,6 +102,7 @@ def _check_the_rest() -> None:
     serve.delete("pictures")
 
 
+@pytest.mark.filterwarnings("ignore:.* is deprecated")  # Ray's, of its own settings
 def test_a_file_of_prompts_is_made_by_two_workers(
     cluster: None, mini_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

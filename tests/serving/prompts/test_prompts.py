@@ -182,7 +182,22 @@ def test_a_shard_is_written_anew_where_a_line_changed_and_only_that_line_is_made
     made = members(here / "s/shard-000000.tar")
     assert len(made) == 6
     assert {name: made[name] for name in kept} == kept
+    write(here, ["{", LINES[3], LINES[1]])
+    assert prompts(*given).out[-1] == "0 made, 2 there already, 1 not made"
+    assert list(members(here / "s/shard-000000.tar")) == [name for name in made if name.startswith("00000002")]
     assert_refused(prompts(*given[:-1], 3), "has shards of 2 lines; give --shard-size 2")
+
+
+def test_pictures_that_a_kill_kept_out_of_a_shard_come_into_it(prompts: Command, here: Path) -> None:
+    file = write(here, [LINES[0], "{"])
+    given = [file, "--shards", "s"]
+    prompts(*given)
+    write(here, [LINES[0], LINES[3]])
+    assert prompts(file, "-o", "s/.shard-000000").code == 0  # as if it had been killed before the shard was written
+    (here / "s/.shard-000000/00000001.png").unlink()
+    assert prompts(*given).out[-1] == "0 made, 2 there already, 0 not made"
+    assert [name for name in members(here / "s/shard-000000.tar") if name.endswith("png")] == ["00000001.png", "00000002.png"]
+    assert not (here / "s/.shard-000000").exists()
 
 
 def test_two_calls_do_not_write_into_one_folder(prompts: Command, here: Path) -> None:
