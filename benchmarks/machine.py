@@ -1,5 +1,6 @@
 """Results as files: figures with the machine and the versions that made them."""
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -8,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["machine", "write_results"]
+from engines.support.files import check_writable, write_text
+
+__all__ = ["machine", "results_file", "write_results"]
 
 _PACKAGES = ("torch", "onnxruntime", "diffusers", "transformers", "numpy", "scipy")
 
@@ -34,7 +37,19 @@ def machine() -> dict[str, object]:
     return {"machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()}, "versions": versions}
 
 
+def results_file(text: str) -> Path:
+    """A path from a command's arguments that results can be written to, tried before anything is measured.
+
+    Raises:
+        OSError: it is a folder, or nothing can be written there.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), text)
+    check_writable(path.parent)
+    return path
+
+
 def write_results(path: Path, figures: Mapping[str, Any], indent: int = 2) -> None:
-    """Writes figures, with the machine and the versions, as JSON; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**figures, **machine()}, indent=indent) + "\n")
+    """Writes figures, with the machine and the versions, as JSON, in one move; makes the folder."""
+    write_text(path, json.dumps({**figures, **machine()}, indent=indent) + "\n")

@@ -26,6 +26,7 @@ from benchmarks.peers import PEERS
 from engines import ENGINES
 from engines.errors import UserError
 from engines.support.cli import Parser, parse_size, quiet_libraries, run_command
+from engines.support.files import check_writable
 
 __all__ = ["main"]
 
@@ -156,6 +157,7 @@ def main(arguments: Sequence[str]) -> None:
             run.build(settings, variant, console)
         return
     name = _file_name(settings)
+    check_writable(options.out)
     if not run.measured(settings, name, options.out, console, resume=options.resume):
         sys.exit(1)
 

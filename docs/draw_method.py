@@ -33,6 +33,7 @@ PLANS = ("block:3", "deepcache:3", "unit:3")
 STATES = {"computed": "#2f6690", "inherited": "#f2b134", "not needed": "#e3e3e3"}
 LETTERS = {"resnet": "R", "attention": "A"}
 """Others have the first letter of their block: stem, head, and samplers on the way down and up."""
+LEGEND = "S: stem, R: ResNet, A: transformer, D and U: down- and upsampler, H: head"
 LATENT_SIDE, TOKENS = 64, 77
 
 
@@ -127,9 +128,7 @@ def draw_partition(units: Sequence[Unit], path: Path) -> None:
     axis.legend(
         handles=handles, ncol=7, loc="upper center", bbox_to_anchor=(0.5, -0.02), fontsize=7, title="segment", title_fontsize=7
     )
-    axis.set_title(
-        "The UNet of Stable Diffusion 1.5. S: stem, R: ResNet, A: transformer, D and U: down- and upsampler, H: head", fontsize=9
-    )
+    axis.set_title(f"The UNet of Stable Diffusion 1.5. {LEGEND}", fontsize=9)
     figure.savefig(path, dpi=140, bbox_inches="tight")
     pyplot.close(figure)
 
@@ -149,7 +148,7 @@ def draw_steps(units: Sequence[Unit], path: Path) -> None:
         print(f"{title}: {share:.1%} of the multiply-accumulates")
     handles = [Patch(facecolor=shade, edgecolor="#777777", label=name) for name, shade in STATES.items()]
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.legend(handles=handles, ncol=3, loc="lower center", fontsize=8)
+    figure.legend(handles=handles, ncol=3, loc="lower center", fontsize=8, title=LEGEND, title_fontsize=8)
     figure.savefig(path, dpi=140, bbox_inches="tight")
     pyplot.close(figure)
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -41,7 +42,7 @@ def postponed(name: str, *functions: str) -> Iterator[None]:
         name: of the module, whose package is imported as it is.
         functions: names that are imported from it by name; a call of what they give imports the real module.
     """
-    spec = None if name in sys.modules else find_spec(name)
+    spec = None if name in sys.modules else _found(name)
     if spec is None:
         yield
         return
@@ -54,6 +55,14 @@ def postponed(name: str, *functions: str) -> Iterator[None]:
         yield
     finally:
         _drop(module)
+
+
+def _found(name: str) -> ModuleSpec | None:
+    """Where a module is; None where it is missing, or the package that it lies in."""
+    try:
+        return find_spec(name)
+    except ModuleNotFoundError:
+        return None
 
 
 class _Postponed(ModuleType):

@@ -145,7 +145,7 @@ def _row(manifest: Manifest, name: str) -> tuple[str, str]:
 def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
     """Return what a plan inherits, or why the bundle cannot run it; and its MACs, where they are this UNet's alone."""
     try:
-        schedule = lay_out_part(plan, manifest, _TIMESTEPS)
+        schedule = lay_out_part(plan, manifest, _TIMESTEPS, guided=True)
     except PlanError as error:
         return f"not with this UNet: {error}", "-"
     try:
@@ -155,6 +155,7 @@ def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
     others = ", ".join(name for name in dict.fromkeys(part.unet for part in plan.unets) if name != manifest.variant)
     if others:
         return f"this UNet's part can run; beside the bundle there must be one of {others}", "-"
-    inherited = ", ".join(f"{' '.join(rule.units)} by {rule.kind}" for rule in plan.rules)
+    inherited = [f"{' '.join(rule.units)} by {rule.kind}" for rule in plan.rules]
+    inherited += ["what guidance added"] if plan.guidance is not None else []
     least, most = (relative_macs(schedule, changed=changed) for changed in (False, True))
-    return inherited or "nothing", from_to(least, most, digits=2)
+    return ", ".join(inherited) or "nothing", from_to(least, most, digits=2)

@@ -1,6 +1,7 @@
 """A bundle's UNet in the place of a diffusers pipeline's own, and back."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from runtime.diffusers_unet import UNet
 from runtime.errors import RequestError
 from runtime.execution.executor import StepRecord
+from runtime.images.schedulers import read_prediction_type
 from runtime.plans.plan import Plan
 from runtime.report.kinds import Kind, kinds_of, segment_counts
 
@@ -47,8 +49,8 @@ class Report:
 class Attachment:
     """A bundle's UNet in a diffusers pipeline: ``pipe.unet`` is replaced, and all else of the pipeline is left as it is.
 
-    Every scheduler, callback and option of the pipeline works as before. ``disable`` puts the pipeline's own UNet back, and
-    ``enable`` the bundle's; what is assigned to ``plan`` (a preset, a file, or a ``Plan``) holds from the next call on.
+    Every scheduler, callback and option of the pipeline works as before; saved, it has its own UNet. ``disable`` puts that back,
+    and ``enable`` the bundle's; what is assigned to ``plan`` (a preset, a file, or a ``Plan``) holds from the next call on.
     """
 
     def __init__(self, pipe: Any, unet: UNet) -> None:
@@ -72,10 +74,20 @@ class Attachment:
     def enable(self) -> None:
         """Put the bundle's UNet into the pipeline."""
         self.pipe.unet = self.unet
+        self.pipe.save_pretrained = self._save_pretrained
 
     def disable(self) -> None:
         """Put the pipeline's own UNet back."""
         self.pipe.unet = self.original
+        vars(self.pipe).pop("save_pretrained", None)
+
+    def _save_pretrained(self, *args: Any, **options: Any) -> Any:
+        """Save the pipeline as it is without the bundle: diffusers would leave out a UNet that is none of its own."""
+        self.disable()
+        try:
+            return self.pipe.save_pretrained(*args, **options)
+        finally:
+            self.enable()
 
     def report(self) -> Report:
         """Which segments the last call with the bundle's UNet ran, and how long it took; printed, it is one line."""
@@ -116,6 +128,8 @@ def attach(
     guided = partial(getattr, pipe, "do_classifier_free_guidance", None)
     unet = UNet(bundle, plan, engine, scheduler=lambda: pipe.scheduler, guided=guided)
     _check_alike(pipe.unet, unet)
+    for warning in _unlike(pipe, unet):
+        warnings.warn(warning, stacklevel=2)
     return Attachment(pipe, unet)
 
 
@@ -124,6 +138,21 @@ _COMPARED = {
     "out_channels": "channels of predictions",
     "cross_attention_dim": "text width",
 }
+
+
+def _unlike(pipe: Any, unet: UNet) -> Iterator[str]:
+    """What of a bundle a pipeline cannot know, as the pipeline encodes prompts itself and has a scheduler of its own."""
+    folder, manifest = unet.pipeline.bundle.folder, unet.pipeline.manifest
+    if loras := ", ".join(lora.option for lora in manifest.loras if lora.scale):
+        yield (
+            f"{folder} has LoRA {loras} in its UNet; the pipeline's text encoder needs it too, if the LoRA changes that: "
+            'pipe.load_lora_weights(FILE), pipe.fuse_lora(components=["text_encoder"], lora_scale=SCALE) before attach'
+        )
+    if skipped := manifest.clip_skip:
+        yield f"{folder} was built with --clip-skip {skipped}: give clip_skip={skipped} to the pipeline's calls"
+    theirs = getattr(getattr(pipe.scheduler, "config", None), "prediction_type", None)
+    if theirs is not None and theirs != (ours := read_prediction_type(folder / "scheduler")):
+        yield f"the pipeline's scheduler is for a UNet that predicts {theirs}, and that of {folder} predicts {ours}"
 
 
 def _check_alike(own: Any, unet: UNet) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,18 @@ class UNet:
         self._call: _Call | None = None
         self._single: float | None = None
         self._warned = False
+
+    if not TYPE_CHECKING:  # for whom it would have every attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Say of what diffusers' own UNets have beside this, why it has not."""
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise AttributeError(
+                f"the UNet of a bundle has no {name}: its weights are inside of compiled engines, and nothing can be loaded into "
+                "them or changed. Leave the option out, or use the pipeline's own UNet (.disable() what was attached); LoRAs are "
+                "fused when a bundle is built (build --lora FILE)"
+            )
 
     @property
     def plan(self) -> Plan:

@@ -120,6 +120,20 @@ def assembled_bundle(bundles: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def torch_bundle(bundles: Path) -> Bundle:
+    """A small checkpoint with a UNet of three stages, with programs of the torch engine. Not to be changed."""
+    from tests.support.sources import save_source
+    from tests.support.unets import small_unet
+
+    source = bundles / "uneven-source"
+    bundles.mkdir(parents=True, exist_ok=True)
+    with FileLock(bundles / ".uneven-source.lock"):
+        if not (source / "scheduler").exists():  # which is written last
+            save_source(source, small_unet("uneven"))
+    return build_shared(bundles, "uneven-torch", source=str(source), engines=("torch",))
+
+
+@pytest.fixture(scope="session")
 def mini_pipeline(mini_bundle: Bundle) -> Pipeline:
     """The embedded model, loaded in ONNX Runtime."""
     from engines import make_engine

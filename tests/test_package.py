@@ -15,7 +15,7 @@ import unet_heirloom
 from engines.support.environment import install_command
 from tests.support.commands import assert_refused, command
 from unet_heirloom.__main__ import COMMANDS
-from unet_heirloom.doctor import examine
+from unet_heirloom.doctor import _text, examine
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "diffusers", "transformers", "numpy", "pydantic", "rich", "onnx", "PIL"}
@@ -147,6 +147,16 @@ def test_the_doctor_works_where_nothing_is_installed(tmp_path: Path) -> None:
     assert "No module named 'torch'" in found["torch"]["error"]
     assert "has no torch" in found["engines"]["error"]
     assert "unet_heirloom doctor" in found["next"] or "pip install" in found["next"]
+
+
+@pytest.mark.parametrize("width", [80, 50])
+def test_the_doctor_writes_for_a_terminals_width(width: int, tmp_path: Path) -> None:
+    found = examine(tmp_path)
+    *lines, command = _text(found, width).splitlines()
+    assert command == f"next          {found['next']}"
+    words = " ".join(lines).split()
+    assert all(word in words for value in ("torch", "tensorrt-rtx") for word in str(found["engines"][value]).split())
+    assert [line for line in lines if len(line) > width and " " in line.strip()] == []
 
 
 def test_the_doctor_lists_bundles_and_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import shutil
-import site
 import subprocess
 import sys
+import tomllib
 import venv
+from collections.abc import Iterable
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from safetensors.torch import save_file
 
 from engines import Bundle
 from tests.support.sources import save_source
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("engines", "exporter", "runtime", "tuning", "unet_heirloom")
+PACKAGES = ("engines", "exporter", "runtime", "serving", "tuning", "unet_heirloom")
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "NOTICE", "constraints.txt")
 
 pytestmark = pytest.mark.slow
@@ -44,25 +48,51 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
+def needed(names: Iterable[str]) -> set[str]:
+    """Distributions that these need, themselves among them, without extras that nobody asked for."""
+    found: set[str] = set()
+    todo = [Requirement(name) for name in names]
+    while todo:
+        wanted = todo.pop()
+        if wanted.marker is not None and not any(wanted.marker.evaluate({"extra": extra}) for extra in ("", *wanted.extras)):
+            continue
+        if (name := canonicalize_name(wanted.name)) not in found:
+            found.add(name)
+            todo += [Requirement(line) for line in distribution(name).requires or ()]
+    return found
+
+
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts of an environment with the wheel in it, and what it depends on where this one has it."""
+    """The scripts of an environment with the wheel in it and what it depends on, and nothing that only extras need."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     run([sys.executable, "-m", "pip", "--python", str(folder), "install", "--no-deps", "--no-index", str(wheel)], folder)
     packages = next(folder.glob("lib*/python*/site-packages"))
-    # Plain path entries: the .pth files in there, that of our own editable install among them, are not read.
-    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for name in needed(dependencies):
+        for top in {path.parts[0] for path in distribution(name).files or () if path.parts[0] not in {"..", "__pycache__"}}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(distribution(name).locate_file(top))  # type: ignore[arg-type]
     return folder / "bin"
 
 
-def test_the_wheel_builds_in_another_folder(installed: Path, tmp_path: Path) -> None:
+def test_the_wheel_builds_and_draws_in_another_folder(installed: Path, tmp_path: Path) -> None:
+    """With its dependencies and no others."""
+    absent = "import importlib.util as i; print([name for name in ('scipy', 'matplotlib', 'ray', 'pytest') if i.find_spec(name)])"
+    assert run([str(installed / "python"), "-c", absent], tmp_path).stdout == "[]\n"
     script = str(installed / "unet-heirloom")
     assert run([script, "--version"], tmp_path).stdout.startswith("unet-heirloom ")
     source = save_source(tmp_path / "tiny")
     done = run([script, "build", "--source", str(source), "--out", "tiny-bundle"], tmp_path)
     assert str(ROOT) not in done.stdout + done.stderr
     assert Bundle.open(tmp_path / "tiny-bundle").manifest.source == str(source)
+    run(
+        [script, "run", "a red star", "--bundle", "tiny-bundle", "--steps", "4", "--plan", "block:2", "--compare", "full"],
+        tmp_path,
+    )
+    assert {"out.png", "out-compared.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert "can run: " in run([script, "doctor"], tmp_path).stdout
 
 
 def test_the_wheel_has_the_embedded_model_and_the_configurations_of_stable_diffusion(installed: Path, tmp_path: Path) -> None:

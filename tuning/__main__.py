@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engines.support.cli import Parser, quiet_libraries, resumable, run_command
 from tuning.distillation.latents_command import add_arguments as add_latents_arguments
@@ -9,6 +10,9 @@ from tuning.distillation.options import DistillOptions
 from tuning.distillation.options import add_arguments as add_distill_arguments
 from tuning.planning.options import PlanOptions
 from tuning.planning.options import add_arguments as add_plan_arguments
+
+if TYPE_CHECKING:
+    from tuning.loras.lora import Lora
 
 _SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, a .safetensors file, or random:CONFIG"
 _VARIANT_FILES = "which weight files of the source's folder or hub id, such as fp16 (default: those without)"
@@ -22,11 +26,13 @@ def _parser(prog: str = "python -m tuning") -> Parser:
     assemble.add_argument("--recipe", default="assembled", help="a recipe's name or its .json file (default: %(default)s)")
     assemble.add_argument("--source", default="mini", help=f"{_SOURCE} (default: %(default)s)")
     assemble.add_argument("--variant-files", help=_VARIANT_FILES)
+    _add_loras(assemble)
     assemble.add_argument("--precision", default="fp16", help="fp16 or fp32 (default: %(default)s)")
     assemble.add_argument("--out", type=Path, required=True, help="the folder of the new UNet")
     rank = commands.add_parser("rank", help="measure the time and the error of each removal, and choose a recipe")
     rank.add_argument("--source", default="mini", help=f"the UNet whose errors count: {_SOURCE} (default: %(default)s)")
     rank.add_argument("--variant-files", help=_VARIANT_FILES)
+    _add_loras(rank)
     rank.add_argument("--times", help="the UNet whose time counts, such as random:sd15 (default: the source's)")
     rank.add_argument("--speedup", type=float, default=1.35, help="how fast the chosen recipe has to be (default: %(default)s)")
     rank.add_argument("--latents", type=int, default=0, help="side of the latents for timing (default: the UNet's, at most 32)")
@@ -46,6 +52,13 @@ def _parser(prog: str = "python -m tuning") -> Parser:
     return parser
 
 
+def _add_loras(parser: Parser) -> None:
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="a LoRA to fuse into the UNet first; may be repeated"
+    )
+    parser.refuse("--vae", "no VAE is read here; leave it out, and give it to build, or to distill and latents")
+
+
 def main(arguments: Sequence[str], prog: str = "python -m tuning") -> None:
     """Run one command, which is called ``prog`` in messages; raises UserError for a user's mistake."""
     options = _parser(prog).parse_args(arguments)
@@ -57,7 +70,9 @@ def main(arguments: Sequence[str], prog: str = "python -m tuning") -> None:
     if options.command == "assemble":
         from tuning.assemble_command import assemble_command
 
-        assemble_command(options.source, options.recipe, options.out, options.precision, console, options.variant_files)
+        assemble_command(
+            options.source, options.recipe, options.out, options.precision, console, options.variant_files, _loras(options.lora)
+        )
     elif options.command == "distill":
         from tuning.distillation.command import run
 
@@ -76,7 +91,15 @@ def main(arguments: Sequence[str], prog: str = "python -m tuning") -> None:
     else:
         from tuning.ranking.command import RankOptions, rank_command
 
-        rank_command(RankOptions(**given), console)
+        rank_command(
+            RankOptions(**{key: value for key, value in given.items() if key != "lora"}, loras=_loras(options.lora)), console
+        )
+
+
+def _loras(texts: Sequence[str]) -> "tuple[Lora, ...]":
+    from tuning.loras.lora import Lora
+
+    return tuple(Lora.parse(text) for text in texts)
 
 
 if __name__ == "__main__":

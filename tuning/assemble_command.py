@@ -1,6 +1,7 @@
 """``python -m tuning assemble``: the folder of a UNet from which a recipe has left things out."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,9 +11,12 @@ from rich.table import Table
 from torch import nn
 
 from engines.support.files import atomic_directory
-from tuning.checkpoints.find_source import check_apart, open_unet, place_of
+from tuning.checkpoints.find_source import check_apart, place_of
 from tuning.checkpoints.folder import ASSEMBLY_NOTE, save_part, weights_sha256
 from tuning.errors import TuningError
+from tuning.loras.changed_source import open_changed_unet
+from tuning.loras.lora import Lora
+from tuning.loras.note import describe, read_note, write_note
 from tuning.surgery.assembly import assemble
 from tuning.surgery.pruning import removed_units
 from tuning.surgery.recipes import Recipe, recipe
@@ -24,11 +28,13 @@ PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 def assemble_command(
-    source: str, name: str, out: Path, precision: str, console: Console, variant_files: str | None = None
-) -> None:
+    source: str, name: str, out: Path, precision: str, console: Console, variant_files: str | None = None,
+    loras: Sequence[Lora] = (),
+) -> None:  # fmt: skip
     """Assemble a source's UNet by a recipe into ``out``, with a note of what it was made from, and say what changed.
 
-    ``variant_files`` tells which weight files of the source are read, such as fp16, where there are several.
+    ``variant_files`` tells which weight files of the source are read, such as fp16, where there are several; ``loras`` are fused
+    into the UNet first.
 
     Raises:
         TuningError: no such source, recipe or precision, a recipe that does not fit the UNet, something else at ``out``,
@@ -39,7 +45,8 @@ def assemble_command(
     wanted = recipe(name)
     check_apart(out, place_of(source), "source")
     check_place(out)
-    teacher = open_unet(source, variant_files).unet()
+    found = open_changed_unet(source, variant_files, loras)
+    teacher = found.unet()
     table = _table(teacher, wanted)
     before = _parameters(teacher)
     student = assemble(teacher, wanted)
@@ -51,12 +58,14 @@ def assemble_command(
         for file in (folder / "unet").iterdir():
             file.rename(folder / file.name)
         (folder / "unet").rmdir()
+        write_note(folder, (*(read_note(found.folder) if found.folder else ()), *describe(loras)))
         note["weights_sha256"] = weights_sha256(folder)
         (folder / ASSEMBLY_NOTE).write_text(json.dumps(note, indent=1) + "\n", "utf-8")
     if table.row_count:
         console.print(table)
+    with_loras = "".join(f" with {lora.path.name} at {lora.scale:g}" for lora in loras)
     numbers = f"{before / 1e6:.1f} M parameters before, {after / 1e6:.1f} M after ({after / before:.1%})"
-    for words in (f"{numbers}: {wanted.name} UNet of {source}, not distilled", f"written: {out}"):
+    for words in (f"{numbers}: {wanted.name} UNet of {source}{with_loras}, not distilled", f"written: {out}"):
         console.print(words, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -5,8 +5,10 @@ Every probe may fail, and none may end the command: it is for environments that 
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import distributions
@@ -35,7 +37,8 @@ def main(arguments: list[str]) -> int:
               file=sys.stdout if asked else sys.stderr)  # fmt: skip
         return 0 if asked else 2
     found = examine()
-    print(json.dumps(found, indent=2) if "--json" in arguments else _text(found))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(json.dumps(found, indent=2) if "--json" in arguments else _text(found, width))
     return 0
 
 
@@ -117,7 +120,7 @@ def _engine(engines: Any, name: str) -> str:
         engine.check_device()
         return f"can run: {engine.version()} on {engine.device}"
     except Exception as error:
-        return f"cannot run: {_line(error)}"
+        return f"cannot run: {_line(error).removeprefix(f'engine {name} cannot be used: ')}"
 
 
 def _bundles(folder: Path) -> dict[str, str]:
@@ -151,12 +154,21 @@ def _next(found: dict[str, Any], folder: Path) -> str:
     return f"python -m runtime 'a red star on a blue background' --bundle {whole[-1]} --plan deepcache:3"
 
 
-def _text(found: dict[str, Any]) -> str:
+def _text(found: dict[str, Any], width: int | None = None) -> str:
+    """All findings under each other, in lines of so many columns, but for the command to run next, which stays one."""
     lines = []
     for name, value in found.items():
-        rows = _rows(value)
-        lines += [f"{name if number == 0 else '':{_WIDTH}}{row}" for number, row in enumerate(rows)]
+        head = name
+        for row in _rows(value):
+            lines += _wrapped(f"{head:{_WIDTH}}{row}", None if name == "next" else width)
+            head = ""
     return "\n".join(lines)
+
+
+def _wrapped(line: str, width: int | None) -> list[str]:
+    if width is None or width < 3 * _WIDTH:
+        return [line]
+    return textwrap.wrap(line, width, subsequent_indent=" " * (_WIDTH + 2), break_long_words=False, break_on_hyphens=False)
 
 
 def _rows(value: Any) -> list[str]:

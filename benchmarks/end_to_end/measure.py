@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.end_to_end.rows import Row, Settings
 from benchmarks.end_to_end.worker import Subject, SubjectError
 from benchmarks.peers.serve import Call
+from engines.support.files import write_text
 
 __all__ = ["Log", "Sample", "measure"]
 
@@ -31,13 +32,12 @@ class Log:
         self.samples: list[Sample] = []
         header = json.loads(json.dumps(settings, default=str))
         if resume and path.exists():
-            first, *lines = path.read_text().splitlines()
+            first, *lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] or [""]
             if json.loads(first) != header:
                 raise ValueError("its settings are others")
-            self.samples = [json.loads(line) for line in lines if line.endswith("}")]
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n")
+            self.samples = [json.loads(line) for line in lines]
+        # What a run that was killed has left of a line goes: the next one would be written behind it.
+        write_text(path, "".join(json.dumps(line) + "\n" for line in (header, *self.samples)))
 
     def add(self, sample: Sample) -> None:
         """Write one down."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from benchmarks.end_to_end.figures import Figures
 from engines.support.extras import need
+from engines.support.files import atomic_file
 
 __all__ = ["plot_all"]
 
@@ -47,7 +48,8 @@ def plot_all(found: Sequence[Figures], path: Path, title: str) -> None:
     scatter.margins(0.2)
     figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def _label(figures: Figures) -> str:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.plan_runs import PROMPT
+from benchmarks.machine import results_file
 from engines.support.cli import Parser, parse_size, run_command
+from engines.support.files import write_text
 from exporter.graph.checkpoint import open_source
 from runtime.images.schedulers import make_scheduler
 
@@ -147,7 +149,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--compiled", action="store_true", help="measure the compiled UNet alone, for it takes a minute to compile"
     )
     parser.add_argument("--after", type=Path, help="time nothing before this file is there")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--out", type=results_file, required=True, help="the JSON file to write")
     return parser.parse_args(arguments)
 
 
@@ -167,7 +169,7 @@ def main(arguments: Sequence[str]) -> None:
         except Exception as error:
             found.append({"name": name, "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
         print(json.dumps(found[-1]), flush=True)
-        options.out.write_text(json.dumps(found, indent=2) + "\n")
+        write_text(options.out, json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from benchmarks.machine import machine
 from engines import Bundle, Engine, EngineError
 from engines.errors import UserError
 from engines.support.cli import run_command
+from engines.support.files import check_writable, write_text
 from exporter import BuildOptions, build
 from exporter.verification.command import FP16_STEPS
 from exporter.verification.verify import Reference, compare_latents, verify
@@ -238,6 +239,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.dry_run:
         show_plan(Console(width=80), options, [name for name, _ in _parts(options, options.engines)])
         return
+    check_writable(options.out)
     check = _Check(options, device_named(options.device), Console(width=150))
     engines, missing = check_engines(options.engines, check.device)
     check.found.skipped |= missing
@@ -270,10 +272,9 @@ def _write(check: _Check) -> Path:
     card = torch.cuda.get_device_name() if check.device.type == "cuda" else "cpu"
     settings = {name: getattr(options, name) for name in ("source", "variant", "steps", "rounds", "size", "plans", "granularity")}
     report = {"card": card, "cuda": torch.version.cuda, "driver": card_state(), "settings": settings, "faults": found.faults()}
-    options.out.mkdir(parents=True, exist_ok=True)
     name = f"gpu-{card}-{Path(options.source).stem}-{options.variant}".lower()
     path = Path(options.out) / f"{re.sub('[^a-z0-9-]', '-', name)}.json"
-    path.write_text(json.dumps(machine() | report | asdict(replace(found)), indent=2) + "\n")
+    write_text(path, json.dumps(machine() | report | asdict(replace(found)), indent=2) + "\n")
     return path
 
 

@@ -7,16 +7,19 @@ named with the command that builds them.
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 import runtime
-from benchmarks.machine import write_results
+from benchmarks.machine import results_file, write_results
 from benchmarks.quality.table import show
 from engines.errors import UserError
+from engines.support.cli import run_command
 from engines.support.extras import need
+from engines.support.files import atomic_file
 from tuning.mini.reader_network import read_batch
 from tuning.mini.reader_rules import Seen, read
 from tuning.mini.reader_score import judge, shares
@@ -77,19 +80,20 @@ def _grid(pictures: list[Image.Image], path: Path, columns: int = 16) -> None:
     for i, picture in enumerate(pictures[: rows * columns]):
         sheet.paste(picture, (i % columns * width, i // columns * height))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with atomic_file(path) as temporary:
+        sheet.save(temporary)
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
+def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.attributes", description=__doc__)
     parser.add_argument("--count", type=int, default=500, help="prompts (default: 500)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default: 3)")
     parser.add_argument("--engine", default="onnxruntime", help="default: onnxruntime")
     parser.add_argument("--bundles", type=Path, default=Path("bundles"), help="where mini-VARIANT bundles are")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS}")
+    parser.add_argument("--out", type=results_file, default=str(RESULTS), help=f"default: {RESULTS}")
     parser.add_argument("--grids", type=Path, help="a folder for sheets of the first pictures of each row")
-    return parser.parse_args(argv)
+    return parser.parse_args(arguments)
 
 
 def _run(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
@@ -109,25 +113,20 @@ def _run(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    args = _arguments(argv)
-    try:
-        need("scipy", "reading the pictures")
-        rows = _run(args)
-    except UserError as error:
-        print(f"error: {error.line}", file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command. Raises UserError where no bundle is there, or what it needs is missing."""
+    args = _arguments(arguments)
+    need("scipy", "reading the pictures")
+    rows = _run(args)
     if not rows:
-        return 2
+        raise UserError(f"no bundle in {args.bundles}: nothing was measured")
     for reader in ("rules", "network"):
         title = f"{args.count} held-back prompts, {args.steps} steps, guidance {args.guidance}: right by the {reader} reader"
         show(title, {name: figures[reader] for name, figures in rows.items()})
     settings = {"prompts": args.count, "steps": args.steps, "guidance": args.guidance, "scheduler": "dpm++"}
     settings |= {"engine": args.engine, "dtype": "float32"}
     write_results(args.out, {"settings": settings, "rows": rows})
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

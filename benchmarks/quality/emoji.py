@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, results_file
 from engines.support.cli import Parser, quiet_libraries, run_command
 from engines.support.files import write_text
 from tuning.emoji.concepts import Icon
@@ -82,7 +82,7 @@ def _options(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--guidance", type=float, default=3.0, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--real-only", action="store_true", help="draw nothing: only the reader's ceiling and the autoencoder")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the figures as JSON (default: %(default)s)")
+    parser.add_argument("--out", type=results_file, default=str(RESULTS), help="the figures as JSON (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.pairs < 1 or options.steps < 1:
         raise TuningError(f"--pairs {options.pairs} --steps {options.steps}: give 1 or more of each")

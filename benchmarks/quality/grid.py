@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from engines.support.files import atomic_file
 from runtime.images.pictures import picture_psnr
 
 __all__ = ["PROMPTS", "draw", "draw_differences"]
@@ -44,7 +45,8 @@ def draw(
                 axis.set_title(_wrapped(column), fontsize=7)
         line[0].set_ylabel(name, fontsize=8)
     figure.tight_layout(pad=0.6)
-    figure.savefig(path, dpi=100)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=100)
     pyplot.close(figure)
 
 

@@ -9,6 +9,7 @@ pictures. A run that was broken off is resumed: what it has measured stays in --
 
 import argparse
 import csv
+import io
 import json
 import math
 import shutil
@@ -27,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 import runtime
-from benchmarks.machine import machine
+from benchmarks.machine import machine, results_file
 from benchmarks.quality.attributes import measure
 from benchmarks.quality.emoji import wilson
 from benchmarks.quality.grid import draw_differences
@@ -35,7 +36,7 @@ from benchmarks.quality.plans_plot import front, plot
 from engines import UserError
 from engines.support.cli import run_command
 from engines.support.extras import need
-from engines.support.files import write_text
+from engines.support.files import atomic_file, write_text
 from runtime.report.cost import macs_of, share_of_rows
 from tuning.mini.scenes import held_back_prompts
 
@@ -50,7 +51,7 @@ PLANS = (
 )  # fmt: skip
 CONTROLS = ("6 steps", "7 steps", "8 steps", "10 steps", "12 steps", "14 steps")
 """`full`, with fewer steps of the solver."""
-GRID = ("full", "deepcache:3", "forecast:3", "skip:2", "skip:3", "guide:2", "10 steps", "6 steps", "unit:5", "encoder:faster")
+GRID = ("full", "deepcache:3", "skip:2", "skip:3", "6 steps", "unit:5", "encoder:faster")
 COLUMNS = (
     "plan", "macs", "time", "time_low", "time_high", "accuracy", "accuracy_low", "accuracy_high", "psnr", "psnr_low", "psnr_high",
     "psnr_p10", "ssim",
@@ -74,8 +75,7 @@ class RunFolder:
         wanted, path = json.loads(json.dumps(settings)), folder / "settings.json"
         if path.exists() and json.loads(path.read_text()) != wanted:
             raise UserError(f"{folder} holds a run with other settings; resume with those, remove it, or choose another --work")
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=2) + "\n")
+        write_text(path, json.dumps(wanted, indent=2) + "\n")
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The lines under a name; a last line that was cut off does not count."""
@@ -94,7 +94,8 @@ class RunFolder:
 
     def put(self, plan: str, pictures: Sequence[Image.Image]) -> None:
         """Keep pictures of a plan."""
-        np.save(self._array(plan), np.stack([np.asarray(picture) for picture in pictures]))
+        with atomic_file(self._array(plan)) as temporary:
+            np.save(temporary, np.stack([np.asarray(picture) for picture in pictures]))
 
     def _array(self, plan: str) -> Path:
         return self.folder / f"{plan.replace(':', '-')}.npy"
@@ -177,9 +178,9 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plans.csv"), help="default: %(default)s")
-    parser.add_argument("--plot", type=Path, default=Path("docs/plans.png"), help="default: %(default)s")
-    parser.add_argument("--grid", type=Path, default=Path("docs/plans_grid.png"), help="default: %(default)s")
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/plans.csv", help="default: %(default)s")
+    parser.add_argument("--plot", type=results_file, default="docs/plans.png", help="default: %(default)s")
+    parser.add_argument("--grid", type=results_file, default="docs/plans_grid.png", help="default: %(default)s")
     parser.add_argument("--work", type=Path, default=Path("runs/plans"), help="where a run is kept until it is done")
     options = parser.parse_args(arguments)
     if options.count < _GRID_COLUMNS or options.rounds < 1:
@@ -215,13 +216,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _write(rows: Sequence[PlanRow], settings: Mapping[str, object], options: argparse.Namespace) -> None:
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(options.out, table.getvalue())
     described = {"settings": settings} | _fronts(rows) | machine()
-    options.out.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
+    write_text(options.out.with_suffix(".json"), json.dumps(described, indent=2) + "\n")
     options.plot.parent.mkdir(parents=True, exist_ok=True)
     plot(rows, f"{options.count} held-back prompts, {options.steps} steps of DPM++, embedded model", options.plot)
 

@@ -4,9 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["front", "plot"]
+from engines.support.files import atomic_file
+from tuning.ranking.labels import place_label
 
-_FRONT, _REST, _GREY = "#c8553d", "#2f6690", "#9aa5ad"
+__all__ = ["front", "is_control", "plot"]
+
+_FRONT, _REST, _CONTROL = "#c8553d", "#2f6690", "#7d8790"
+_LINE = 0.175
+"""Inches of a line in the list of plans."""
 _MEASURES = {"accuracy": "held-back prompts shown, %", "psnr": "PSNR to the pictures of full, dB"}
 
 
@@ -43,7 +48,8 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right, beside) = pyplot.subplots(1, 3, figsize=(15, 6.2), width_ratios=(1, 1, 0.52), layout="constrained")
+    size = 15, max(6.2, _LINE * (len(rows) + 4))
+    figure, (left, right, beside) = pyplot.subplots(1, 3, figsize=size, width_ratios=(1, 1, 0.52), layout="constrained")
     figure.suptitle(title, fontsize=11)
     for axis, measure in zip((left, right), _MEASURES, strict=True):
         _panel(axis, rows, measure)
@@ -52,7 +58,8 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     figure.set_layout_engine("none")
     for axis, measure in zip((left, right), _MEASURES, strict=True):
         _name_points(axis, rows, measure)
-    figure.savefig(path, dpi=110)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     pyplot.close(figure)
 
 
@@ -66,7 +73,7 @@ def _points(rows: Sequence[dict[str, Any]], measure: str) -> dict[int, tuple[flo
 def _panel(axis: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
     best, points = front(rows, measure), _points(rows, measure)
     on_front = [point for number, point in points.items() if rows[number]["plan"] in best]
-    colours = [_FRONT if rows[number]["plan"] in best else _REST for number in points]
+    colours = [_colour(rows[number], best) for number in points]
     axis.scatter(*zip(*points.values(), strict=True), s=22, c=colours, zorder=3)
     axis.plot(*zip(*sorted(on_front), strict=True), color=_FRONT, linewidth=1, zorder=1)
     axis.set_xlabel("UNet speed, times that of full")
@@ -74,8 +81,21 @@ def _panel(axis: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
     axis.grid(alpha=0.3)
     axis.margins(x=0.16, y=0.12)
     axis.set_title(
-        f"Pareto front in red{'' if measure == 'accuracy' else '; full itself would be at speed 1, infinitely high'}", fontsize=9
+        "Pareto front in red, fewer steps of full in grey"
+        + ("" if measure == "accuracy" else "; full itself would be at speed 1, infinitely high"),
+        fontsize=9,
     )
+
+
+def _colour(row: dict[str, Any], best: Sequence[str]) -> str:
+    if row["plan"] in best:
+        return _FRONT
+    return _CONTROL if is_control(row) else _REST
+
+
+def is_control(row: dict[str, Any]) -> bool:
+    """Whether it is no plan, but `full` with fewer steps."""
+    return str(row["plan"]).endswith(" steps")
 
 
 def _name_points(axis: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
@@ -84,48 +104,7 @@ def _name_points(axis: Any, rows: Sequence[dict[str, Any]], measure: str) -> Non
     for number in sorted(points, key=lambda number: rows[number]["plan"] not in best):
         on_front = rows[number]["plan"] in best
         text = rows[number]["plan"] if on_front else str(number + 1)
-        _place(axis, text, points[number], list(points.values()), _FRONT if on_front else _REST)
-
-
-def _place(axis: Any, text: str, point: tuple[float, float], points: Sequence[tuple[float, float]], colour: str) -> None:
-    """Write a text near a point where it covers neither another text nor a point; a line leads from far ones to their point."""
-    from matplotlib.patheffects import withStroke
-
-    taken = [_box(note).padded(3) for note in axis.texts]
-    marks = axis.transData.transform(points)
-    note = axis.annotate(
-        text, point, fontsize=7.5, color=colour, textcoords="offset points", xytext=(0, 0), ha="center", va="center",
-        arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
-    )  # fmt: skip
-    note.set_path_effects([withStroke(linewidth=2, foreground="white")])
-    half = _box(note).width / 2 * 72 / axis.figure.dpi
-    for offset in _offsets(half):
-        note.xyann = offset
-        box = _box(note)
-        inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 and axis.bbox.y0 <= box.y0 and box.y1 <= axis.bbox.y1
-        if (
-            inside
-            and not any(box.overlaps(other) for other in taken)
-            and not any(box.padded(4).contains(*mark) for mark in marks)
-        ):
-            return
-
-
-def _box(note: Any) -> Any:
-    """Where a note's text is, in pixels, without its line."""
-    from matplotlib.text import Text
-
-    note.update_positions(note.figure.canvas.get_renderer())
-    return Text.get_window_extent(note)
-
-
-def _offsets(half: float) -> list[tuple[float, float]]:
-    """Places for the middle of a text that is twice ``half`` points wide: beside its point, above, below, then further away."""
-    found: list[tuple[float, float]] = []
-    for far in (0, 8, 16, 26, 38, 52, 68, 86):
-        wide, high = half + 5 + far, 8 + far
-        found += [(wide, 0), (0, high), (0, -high), (-wide, 0), (wide, high), (wide, -high), (-wide, high), (-wide, -high)]
-    return found
+        place_label(axis, text, points[number], list(points.values()), _colour(rows[number], best))
 
 
 def _list(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -140,7 +119,8 @@ def _list(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     )
     table.auto_set_font_size(False)
     table.set_fontsize(7.5)
-    table.scale(1, 1.12)
+    for cell in table.get_celld().values():
+        cell.set_height(1 / (len(rows) + 2))
     for (line, column), cell in table.get_celld().items():
         cell.set_text_props(ha="left" if column == 1 else "right")
         if line and rows[line - 1]["plan"] in fronts.get({3: "accuracy", 4: "psnr"}.get(column, ""), ()):

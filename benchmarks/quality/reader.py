@@ -1,8 +1,8 @@
 """`python -m benchmarks.quality.reader [train|check]`: trains the network reader, or states the accuracy of both readers."""
 
 import argparse
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from benchmarks.machine import write_results
 from benchmarks.quality.table import show
-from engines.errors import UserError
+from engines.support.cli import run_command
 from engines.support.extras import need
+from engines.support.files import check_writable
 from tuning.mini.autoencoder import reconstruct
 from tuning.mini.data import batch, to_bytes
 from tuning.mini.reader_network import IGNORED, ReaderNetwork, labels, load, read_batch, save
@@ -76,19 +77,16 @@ def check(count: int, model: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command. Raises UserError where what it needs is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.reader", description=__doc__)
     parser.add_argument("action", nargs="?", default="check", choices=("train", "check"))
     parser.add_argument("--steps", type=int, default=800, help="training steps of 128 pictures (default: 800)")
     parser.add_argument("--count", type=int, default=1000, help="pictures to check on (default: 1000)")
     parser.add_argument("--model", type=Path, default=Path("models/mini"), help="whose autoencoder to check with")
-    args = parser.parse_args(argv)
-    try:
-        need("scipy", "drawing and reading pictures")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(arguments)
+    need("scipy", "drawing and reading pictures")
+    check_writable(RESULTS.parent)
     if args.action == "train":
         started = time.process_time()
         save(train(args.steps))
@@ -97,8 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     figures = check(args.count, args.model)
     show("What the readers get right", figures)
     write_results(RESULTS, {"count": args.count, "accuracy": figures})
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

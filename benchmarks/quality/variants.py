@@ -19,7 +19,7 @@ from rich.console import Console
 
 import runtime
 import tuning
-from benchmarks.machine import machine
+from benchmarks.machine import machine, results_file
 from benchmarks.quality.attributes import measure
 from benchmarks.quality.frechet import RENDERED, distance_to, rendered
 from benchmarks.quality.grid import PROMPTS, draw
@@ -27,6 +27,7 @@ from benchmarks.quality.variants_page import BEFORE, markdown, measured_before, 
 from engines import Bundle, make_engine
 from engines.support.cli import run_command
 from engines.support.extras import need
+from engines.support.files import write_text
 from exporter import BuildOptions, build
 from tuning.checkpoints.folder import save_part
 from tuning.mini.data import to_tensor
@@ -149,17 +150,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--guidance", type=float, default=3.0, help="default: 3")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing (default: 9)")
     parser.add_argument("--pixels", type=int, default=256, help="the larger size to time at (default: 256)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/variants.json"))
-    parser.add_argument("--table", type=Path, default=Path("docs/variants.md"))
-    parser.add_argument("--pictures", type=Path, default=Path("docs/variants.png"))
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/variants.json")
+    parser.add_argument("--table", type=results_file, default="docs/variants.md")
+    parser.add_argument("--pictures", type=results_file, default="docs/variants.png")
     parser.add_argument("--page", action="store_true", help="measure nothing: write --table from what --out holds")
     options = parser.parse_args(arguments)
     if not options.page:  # before anything is measured
         need("scipy", "reading the pictures")
         need("matplotlib", "the page's pictures")
     result = measured_before(options.out) if options.page else _measure(options)
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(page(result))
+    write_text(options.table, page(result))
     print(markdown(result), end="")
     print(f"wrote {options.table}" if options.page else f"wrote {options.out}, {options.table} and {options.pictures}")
 
@@ -173,9 +173,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": "float32",
     }
     result = {"settings": settings, "rows": measure_rows(options)} | machine()
-    for path in (options.out, options.pictures):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_text(options.out, json.dumps(result, indent=2) + "\n")
+    options.pictures.parent.mkdir(parents=True, exist_ok=True)
     draw(_pictures(options), PROMPTS, options.pictures)
     return result
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import write_results
+from benchmarks.machine import results_file, write_results
 from benchmarks.sizes.process import run
 from engines.errors import UserError
 from engines.support.cli import Parser, run_command
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
         "--recipes", nargs="+", default=["bk-base", "bk-small", "bk-tiny", "assembled"], help="(default: %(default)s)"
     )
     parser.add_argument("--work", type=Path, default=Path("runs/assemble"), help="where UNets go (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/assemble.json"), help="(default: %(default)s)")
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/assemble.json", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     rows = [measure(options.source, recipe, options.work) for recipe in options.recipes]
     write_results(options.out, {"source": options.source, "rows": rows}, indent=1)

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import write_results
+from benchmarks.machine import results_file, write_results
 from benchmarks.sizes.process import run
 from benchmarks.sizes.written_sources import WRITERS
 from engines import Bundle
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--config", type=Path, help="folder of configurations, for a file that is not SD 1.x/2.x")
     parser.add_argument("--engine", default="tensorrt-rtx", help="compiled for (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/full-build"), help="where bundles go (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/full_build.json"))
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/full_build.json")
     options = parser.parse_args(arguments)
     found = {}
     for source in options.source or SOURCES:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import write_results
+from benchmarks.machine import results_file, write_results
 from benchmarks.sizes.process import run
 from engines.errors import UserError
 from engines.support.cli import Parser, run_command
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--plan", default="deepcache:3", help="(default: %(default)s)")
     parser.add_argument("--steps", default="10", help="(default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/full-generate"), help="where the bundle and pictures go")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/full_generate.json"))
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/full_generate.json")
     options = parser.parse_args(arguments)
     bundle = options.work / f"{options.source}-{options.precision}".replace(":", "-").replace("/", "-")
     made = [

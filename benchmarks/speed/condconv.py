@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 import tuning
-from benchmarks.machine import write_results
+from benchmarks.machine import results_file, write_results
 from benchmarks.quality.variants_page import measured_before
 from benchmarks.speed.condconv_forms import CHANNELS, EXPERTS, layers, ratios, session
 from benchmarks.speed.condconv_page import update
@@ -32,6 +32,7 @@ from engines.bundle.manifest import Feature, Unit
 from engines.bundle.names import SAMPLE, TEXT, TIMESTEP
 from engines.bundle.shapes import resolve
 from engines.support.cli import run_command
+from engines.support.files import write_text
 from exporter.graph.condconv import FORM
 from exporter.graph.partition import partition
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
@@ -181,14 +182,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime (default: 1)")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure (default: %(default)s); others stay")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/condconv.json"))
-    parser.add_argument("--doc", type=Path, default=Path("docs/condconv.md"), help="the page with the figures")
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/condconv.json")
+    parser.add_argument("--doc", type=results_file, default="docs/condconv.md", help="the page with the figures")
     parser.add_argument("--page", action="store_true", help="measure nothing: write the page's figures from what --out holds")
     options = parser.parse_args(arguments)
     found = measured_before(options.out) if options.page else _measure(options)
     _print(found)
     if options.page:
-        options.doc.write_text(update(options.doc.read_text(), found, measured_before(_VARIANTS)))
+        write_text(options.doc, update(options.doc.read_text(), found, measured_before(_VARIANTS)))
     Console().print(f"wrote {options.doc if options.page else options.out}", highlight=False)
 
 

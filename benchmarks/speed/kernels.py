@@ -17,9 +17,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, results_file
 from engines import Segment, Traced
 from engines.support.cli import Parser, parse_size, run_command
+from engines.support.files import write_text
 from engines.tensorrt.engine import TensorRTRTX
 from exporter.graph.checkpoint import open_source
 from exporter.graph.graph import DTYPE, Graph, load_graph
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--precision", default="fp16", choices=PRECISIONS, help="(default: %(default)s)")
     parser.add_argument("--segments", help="only these, by name, separated by commas")
     parser.add_argument("--whole", action="store_true", help="the UNet as one engine too: takes 6 GB of memory")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/kernels.json")
     options = parser.parse_args(arguments)
     TensorRTRTX().check_targets((options.target,))
     console = Console()
@@ -125,8 +126,7 @@ def main(arguments: Sequence[str]) -> None:
     show(rows, console)
     segments = {way: [asdict(count) for count in found] for way, found in counts.items()}
     settings = {name: str(getattr(options, name)) for name in ("source", "size", "target", "precision")}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(machine() | {"settings": settings, "rows": rows, "segments": segments}, indent=1) + "\n")
+    write_text(options.out, json.dumps(machine() | {"settings": settings, "rows": rows, "segments": segments}, indent=1) + "\n")
     console.print(f"wrote {options.out}", highlight=False)
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.machine import write_results
+from benchmarks.machine import results_file, write_results
 from benchmarks.speed.full_size import random_inputs, spread, take_turns
 from benchmarks.speed.partition import PLAN, make_bundles
 from engines import Bundle
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of each process (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="of each setting (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/partition"), help="as for benchmarks.speed.partition")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/onnxruntime.json"), help="default: %(default)s")
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/onnxruntime.json", help="default: %(default)s")
     parser.add_argument("--only", choices=SETTINGS, help=argparse.SUPPRESS)  # what the processes are started with
     parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

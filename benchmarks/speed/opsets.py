@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import write_results
+from benchmarks.machine import results_file, write_results
 from benchmarks.speed.condconv_forms import ratios, session
 from benchmarks.speed.full_size import random_inputs
 from engines import EngineError, Segment, Traced, make_engine
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--side", type=int, default=32, help="latents' height and width in ONNX Runtime (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/opsets.json"))
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/opsets.json")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(options.source, options.block, options.side, options.rounds, options.threads, Path(folder))

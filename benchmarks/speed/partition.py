@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import runtime
-from benchmarks.machine import write_results
+from benchmarks.machine import results_file, write_results
 from benchmarks.speed.full_size import Traceable, export, exported, measured_units, random_inputs, spread, take_turns
 from engines import Bundle, Segment, UserError, make_engine
 from engines.bundle.names import NOISE, SAMPLE, TEXT, TIMESTEP
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str]) -> None:
         "--work", type=Path, default=Path("runs/partition"),
         help="where traced files are kept, 7 GB for random:sd15; to be removed when the exporter has changed",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/partition.json"), help="default: %(default)s")
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/partition.json", help="default: %(default)s")
     options = parser.parse_args(arguments)
     folder = options.work / Path(options.source.removeprefix("random:")).stem
     fitted, pieces = make_bundles(options.source, options.side, folder)

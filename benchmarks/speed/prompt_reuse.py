@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.machine import write_results
+from benchmarks.machine import results_file, write_results
 from benchmarks.speed.full_size import TOKENS, Traceable, export, measured_units, random_inputs, spread, take_turns
 from engines import Segment, Unit, make_engine
 from engines.bundle.manifest import Feature
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--source", default="random:sd15", help="a UNet's configuration (default: %(default)s)")
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 32], help="of latents (default: 64 32)")
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prompt_reuse.json"))
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/prompt_reuse.json")
     options = parser.parse_args(arguments)
     pieces = Pieces(random_unet(options.source))
     found = {side: pieces.measure(side, options.rounds) for side in options.sides}

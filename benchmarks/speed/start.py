@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import write_results
+from benchmarks.machine import results_file, write_results
 from engines.support.cli import run_command
 
 __all__ = ["main"]
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--full", type=Path, help="a bundle of full size")
     parser.add_argument("--before", type=Path, help="an older checkout's folder")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/start.json"))
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/start.json")
     options = parser.parse_args(arguments)
     with TemporaryDirectory() as folder:
         subjects = _subjects(options.bundle.resolve(), options.full and options.full.resolve(), f"{folder}/picture.png")

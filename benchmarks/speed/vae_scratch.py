@@ -14,7 +14,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import write_results
+from benchmarks.machine import results_file, write_results
 from engines import Profile, Segment, Traced
 from engines.bundle.names import VAE
 from engines.bundle.shapes import resolve
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--images", default="1,4", help="images of a call (default: %(default)s)")
     parser.add_argument("--target", default=DEFAULT_TARGET, help="compute capability (default: %(default)s)")
     parser.add_argument("--precision", default="fp16", choices=tuple(DTYPE), help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/vae-scratch.json"))
+    parser.add_argument("--out", type=results_file, default="benchmarks/results/vae-scratch.json")
     options = parser.parse_args(arguments)
     engine = TensorRTRTX()
     engine.check_targets((options.target,))

@@ -14,6 +14,8 @@ from engines.support.version import our_version
 __all__ = ["Parser", "parse_size", "quiet_libraries", "resumable", "run_command", "starting"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_BROKEN = {errno.EFBIG, errno.EIO}
+"""What writing ends with on disks that take no file so large, or are damaged or gone; such errors name no file."""
 
 _MOST_SHOWN = 300
 """Characters of an argument that a message shows."""
@@ -22,12 +24,33 @@ _KEPT = "nothing half-written was kept"
 _RESUMES = "the same command resumes from what was finished"
 
 
+class _Refusal(argparse.Action):
+    """An option that another command takes, and this one refuses."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> NoReturn:
+        raise UserError(f"{option}: {self.const}")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
 
     def add_version(self) -> None:
         """Take ``--version``, which prints this project's."""
         self.add_argument("--version", action="version", version=f"unet-heirloom {our_version()}")
+
+    def refuse(self, option: str, why: str) -> None:
+        """Refuse an option that users may expect here, and say ``why``, and what to do instead; --help does not name it."""
+        self.add_argument(
+            option,
+            action=_Refusal,
+            nargs="?",
+            const=why,
+            dest=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -106,6 +129,8 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
     except OSError as error:
         if error.errno in _FULL:
             message = f"the disk is full ({error}); {_kept(error)}; make space first"
+        elif error.errno in _BROKEN and error.filename is None:
+            message = f"a file cannot be written any further ({error}); {_kept(error)}; choose a path on another disk"
         elif error.errno is not None and error.filename is not None:  # a file or folder is at fault, not this program
             message = f"{error.filename} cannot be read or written ({error.strerror}); choose another path"
         else:

@@ -32,6 +32,7 @@ __all__ = [
     "write_text",
 ]
 
+_PARTIAL = re.compile(r"\..*-[0-9a-f]{8}\.partial(\.\w+)?")
 _HERE = -100  # AT_FDCWD: relative paths are those of the process
 _EXCHANGE = 2  # RENAME_EXCHANGE
 
@@ -39,8 +40,12 @@ _EXCHANGE = 2  # RENAME_EXCHANGE
 def check_writable(folder: Path) -> None:
     """Raise OSError where nothing can be written into a folder, or into the one that it would be made in; leaves no trace."""
     place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    with TemporaryFile(dir=place):
-        pass
+    try:
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        error.filename = str(place)  # not a name that nobody knows
+        raise
 
 
 def expanded(name: str | Path) -> Path:
@@ -78,6 +83,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is not None and Path(os.fsdecode(error.filename)) == temporary:
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -97,8 +106,10 @@ def os_errors(path: Path) -> Iterator[None]:
 
 
 def remove_partials(path: Path) -> None:
-    """Remove what killed writers of a file left beside it; for files that one program at a time writes."""
-    for left in path.parent.glob(f".{escape(path.stem)}-*.partial{escape(path.suffix)}"):
+    """Remove what killed writers of a file left beside it, or anywhere in a folder; for what one program at a time writes."""
+    inside = path.is_dir()
+    found = path.rglob(".*-*.partial*") if inside else path.parent.glob(f".{escape(path.stem)}-*.partial{escape(path.suffix)}")
+    for left in [each for each in found if _PARTIAL.fullmatch(each.name) and each.is_file()]:
         left.unlink(missing_ok=True)
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-__all__ = ["LEAST_LENGTH", "check_tokenizer", "length_in", "load_clip_tokenizer"]
+__all__ = ["LEAST_LENGTH", "WORDS", "check_tokenizer", "learned_words", "length_in", "load_clip_tokenizer"]
 
 LEAST_LENGTH = 3
 """Tokens that a text encoder reads at a time: both marks, and one word."""
+WORDS = "words"
+"""The entry of a tokenizer's configuration that lists, in lower case, the words of the captions that a model was trained with."""
 _CONFIG = "tokenizer_config.json"
 _TRIALS = ("", "a red star", "\u661f " * 100)
 _FILES = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
@@ -19,6 +21,7 @@ _SETTINGS = frozenset({
     "bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token", "additional_special_tokens",
     "extra_special_tokens", "added_tokens_decoder", "model_max_length", "padding_side", "truncation_side", "add_prefix_space",
     "split_special_tokens", "clean_up_tokenization_spaces", "do_lower_case", "errors", "tokenizer_class", "backend",
+    WORDS,
 })  # fmt: skip
 """The entries that a configuration may have. Others (``gguf_file``, ``vocab_file``, ``init_inputs``) lead to files anywhere."""
 
@@ -27,6 +30,12 @@ def length_in(folder: Path) -> int | None:
     """The tokens of a prompt that the configuration in a tokenizer's folder says; None where it says none, or no number."""
     length = _config(folder).get("model_max_length")
     return length if type(length) is int and length > 0 else None
+
+
+def learned_words(tokenizer: Any) -> frozenset[str]:
+    """The words that a model of few words was trained with; none where a tokenizer does not say: it may know all there are."""
+    words = tokenizer.init_kwargs.get(WORDS)
+    return frozenset(word for word in words if isinstance(word, str)) if isinstance(words, list | tuple) else frozenset()
 
 
 def _config(folder: Path) -> dict[str, Any]:

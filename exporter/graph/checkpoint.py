@@ -28,6 +28,7 @@ from tuning.checkpoints.weights import ComputedWeights, RenamedWeights, Weights,
 from tuning.loras.fused_weights import fused
 from tuning.loras.layers import LoraFile, fitted, read_lora
 from tuning.loras.lora import Lora
+from tuning.loras.note import not_fused_before
 from tuning.surgery.assembly import origins
 from tuning.surgery.changes import changes_of
 
@@ -163,10 +164,10 @@ class Checkpoint:
     def _unet_weights(self, variant: str) -> Weights:
         unet = self.skeleton("unet", variant)
         if (folder := self._unet_folder(variant)) is not None:
-            own = unet_weights(folder, unet)
-            if not any(file.layers["unet"] for file in self._lora_files):
+            own, files = unet_weights(folder, unet), not_fused_before(self._lora_files, folder)
+            if not any(file.layers["unet"] for file in files):
                 return own
-            return fused(own, self._lora_files, "unet", shapes_of(self._original()), self._origins(variant))
+            return fused(own, files, "unet", shapes_of(self._original()), self._origins(variant))
         whole = self._own_weights("unet")
         if self._is_plain(variant):
             return whole
@@ -186,9 +187,9 @@ class Checkpoint:
         yield from self.source.notes()
         if self.own_vae is not None and (note := self.own_vae.note(self.folder / "vae")):
             yield note
-        if self._unet_folder(variant) is None:
+        if (folder := self._unet_folder(variant)) is None:
             return
-        for file in self._lora_files:
+        for file in not_fused_before(self._lora_files, folder):
             if layers := fitted(file, "unet", shapes_of(self._original())):
                 own, names = self.weights("unet", variant).shapes, self._origins(variant)
                 if left := len(layers.keys() - {origin for name, origin in names.items() if name in own}):

@@ -1,8 +1,10 @@
-"""PyTorch's ONNX exporter without what it would do over again for every segment: half the time that a build takes.
+"""PyTorch's tracer and its ONNX exporter without what they would do in vain for every segment: half the time of a build.
 
-It rebuilds its registry of operators at each export, and traces the program a second time to decompose operators that it cannot
-write. The segments have none of those but changes of dtype, which are rewritten here. Both are internals of PyTorch: where these
-are not as they are known here, or a program has an operator that is not, the exporter is left to do as it does.
+The tracer finds out the shape of a norm's result by the arithmetic that makes up a norm. The exporter rebuilds its registry of
+operators at each export, runs the program a second time to see where operands are of unlike dtypes, and traces it a third time to
+decompose operators that it cannot write. The segments have none of those but changes of dtype, which are rewritten here. All are
+internals of PyTorch: where these are not as they are known here, or a program has an operator that is not, PyTorch is left to do
+as it does.
 """
 
 import copy
@@ -13,10 +15,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-__all__ = ["quick_export"]
+__all__ = ["quick_export", "quick_trace"]
 
 _EXPORTER = "torch.onnx._internal.exporter"
 _ATEN = torch.ops.aten
@@ -35,12 +38,34 @@ _CHECKS = {_ATEN._assert_tensor_metadata.default, _ATEN.sym_constrain_range_for_
 _LEFT = {*_TO, *_CHECKS}
 
 
+def _norm(x: Tensor, *_: object, **__: object) -> Tensor:
+    """What the result of a norm looks like: its input."""
+    return torch.empty_like(x)
+
+
+@contextmanager
+def quick_trace() -> Iterator[None]:
+    """Inside, ``torch.export.export`` of a module with norms takes less time and gives the same program."""
+    try:
+        from torch._decomp import decomposition_table
+    except ImportError:
+        yield
+        return
+    with patch.dict(decomposition_table, {_ATEN.group_norm.default: _norm, _ATEN.layer_norm.default: _norm}):
+        yield
+
+
 @contextmanager
 def quick_export() -> Iterator[None]:
     """Inside, ``torch.onnx.export`` of an exported program takes half the time and writes the same graph."""
     try:
         from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
+        from torch.onnx._internal.fx.passes.type_promotion import TypePromotionTable, get_type_promotion_rule
 
+        promote, rule_of = (
+            _fx_passes.insert_type_promotion_nodes,
+            functools.partial(get_type_promotion_rule, type_promotion_table=TypePromotionTable()),
+        )
         decompose, implemented = _fx_passes.decompose_with_registry, _decomp.get_onnx_implemented_overloads
         registry = _registration.ONNXRegistry.from_torchlib
     except (ImportError, AttributeError):
@@ -49,6 +74,7 @@ def quick_export() -> Iterator[None]:
     with (
         patch(f"{_EXPORTER}._registration.ONNXRegistry.from_torchlib", functools.partial(_registry, registry)),
         patch(f"{_EXPORTER}._fx_passes.decompose_with_registry", functools.partial(_decomposed, decompose, implemented)),
+        patch(f"{_EXPORTER}._fx_passes.insert_type_promotion_nodes", functools.partial(_promoted, promote, rule_of)),
     ):
         yield
 
@@ -61,6 +87,20 @@ def _registry(make: Callable[..., Any], opset_version: int | None = None) -> Any
     if opset_version not in _REGISTRIES:
         _REGISTRIES[opset_version] = make() if opset_version is None else make(opset_version=opset_version)
     return _REGISTRIES[opset_version]
+
+
+def _promoted(promote: Callable[[Any], None], rule_of: Callable[[Node], object], module: torch.fx.GraphModule) -> None:
+    """Make what operators do to operands of unlike dtypes explicit, where there are such operators."""
+    calls = [node for part in module.modules() for node in part.graph.nodes if node.op == "call_function"]  # type: ignore[union-attr]
+    if not all(_is_of_one_dtype(node) for node in calls if rule_of(node)):
+        promote(module)
+
+
+def _is_of_one_dtype(node: Node) -> bool:
+    """Whether all tensors of an operator, its result too, have one and the same floating dtype."""
+    values = [other.meta.get("val") for other in (node, *node.all_input_nodes)]
+    dtypes = {value.dtype for value in values if isinstance(value, Tensor)}
+    return isinstance(values[0], Tensor) and len(dtypes) == 1 and dtypes.pop().is_floating_point
 
 
 def _decomposed(

@@ -20,7 +20,7 @@ from engines import DTYPES, Segment, Traced
 from engines.bundle.manifest import Feature, VaePrecision
 from engines.bundle.shapes import resolve
 from exporter.segments.precision import keep_in_float32, shrink_scores
-from exporter.segments.quick_export import quick_export
+from exporter.segments.quick_export import quick_export, quick_trace
 
 __all__ = ["OPSET", "opset_of", "trace", "trace_program", "write_onnx"]
 
@@ -61,7 +61,7 @@ def trace_program(segment: Segment, module: nn.Module, features: Mapping[str, Fe
     base = {name: Dim(f"{name}_{depth}") if name in {"height", "width"} else Dim(name, max=_MAX_ROWS) for name in _EXAMPLE}
     arguments = tuple(_example(features[name], sizes) for name in segment.inputs)
     dynamic = tuple(_dynamic(features[name], base, depth) for name in segment.inputs)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet(), quick_trace():
         return torch.export.export(module.eval(), arguments, dynamic_shapes=(dynamic,), strict=False)
 
 

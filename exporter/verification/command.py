@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -71,11 +72,10 @@ def _column(comparison: Comparison) -> str:
 def _table(found: Sequence[Comparison], what: str) -> Table:
     """A row for each segment: its error at each size, and how far its least cosine is from 1."""
     allowed = ", ".join(f"{precision} {TOLERANCE[precision]:g}" for precision in dict.fromkeys(c.precision for c in found))
-    table = Table(title=f"{what}: error relative to torch float32 (allowed: {allowed})")
-    table.add_column("segment")
-    for column in dict.fromkeys(_column(comparison) for comparison in found):
-        table.add_column(column, justify="right")
-    table.add_column("1 - cosine", justify="right")
+    table = Table(title=f"{what}: error relative to torch float32 (allowed: {allowed})", box=SIMPLE)
+    columns = dict.fromkeys(_column(comparison).replace(" x ", " x\n") for comparison in found)
+    for column in ("segment", *columns, "1 -\ncosine"):
+        table.add_column(column, justify="left" if column == "segment" else "right", no_wrap=True)
     for segment in dict.fromkeys(comparison.segment for comparison in found):
         row = [comparison for comparison in found if comparison.segment == segment]
         least, precision = min(comparison.cosine for comparison in row), row[0].precision
@@ -92,7 +92,7 @@ def _say_errors(found: Sequence[Comparison], console: Console) -> bool:
         worst, least = max(some, key=lambda c: c.error), min(some, key=lambda c: c.cosine)
         console.print(
             f"{'all within' if all(c.is_near for c in some) else 'NOT within'} {TOLERANCE[precision]:g} and "
-            f"{1 - LEAST_COSINE[precision]:.0e} of a cosine of 1; the largest error is {worst.error:.1e} ({worst.segment}), "
+            f"{1 - LEAST_COSINE[precision]:g} of a cosine of 1; the largest error is {worst.error:.1e} ({worst.segment}), "
             f"the least cosine 1 - {1 - least.cosine:.1e} ({least.segment})",
             highlight=False,
             soft_wrap=True,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,16 @@ def _wrong_type(name: str, value: object, wanted: str) -> RequestError:
 
 
 def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not (isinstance(value, Integral) or (isinstance(value, Real) and float(value).is_integer())):
+    if isinstance(value, bool) or not (isinstance(value, Integral) or (isinstance(value, Real) and _is_whole(value))):
         raise _wrong_type(name, value, "a whole number")
     return int(value)  # type: ignore[call-overload,no-any-return]
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a number, a fraction of any size too, is a whole one."""
+    if isinstance(value, Rational):
+        return value.denominator == 1
+    return float(value).is_integer()
 
 
 def _printable(name: str, value: Any) -> int:

@@ -49,6 +49,8 @@ def _parser(prog: str) -> Parser:
         prog=prog,
         description="Generate pictures from a prompt; `plans` as the prompt lists the plans and their costs.",
     )
+    for option in ("--lora", "--vae"):
+        parser.refuse(option, f"it is built into a bundle: give {option} to build, and here the bundle that it makes")
     add = parser.add_argument
     parser.add_version()
     add("prompt", nargs="?", help="what the picture shows, or the word `plans`")

@@ -59,13 +59,25 @@ def _beside(bundle: Bundle) -> list[Bundle]:
 
 
 def _difference(one: Bundle, other: Bundle) -> str | None:
-    """The field that keeps two bundles from taking turns, if one does."""
-    for field in ("latent_channels", "vae_scale", "text_length", "precision"):
+    """What keeps two bundles from taking turns, if anything does."""
+    for field in ("latent_channels", "vae_scale", "text_length", "clip_skip", "precision"):
         here, there = getattr(one.manifest, field), getattr(other.manifest, field)
         if here != there:
             return f"{field} is {here} in {one.folder.name} and {there} in {other.folder.name}"
+    if _fused(one.manifest) != _fused(other.manifest):
+        here, there = (_loras(bundle.manifest) for bundle in (one, other))
+        return f"it has {there}, and {one.folder.name} has {here}: build both with the same --lora"
     part = shared_difference(one.manifest, other.manifest)
     return f"its {part} is not that of {one.folder.name}" if part else None
+
+
+def _fused(manifest: Manifest) -> list[tuple[str, float]]:
+    """Which LoRAs change the weights and how much, wherever their files lie and in whichever order they were named."""
+    return sorted((lora.sha256, lora.scale) for lora in manifest.loras if lora.scale)
+
+
+def _loras(manifest: Manifest) -> str:
+    return f"LoRA {', '.join(lora.option for lora in manifest.loras)}" if manifest.loras else "no LoRA"
 
 
 def partitioned_by_unit(manifest: Manifest) -> Manifest:
@@ -75,10 +87,10 @@ def partitioned_by_unit(manifest: Manifest) -> Manifest:
     return manifest.model_copy(update={"segments": tuple(segments)})
 
 
-def lay_out_part(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> Schedule:
+def lay_out_part(plan: Plan, manifest: Manifest, timesteps: Sequence[float], guided: bool = False) -> Schedule:
     """A plan laid out for one UNet's part of it, to be checked whatever the bundles of the others are partitioned for.
 
-    The other UNets are replaced by this one, partitioned by unit.
+    The other UNets are replaced by this one, partitioned by unit; ``guided`` calls have classifier-free guidance.
 
     Raises:
         PlanError: the plan does not run this UNet, or names what it does not have.
@@ -87,7 +99,7 @@ def lay_out_part(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> 
     if manifest.variant not in names:
         raise PlanError(f"plan {plan.name} runs the UNets {', '.join(names)}, not {manifest.variant}")
     unets = dict.fromkeys(names, partitioned_by_unit(manifest)) | {manifest.variant: manifest}
-    return Schedule(plan, unets, timesteps)
+    return Schedule(plan, unets, timesteps, guided=guided)
 
 
 def _can_run(plan: Plan, manifest: Manifest, timesteps: Sequence[float]) -> bool:

@@ -21,7 +21,16 @@ if TYPE_CHECKING:  # names of schedulers are asked for by commands that draw not
 
     from runtime.images.prediction_spaces import PredictionSpaces
 
-__all__ = ["SCHEDULERS", "advance", "check_scheduler", "make_scheduler", "read_spaces", "read_train_steps", "step_options"]
+__all__ = [
+    "SCHEDULERS",
+    "advance",
+    "check_scheduler",
+    "make_scheduler",
+    "read_prediction_type",
+    "read_spaces",
+    "read_train_steps",
+    "step_options",
+]
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -88,9 +97,21 @@ def make_scheduler(name: str, folder: Path, steps: int, inpainting: bool = False
     kind = _NAMES[name]
     with torch.device("cpu"):
         scheduler = _load(kind, folder)
+        _check_variance(scheduler, folder)
         _correct(scheduler, inpainting)
         _set_timesteps(scheduler, steps, folder)
     return scheduler
+
+
+def _check_variance(scheduler: Any, folder: Path) -> None:
+    """Raise BundleError where a scheduler would take a part of each prediction for a variance, which this UNet does not predict.
+
+    Those that do have an ``algorithm_type``; others leave a prediction of the latents' channels as it is.
+    """
+    kind = scheduler.config.get("variance_type")
+    if kind in ("learned", "learned_range") and "algorithm_type" in scheduler.config:
+        path = folder / "scheduler_config.json"
+        raise BundleError(f"{path} has variance_type {kind!r}, and this UNet predicts none; expected null, or another scheduler")
 
 
 def read_train_steps(folder: Path) -> int:
@@ -106,16 +127,28 @@ def read_train_steps(folder: Path) -> int:
     return count
 
 
+def read_prediction_type(folder: Path) -> str:
+    """What the model predicts, in diffusers' words: ``epsilon``, ``v_prediction`` or ``sample``; raises BundleError."""
+    return _read_predictions(folder)[1]
+
+
 def read_spaces(folder: Path) -> "PredictionSpaces":
     """What the model's predictions stand for at each timestep; raises BundleError."""
-    from runtime.images.prediction_spaces import PREDICTION_TYPES, PredictionSpaces
+    from runtime.images.prediction_spaces import PredictionSpaces
+
+    return PredictionSpaces(*_read_predictions(folder))
+
+
+def _read_predictions(folder: Path) -> "tuple[Tensor, str]":
+    """The share of the picture in the sample at each timestep (alphas_cumprod), and what the model predicts."""
+    from runtime.images.prediction_spaces import PREDICTION_TYPES
 
     scheduler = _load("DDIMScheduler", folder)
     kind = scheduler.config.prediction_type
     if kind not in PREDICTION_TYPES:
         path = folder / "scheduler_config.json"
         raise BundleError(f"{path} has prediction_type {kind!r:.60}; expected {', '.join(PREDICTION_TYPES)}")
-    return PredictionSpaces(scheduler.alphas_cumprod, kind)
+    return scheduler.alphas_cumprod, kind
 
 
 def _load(kind: str, folder: Path) -> Any:

@@ -14,6 +14,7 @@ from engines import DTYPES
 from engines.bundle.names import BRANCH, NOISE, TEXT
 from engines.bundle.shapes import resolve
 from engines.support.extras import need
+from engines.support.files import atomic_file
 from engines.support.tables import fit
 from runtime.errors import RequestError
 from runtime.execution.executor import LoadedBundle
@@ -132,6 +133,7 @@ def plot(schedule: Schedule, path: Path) -> None:
 
     Raises:
         RequestError: matplotlib is not installed.
+        OSError: it cannot be written there; what was there stays.
     """
     need("matplotlib", "--plot", error=RequestError)
     import matplotlib as mpl
@@ -154,7 +156,8 @@ def plot(schedule: Schedule, path: Path) -> None:
     labels = [item for state, item in enumerate(COLOURS.items()) if state in shown]
     handles = [Patch(facecolor=colour, edgecolor="#999999", label=label) for label, colour in labels]
     axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=6)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
 
 

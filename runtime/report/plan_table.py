@@ -17,7 +17,8 @@ __all__ = ["list_plans"]
 def list_plans(bundle: Bundle | None, steps: int) -> Table:
     """A row for each preset: how it is written, what it does and, with a bundle, the MACs of its example relative to ``full``.
 
-    Costs are those of a bundle that is partitioned for the plan, and known from the manifest: nothing is loaded or run.
+    Costs are those of the bundle's segments, or where these cannot run a plan, of a bundle that is partitioned for it. They are
+    known from the manifest: nothing is loaded or run.
 
     Args:
         bundle: whose UNet; for plans that switch UNets, bundles of the same source beside it are looked at too.
@@ -51,15 +52,16 @@ def _cost(bundle: Bundle, name: str, steps: int) -> str:
         schedule = Schedule(plan, apart, timesteps, guided=True)
     except PlanError:  # this UNet is too small for it, or has no sibling
         return "-"
-    full = variant if variant in unets else None
-    least, most = (relative_macs(schedule, full, changed) for changed in (False, True))
-    return from_to(least, most, digits=2) + ("" if _fits(schedule, unets) else " *")
+    full, fitting = variant if variant in unets else None, _fitting(schedule, unets)
+    least, most = (relative_macs(fitting or schedule, full, changed) for changed in (False, True))
+    return from_to(least, most, digits=2) + ("" if fitting else " *")
 
 
-def _fits(schedule: Schedule, unets: dict[str, Manifest]) -> bool:
-    """Whether the segments of these bundles can run a schedule."""
+def _fitting(schedule: Schedule, unets: dict[str, Manifest]) -> Schedule | None:
+    """A schedule on the segments of these bundles; None where they cannot run it."""
     try:
-        check_runs(Schedule(schedule.plan, unets, schedule.timesteps))
+        found = Schedule(schedule.plan, unets, schedule.timesteps, guided=True)
+        check_runs(found)
     except PlanError:
-        return False
-    return True
+        return None
+    return found

@@ -13,6 +13,7 @@ from engines import DTYPES, Engine, Manifest
 from engines.bundle.names import TEXT
 from engines.support.spelling import did_you_mean
 from engines.support.textual_inversion import expand_words
+from engines.support.tokenizers import learned_words
 from runtime.errors import RequestError
 from runtime.request import Request
 from runtime.text.chunks import chunk_rows, chunks_needed, takes_chunks
@@ -21,8 +22,6 @@ __all__ = ["Prompts"]
 
 Encoder = Callable[[Tensor], Tensor]
 """A text encoder: from tokens (prompts, length) to features (prompts, length, width), on its device."""
-_SMALL = 5000
-"""Tokens of a vocabulary made for a model of few words; CLIP's has ten times as many."""
 _MOST_UNKNOWN = 10_000
 """Words that were warned of and are remembered."""
 
@@ -39,6 +38,7 @@ class Prompts:
     def __init__(self, manifest: Manifest, tokenizer: Any, engine: Engine) -> None:
         self._manifest, self.tokenizer, self._engine = manifest, tokenizer, engine
         self._lock, self._unknown = threading.Lock(), set[str]()
+        self._words = learned_words(tokenizer)
 
     def encode(self, prompts: Sequence[str], encoder: Encoder, chunks: int = 1) -> tuple[Tensor, tuple[str, ...]]:
         """Features (prompts, tokens, width), and of each prompt that was too long the words that were not read.
@@ -75,22 +75,20 @@ class Prompts:
         return max(chunks_needed(numbers, self._manifest.text_length) for numbers in self._ids(prompts))
 
     def _warn_of_unknown(self, prompts: Sequence[str]) -> None:
-        """Warn once of each word that is no token of a small vocabulary: in a large one, words are made of several tokens."""
-        vocabulary = self.tokenizer.get_vocab()
-        if len(vocabulary) > _SMALL:
+        """Warn once of each word that a model of few words was not trained with."""
+        if not self._words:
             return
         # Words of textual inversion are known, whatever they are called.
         added = [re.escape(word) for word in sorted(self.tokenizer.added_tokens_encoder, key=len, reverse=True)]
         prompts = [re.sub("|".join(added), " ", prompt) for prompt in prompts] if added else prompts
         words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"[^\W\d_]{2,}", prompt.lower()))
-        new = [word for word in words if f"{word}</w>" not in vocabulary and word not in self._unknown]
+        new = [word for word in words if word not in self._words and word not in self._unknown]
         if not new:
             return
         if len(self._unknown) > _MOST_UNKNOWN:  # a service reads words of strangers
             self._unknown.clear()
         self._unknown.update(new)
-        known = [token.removesuffix("</w>") for token in vocabulary if token.endswith("</w>") and len(token) > len("x</w>")]
-        meant = " ".join(near for word in new[:10] if (near := did_you_mean(word, known).strip()))
+        meant = " ".join(near for word in new[:10] if (near := did_you_mean(word, sorted(self._words)).strip()))
         warnings.warn(
             f"this model never learned the word{'s' * (len(new) > 1)} {', '.join(map(repr, new[:10]))}, and what it makes of "
             f"{'them' if len(new) > 1 else 'it'} means nothing (docs/embedded-model.md has those that it knows)"

@@ -5,7 +5,6 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
-from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -86,17 +85,13 @@ def _with_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], limits: Limits
 
     With a key, the page asks for it as the password of any name.
     """
-    if find_spec("gradio") is None or find_spec("serving.page") is None:
+    if find_spec("gradio") is None:
         _LOG.info("no page: gradio is not installed")
         return app
-    from gradio import mount_gradio_app
-
     from serving.http.app import same_key
+    from serving.page.app import mount_page
 
     def is_known(name: str, password: str) -> bool:
         return key is not None and same_key(password, key)
 
-    page = import_module("serving.page.app").make_page(pipelines)
-    auth = None if key is None else is_known
-    mount_gradio_app(app, page, path="/", auth=auth, max_file_size=limits.picture_bytes, show_error=False)
-    return app
+    return mount_page(app, pipelines, may_enter=None if key is None else is_known, upload_bytes=limits.picture_bytes)

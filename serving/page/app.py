@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["make_page", "mount_page"]
 
-_UPLOAD_BYTES = "20mb"
+_UPLOAD_BYTES = 20 * 2**20
 _WAITING = 32
 """Calls that wait for their turn; more are turned away."""
 _KEPT_SECONDS = 3600
@@ -50,11 +50,30 @@ def make_page(pipelines: Mapping[str, Pipeline], at_once: int = 1) -> "gr.Blocks
     return page  # type: ignore[no-any-return]
 
 
-def mount_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], path: str = "/", at_once: int = 1) -> "FastAPI":
-    """Put the page into an application, behind the routes that it has already; arguments as ``make_page``.
+def mount_page(
+    app: "FastAPI",
+    pipelines: Mapping[str, Pipeline],
+    path: str = "/",
+    at_once: int = 1,
+    *,
+    may_enter: Callable[[str, str], bool] | None = None,
+    upload_bytes: int = _UPLOAD_BYTES,
+) -> "FastAPI":
+    """Put the page into an application, behind the routes that it has already.
 
     No file of the server can be asked for through it but those that the page itself showed, and it asks no other server for
     anything.
+
+    Args:
+        app: the application.
+        pipelines: as ``make_page``.
+        path: where the page is.
+        at_once: as ``make_page``.
+        may_enter: whether a visitor with a name and a password is let in; without it, all are.
+        upload_bytes: the largest file that a visitor may send.
+
+    Raises:
+        ServingError: as ``make_page``.
     """
     gr, page = gradio(), make_page(pipelines, at_once)
     mounted: FastAPI = gr.mount_gradio_app(
@@ -63,7 +82,8 @@ def mount_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], path: str = "/
         path=path,
         allowed_paths=[],
         show_error=False,
-        max_file_size=_UPLOAD_BYTES,
+        auth=may_enter,
+        max_file_size=upload_bytes,
         footer_links=[],
         run_history=False,
         enable_monitoring=False,

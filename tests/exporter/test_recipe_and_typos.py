@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +17,9 @@ from engines.bundle.names import TEXT, VAE_DECODER
 from engines.support.tables import fit
 from exporter.segments.progress import Step
 from exporter.segments.progress_display import show_progress
-from exporter.tables import show_bundle
+from exporter.tables import _plans, show_bundle
+from runtime.plans.presets import PRESETS
+from runtime.report.plan_table import list_plans
 from tests.exporter.conftest import names_in
 from tests.support.commands import Command, assert_refused, contents
 
@@ -106,6 +109,18 @@ def test_columns_go_and_digits_stay(width: int, left: int) -> None:
     assert "…" not in "".join(lines)
 
 
+@pytest.mark.parametrize("width", [80, 76, 73])
+def test_names_stay_whole_while_they_fit(width: int) -> None:
+    table = Table(box=SIMPLE)
+    for name in ("step", "kind", "segments run", "inherited", "MACs", "time"):
+        table.add_column(name, justify="right" if name in {"step", "MACs", "time"} else "left")
+    table.add_row("12", "inherit", "3 of 13: stem, up.3.layer.2, head", "up.3.layer.1.attention", "0.10", "0.12")
+    lines = printed(table, width, ["inherited"])
+    words = " ".join(lines).split()
+    assert {"inherit", "up.3.layer.2,", "up.3.layer.1.attention", "0.12"} <= set(words)
+    assert max(map(len, lines)) <= width
+
+
 def test_a_bundle_is_shown_in_80_columns(tmp_path: Path) -> None:
     """At Stable Diffusion's size, in each engine: no number is cut."""
     from tests.support.unets import manifest_of, small_unet, written_manifest
@@ -120,6 +135,18 @@ def test_a_bundle_is_shown_in_80_columns(tmp_path: Path) -> None:
     assert "…" not in text
     assert "MACs of 20 steps, relative to full" in text
     assert all(unit.name in text for unit in units if isinstance(unit, Unit) and unit.kind == "stem")
+
+
+def test_a_plan_costs_the_same_in_each_list_of_plans(tmp_path: Path) -> None:
+    """That of ``inspect`` and that of ``python -m runtime plans``, whose rows are in the same order."""
+    from tests.support.unets import manifest_of, small_unet, written_manifest
+
+    bundle = Bundle.open(written_manifest(manifest_of(small_unet("uneven")), tmp_path / "bundle"))
+    inspected = dict(zip(*(list(column.cells) for column in _plans(bundle.manifest).columns[::2]), strict=True))
+    listed = dict(zip(PRESETS, list_plans(bundle, 20).columns[1].cells, strict=False))
+    costs = {name: (inspected[preset.example], listed[name]) for name, preset in PRESETS.items()}
+    assert {name: cost for name, cost in costs.items() if cost[0] not in {cost[1], "-"}} == {}
+    assert {"full", "block", "deepcache", "adaptive", "skip", "guide"} <= {name for name, cost in costs.items() if cost[0] != "-"}
 
 
 def test_the_vae_counts_in_the_time_left() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from torch import Tensor
 
 import unet_heirloom
 from engines import Bundle
 from engines.bundle.shapes import resolve
 from runtime import Attachment, PlanError, RequestError, UNet
-from tests.support.diffusers_pipelines import PIPELINES, inputs, latents, pipeline
+from tests.support.diffusers_pipelines import PIPELINES, inputs, latents, picture, pipeline
 from tests.support.reference import SCHEDULER_CLASSES, Inheritance, mini_unet, reference_scheduler
 from tests.support.unets import relative_error
 
@@ -189,3 +192,105 @@ def test_pipelines_that_it_cannot_be_attached_to(mini_bundle: Bundle, attached: 
         unet_heirloom.attach(other, mini_bundle.folder)
     assert other.unet is wide
     other.unet = own
+
+
+def test_what_a_bundle_needs_of_the_pipeline_is_said(bundle_copy: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """The pipeline has a text encoder and a scheduler of its own, which know nothing of how the bundle was built."""
+    unet_heirloom.attach(pipeline("text", "ddim"), bundle_copy).disable()
+    assert [str(each.message) for each in recwarn] == []
+    path = bundle_copy / "manifest.json"
+    loras = [{"file": "ink.safetensors", "scale": 0.8, "sha256": "a" * 64}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"loras": loras, "clip_skip": 1}))
+    made = pipeline("text", reference_scheduler("ddim", 1, prediction_type="sample"))
+    unet_heirloom.attach(made, bundle_copy).disable()
+    said = "\n".join(str(each.message) for each in recwarn)
+    for words in (
+        "LoRA ink.safetensors:0.8 in its UNet; the pipeline's text encoder needs it too",
+        "built with --clip-skip 1: give clip_skip=1",
+        "scheduler is for a UNet that predicts sample, and that of",
+    ):
+        assert words in said
+    assert len(recwarn) == 3
+
+
+def test_what_changes_a_unets_weights_is_refused_in_words(attached: Callable[..., Attachment]) -> None:
+    """Those are attributes of diffusers' UNets, which pipelines take for granted."""
+    heirloom = attached()
+    refused: list[Callable[[Any], object]] = [
+        lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+        lambda pipe: pipe.fuse_qkv_projections(vae=False),
+        lambda pipe: pipe("a red star", ip_adapter_image=picture(), num_inference_steps=1),
+        lambda pipe: pipe.unet.load_lora_adapter({}),
+    ]
+    for change in refused:
+        with pytest.raises(AttributeError, match=r"the UNet of a bundle has no \w+: its weights are inside of compiled engines"):
+            change(heirloom.pipe)
+    assert not hasattr(heirloom.unet, "add_adapter")
+    assert getattr(heirloom.unet, "_hf_hook", None) is None
+    for options in ({"cross_attention_kwargs": {"gligen": None}}, {"ip_adapter_image_embeds": [torch.zeros(2, 1, 4)]}):
+        with pytest.raises(RequestError, match=r"does not take \w+; leave it out, or use diffusers' own UNet"):
+            heirloom.pipe("a red star", num_inference_steps=1, **options)
+    heirloom.disable()
+
+
+def test_a_saved_pipeline_has_its_own_unet(attached: Callable[..., Attachment], tmp_path: Path) -> None:
+    heirloom = attached()
+    heirloom.pipe.save_pretrained(tmp_path / "attached")
+    assert heirloom.enabled
+    heirloom.disable()
+    heirloom.pipe.save_pretrained(tmp_path / "plain")
+    one, other = (json.loads((tmp_path / name / "model_index.json").read_text()) for name in ("attached", "plain"))
+    assert one == other
+    assert one["unet"] == ["diffusers", "UNet2DConditionModel"]
+    saved = UNet2DConditionModel.from_pretrained(tmp_path / "attached", subfolder="unet")
+    for name, weight in heirloom.original.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], weight), name
+
+
+def batched(pipe: Any, **options: Any) -> Tensor:
+    """Final latents of two prompts with two pictures each."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    given = {"num_images_per_prompt": 2, "num_inference_steps": 4, "generator": generators, "output_type": "latent"}
+    made: Tensor = pipe(["a red star", "a green circle"], **given, **options).images
+    return made
+
+
+@pytest.mark.parametrize(
+    "options", [{"guidance_scale": 3.0}, {"guidance_scale": 1.0}, {"guidance_scale": 3.0, "guidance_rescale": 0.7}], ids=str
+)
+def test_calls_as_users_make_them(attached: Callable[..., Attachment], options: dict[str, float]) -> None:
+    """Batches, guidance and none, callbacks that change latents or interrupt, and what is said to all parts of a pipeline."""
+    heirloom = attached(plan="full")
+    pipe = heirloom.pipe
+
+    def dim(_: Any, step: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": tensors["latents"] * (0.9 if step == 1 else 1.0)}
+
+    def interrupt(pipe: Any, step: int, _: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._interrupt = step == 1
+        return tensors
+
+    def both() -> list[Tensor]:
+        return [batched(pipe, callback_on_step_end=each, **options) for each in (None, dim, interrupt)]
+
+    pipe.enable_attention_slicing()
+    assert pipe.to("cpu", torch.float32) is pipe
+    made = both()
+    assert pipe.device.type == "cpu"
+    heirloom.disable()
+    for ours, theirs in zip(made, both(), strict=True):
+        assert relative_error(ours, theirs) < TOLERANCE
+    pipe.disable_attention_slicing()
+
+
+def test_pipelines_made_of_one_that_has_a_bundle(attached: Callable[..., Attachment]) -> None:
+    heirloom = attached(plan="guide:3")
+    image = StableDiffusionImg2ImgPipeline.from_pipe(heirloom.pipe)
+    image.set_progress_bar_config(disable=True)
+    assert image.unet is heirloom.unet
+    settings = {"steps": 4, **inputs("image")}
+    made = latents(image, **settings)
+    heirloom.disable()
+    again = attached("image", plan="guide:3")
+    assert torch.equal(made, latents(again.pipe, **settings))
+    again.disable()

@@ -124,6 +124,8 @@ def test_words_that_the_embedded_model_never_learned_are_warned_of(runtime: Comm
         "warning: this model never learned the words 'lighthouse', 'bleu', and what it makes of them means nothing "
         "(docs/embedded-model.md has those that it knows); did you mean blue?"
     ]
+    for known in ("a small red ring in the center on a black background", "a big moon in the middle", "a heart in the centre"):
+        assert runtime(known, "--bundle", mini_bundle.folder, "--steps", 1).err == [], "some words are several tokens"
 
 
 @pytest.mark.parametrize("word", ["plan", "explain", "help"])
@@ -284,6 +286,14 @@ def test_an_empty_prompt(runtime: Command, mini_bundle: Bundle, here: Path, prom
 
 def test_no_prompt_at_all(runtime: Command) -> None:
     assert_refused(runtime(), "no prompt; say what the picture shows, such as", "`plans`")
+
+
+@pytest.mark.parametrize("option", ["--lora", "--vae"])
+def test_what_is_built_into_a_bundle_is_not_given_here(runtime: Command, option: str) -> None:
+    for given in ([option, "x.safetensors"], [f"{option}=x"], [option]):
+        assert_refused(
+            runtime(PROMPT, *given), f"{option}: it is built into a bundle: give {option} to build, and here the bundle"
+        )
 
 
 @pytest.mark.parametrize("prompt", [[], ["plans"], [PROMPT]], ids=str)
@@ -513,6 +523,25 @@ def test_a_full_disk_leaves_no_half_picture_and_keeps_the_old_one(
     assert_refused(runtime(PROMPT, "--bundle", mini_bundle.folder, "--steps", 1), "the disk is full")
     assert [path.name for path in here.iterdir()] == ["out.png"]
     assert out.read_bytes() == b"an older picture"
+
+
+def test_a_full_disk_keeps_the_old_plot(
+    runtime: Command, mini_bundle: Bundle, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    plot = here / "plan.png"
+    plot.write_bytes(b"an older picture")
+
+    def refuse(self: Figure, target: Any, *args: Any, **kwargs: Any) -> None:
+        Path(target).write_bytes(b"half a pict")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", refuse)
+    outcome = runtime("--plan", "block:3", "--bundle", mini_bundle.folder, "--engine", "null", "--plot", plot)
+    assert_refused(outcome, "the disk is full", "nothing half-written was kept")
+    assert [path.name for path in here.iterdir()] == ["plan.png"]
+    assert plot.read_bytes() == b"an older picture"
 
 
 def test_a_place_where_nothing_can_be_written(runtime: Command, mini_bundle: Bundle, here: Path) -> None:

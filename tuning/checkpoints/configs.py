@@ -112,7 +112,7 @@ def latent_size(unet: Any) -> tuple[int, int]:
         TuningError: it is something else.
     """
     given = unet.sample_size
-    sides = (_USUAL_LATENTS,) * 2 if given is None else (given, given) if isinstance(given, int) else tuple(given)
+    sides = (_USUAL_LATENTS,) * 2 if given is None else tuple(given) if isinstance(given, list | tuple) else (given, given)
     if len(sides) != 2 or not all(type(side) is int and 1 <= side <= _LARGEST_LATENTS for side in sides):
         raise TuningError(
             f"the UNet's configuration has sample_size = {given!r:.60}; it is a side in latents, a pair of them, or null"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ASSEMBLY_NOTE",
+    "LORAS_NOTE",
     "extent_of",
     "load_unet",
     "meta_unet",
@@ -40,6 +41,8 @@ __all__ = [
 
 ASSEMBLY_NOTE = "assembly.json"
 """The file that assembly writes beside the weights: from what and by which recipe they were taken, and their hash."""
+LORAS_NOTE = "loras.json"
+"""The file that names the LoRAs in the UNet that a folder's was made of; see ``tuning.loras.note``."""
 
 
 def save_part(model: Any, folder: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -108,8 +111,7 @@ def unet_files(folder: Path) -> Iterator[Path]:
     """Every file that reading a UNet's folder depends on. Raises TuningError where its weights are not whole."""
     yield folder / "config.json"
     yield from find_weights(folder).all
-    if (note := folder / ASSEMBLY_NOTE).is_file():
-        yield note
+    yield from (note for name in (ASSEMBLY_NOTE, LORAS_NOTE) if (note := folder / name).is_file())
 
 
 def weights_sha256(folder: Path) -> list[str]:

@@ -166,7 +166,7 @@ def _named(name: str) -> Iterator[None]:
         yield
     except TuningError as error:
         reason = str(error)
-        for prefix in (f"source {name}: ", f"VAE {name}: ", "source ", "unknown source ", "VAE "):
+        for prefix in (f"source {name}: ", f"VAE {name}: ", "source ", "unknown source ", "VAE ", f"{name!r}: "):
             reason = reason.removeprefix(prefix)
         raise TuningError(f"VAE {name}: {reason}") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from engines.support.files import expanded
+from engines.support.files import expanded, remove_partials
 from tuning.checkpoints.find_source import check_apart, place_of
 from tuning.checkpoints.folder import load_unet, save_part
 from tuning.distillation.losses import check_pair
@@ -17,6 +17,8 @@ from tuning.distillation.options import DistillOptions, remember
 from tuning.distillation.progressive import next_removal, share_of, stages_of
 from tuning.distillation.task import Distillation, Examples
 from tuning.errors import TuningError
+from tuning.loras.lora import Lora
+from tuning.loras.note import describe, write_note
 from tuning.mini.render import IMAGE_SIZE
 from tuning.mini.scenes import held_back_prompts
 from tuning.surgery.assembly import assemble
@@ -135,7 +137,8 @@ class _Run:
         need("matplotlib", "drawing curves")
         remember(options, self.folder, workers.count, write=False)
         torch.manual_seed(options.seed)
-        self.teacher = Teacher.load(options.teacher, options.variant_files)
+        self.loras = [Lora.parse(text) for text in options.loras]
+        self.teacher = Teacher.load(options.teacher, options.variant_files, self.loras, options.vae)
         self.recipe, student = _student(options.student, self.teacher.unet)
         self.stages = stages_of(self.recipe)
         check_pair(self.teacher.unet, student)
@@ -147,6 +150,8 @@ class _Run:
 
     def train(self) -> None:
         """Trains stage after stage, passing over those that an earlier run has done, and writes the student of the last."""
+        if self.workers.first:
+            remove_partials(self.folder)  # what a run that was killed has left of pictures and logs
         student, batches = self.first, 0
         for stage in range(self.stages):
             last = stage == self.stages - 1
@@ -157,6 +162,7 @@ class _Run:
                     return
                 if self.workers.first:
                     half = last and self.options.precision == "fp16"
+                    write_note(self.options.out if last else folder / "unet", describe(self.loras))
                     save_part(
                         task.module, self.options.out if last else folder / "unet", torch.float16 if half else torch.float32
                     )

@@ -1,9 +1,9 @@
 """`python -m tuning latents`: a folder of pictures in, a folder of latents out, for many passes of distillation."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.support.cli import Parser
 from engines.support.files import expanded
 from tuning.distillation.options import number
 
@@ -20,13 +20,16 @@ class LatentsOptions:
     size: int | None = None
     batch: int = 8
     variant_files: str | None = None
+    vae: str | None = None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Adds the arguments of `latents`."""
     add, whole = parser.add_argument, number(int, 1)
     add("--source", required=True, help="whose autoencoder and tokenizer are used: mini, a diffusers folder, a hub id, a file")
     add("--variant-files", help="which weight files of a folder or hub id, such as fp16 (default: those without)")
+    add("--vae", help="a VAE in the place of the source's, as distill is given it")
+    parser.refuse("--lora", "it changes neither latents nor tokens; leave it out here, and give it to distill")
     add("--data", required=True, help="a folder of pictures and metadata.jsonl, or .tar shards")
     add("--out", type=Path, required=True, help="folder for the latents")
     add("--size", type=whole, help="pixels of the pictures' sides (default: the model's)")
@@ -46,7 +49,7 @@ def run(options: LatentsOptions) -> None:
 
     workers = Workers()
     try:
-        teacher = Teacher.load(options.source, options.variant_files)
+        teacher = Teacher.load(options.source, options.variant_files, vae=options.vae)
         size, pictures = check_size(teacher, options.size), Pictures(expanded(options.data))
         teacher.vae.to(workers.device, memory_format=torch.channels_last)
         console, count = Console(stderr=True), len(pictures.captions)

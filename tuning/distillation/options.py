@@ -20,7 +20,20 @@ __all__ = ["DistillOptions", "add_arguments", "number", "remember"]
 _MINI = {"batch": 64, "lr": 1e-3, "muon_lr": 0.01, "warmup": 100, "decay": 0.9, "guidance": 3.0}
 _OTHER = {"batch": 8, "lr": 5e-5, "muon_lr": 0.0, "warmup": 500, "decay": 0.0, "guidance": 7.5}
 # A run that is resumed with others of these would be another run.
-_SAME = ("teacher", "variant_files", "student", "data", "batch", "accumulate", "size", "dropout", "seed", "processes")
+_SAME = (
+    "teacher",
+    "variant_files",
+    "loras",
+    "vae",
+    "student",
+    "data",
+    "batch",
+    "accumulate",
+    "size",
+    "dropout",
+    "seed",
+    "processes",
+)
 _LOOP = ("steps", "minutes", "wall_minutes", "lr", "muon_lr", "warmup", "decay", "clip", "ema", "seed", "accumulate")
 _INTERVALS = ("log_every", "validate_minutes", "validate_every", "sample_every", "save_minutes")
 
@@ -34,6 +47,8 @@ class DistillOptions(BaseModel):
     student: str = Field(min_length=1)
     data: str = Field(min_length=1)
     variant_files: str | None = None
+    loras: tuple[str, ...] = ()
+    vae: str | None = None
     out: Path
     work: Path | None = None
     steps: int | None = Field(None, ge=1)
@@ -120,6 +135,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--teacher", required=True, help="mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG")
     add("--variant-files", help="which weight files of the teacher's folder or hub id, such as fp16 (default: those without)")
+    add(
+        "--lora", dest="loras", action="append", metavar="FILE[:SCALE]",
+        help="a LoRA in the teacher, which the student learns with it; may be repeated",
+    )  # fmt: skip
+    add("--vae", help="a VAE in the place of the teacher's: a diffusers folder, a hub id, or a .safetensors file")
     add("--student", required=True, help="a recipe (name or .json), made of the teacher, or the folder of a UNet")
     add("--data", required=True, help="mini, a folder of pictures and metadata.jsonl, .tar shards, or latents (see latents)")
     add("--out", required=True, type=Path, help="folder for the student, in the diffusers layout")
@@ -175,7 +195,7 @@ def remember(options: DistillOptions, run: Path, processes: int, *, write: bool)
     path = run / "settings.json"
     values = options.model_dump(mode="json") | {"processes": processes}
     if path.exists() and next(run.rglob("checkpoint.pt"), None):
-        before = _before(path)
+        before = {"loras": []} | _before(path)  # which runs of older versions do not name
         for name in _SAME:
             if before.get(name) != values.get(name):
                 raise TuningError(

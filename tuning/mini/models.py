@@ -6,6 +6,7 @@ diffusers reads `attention_head_dim` of this UNet class as the number of heads (
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from engines.support.tokenizers import WORDS
 from tuning.mini.scenes import caption, sample_scene
 
 __all__ = [
@@ -134,7 +136,8 @@ def train_tokenizer_on(texts: Sequence[str], folder: Path, vocabulary_size: int 
     tokens = alphabet + [f"{a}</w>" for a in alphabet] + ["".join(pair) for pair in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_LENGTH)
+    words = sorted({word for text in texts for word in re.findall(r"[^\W\d_]{2,}", text.lower())})
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_LENGTH, **{WORDS: words})
     tokenizer.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -190,7 +191,9 @@ def _write_plan(job: _Job) -> None:
     rows = [found, *_same_cost(job, point)]
     job.console.print(table(rows, [len(each.prompts) for each in job.pictures]))
     _write(job, options.place, point, found)
-    job.progress.say(f"written: {options.place}; python -m runtime PROMPT --plan {options.place} runs it")
+    given = f"--bundle {quote(str(job.pictures[0].pipeline.bundle.folder))} --plan {quote(str(options.place))}"
+    given += f" --scheduler {quote(options.scheduler)} --steps {options.steps}"
+    job.progress.say(f"written: {options.place}; python -m runtime PROMPT {given} runs it")
 
 
 def _write_front(job: _Job) -> None:

@@ -1,11 +1,10 @@
 """The arguments of ``python -m tuning plan``, and what of them can be refused before anything is loaded."""
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.support.cli import parse_size
+from engines.support.cli import Parser, parse_size
 from engines.support.files import check_writable
 from tuning.errors import TuningError
 
@@ -90,9 +89,13 @@ class PlanOptions:
         check_writable(place if self.front else place.parent)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Adds the arguments of ``plan``."""
     add = parser.add_argument
+    for option in ("--lora", "--vae"):
+        parser.refuse(
+            option, f"plans are searched with a built bundle: give {option} to build, and here the bundle that it makes"
+        )
     add(
         "--bundle", type=Path, action="append", required=True,
         help="a bundle's folder; twice for a plan that may begin with the smaller UNet of the two",

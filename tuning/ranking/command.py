@@ -17,9 +17,12 @@ from rich.table import Table
 
 from engines.bundle.manifest import is_variant
 from engines.support.files import check_writable, write_text
+from engines.support.tables import fit
 from tuning.checkpoints.configs import check_channels, latent_size
 from tuning.checkpoints.find_source import RANDOM, UNetSource, open_unet
 from tuning.errors import TuningError
+from tuning.loras.changed_source import open_changed_unet
+from tuning.loras.lora import Lora
 from tuning.ranking.candidates import candidates, check_plain, recipe_of
 from tuning.ranking.plot import plot_ranking
 from tuning.ranking.rank import Chosen, Errors, Ranked, check_names, choose, rank
@@ -34,7 +37,7 @@ __all__ = ["RankOptions", "rank_command"]
 
 @dataclass(frozen=True)
 class RankOptions:
-    """The UNet to rank, in which files its source has it, the one to time, and how thoroughly.
+    """The UNet to rank, in which files its source has it, with which LoRAs, the one to time, and how thoroughly.
 
     `latents` is a side, 0 for the UNet's own, at most 32; `device` is "cpu" or "cuda", None for CUDA where torch sees it;
     `name` is that of the recipe, and of its file in `out`.
@@ -42,6 +45,7 @@ class RankOptions:
 
     source: str = "mini"
     variant_files: str | None = None
+    loras: tuple[Lora, ...] = ()
     times: str | None = None
     speedup: float = 1.35
     latents: int = 0
@@ -85,7 +89,7 @@ def rank_command(options: RankOptions, console: Console) -> None:
             result = _measure(options, bar)
         except torch.OutOfMemoryError as error:
             raise TuningError("the GPU's memory is too small for this: fewer --prompts, or --device cpu") from error
-    console.print(_table(result))
+    console.print(fit(_table(result), console, ["± spread"]))
     for line in _lines(options, result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     write_text(options.out / "rank.json", json.dumps(_record(options, result), indent=1) + "\n")
@@ -111,7 +115,7 @@ def _check(options: RankOptions) -> None:
 
 
 def _measure(options: RankOptions, bar: Progress) -> Result:
-    source = open_unet(options.source, options.variant_files)
+    source = open_changed_unet(options.source, options.variant_files, options.loras)
     timed = source if options.times in (None, options.source) else open_unet(str(options.times))
     device = _device(options)
     if source.whole is not None:
@@ -226,13 +230,19 @@ def _title(options: RankOptions, result: Result) -> str:
 def _command(options: RankOptions) -> str:
     """The command that was run, without its defaults."""
     plain = asdict(RankOptions())
-    given = [f"--{key} {value}" for key, value in asdict(options).items() if value != plain[key] or key == "source"]
-    return " ".join(["python -m tuning rank", *(words for words in given if not words.startswith("--out "))])
+    hidden = {"out", "loras"}
+    given = [
+        f"--{key.replace('_', '-')} {value}"
+        for key, value in asdict(options).items()
+        if key == "source" or (value != plain[key] and key not in hidden)
+    ]
+    return " ".join(["python -m tuning rank", *given, *(f"--lora {lora}" for lora in options.loras)])
 
 
 def _record(options: RankOptions, result: Result) -> dict[str, Any]:
     """Everything measured, with what it was measured on."""
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items() if key != "out"}
+    given = {key: value for key, value in asdict(options).items() if key != "out"}
+    given["loras"] = [str(lora) for lora in options.loras]
     times = result.times
     return {
         "command": _command(options),

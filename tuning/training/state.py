@@ -69,9 +69,9 @@ class State:
             with atomic_file(path) as temporary:
                 torch.save(state, temporary)
         except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
-            raise TuningError(
-                f"can't write {path} ({_line(error)}): the last checkpoint is kept; make room and start again to resume"
-            ) from error
+            reason = error.strerror if isinstance(error, OSError) else "the disk may be full"
+            kept = "the last checkpoint is kept" if path.exists() else "there is none yet"
+            raise TuningError(f"can't write {path} ({reason}): {kept}; make room and start again to resume") from error
 
     def load(self, path: Path) -> None:
         """Restores what `save` wrote. Raises TuningError for anything else; code in a pickle is never run."""

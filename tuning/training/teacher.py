@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tuning.checkpoints.configs import latent_size
-from tuning.checkpoints.find_source import find_source
 from tuning.checkpoints.parts import is_tiny
 from tuning.checkpoints.source import reading
+from tuning.loras.changed_source import find_changed_source
+from tuning.loras.lora import Lora
 from tuning.training.noising import tokenize
 
 __all__ = ["Teacher"]
@@ -29,12 +30,14 @@ class Teacher:
     schedule: DDPMScheduler
 
     @classmethod
-    def load(cls, source: str, variant: str | None = None) -> "Teacher":
+    def load(cls, source: str, variant: str | None = None, loras: Sequence[Lora] = (), vae: str | None = None) -> "Teacher":
         """Reads any source of a whole checkpoint; `variant` of its weight files, such as fp16, where there are several.
+
+        LoRAs are fused into UNet and text encoder, and `vae` names what replaces the checkpoint's own.
 
         Raises TuningError when a part is missing, damaged or a pickle, or when the parts don't fit together.
         """
-        found = find_source(source, variant=variant)
+        found = find_changed_source(source, variant, loras, vae)
         found.check_fit()
         unet, text, vae = (found.model(part).requires_grad_(False) for part in ("unet", "text_encoder", "vae"))
         tokenizer = found.tokenizer(text.config)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import run_trt
+from benchmarks.end_to_end.measure import Log
 from benchmarks.end_to_end.prepare import _write_words
 from benchmarks.end_to_end.rows import Settings, chosen_peers, rows_of
 from benchmarks.peers import PEERS
@@ -30,6 +31,20 @@ def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """The script itself, as people start it."""
     command = [sys.executable, ROOT / "benchmarks" / "run_trt.py", *arguments]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300, **options)
+
+
+def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    log = Log(path, {"steps": 4}, resume=False)
+    log.add({"row": "a", "parts": {"unet": 1.0}})
+    whole = path.read_text()
+    path.write_text(whole + '{"row": "b", "parts": {"unet": 1.0}')  # as a kill or a full disk leaves it
+    again = Log(path, {"steps": 4}, resume=True)
+    assert [sample["row"] for sample in again.samples] == ["a"]
+    again.add({"row": "b"})
+    assert [sample["row"] for sample in Log(path, {"steps": 4}, resume=True).samples] == ["a", "b"]
+    with pytest.raises(ValueError, match="settings are others"):
+        Log(path, {"steps": 5}, resume=True)
 
 
 @pytest.mark.slow

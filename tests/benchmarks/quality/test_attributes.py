@@ -12,6 +12,7 @@ from PIL import Image
 
 import runtime
 from benchmarks.quality import attributes
+from engines.errors import UserError
 from tuning.mini.reader_network import WEIGHTS
 from tuning.mini.render import render
 from tuning.mini.scenes import caption, held_back_prompts, sample_scene
@@ -43,7 +44,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(runtime, "generate", painter(calls))
     out = tmp_path / "figures.json"
     arguments = ["--count", "40", "--bundles", str(tmp_path), "--out", str(out), "--grids", str(tmp_path / "grids")]
-    assert attributes.main(arguments) == 0
+    attributes.main(arguments)
     figures = json.loads(out.read_text())
     assert set(figures["rows"]) == {"original, full", "original, block:3"}
     for row in figures["rows"].values():
@@ -68,5 +69,6 @@ def test_wrong_pictures_score_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_without_bundles_it_says_what_to_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert attributes.main(["--bundles", str(tmp_path)]) == 2
+    with pytest.raises(UserError, match="no bundle in"):
+        attributes.main(["--bundles", str(tmp_path), "--out", str(tmp_path / "figures.json")])
     assert "python -m exporter build --variant original" in capsys.readouterr().err

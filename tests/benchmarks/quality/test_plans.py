@@ -17,6 +17,7 @@ from benchmarks.quality import plans, plans_plot
 from benchmarks.quality.emoji import wilson
 from engines import UserError
 from runtime.plans.presets import find_plan
+from tuning.ranking.labels import box_of
 
 ROWS: list[dict[str, Any]] = [
     {"plan": "full", "time": 1.0, "accuracy": 1.0, "psnr": None},
@@ -93,7 +94,7 @@ def test_labels_cover_neither_each_other_nor_a_point(monkeypatch: pytest.MonkeyP
     figure = pyplot.gcf()
     monkeypatch.undo()
     for axis in figure.axes[:2]:
-        boxes = [plans_plot._box(note) for note in axis.texts]
+        boxes = [box_of(note) for note in axis.texts]
         assert len(boxes) == len(rows)
         overlapping = [(i, j) for i in range(len(boxes)) for j in range(i) if boxes[i].overlaps(boxes[j])]
         assert overlapping == []

@@ -11,6 +11,8 @@ from benchmarks.sizes import full_generate
 from engines import UserError
 from tests.support.sources import save_source
 
+pytestmark = pytest.mark.shared_pieces
+
 
 @pytest.mark.slow
 def test_pictures_are_made_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

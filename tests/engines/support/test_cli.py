@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from engines.errors import UserError
 from engines.support.cli import Parser
-from engines.support.files import check_writable, expanded, os_errors, real_path
+from engines.support.files import atomic_file, check_writable, expanded, os_errors, real_path, remove_partials
 from tests.support.commands import assert_refused, command
 
 
@@ -64,8 +64,31 @@ def test_a_place_is_tried_without_a_trace(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="Not a directory"):
+    with pytest.raises(OSError, match="Not a directory") as caught:
         check_writable(tmp_path / "file" / "b")
+    assert caught.value.filename == str(tmp_path / "file"), "no name that nobody knows"
+
+
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, atomic_file(tmp_path / "none" / "a.png") as temporary:
+        temporary.touch()
+    assert caught.value.filename == str(tmp_path / "none" / "a.png")
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(IsADirectoryError) as refused, atomic_file(tmp_path / "a.png") as temporary:
+        temporary.touch()
+    assert (refused.value.filename, refused.value.filename2) == (str(tmp_path / "a.png"), None)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_what_killed_writers_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    kept = [".a-0a1b2c3d.partial.txt", "b-0a1b2c3d.partial.png", ".b-0a1b2c3d.png", ".b-xx.partial.png"]
+    for name in ("in/.b-0a1b2c3d.partial.png", ".c-0a1b2c3d.partial", *(f"in/{name}" for name in kept[1:]), kept[0]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    remove_partials(tmp_path / "in" / "b.png")
+    assert sorted(path.name for path in (tmp_path / "in").iterdir()) == sorted(kept[1:])
+    remove_partials(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept[1:])
 
 
 def test_safetensors_tells_the_systems_errors_in_words(tmp_path: Path) -> None:

@@ -17,7 +17,12 @@ def outcome(action, capsys):
 
 @pytest.mark.parametrize(
     ("error", "code", "begins"),
-    [(KeyboardInterrupt(), 130, "interrupted"), (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full")],
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full"),
+        (OSError(errno.EFBIG, "File too large"), 2, "error: a file cannot be written any further"),
+        (OSError(errno.EIO, "Input/output error"), 2, "error: a file cannot be written any further"),
+    ],
 )
 def test_only_what_is_resumed_is_said_to_be(error, code, begins, capsys):
     def plain():

@@ -39,6 +39,19 @@ class Block(nn.Module):
         return (x + mixed.transpose(1, 2).reshape(rows, channels, height, width).to(x.device, x.dtype),)
 
 
+class Mixed(nn.Module):
+    """A norm over the last dimension, and operands of unlike dtypes, which the exporter has to make explicit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        (x,) = inputs
+        x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return ((x * torch.arange(3, dtype=torch.float64)[1] + x.half()).float(),)
+
+
 class Unwritten(nn.Module):
     """Has an operator that the exporter cannot write, only what it decomposes into."""
 
@@ -61,12 +74,13 @@ def written(module: nn.Module, folder: Path) -> tuple[Counter[str], Any]:
     return Counter(node.op_type for node in nodes), made
 
 
-@pytest.mark.parametrize("module", [Block(), Unwritten()], ids=["quick", "decomposed"])
+@pytest.mark.parametrize("module", [Block(), Mixed(), Unwritten()], ids=["quick", "mixed", "decomposed"])
 def test_the_file_is_the_one_that_the_exporter_writes_by_itself(
     module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick, made = written(module, tmp_path / "quick")
-    monkeypatch.setattr(trace, "quick_export", nullcontext)
+    for name in ("quick_export", "quick_trace"):
+        monkeypatch.setattr(trace, name, nullcontext)
     slow, wanted = written(module, tmp_path / "slow")
     assert quick == slow
     np.testing.assert_array_equal(made, wanted)

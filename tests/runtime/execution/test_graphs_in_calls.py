@@ -13,7 +13,6 @@ from runtime import Pipeline, UNet
 from runtime import diffusers_unet as drop_in_module
 from runtime.execution.device_events import Timer
 from runtime.execution.graph_cache import CudaGraphCache
-from tests.conftest import build_shared
 from tests.support.recording import FakeRecorder
 from tests.support.reference import reference_scheduler
 from tests.support.unets import relative_error
@@ -21,11 +20,6 @@ from tests.support.unets import relative_error
 pytestmark = pytest.mark.shared_pieces
 
 PROMPT = "a red star on a blue background"
-
-
-@pytest.fixture(scope="module")
-def torch_bundle(bundles: Any) -> Bundle:
-    return build_shared(bundles, "mini-torch", engines=("torch",))
 
 
 class RecordedTorch(Torch):

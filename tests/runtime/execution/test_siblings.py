@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engines import Bundle, Manifest, Segment
-from engines.bundle.manifest import File
+from engines.bundle.manifest import File, FusedLora
 from engines.bundle.names import TEXT
 from engines.bundle.shared import shared_difference
 from runtime import find_plan
@@ -38,6 +39,36 @@ def test_a_sibling_that_is_missing_or_does_not_fit(original: Path) -> None:
     written_manifest(bundle.manifest, original.parent / "assembled", variant="assembled", latent_channels=8)
     message = r"assembled cannot take turns with it: latent_channels is 4 in original and 8 in assembled$"
     with pytest.raises(SiblingError, match=message):
+        find_sibling(bundle, "assembled", SWITCH, TIMESTEPS)
+
+
+INK, DETAIL = (FusedLora(file=f"{name}.safetensors", scale=0.8, sha256=name[0] * 64) for name in ("ink", "detail"))
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "words"),
+    [
+        ({"loras": (INK,)}, {}, r"it has no LoRA, and original has LoRA ink.safetensors:0.8: build both with the same --lora"),
+        ({}, {"loras": (INK,)}, r"it has LoRA ink.safetensors:0.8, and original has no LoRA"),
+        ({"loras": (INK,)}, {"loras": (INK.model_copy(update={"scale": 0.5}),)}, "it has LoRA ink.safetensors:0.5, and original"),
+        ({"loras": (INK,)}, {"loras": (INK, DETAIL)}, "it has LoRA ink.safetensors:0.8, detail.safetensors:0.8, and original"),
+        ({"loras": (INK, DETAIL)}, {"loras": (DETAIL, INK.model_copy(update={"file": "elsewhere.safetensors"}))}, None),
+        ({"loras": (INK.model_copy(update={"scale": 0.0}),)}, {}, None),
+        ({"clip_skip": 1}, {}, "clip_skip is 1 in original and 0 in assembled"),
+    ],
+)
+def test_both_have_the_same_loras_and_read_text_alike(
+    original: Path, here: dict[str, Any], there: dict[str, Any], words: str | None
+) -> None:
+    """Or a picture would begin in one style and end in another."""
+    manifest = Bundle.open(original).manifest
+    (original / "manifest.json").write_text(manifest.model_copy(update=here).model_dump_json())
+    bundle = Bundle.open(original)
+    other = written_manifest(manifest, original.parent / "assembled", variant="assembled", **there)
+    if words is None:
+        assert find_sibling(bundle, "assembled", SWITCH, TIMESTEPS).folder == other
+        return
+    with pytest.raises(SiblingError, match=f"assembled cannot take turns with it: {words}"):
         find_sibling(bundle, "assembled", SWITCH, TIMESTEPS)
 
 

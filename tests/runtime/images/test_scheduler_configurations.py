@@ -151,3 +151,11 @@ def test_a_configuration_that_cannot_be_used_is_one_line(tmp_path: Path, config:
     # Some schedulers do not read what is wrong here; where one does, it is one line that names the file, or the steps.
     assert len(message.splitlines()) <= 1
     assert not message or str(tmp_path) in message
+
+
+def test_a_variance_that_no_unet_predicts_is_one_line(tmp_path: Path) -> None:
+    """diffusers' scheduler stumbles over the channels at the first step; where it reads no variance, the setting is none."""
+    folder = written({"_class_name": CLASSES["dpm++"], **SD_BETAS, "variance_type": "learned_range"}, tmp_path) / "scheduler"
+    with pytest.raises(UserError, match=r"scheduler_config\.json has variance_type 'learned_range', and this UNet predicts none"):
+        make_scheduler("dpm++", folder, STEPS)
+    assert len(make_scheduler("ddim", folder, STEPS).timesteps) == STEPS

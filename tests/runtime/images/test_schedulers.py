@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import diffusers
@@ -64,6 +65,15 @@ def test_unknown_scheduler_lists_those_known() -> None:
 def test_schedulers_of_other_models_are_refused_by_name(name: str) -> None:
     with pytest.raises(RequestError, match=rf"scheduler {name} is for other models .*; choose from: ddim"):
         check_scheduler(name)
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_none_of_ours_needs_scipy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without extras has none; diffusers takes it for settings that the embedded model does not have."""
+    for module in [module for module in sys.modules if module.split(".")[0] == "scipy"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert len(make_scheduler(name, MINI / "scheduler", 4).timesteps) >= 4
 
 
 def test_calls_do_not_share_a_scheduler() -> None:

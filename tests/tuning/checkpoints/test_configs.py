@@ -85,6 +85,8 @@ def test_a_text_width_for_every_block(folder: Path) -> None:
 
 @pytest.mark.parametrize(("file", "changes", "says"), [
     ("unet/config.json", {"sample_size": "64"}, "sample_size = '64'; it is a side in latents, a pair of them, or null"),
+    ("unet/config.json", {"sample_size": 8.5}, "sample_size = 8.5; it is a side in latents"),
+    ("unet/config.json", {"sample_size": {"height": 8}}, "sample_size"),
     ("unet/config.json", {"sample_size": [8, 8, 8]}, "sample_size"),
     ("unet/config.json", {"sample_size": 10**6}, "sample_size"),
     ("unet/config.json", {"norm_eps": "tiny"}, "norm_eps is 'tiny', no number"),

@@ -93,6 +93,8 @@ def test_what_is_found_is_within_the_budget_and_runs_everywhere(
     done = tuning("plan", "--bundle", mini_bundle.folder, "--budget", "0.6", "--prompts", prompts, "--out", out, *QUICK)
     assert done.code == 0, done.err
     assert [path.name for path in out.parent.iterdir()] == ["plan.json"]
+    runs = f"python -m runtime PROMPT --bundle {mini_bundle.folder} --plan {out} --scheduler dpm++ --steps {STEPS} runs it"
+    assert runs in " ".join("\n".join([*done.out, *done.err]).split())
     plan = Plan.read(out)
     made = runtime.generate("a black ring", steps=STEPS, plan=out, bundle=mini_bundle.folder)
     kinds = [step.kind for step in made.steps]

@@ -1,7 +1,12 @@
 """The loop: resuming repeats an unbroken run, bounds end it, bad losses stop it, and Muon works on kernels in place."""
 
 import dataclasses
+import errno
+import io
 import json
+import multiprocessing
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ from tuning.training.distributed import Workers
 from tuning.training.loop import LoopSettings, run_loop
 from tuning.training.noising import generator
 from tuning.training.optim import MuonAdamW
+from tuning.training.state import steps_in
 
 
 class Line:
@@ -38,6 +44,7 @@ class Line:
         self.exports += 1
 
 
+SAVE = torch.save
 SETTINGS = LoopSettings(steps=120, warmup=4, log_every=30, lr=3e-2, muon_lr=0.1, ema=0.9)
 
 
@@ -66,6 +73,48 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
     expected = weights(whole)
     assert all(torch.equal(value, expected[key]) for key, value in weights(second).items())
     assert not all(torch.equal(value, expected[key]) for key, value in weights(first).items())
+
+
+def save_slowly(state: object, path: Path) -> None:
+    """torch.save, in a file that grows for a while."""
+    written = io.BytesIO()
+    SAVE(state, written)
+    content = written.getvalue()
+    with path.open("wb") as file:
+        for start in range(0, len(content), len(content) // 4):
+            file.write(content[start : start + len(content) // 4])
+            file.flush()
+            time.sleep(0.002)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
+def test_a_run_killed_at_random_points_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the time goes into writing checkpoints, so most kills meet one that is half written."""
+    fork, points = multiprocessing.get_context("fork"), random.Random(0)
+    settings, checkpoint, log = dataclasses.replace(SETTINGS, save_minutes=0), tmp_path / "line.pt", tmp_path / "line.jsonl"
+    whole, last, half, reached = Line(), Line(), 0, [0]
+    run_loop(whole, SETTINGS, workers=Workers(), log=tmp_path / "whole.jsonl")
+    with monkeypatch.context() as slow:
+        slow.setattr(torch, "save", save_slowly)
+        for _ in range(8):
+            child = fork.Process(
+                target=run_loop, args=(Line(), settings), kwargs={"workers": Workers(), "checkpoint": checkpoint, "log": log}
+            )
+            child.start()
+            time.sleep(points.uniform(0.02, 0.2))
+            child.kill()
+            child.join()
+            half += any(".partial" in path.name for path in tmp_path.iterdir())
+            if checkpoint.exists():
+                reached.append(steps_in(checkpoint))
+    assert half
+    assert reached == sorted(reached)
+    run_loop(last, settings, workers=Workers(), checkpoint=checkpoint, log=log)
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[key]) for key, value in weights(last).items())
+    assert [path.name for path in tmp_path.glob(".line-*.pt")] == []
+    steps = [[json.loads(line)["step"] for line in each.read_text().splitlines()] for each in (tmp_path / "whole.jsonl", log)]
+    assert steps[0] == steps[1]
 
 
 def test_time_bounds_end_a_run() -> None:
@@ -150,18 +199,35 @@ def test_a_damaged_log_is_named(line: str, tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [30, 60]
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0"), "the disk may be full"),
+    ],
+)
+def test_a_full_disk_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+) -> None:
     checkpoint = tmp_path / "line.pt"
-    run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint, stop_at=lambda step: step == 10)
-    before = checkpoint.read_bytes()
 
-    def full(_state: object, path: Path) -> None:
+    def go(stop: int) -> None:
+        run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint, stop_at=lambda step: step == stop)
+
+    def fill(state: object, path: Path) -> None:
         path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(TuningError, match="No space left"):
-        run_loop(Line(), SETTINGS, workers=Workers(), checkpoint=checkpoint)
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(TuningError, match=rf"line\.pt \({says}\): there is none yet; make room"):
+        go(4)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(torch, "save", SAVE)
+    go(4)
+    before = checkpoint.read_bytes()
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(TuningError, match=rf"line\.pt \({says}\): the last checkpoint is kept; make room"):
+        go(8)
     assert checkpoint.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["line.pt"]
 
