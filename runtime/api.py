@@ -66,7 +66,10 @@ def load(bundle: str | Path | None = None, engine: str = "onnxruntime", plan: st
         warnings.warn(f"bundle {found} is taken, which was built last, of {count} in ./{BUNDLES}; name one", stacklevel=3)
     folder = real_path(found)
     Bundle.open(folder)  # says what is wrong with what is there now
-    return _loaded(folder, sha256(folder / MANIFEST_NAME), engine)
+    wanted = folder, sha256(folder / MANIFEST_NAME), engine
+    if _loaded(*wanted).swapper.is_outdated():  # a bundle that its plans switch to was rebuilt
+        _loaded.cache_clear()
+    return _loaded(*wanted)
 
 
 def find_bundle(bundle: str | Path | None, engine: str = "onnxruntime", plan: str | Path | Plan = "full") -> Path:

@@ -354,7 +354,8 @@ class Pipeline:
         if not is_finite(text):
             return f"segment {TEXT}", TEXT
         start, done = self._initial_state(prepared), list[int]()
-        if not is_finite(start.latents):
+        # Inpainting of full strength starts from noise alone, and takes the picture's latents after its first step.
+        if not (is_finite(start.latents) and (start.repaint is None or is_finite(start.repaint.known))):
             before = "the scheduler, before the first step,"
             return (f"segment {VAE_ENCODER}", VAE_ENCODER) if prepared.original else (before, "the scheduler")
 

@@ -1,8 +1,9 @@
-"""A call and its process: it must be the one that loaded the bundle, and its default device and autocast must change nothing."""
+"""A call and its process: it must be the one that loaded the bundle, and the process's own settings must change nothing."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from threading import Lock
 
 import torch
 
@@ -12,6 +13,8 @@ __all__ = ["check_not_forked", "note_loaded", "plain_settings"]
 
 _loaded_in: list[int] = []
 """Ids of the processes that loaded a bundle, with what a fork brings along from its parent."""
+_lock, _others = Lock(), list[torch.dtype]()
+"""The default dtype that the process has of itself, once for each call that runs with single precision in its place."""
 
 
 def note_loaded() -> None:
@@ -37,10 +40,27 @@ def check_not_forked() -> None:
 def plain_settings() -> Iterator[None]:
     """Inside, and on this thread, new tensors are on the CPU where nobody says otherwise, and nothing is rounded on the way.
 
-    Libraries rely on that, as PyTorch has it by itself: tokenizers and schedulers make tensors without naming a device, and
-    under autocast schedulers would multiply in half precision. (No such thing is needed for the default dtype: all that is made
-    here names its own.)
+    Libraries rely on that, as PyTorch has it by itself: tokenizers and schedulers make tensors without naming a device or dtype,
+    and under autocast schedulers would multiply in half precision. The default dtype is one for all threads: where it is another,
+    it is single precision for all of them until the last call ends.
     """
     own = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-    with own, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    with _single_precision(), own, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
+
+
+@contextmanager
+def _single_precision() -> Iterator[None]:
+    """Inside, the default dtype is float32; the last of the calls that run at once puts back what the first one found."""
+    with _lock:
+        if changed := bool(_others) or torch.get_default_dtype() != torch.float32:
+            _others.append(_others[0] if _others else torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        if changed:
+            with _lock:
+                before = _others.pop()
+                if not _others:
+                    torch.set_default_dtype(before)

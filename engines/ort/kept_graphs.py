@@ -245,8 +245,8 @@ def _alone() -> Iterator[Path]:
     root = _root()
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".lock", timeout=0):
-        for left in root.glob(".*.partial"):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for left in root.glob(".*.partial*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         yield root
 
 

@@ -127,15 +127,49 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """A temporary folder that replaces ``folder`` at the end, and leaves no trace if anything fails."""
+    """A temporary folder that replaces ``folder`` at the end, and leaves no trace if anything fails.
+
+    What writers of it that were killed have left goes first; others that are at work are let be.
+    """
+    from filelock import FileLock  # takes a while, and most commands write no folder
+
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _recover(folder)
     temporary = _beside(folder)
-    temporary.mkdir()
     try:
-        yield temporary
-        swap_in(temporary, folder, temporary.with_name(f"{temporary.name}.old"))
+        with FileLock(_lock_of(temporary)):  # which ends with its process, however that ends
+            try:
+                temporary.mkdir()
+                yield temporary
+                swap_in(temporary, folder, _aside_of(temporary))
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _lock_of(temporary).unlink(missing_ok=True)
+
+
+def _recover(folder: Path) -> None:
+    """Remove what killed writers of a folder left beside it, and put back the old one where they had only moved it."""
+    from filelock import FileLock, Timeout
+
+    own = re.compile(rf"\.{re.escape(folder.name)}-[0-9a-f]{{8}}\.partial\.lock")
+    for lock in [path for path in folder.parent.iterdir() if own.fullmatch(path.name)]:
+        temporary = lock.with_suffix("")
+        with suppress(Timeout), FileLock(lock, timeout=0):
+            aside = _aside_of(temporary)
+            if aside.exists() and not folder.exists():
+                aside.rename(folder)
+            for left in (temporary, aside):
+                shutil.rmtree(left, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def _lock_of(temporary: Path) -> Path:
+    return temporary.with_name(f"{temporary.name}.lock")
+
+
+def _aside_of(temporary: Path) -> Path:
+    return temporary.with_name(f"{temporary.name}.old")
 
 
 def swap_in(new: Path, folder: Path, aside: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engines import Bundle, Engine, Runner
+from engines import Bundle, BundleError, Engine, Manifest, Runner
 from engines.bundle.digests import Digest, known_sha256
 from engines.bundle.manifest import File
 from engines.errors import EngineMemoryError
@@ -32,11 +32,36 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 class _Checked(Bundle):
-    """A bundle whose files have been read and found whole: they are not hashed anew at every swap."""
+    """A bundle whose files are hashed anew at a swap only where they were changed since, as by a build in its place."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        super().__init__(folder, manifest)
+        self.__dict__["_seen"] = dict[str, tuple[int, ...]]()
 
     def path(self, file: File, digest: Digest = known_sha256) -> Path:
-        """As ``Bundle.path``, by name and size only."""
-        return super().path(file, lambda path: file.sha256)
+        """As ``Bundle.path``."""
+        seen, state = self.__dict__["_seen"], _state_of(self.folder / file.path)
+        if state and seen.get(file.path) == state:
+            return super().path(file, lambda _: file.sha256)
+        path = super().path(file, digest)
+        seen[file.path] = state
+        return path
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    """What differs where a file is another, or was changed; nothing where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _is_as_it_was(bundle: Bundle) -> bool:
+    try:
+        return Bundle.open(bundle.folder).manifest == bundle.manifest
+    except BundleError:
+        return False
 
 
 class Swapper:
@@ -64,10 +89,11 @@ class Swapper:
     ) -> None:
         self._engine, self._graphs, self._free = engine, graphs, free
         name, manifest = bundle.manifest.variant, bundle.manifest
+        bundle = _Checked(bundle.folder, manifest)
         self._runners = {name: load_runners(bundle, engine, manifest.segments)}
         self.networks = {name: LoadedBundle(manifest, self._runners[name], advice_of(bundle, engine))}
         """By variant. Those of UNets that are not on the device have no runners of its segments."""
-        self._bundles: dict[str, Bundle] = {name: _Checked(bundle.folder, manifest)}
+        self._bundles: dict[str, Bundle] = {name: bundle}
         self._here = {name}
         self._condition = threading.Condition()
         self._running = 0
@@ -90,7 +116,7 @@ class Swapper:
             if name in self.networks:
                 return
             runners: dict[str, Runner] = {}
-            self._bundles[name], self._runners[name] = bundle, runners
+            self._bundles[name], self._runners[name] = _Checked(bundle.folder, bundle.manifest), runners
             self.networks[name] = LoadedBundle(bundle.manifest, runners, advice_of(bundle, self._engine))
             if not self._has_room(int(self.bytes_of(name) * _GROWTH)):
                 self.swaps = True
@@ -126,6 +152,11 @@ class Swapper:
         """The bundle that a UNet was loaded from."""
         return self._bundles[unet]
 
+    def is_outdated(self) -> bool:
+        """Whether another bundle than the pipeline's own, whose UNet was loaded, is there no more as it was."""
+        _, *others = self._bundles.values()
+        return any(not _is_as_it_was(bundle) for bundle in others)
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Where UNets are swapped, one call at a time; others wait for its end, and do not swap them back at every step."""
@@ -156,7 +187,6 @@ class Swapper:
             self._release_all()
         bundle = self._bundles[unet]
         self._runners[unet].update(load_runners(bundle, self._engine, bundle.manifest.unet_segments))
-        self._bundles[unet] = _Checked(bundle.folder, bundle.manifest)
         self._here.add(unet)
         self._synchronize()
         return time.perf_counter() - started

@@ -40,9 +40,13 @@ def chunks_needed(ids: Sequence[int], length: int) -> int:
     return max(1, -(-(len(ids) - 2) // (length - 2)))
 
 
-def chunk_rows(ids: Sequence[int], length: int, chunks: int, padding: int) -> list[list[int]]:
-    """A prompt's tokens (with both marks) in so many chunks of ``length``, each with both marks; words left over are left out."""
+def chunk_rows(ids: Sequence[int], length: int, chunks: int, padding: int, side: str = "right") -> list[list[int]]:
+    """A prompt's tokens (with both marks) in so many chunks of ``length``, each with both marks; words left over are left out.
+
+    What is short is filled up with ``padding`` at that ``side``, left or right.
+    """
     first, *words, last = ids
     size = length - 2
     rows = [[first, *words[at * size : (at + 1) * size], last] for at in range(chunks)]
-    return [row + [padding] * (length - len(row)) for row in rows]
+    filled = [[padding] * (length - len(row)) for row in rows]
+    return [more + row if side == "left" else row + more for row, more in zip(rows, filled, strict=True)]

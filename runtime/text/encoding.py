@@ -48,9 +48,9 @@ class Prompts:
             encoder: which is given a chunk of all prompts at a time.
             chunks: how many each prompt gets, of ``text_length`` tokens.
         """
-        length, padding = self._manifest.text_length, self.tokenizer.pad_token_id
+        length, padding = self._manifest.text_length, (self.tokenizer.pad_token_id, self.tokenizer.padding_side)
         ids = self._ids(prompts)
-        rows = torch.tensor([chunk_rows(numbers, length, chunks, padding) for numbers in ids], device=self._engine.device)
+        rows = torch.tensor([chunk_rows(numbers, length, chunks, *padding) for numbers in ids], device=self._engine.device)
         self._warn_of_unknown(prompts)
         cut = [numbers for numbers in ids if chunks_needed(numbers, length) > chunks]
         unread = tuple(self.tokenizer.decode(numbers[1 + chunks * (length - 2) : -1]).strip() for numbers in cut)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from engines.bundle.shapes import resolve
 from exporter.segments.trace import trace_program
 from runtime import Pipeline
 from runtime.images.schedulers import SCHEDULERS
-from runtime.process import check_not_forked
+from runtime.process import check_not_forked, plain_settings
 from tests.support.diffusers_pipelines import PROMPT, inputs
 from tests.support.unets import live_network, manifest_of, segment_module, small_unet
 
@@ -34,7 +35,7 @@ def made(pipeline: Pipeline, kind: str, scheduler: str) -> torch.Tensor:
     return pipeline.generate(PROMPT, seed=3, steps=3, scheduler=scheduler, plan="deepcache:2", **inputs(kind)).latents
 
 
-@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, "tcd", "unipc"])
 def test_the_default_dtype_and_device_change_nothing(mini_pipeline: Pipeline, settings: None, scheduler: str) -> None:
     kinds = ("text", "image", "inpaint") if scheduler in {"ddim", "dpm++"} else ("inpaint",)
     for kind in kinds:
@@ -51,6 +52,20 @@ def test_the_default_dtype_and_device_change_nothing(mini_pipeline: Pipeline, se
         assert torch.equal(got, expected), kind
         with torch.device("meta"):
             assert torch.equal(made(mini_pipeline, kind, scheduler), expected)
+
+
+def test_the_default_dtype_is_put_back_by_the_last_of_several_calls(settings: None) -> None:
+    torch.set_default_dtype(torch.float64)
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(plain_settings())
+        second.enter_context(plain_settings())
+        first.close()
+        assert torch.get_default_dtype() == torch.float32
+        second.close()
+        assert torch.get_default_dtype() == torch.float64
+    with pytest.raises(KeyError), plain_settings():
+        raise KeyError
+    assert torch.get_default_dtype() == torch.float64
 
 
 @pytest.mark.parametrize("scheduler", ["unipc", "deis", "dpm++"])

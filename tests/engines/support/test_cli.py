@@ -6,11 +6,12 @@ import errno
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from engines.errors import UserError
 from engines.support.cli import Parser
-from engines.support.files import atomic_file, check_writable, expanded, os_errors, real_path, remove_partials
+from engines.support.files import atomic_directory, atomic_file, check_writable, expanded, os_errors, real_path, remove_partials
 from tests.support.commands import assert_refused, command
 
 
@@ -89,6 +90,26 @@ def test_what_killed_writers_left_goes_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "in").iterdir()) == sorted(kept[1:])
     remove_partials(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept[1:])
+
+
+def test_what_killed_writers_left_of_a_folder_goes_and_others_go_on(tmp_path: Path) -> None:
+    killed, at_work, alike = (tmp_path / f".{name}.partial" for name in ("out-0a1b2c3d", "out-11111111", "out-of-22222222"))
+    for left in (killed, at_work, alike, tmp_path / f"{killed.name}.old"):
+        left.mkdir()
+        (left / "weights").touch()
+        left.with_name(f"{left.name.removesuffix('.old')}.lock").touch()
+    with FileLock(tmp_path / f"{at_work.name}.lock"), atomic_directory(tmp_path / "out") as temporary:
+        assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"out", at_work.name, alike.name, temporary.name}, (
+            "the old folder, which was moved and not replaced, is back"
+        )
+        (temporary / "new").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"out", at_work.name, alike.name}
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "out"):
+        raise KeyError
+    with atomic_directory(tmp_path / "other") as temporary:
+        assert temporary.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", "other", alike.name, f"{alike.name}.lock"])
 
 
 def test_safetensors_tells_the_systems_errors_in_words(tmp_path: Path) -> None:

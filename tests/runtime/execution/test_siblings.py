@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from engines import Bundle, Manifest, Segment
 from engines.bundle.manifest import File, FusedLora
 from engines.bundle.names import TEXT
 from engines.bundle.shared import shared_difference
+from engines.null import Null
 from runtime import find_plan
 from runtime.errors import SiblingError
 from runtime.execution.siblings import find_sibling
+from runtime.execution.swapping import Swapper
 from tests.support.unets import make_manifest, manifest_of, small_unet, written_manifest
 
 SWITCH = find_plan("switch:0.4")
@@ -40,6 +43,19 @@ def test_a_sibling_that_is_missing_or_does_not_fit(original: Path) -> None:
     message = r"assembled cannot take turns with it: latent_channels is 4 in original and 8 in assembled$"
     with pytest.raises(SiblingError, match=message):
         find_sibling(bundle, "assembled", SWITCH, TIMESTEPS)
+
+
+def test_a_sibling_that_was_rebuilt_is_told(original: Path, assembled: Path) -> None:
+    """A loaded pipeline has the UNet of the bundle that was there: its next call would take turns with another checkpoint's."""
+    bundle = Bundle.open(original)
+    swapper = Swapper(bundle, Null())
+    assert not swapper.is_outdated()
+    swapper.add(find_sibling(bundle, "assembled", SWITCH, TIMESTEPS))
+    assert not swapper.is_outdated()
+    shutil.rmtree(assembled)
+    assert swapper.is_outdated()
+    written_manifest(swapper.networks["assembled"].manifest, assembled, key="2" * 64)
+    assert swapper.is_outdated()
 
 
 INK, DETAIL = (FusedLora(file=f"{name}.safetensors", scale=0.8, sha256=name[0] * 64) for name in ("ink", "detail"))

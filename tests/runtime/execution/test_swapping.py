@@ -297,6 +297,19 @@ def test_a_file_that_went_is_an_error_and_what_is_there_goes_on(world: World) ->
     same(call(swapper.networks, "one", 2, None, swapper)[0], call(world.live, "one", 2)[0])
 
 
+def test_a_file_that_was_rebuilt_in_its_place_is_not_taken_for_the_one_that_was_read(world: World) -> None:
+    """Of the same name and size: a UNet would come back as that of another checkpoint."""
+    swapper = world.swapper(0)
+    path = world.bundles["two"].folder / "mid.engine"
+    content = path.read_bytes()
+    call(swapper.networks, "one", 0, None, swapper)
+    path.write_bytes(content[::-1])
+    with pytest.raises(BundleError, match="mid.engine is not the file that was built"):
+        call(swapper.networks, "two", 1, None, swapper)
+    path.write_bytes(content)
+    same(call(swapper.networks, "two", 1, None, swapper)[0], call(world.live, "two", 1)[0])
+
+
 @pytest.mark.gpu
 def test_cuda_graphs_after_all_were_let_go() -> None:
     """What one of them wrote is still held, as an inherited feature is across a switch."""

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 import runtime
 from engines import Bundle, make_engine
+from engines.bundle.folder import describe_file
 from engines.null import Null
 from runtime import Pipeline, RequestError
 from runtime.text.chunks import chunk_rows, chunks_needed
@@ -170,9 +172,32 @@ def test_chunks_hold_every_word_between_marks(count: int) -> None:
     assert rows[-1] == [900, 901, *[902] * 30]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("text", ["", PROMPT, LONG, " \u661f a  ring, " * 20])
-def test_the_first_chunk_is_what_the_tokenizer_makes(mini_pipeline: Pipeline, text: str) -> None:
+def test_the_first_chunk_is_what_the_tokenizer_makes(mini_pipeline: Pipeline, text: str, side: str) -> None:
     tokenizer = mini_pipeline.tokenizer
     whole = tokenizer(text, verbose=False).input_ids
-    cut = tokenizer(text, padding="max_length", max_length=32, truncation=True).input_ids
-    assert chunk_rows(whole, 32, 1, tokenizer.pad_token_id) == [cut]
+    cut = tokenizer(text, padding="max_length", max_length=32, truncation=True, padding_side=side).input_ids
+    assert chunk_rows(whole, 32, 1, tokenizer.pad_token_id, side) == [cut]
+
+
+def test_prompts_are_filled_up_at_the_side_that_the_tokenizer_says(bundle_copy: Path) -> None:
+    """The tokens that diffusers' pipeline gives its text encoder, with the tokenizer that the folder's configuration makes."""
+    path = bundle_copy / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+    manifest = json.loads((bundle_copy / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        entry.update(describe_file(bundle_copy, bundle_copy / entry["path"]).model_dump())
+    (bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    theirs = CLIPTokenizer.from_pretrained(bundle_copy / "tokenizer")
+    wanted = theirs([PROMPT, ""], padding="max_length", max_length=32, truncation=True, return_tensors="pt").input_ids
+    seen: list[Tensor] = []
+
+    def encoder(tokens: Tensor) -> Tensor:
+        seen.append(tokens)
+        return tokens[..., None].float()
+
+    pipe = Pipeline(Bundle.open(bundle_copy), Null())
+    Prompts(pipe.manifest, pipe.tokenizer, Null()).encode([PROMPT, ""], encoder)
+    assert wanted[1, 0] == theirs.pad_token_id
+    assert torch.equal(torch.cat(seen), wanted)
