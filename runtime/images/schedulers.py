@@ -106,10 +106,12 @@ def make_scheduler(name: str, folder: Path, steps: int, inpainting: bool = False
 def _check_variance(scheduler: Any, folder: Path) -> None:
     """Raise BundleError where a scheduler would take a part of each prediction for a variance, which this UNet does not predict.
 
-    Those that do have an ``algorithm_type``; others leave a prediction of the latents' channels as it is.
+    Those that do take a ``variance_type`` and an ``algorithm_type``, and do so where noise is predicted; others leave a
+    prediction of the latents' channels as it is.
     """
-    kind = scheduler.config.get("variance_type")
-    if kind in ("learned", "learned_range") and "algorithm_type" in scheduler.config:
+    kind, taken = scheduler.config.get("variance_type"), inspect.signature(type(scheduler).__init__).parameters
+    splits = {"variance_type", "algorithm_type"} <= taken.keys() and scheduler.config.prediction_type == "epsilon"
+    if splits and kind in ("learned", "learned_range"):
         path = folder / "scheduler_config.json"
         raise BundleError(f"{path} has variance_type {kind!r}, and this UNet predicts none; expected null, or another scheduler")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from engines import Bundle, Runner, make_engine
 from runtime import NonFiniteError, Pipeline
 from runtime.execution.loaded_bundle import LoadedBundle
-from tests.support.diffusers_pipelines import PROMPT, picture
+from tests.support.diffusers_pipelines import PROMPT, mask, picture
 from tests.support.reference import MINI
 
 pytestmark = pytest.mark.shared_pieces
@@ -81,6 +81,14 @@ def test_the_first_segment_that_goes_wrong_is_named(
         spoilt(mini_pipeline, segment, good, value).generate(PROMPT, steps=4, scheduler="ddim", **options)
     assert str(refusal.value).startswith(f"{where}gave numbers that are not finite (fp32)")
     assert "fp32 has room" in refusal.value.__notes__[0]
+
+
+def test_a_picture_that_inpainting_takes_back_is_looked_at_too(mini_pipeline: Pipeline) -> None:
+    """Of full strength it starts from noise alone: what the encoder made of the picture comes after the first step."""
+    with pytest.raises(NonFiniteError, match="^segment vae_encoder gave numbers that are not finite"):
+        spoilt(mini_pipeline, "vae_encoder").generate(
+            PROMPT, steps=2, scheduler="ddim", image=picture(), mask=mask(), strength=1.0
+        )
 
 
 def test_a_callback_that_spoils_the_latents_is_named(mini_pipeline: Pipeline) -> None:

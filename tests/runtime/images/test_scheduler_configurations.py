@@ -92,6 +92,21 @@ DIVERGING = {
 BARE_DDIM = {"_class_name": "DDIMScheduler", **SD_BETAS}
 
 
+LEARNED = {**SD_BETAS, "prediction_type": "v_prediction", "variance_type": "learned_range", "algorithm_type": "dpmsolver++"}
+
+
+@pytest.mark.parametrize("name", ["deis", "lms", "dpm++"])
+def test_a_variance_that_a_scheduler_does_not_read_changes_nothing(mini_pipeline: Pipeline, tmp_path: Path, name: str) -> None:
+    classes = {"deis": "DEISMultistepScheduler", "lms": "LMSDiscreteScheduler", **CLASSES}
+    config = {"_class_name": classes[name], **LEARNED}
+    folder = written(config, tmp_path)
+    scheduler = getattr(diffusers, classes[name]).from_pretrained(folder, subfolder="scheduler")
+    expected = latents(pipeline("text", scheduler), steps=STEPS)
+    changed = with_scheduler(mini_pipeline, config, tmp_path)
+    made = changed.generate(PROMPT, NEGATIVE, seed=SEED, steps=STEPS, scheduler=name)
+    assert relative_error(made.latents, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("kind", ["text", "image", "inpaint"])
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=configurations())
@@ -155,7 +170,9 @@ def test_a_configuration_that_cannot_be_used_is_one_line(tmp_path: Path, config:
 
 def test_a_variance_that_no_unet_predicts_is_one_line(tmp_path: Path) -> None:
     """diffusers' scheduler stumbles over the channels at the first step; where it reads no variance, the setting is none."""
-    folder = written({"_class_name": CLASSES["dpm++"], **SD_BETAS, "variance_type": "learned_range"}, tmp_path) / "scheduler"
+    config = {"_class_name": CLASSES["dpm++"], **SD_BETAS, "algorithm_type": "dpmsolver++", "variance_type": "learned_range"}
+    folder = written(config, tmp_path) / "scheduler"
     with pytest.raises(UserError, match=r"scheduler_config\.json has variance_type 'learned_range', and this UNet predicts none"):
         make_scheduler("dpm++", folder, STEPS)
-    assert len(make_scheduler("ddim", folder, STEPS).timesteps) == STEPS
+    for name in ("ddim", "deis", "lcm", "lms"):
+        assert len(make_scheduler(name, folder, STEPS).timesteps) == STEPS
