@@ -69,7 +69,7 @@ clean: ## remove bundles and tool caches; .venv, training runs and the committed
 
 # One stamp per set of dependencies: .installed-core, or .installed-EXTRA for an extra of pyproject.toml.
 $(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.created
-	$(BIN)/python -m pip install $(PIP_ARGS) --no-compile --constraint constraints.txt --editable ".$(if $(filter-out core,$*),[$*])"
+	$(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable ".$(if $(filter-out core,$*),[$*])"
 	@touch $@
 
 # The stamp comes last, so an environment whose making was cut off is completed by the next run.
