@@ -51,7 +51,7 @@ class Limits:
         if request.height is not None and request.width is not None:
             self.check_size(request.height, request.width)
         for name, side in (("height", request.height), ("width", request.width)):
-            if side is not None and not 0 < side <= self.pixels:
+            if side is not None and side > self.pixels:
                 raise RequestError(f"{name} = {str(side)[:20]}; this service makes pictures of {self.pixels} pixels at most")
 
     def check_size(self, height: int, width: int) -> None:

@@ -13,12 +13,12 @@ import numpy as np
 
 from engines import Engine, EngineError
 from engines.errors import UserError
+from engines.support.environment import install_command
 
 __all__ = ["BISECTED", "Deviation", "check_polygraphy", "compare", "run_reference", "tensorrt_engine"]
 
 BISECTED = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 """The engines that can be asked for any tensor of a segment."""
-_INSTALL = "pip install polygraphy"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ def check_polygraphy(engine: Engine) -> None:
         from polygraphy import config
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
-        raise UserError(f"--bisect takes Polygraphy, which cannot be used: {error}; install it with: {_INSTALL}") from error
+        hint = f"install it with: {install_command('debug')}"
+        raise UserError(f"--bisect takes Polygraphy, which cannot be used: {error}; {hint}") from error
     if engine.name != "onnxruntime" and rtx != config.USE_TENSORRT_RTX:
         raise EngineError(f"Polygraphy drives the other TensorRT in this process; bisect engine {engine.name} in a new one")
     G_LOGGER.module_severity = G_LOGGER.CRITICAL

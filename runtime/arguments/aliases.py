@@ -21,12 +21,13 @@ _REFUSED = {
 }
 
 
-def with_our_names(options: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+def with_our_names(options: Mapping[str, Any], known: Collection[str], listed: str = "docs/api.md") -> dict[str, Any]:
     """Options with diffusers' names replaced by ours.
 
     Args:
         options: by name. None, where diffusers has that for what it is not told, means that an option is not given.
         known: the names that there are.
+        listed: where whoever gave them finds these.
 
     Raises:
         RequestError: there is no option of a name, or both names of one thing were given with unlike values.
@@ -35,7 +36,7 @@ def with_our_names(options: Mapping[str, Any], known: Collection[str]) -> dict[s
     for name, value in options.items():
         ours = ALIASES.get(name, name)
         if ours not in known:
-            _refuse(name, value, known)
+            _refuse(name, value, known, listed)
             continue
         if name in ALIASES and value is None:
             continue
@@ -52,9 +53,9 @@ def _alike(one: object, other: object) -> bool:
     return type(one) in {int, float, str} and bool(one == other)
 
 
-def _refuse(name: str, value: object, known: Collection[str]) -> None:
+def _refuse(name: str, value: object, known: Collection[str], listed: str) -> None:
     if name in _REFUSED:
         if value is None:
             return
         raise RequestError(f"{name} cannot be had: {_REFUSED[name]}")
-    raise RequestError(f"generate takes no {name!r:.60}; {did_you_mean(name, [*known, *ALIASES])}docs/api.md has what it takes")
+    raise RequestError(f"generate takes no {name!r:.60}; {did_you_mean(name, [*known, *ALIASES])}{listed} has what it takes")

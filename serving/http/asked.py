@@ -55,7 +55,7 @@ def request_from(given: Mapping[str, Any], limits: Limits) -> Request:
     Raises:
         RequestError, PlanError: as ``runtime.Request``; or a field that does not travel, or is no field.
     """
-    options = with_our_names(given, TRAVELS)
+    options = with_our_names(given, TRAVELS, "/docs")
     for name in ("image", "mask"):
         if options.get(name) is not None:
             options[name] = decode_picture(name, options[name], limits)

@@ -18,7 +18,9 @@ __all__ = ["GONE", "add_handlers", "answer", "without_paths"]
 _LOG = logging.getLogger(__name__)
 GONE = 499
 """Of a request whose caller has left: nobody reads it, but the log and the metrics do (nginx's number)."""
-_PATH = re.compile(r"(?<![\w./])(?:~?/|[A-Za-z]:\\)[^\s'\",;:()]+")
+_OURS = r"/(?:docs|generate)(?![\w./-])"
+"""Addresses of this service, which messages send callers to."""
+_PATH = re.compile(rf"(?<![\w./])(?!{_OURS})(?:~?/|[A-Za-z]:\\)[^\s'\",;:()]+")
 _HIDDEN = "[path]"
 _COMMAND = re.compile(r"[,;]?( or)? build [^;:]*: python -m .*")
 """Advice that ends a message."""

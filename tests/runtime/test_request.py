@@ -145,7 +145,7 @@ def test_the_bundle_that_was_built_last_is_named_where_there_are_others(
     shutil.rmtree(original)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load() == assembled
+        assert load().folder == assembled
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,8 @@ def test_answers_name_no_folder_of_the_server(client: Client, gated: GatedPipeli
 def test_paths_are_taken_out_of_messages() -> None:
     told = without_paths("no segment in /srv/bundles/x and '~/y', at C:\\z; height/4 and 1/2", {"/srv/bundles/x": "mini"})
     assert told == "no segment in mini and '[path]', at [path]; height/4 and 1/2"
+    told = without_paths("/docs lists them (lists go to /generate); not /docs/secret, /generate.py or x:/docs-of-mine")
+    assert told == "/docs lists them (lists go to /generate); not [path], [path] or x:[path]"
 
 
 def test_a_fault_is_told_to_the_log_alone(

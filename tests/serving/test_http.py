@@ -126,19 +126,20 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 OPENAIS: dict[str, tuple[dict[str, Any], str]] = {
     "an address": ({"response_format": "url"}, "'b64_json' alone"),
     "a stream": ({"stream": True}, "stream = True; this service gives False alone"),
-    "several prompts": ({"prompt": ["a", "b"]}, "prompt is missing or no text"),
+    "several prompts": ({"prompt": ["a", "b"]}, "prompt is missing or no text; give one text (lists go to /generate)"),
     "no size": ({"size": "big"}, "write WIDTHxHEIGHT"),
     "a size that does not fit": ({"size": "64x100"}, "size 100x64: height and width must be multiples of 64"),
     "a huge size": ({"size": "64000x64000"}, "this service makes pictures of 1048576 pixels"),
     "half a picture": ({"n": 0.5}, "num_images is a float"),
     "no picture": ({"n": 0}, "num_images = 0"),
     "too many": ({"n": 9}, "9 pictures are asked for"),
-    "a picture to start from": ({"image": ""}, "unknown parameter 'image'"),
+    "a picture to start from": ({"image": ""}, "unknown parameter 'image'; /docs lists them"),
 }
 NATIVES: dict[str, tuple[dict[str, Any], str]] = {
     "too many": ({"prompt": ["a"] * 5, "num_images": 2}, "10 pictures are asked for"),
     "a size that does not fit": ({"height": 100}, "size 100x64: height and width must be multiples of 64"),
-    "tensors": ({"latents": [1.0]}, "generate takes no 'latents'"),
+    "a height of nothing": ({"height": 0, "width": 64}, "size 0x64: height and width must be multiples of 64 pixels"),
+    "tensors": ({"latents": [1.0]}, "generate takes no 'latents'; /docs has what it takes"),
     "clip_skip": ({"clip_skip": 3}, "clip_skip = 3, and the text encoder of mini was built for 0; leave it out"),
     "a picture that is a number": ({"image": 3}, "image is a int"),
     "a picture that is none": ({"image": base64.b64encode(b"GIF89a").decode()}, "image is no picture"),

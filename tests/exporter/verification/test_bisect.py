@@ -136,4 +136,4 @@ def test_mistakes_are_one_line(mini_bundle: Bundle, exporter: Command, monkeypat
     assert_refused(exporter("verify", folder, "--bisect", SEGMENT, "--steps", "2"), "--steps does not go with --bisect")
     assert_refused(exporter("verify", folder, "--bisect", SEGMENT, "--sizes", "64x64,128x64"), "2 sizes", "--sizes 64x64")
     monkeypatch.setitem(sys.modules, "polygraphy", None)
-    assert_refused(exporter("verify", folder, "--bisect", SEGMENT), "Polygraphy", "pip install polygraphy")
+    assert_refused(exporter("verify", folder, "--bisect", SEGMENT), "Polygraphy", "pip install", "[debug]")

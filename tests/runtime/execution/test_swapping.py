@@ -195,7 +195,7 @@ def test_a_second_unet_that_does_not_fit_after_all(world: World, monkeypatch: py
     load, failed = TensorRT.load, list[str]()
 
     def fail_once(engine: TensorRT, bundle: Bundle, segment: Segment) -> Runner:
-        if bundle is world.bundles["two"] and segment.name == "mid" and not failed:
+        if bundle.folder == world.bundles["two"].folder and segment.name == "mid" and not failed:
             failed.append(segment.name)
             raise error
         return load(engine, bundle, segment)

@@ -383,7 +383,7 @@ def test_a_fault_is_unexpected_and_logged(site: Site, monkeypatch: pytest.Monkey
 
 def test_messages_name_no_folder_of_the_server(site: Site) -> None:
     folder = site.pipelines[BUNDLE].bundle.folder
-    last = ended(site, "switch:0.4+unit:2")
+    last = ended(site, "unit:2")
     assert "wrong" in last
     assert str(folder.parent.parent) not in last
     assert BUNDLE in last
