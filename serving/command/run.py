@@ -88,10 +88,11 @@ def _with_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], limits: Limits
     if find_spec("gradio") is None:
         _LOG.info("no page: gradio is not installed")
         return app
-    from serving.http.app import same_key
+    from serving.http.app import keep_own_addresses, same_key
     from serving.page.app import mount_page
 
     def is_known(name: str, password: str) -> bool:
         return key is not None and same_key(password, key)
 
+    keep_own_addresses(app)
     return mount_page(app, pipelines, may_enter=None if key is None else is_known, upload_bytes=limits.picture_bytes)

@@ -3,7 +3,7 @@
 import hashlib
 import hmac
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,9 +21,10 @@ from serving.queueing.service import Service
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
 
-__all__ = ["make_app", "same_key"]
+__all__ = ["keep_own_addresses", "make_app", "same_key"]
 
 _ABOUT = "Pictures from prompts. Sizes are WIDTHxHEIGHT in OpenAI's form, and `height` and `width` in ours."
+_METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 
 
 def make_app(pipelines: Mapping[str, Pipeline], limits: Limits | None = None, key: str | None = None) -> "FastAPI":
@@ -132,6 +133,30 @@ def _health(service: Service) -> "APIRouter":
         return JSONResponse({"status": status}, 200 if service.is_ready else 503)
 
     return router
+
+
+def keep_own_addresses(app: "FastAPI") -> None:
+    """Have the app itself refuse other methods than its addresses take, and addresses below ``/v1`` that there are not.
+
+    A page at the root would be asked for them otherwise: it takes all that no route takes, and its answers have another form.
+    """
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    def refusing(allowed: str) -> Callable[[Request], Awaitable[Response]]:
+        async def refuse(http: Request) -> Response:
+            raise HTTPException(405, headers={"Allow": allowed})
+
+        return refuse
+
+    async def no_address(http: Request) -> Response:
+        raise HTTPException(404)
+
+    for path, operations in app.openapi()["paths"].items():
+        methods = {name.upper() for name in operations}
+        app.add_route(path, refusing(", ".join(sorted(methods))), sorted(_METHODS - methods), include_in_schema=False)
+    app.add_route("/v1/{rest:path}", no_address, sorted(_METHODS), include_in_schema=False)
 
 
 def _takes(schema: dict[str, Any]) -> dict[str, Any]:

@@ -211,6 +211,7 @@ def test_the_page_is_there_and_asks_for_the_key(
     if key is not None:
         monkeypatch.setenv("UNET_HEIRLOOM_API_KEY", key)
     statuses: list[int] = []
+    refused: list[tuple[int, str]] = []
 
     def things() -> None:
         """The parts of the page, and who is let in."""
@@ -221,9 +222,15 @@ def test_the_page_is_there_and_asks_for_the_key(
             answer = connection.getresponse()
             answer.read()
             statuses.append(answer.status)
+        for method, path in (("GET", "/generate"), ("POST", "/v1/images/edits"), ("PUT", "/v1/models/mini")):
+            status, error = ask(port, method, path)
+            refused.append((status, error["error"]["message"]))
+        statuses.append(ask(port, "GET", "/healthz")[0])
 
     with Beside(port, things):
         assert serve("--bundle", "mini=anything", "--port", port, "--quiet").code == 0
+    assert refused == [(405, "Method Not Allowed"), (404, "Not Found"), (405, "Method Not Allowed")], "in our form"
+    assert statuses.pop() == 200
     assert statuses[0] == (200 if key is None else 401)
     assert key is None or statuses[1:] == [400, 200]
 
