@@ -8,7 +8,7 @@ from serving.errors import ServingError, StoppingError, UnknownModelError
 from serving.limits import Limits
 from serving.queueing.kinds import admit
 from serving.queueing.ticket import Ticket
-from serving.queueing.worker import Watch, Worker
+from serving.queueing.worker import STOPPING, Watch, Worker
 
 __all__ = ["Service"]
 
@@ -16,7 +16,8 @@ __all__ = ["Service"]
 class Service:
     """Takes requests for pictures of several bundles, from any thread.
 
-    Plans may switch to the UNets of bundles that are served, and to no others that lie beside them.
+    Plans may switch to the UNets of bundles that are served, and to no others that lie beside them, and that for all who
+    use these pipelines from now on.
 
     Args:
         pipelines: by the name that requests call them; the first is the one of requests that name none.
@@ -94,4 +95,4 @@ class Service:
     def check_accepting(self) -> None:
         """Raise StoppingError where nothing is taken any more."""
         if self.is_stopping:
-            raise StoppingError("this service is being stopped; ask again in a while")
+            raise StoppingError(STOPPING)

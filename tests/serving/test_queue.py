@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines import Bundle, EngineError
+from engines import Bundle, EngineError, make_engine
 from runtime import Pipeline, PlanError, Request, RequestError
 from serving import Limits, Service, ServingError
 from serving.errors import BusyError, LateError, StoppingError, UnknownModelError
@@ -53,14 +53,17 @@ def images_of(ticket: Ticket) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "euler a"])
-def test_pictures_of_a_batch_are_those_that_each_request_gets_alone(mini_pipeline: Pipeline, scheduler: str) -> None:
+def test_pictures_of_a_batch_are_those_that_each_request_gets_alone(
+    mini_bundle: Bundle, mini_pipeline: Pipeline, scheduler: str
+) -> None:
     common: dict[str, Any] = {"steps": 4, "scheduler": scheduler, "plan": "deepcache:2"}
     requests = [
         Request(PROMPTS[0], seed=5, **common),
         Request(PROMPTS[1], "a red ring", seed=7, num_images=2, **common),
         Request(PROMPTS[2], seed=3, guidance_scale=mini_pipeline.manifest.guidance_scale, **common),
     ]
-    service = Service({"mini": mini_pipeline}, Limits(batch_wait=5.0, batch=4))  # they fill the batch, which then begins
+    served = Pipeline(mini_bundle, make_engine("onnxruntime"))  # its own: a service says what plans may switch to
+    service = Service({"mini": served}, Limits(batch_wait=5.0, batch=4))  # they fill the batch, which then begins
     service.start()
     try:
         tickets = [service.submit(None, request) for request in requests]
