@@ -56,16 +56,21 @@ ENGINES = {
 }
 
 
+def engine_class(name: str) -> type[Engine]:
+    """The class of the engine of that name; raises EngineError where there is none."""
+    if name not in ENGINES:
+        from engines.support.spelling import did_you_mean
+
+        raise EngineError(f"unknown engine {name!r}; {did_you_mean(name, ENGINES)}choose from: {', '.join(ENGINES)}")
+    module, _, attribute = ENGINES[name].partition(":")
+    found: type[Engine] = getattr(import_module(module), attribute)
+    return found
+
+
 def make_engine(name: str) -> Engine:
     """The engine of that name.
 
     Raises:
         EngineError: there is none, or the package it needs is not installed.
     """
-    if name not in ENGINES:
-        from engines.support.spelling import did_you_mean
-
-        raise EngineError(f"unknown engine {name!r}; {did_you_mean(name, ENGINES)}choose from: {', '.join(ENGINES)}")
-    module, _, attribute = ENGINES[name].partition(":")
-    engine: Engine = getattr(import_module(module), attribute)()
-    return engine
+    return engine_class(name)()

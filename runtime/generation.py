@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -18,7 +18,7 @@ from runtime.execution.executor import StepRecord
 from runtime.plans.plan import Plan
 from runtime.request import Request
 
-__all__ = ["Generation", "numbered", "write_png"]
+__all__ = ["Generation", "numbered", "save_png", "write_png"]
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,16 @@ class Generation:
 
 def write_png(path: Path, image: Image.Image, told: Mapping[str, Any]) -> None:
     """Write a picture, whole or not at all, as a PNG file that carries texts by name."""
+    with atomic_file(path) as temporary:
+        save_png(temporary, image, told)
+
+
+def save_png(target: Path | IO[bytes], image: Image.Image, told: Mapping[str, Any]) -> None:
+    """Write a picture as a PNG file that carries texts by name."""
     text = PngInfo()
     for name, value in told.items():
         text.add_itxt(name, str(value))
-    with atomic_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=text)
+    image.save(target, format="PNG", pnginfo=text)
 
 
 def numbered(path: Path, count: int) -> list[Path]:

@@ -273,6 +273,14 @@ class Pipeline:
         levels = (pixels.nan_to_num(nan=-1.0) / 2 + 0.5).clamp(0, 1)
         return levels if kind == "pt" else levels.permute(0, 2, 3, 1).numpy()
 
+    def can_share(self, request: Request) -> bool:
+        """Whether a request's pictures depend on nothing that those of others beside them in a call would change.
+
+        Adaptive plans decide for a whole batch whether features have changed. Static engines take one number of pictures.
+        """
+        own = (request.image, request.latents, request.generator, request.prompt_embeds, request.negative_prompt_embeds)
+        return all(each is None for each in own) and request.found_plan.adaptive is None and not self.is_static
+
     def reads_whole(self, request: Request) -> bool:
         """Whether nothing of the request's prompts is cut off; of the negative ones neither, which guidance reads."""
         length, (_, most) = self.manifest.text_length, tokens_taken([self.manifest], self.engine)

@@ -15,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from engines.support.extras import need
 from runtime import load
 from serving.command.api_key import read_key
-from serving.errors import BusyError, KeyRefusedError, ServingError, StoppingError
+from serving.errors import BusyError, ServingError, StoppingError
 from serving.fetching import bundle_folder
+from serving.http.keys import check_key
 from serving.limits import Limits
 from serving.queueing.service import Service
-from serving.queueing.ticket import Made, Ticket
+from serving.queueing.ticket import Ticket, waited_for
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -170,7 +171,8 @@ class Pictures:
         module = native if form == "generate" else openai_images
         asked = await asyncio.to_thread(lambda: module.read(parse_object(body), self._limits))
         service, ticket = await self._submitted(asked.model, asked.request)
-        made = await _waited_for(ticket)
+        made = await waited_for(ticket)
+        assert made is not None, "a call of Ray Serve is cancelled where its caller leaves"
         return await asyncio.to_thread(module.tell, asked, service.worker(asked.model).model, made)
 
     async def _submitted(self, model: str | None, request: Any) -> tuple[Service, Ticket]:
@@ -181,17 +183,6 @@ class Pictures:
             except StoppingError:
                 if service is self._service:
                     raise  # otherwise it was changed for another just now
-
-
-async def _waited_for(ticket: Ticket) -> Made:
-    """The pictures of a ticket, which is given up where this is cancelled; raises LateError where its time is over before."""
-    made = asyncio.wrap_future(ticket.future)
-    try:
-        await asyncio.wait([made], timeout=ticket.seconds_left)
-        ticket.expire()
-        return await made
-    finally:
-        made.cancel()
 
 
 class Front:
@@ -231,11 +222,9 @@ class Front:
         return JSONResponse({"error": {"message": f"there is nothing at {http.method} here"}}, 404)
 
     def _check_key(self, header: str) -> None:
-        from serving.http.app import same_key
-
         kind, _, given = header.partition(" ")
-        if self._key is not None and not (kind.lower() == "bearer" and same_key(given, self._key)):
-            raise KeyRefusedError("this service needs its key; send it as the header Authorization: Bearer KEY")
+        if self._key is not None:
+            check_key(given if kind.lower() == "bearer" else None, self._key)
 
     async def _retried(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """What a replica gives. A request says all that its pictures are made from, so it may be made twice."""

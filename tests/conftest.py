@@ -80,6 +80,15 @@ def caches(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     return folder
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands run in an empty folder, so that whatever they write shows."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where shared bundles are built: a temporary folder, or TEST_BUNDLES, where the next run finds them up to date.

@@ -7,7 +7,7 @@ from typing import Any
 from engines.support.files import atomic_file
 from tuning.ranking.labels import place_label
 
-__all__ = ["front", "is_control", "plot"]
+__all__ = ["front", "plot"]
 
 _FRONT, _REST, _CONTROL = "#c8553d", "#2f6690", "#7d8790"
 _LINE = 0.175
@@ -90,10 +90,10 @@ def _panel(axis: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
 def _colour(row: dict[str, Any], best: Sequence[str]) -> str:
     if row["plan"] in best:
         return _FRONT
-    return _CONTROL if is_control(row) else _REST
+    return _CONTROL if _is_control(row) else _REST
 
 
-def is_control(row: dict[str, Any]) -> bool:
+def _is_control(row: dict[str, Any]) -> bool:
     """Whether it is no plan, but `full` with fewer steps."""
     return str(row["plan"]).endswith(" steps")
 

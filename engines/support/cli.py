@@ -4,6 +4,7 @@ import argparse
 import errno
 import gc
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
@@ -11,7 +12,7 @@ from typing import NoReturn
 from engines.errors import UserError, in_one_line
 from engines.support.version import our_version
 
-__all__ = ["Parser", "parse_size", "quiet_libraries", "resumable", "run_command", "starting"]
+__all__ = ["Parser", "parse_size", "print_warnings", "quiet_libraries", "resumable", "run_command", "starting"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BROKEN = {errno.EFBIG, errno.EIO}
@@ -80,6 +81,11 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(sides) != 2 or not all(side.isdecimal() and len(side) <= 12 for side in sides):
         raise UserError(f"size {text!r:.60} is no picture size; write HEIGHTxWIDTH in pixels, such as 512x768")
     return int(sides[0]), int(sides[1])
+
+
+def print_warnings() -> None:
+    """Have a command print each warning as one line of its own."""
+    warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
 
 
 def quiet_libraries() -> None:

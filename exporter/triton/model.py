@@ -77,13 +77,9 @@ class TritonPythonModel:
     def _can_share(self, one: "Request", other: "Request") -> bool:
         """Whether two requests' pictures can be made at once, each the one that it would be alone.
 
-        Adaptive plans look at a whole batch, longer prompts lengthen all others', and static engines take one number of rows.
+        Longer prompts lengthen all others'.
         """
-        from runtime.plans.key_steps import Threshold
-
-        if _kind(one) != _kind(other) or self._pipeline.is_static:
-            return False
-        if any(isinstance(rule.when, Threshold) for rule in one.found_plan.rules):
+        if _kind(one) != _kind(other) or not self._pipeline.can_share(one):
             return False
         return all(self._pipeline.reads_whole(replace(request, long_prompts="cut")) for request in (one, other))
 

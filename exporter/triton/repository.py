@@ -2,13 +2,11 @@
 
 import re
 import shutil
-from importlib import import_module
 from pathlib import Path
 
-from engines import ENGINES, Bundle, EngineError
+from engines import Bundle, engine_class
 from engines.bundle.folder import MANIFEST_NAME
 from engines.support.files import atomic_directory, exists
-from engines.support.spelling import did_you_mean
 from engines.support.version import our_version
 from exporter.errors import BuildError
 
@@ -97,10 +95,7 @@ def _field(name: str, kind: str, needed: bool) -> str:
 
 def _most_at_once(bundle: Bundle, engine: str, batch: int) -> int:
     """Pictures at once, which an engine with a profile bounds; raises EngineError or BuildError for one that is not to be had."""
-    if engine not in ENGINES:
-        raise EngineError(f"unknown engine {engine!r:.60}; {did_you_mean(engine, ENGINES)}choose from: {', '.join(ENGINES)}")
-    module, _, attribute = ENGINES[engine].partition(":")
-    if not getattr(import_module(module), attribute).has_profile:
+    if not engine_class(engine).has_profile:
         return batch
     if any(engine not in segment.engines for segment in bundle.manifest.segments):
         raise BuildError(f"{bundle.folder} has no {engine} engines; add them with: {bundle.rebuild_command(engine)}")

@@ -1,15 +1,13 @@
 """What ``python -m runtime`` does with its arguments: pictures, a plan explained, or the list of plans."""
 
 import json
-import sys
-import warnings
 from argparse import Namespace
 from dataclasses import replace
 
 from rich.console import Console
 
 from engines import Bundle, BundleError, UserError
-from engines.support.cli import starting
+from engines.support.cli import print_warnings, starting
 from runtime.api import find_bundle, load
 from runtime.command.arguments import PLANS, check_png, request_of
 from runtime.command.comparison import Comparison, draw
@@ -32,7 +30,7 @@ __all__ = ["run"]
 def run(options: Namespace) -> None:
     """Run the command on its arguments by name; raises UserError for a user's mistake."""
     console = Console(highlight=False, markup=False, quiet=options.quiet or options.json)
-    warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
+    print_warnings()
     if options.card and not options.explain:
         raise UserError(f"--card {options.card} goes with --explain; add that, or leave it out")
     if options.explain or options.plot:

@@ -148,6 +148,11 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
             raise PlanError(f"plan {self.name}: two rules have mode threshold; a plan can have only one")
         return self
 
+    @property
+    def adaptive(self) -> Rule | None:
+        """The rule whose key steps are decided while running, if there is one."""
+        return next((rule for rule in self.rules if isinstance(rule.when, Threshold)), None)
+
     def _check_predict(self, number: int, rule: Rule) -> None:
         if rule.predict is None:
             return

@@ -133,7 +133,7 @@ class Schedule:
     @property
     def adaptive(self) -> Rule | None:
         """The rule whose key steps are decided while running, if there is one."""
-        return next((rule for rule in self.plan.rules if isinstance(rule.when, Threshold)), None)
+        return self.plan.adaptive
 
     def pending_threshold(self, index: int) -> Threshold | None:
         """The adaptive rule's threshold, where a step has to compare its feature before it can be resolved."""

@@ -88,7 +88,8 @@ def _with_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], limits: Limits
     if find_spec("gradio") is None:
         _LOG.info("no page: gradio is not installed")
         return app
-    from serving.http.app import keep_own_addresses, same_key
+    from serving.http.app import keep_own_addresses
+    from serving.http.keys import same_key
     from serving.page.app import mount_page
 
     def is_known(name: str, password: str) -> bool:

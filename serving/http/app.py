@@ -1,7 +1,5 @@
 """The HTTP service as an ASGI app: which address gives what."""
 
-import hashlib
-import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -10,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from engines.support.version import our_version
 from runtime import Pipeline
-from serving.errors import KeyRefusedError
 from serving.http import native, openai_images
 from serving.http.calls import Calls
 from serving.http.faults import add_handlers
+from serving.http.keys import check_key
 from serving.http.metrics import Metrics
 from serving.limits import Limits
 from serving.queueing.service import Service
@@ -21,7 +19,7 @@ from serving.queueing.service import Service
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
 
-__all__ = ["keep_own_addresses", "make_app", "same_key"]
+__all__ = ["keep_own_addresses", "make_app"]
 
 _ABOUT = "Pictures from prompts. Sizes are WIDTHxHEIGHT in OpenAI's form, and `height` and `width` in ours."
 _METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
@@ -173,13 +171,6 @@ def _needs(key: str | None) -> list[Any]:
     bearer = HTTPBearer(auto_error=False)
 
     async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        if given is None or not same_key(given.credentials, key):
-            raise KeyRefusedError("this service needs its key; send it as the header Authorization: Bearer KEY")
+        check_key(None if given is None else given.credentials, key)
 
     return [Depends(check)]
-
-
-def same_key(given: str, key: str) -> bool:
-    """Whether a key is the one, found out in a time that tells neither its letters nor its length."""
-    one, other = (hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest() for text in (given, key))
-    return hmac.compare_digest(one, other)

@@ -1,6 +1,6 @@
 """A request's fields as ``runtime.Request``: those that can travel. Nothing in them is the name of a file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from runtime.plans.presets import join_presets
 from serving.http.pictures import decode_picture
 from serving.limits import Limits
 
-__all__ = ["DESCRIPTIONS", "TRAVELS", "Asked", "optional_text", "read_plan", "request_from", "schema_of"]
+__all__ = ["DESCRIPTIONS", "TRAVELS", "Asked", "optional_text", "plan_from", "read_plan", "request_from", "schema_of"]
 
 _STAYS = {"generator", "latents", "prompt_embeds", "negative_prompt_embeds", "output_type"}
 """Fields that are tensors and objects of a process, and the form of what it gets."""
@@ -69,15 +69,20 @@ def request_from(given: Mapping[str, Any], limits: Limits) -> Request:
 
 def read_plan(value: Any) -> Plan:
     """A plan from presets or an object; names of files are no presets, and nothing is opened."""
-    if isinstance(value, str):
-        return join_presets(value, "the plan itself as a JSON object")
-    if not isinstance(value, dict):
-        raise PlanError(f"plan is a {type(value).__name__}; give presets such as 'block:3', or the plan as a JSON object")
     try:
-        plan = Plan.from_data(value)
+        plan = plan_from(value, lambda text: join_presets(text, "the plan itself as a JSON object"))
     except RecursionError as error:
         raise PlanError("the plan is nested too deeply to be read") from error
     return plan.model_copy(update={"found": None})  # what it was found for is warned of, once for each: theirs would pile up
+
+
+def plan_from(value: Any, named: Callable[[str], Plan]) -> Plan:
+    """A plan from an object of JSON, or from what ``named`` makes of a text; raises PlanError for anything else."""
+    if isinstance(value, str):
+        return named(value)
+    if not isinstance(value, dict):
+        raise PlanError(f"plan is a {type(value).__name__}; give presets such as 'block:3', or the plan as a JSON object")
+    return Plan.from_data(value)
 
 
 def optional_text(given: Mapping[str, Any], name: str) -> str | None:

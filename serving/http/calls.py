@@ -13,7 +13,7 @@ from serving.http.faults import GONE, answer
 from serving.http.metrics import Metrics
 from serving.limits import Limits
 from serving.queueing.service import Service
-from serving.queueing.ticket import Made, Ticket
+from serving.queueing.ticket import Made, Ticket, waited_for
 
 if TYPE_CHECKING:
     from starlette.requests import Request as HttpRequest
@@ -76,7 +76,13 @@ class Calls:
             except ClientDisconnect as error:
                 raise _Gone from error
             asked, ticket = await asyncio.to_thread(self._submitted, body, read)
-        made = await _waited_for(http, ticket)
+        gone = asyncio.ensure_future(_left(http))
+        try:
+            made = await waited_for(ticket, gone)
+        finally:
+            gone.cancel()
+        if made is None:
+            raise _Gone
         model = self.service.worker(asked.model).model
         return await asyncio.to_thread(lambda: JSONResponse(tell(asked, model, made)))
 
@@ -101,28 +107,6 @@ class Calls:
     def _submitted(self, body: bytes, read: Read) -> tuple[Asked, Ticket]:
         asked = read(parse_object(body), self.service.limits)
         return asked, self.service.submit(asked.model, asked.request)
-
-
-async def _waited_for(http: "HttpRequest", ticket: Ticket) -> Made:
-    """The pictures of a ticket.
-
-    Raises:
-        _Gone: the caller leaves before; the ticket is given up.
-        LateError: its time is over before.
-    """
-    made: asyncio.Future[Made] = asyncio.wrap_future(ticket.future)
-    gone: asyncio.Future[None] = asyncio.ensure_future(_left(http))
-    either: set[asyncio.Future[Any]] = {made, gone}
-    try:
-        while not made.done() and ticket.seconds_left:
-            await asyncio.wait(either, timeout=ticket.seconds_left, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done() and not made.done():
-                raise _Gone
-        ticket.expire()
-        return await made
-    finally:
-        gone.cancel()
-        made.cancel()  # and with it the ticket's own, so that nothing more is made for it
 
 
 async def _left(http: "HttpRequest") -> None:

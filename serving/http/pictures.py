@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
 
 from runtime import RequestError
+from runtime.generation import save_png
 from serving.limits import Limits
 
 __all__ = ["decode_picture", "encode_picture"]
@@ -57,9 +57,6 @@ def _read(name: str, data: bytes, limits: Limits) -> Image.Image:
 
 def encode_picture(image: Image.Image, told: Mapping[str, Any]) -> str:
     """A picture as a PNG file in base64, with texts by name in it."""
-    text = PngInfo()
-    for name, value in told.items():
-        text.add_itxt(name, str(value))
     written = io.BytesIO()
-    image.save(written, format="PNG", pnginfo=text)
+    save_png(written, image, told)
     return base64.b64encode(written.getvalue()).decode("ascii")

@@ -13,7 +13,7 @@ from runtime.plans.found import described_find
 from runtime.plans.schedule import Schedule
 from runtime.report.cost import from_to, relative_macs
 
-__all__ = ["MOST_PLAN_BYTES", "Rung", "chosen_plan", "described", "ladder", "lay_out", "plan_names", "read_plan"]
+__all__ = ["MOST_PLAN_BYTES", "Rung", "chosen_plan", "described", "ladder", "lay_out", "plan_names", "read_plan", "share_of_macs"]
 
 MOST_PLAN_BYTES = 2**20
 """Of a plan file; ``Plan.read`` takes as much."""
@@ -73,10 +73,15 @@ def lay_out(pipeline: Pipeline, plan: Plan, steps: int, guided: bool = True) -> 
     return pipeline.schedule(plan, [1000 * (1 - step / steps) for step in range(steps)], guided)
 
 
+def share_of_macs(schedule: Schedule) -> str:
+    """What a schedule costs of ``full``, such as ``42 %``; a range where steps are decided while running."""
+    least, most = (100 * relative_macs(schedule, changed=changed) for changed in (False, True))
+    return f"{from_to(least, most, digits=0)} %"
+
+
 def described(schedule: Schedule) -> str:
     """What a plan costs and what it was found for, in words."""
-    least, most = (100 * relative_macs(schedule, changed=changed) for changed in (False, True))
-    cost = f"{from_to(least, most, digits=0)} % of the multiply-accumulates of full"
+    cost = f"{share_of_macs(schedule)} of the multiply-accumulates of full"
     return "; ".join(filter(None, [cost, described_find(schedule.plan)]))
 
 

@@ -13,11 +13,10 @@ from typing import Any
 from engines import UserError
 from runtime import Pipeline, Request, find_plan
 from runtime.plans.found import found_for_others
-from runtime.plans.schedule import Schedule
-from runtime.report.cost import from_to, relative_macs
 from serving.page.asked import Asked
 from serving.page.beside import difference, figures
 from serving.page.calls import Made, StepDone, in_turns, run
+from serving.page.plans import share_of_macs
 from serving.page.reproduce import IMAGE, MASK, as_command, as_python
 from serving.page.strip import Strip
 
@@ -69,13 +68,13 @@ def _call(pipeline: Pipeline, asked: Asked, stop: threading.Event, place: Path) 
     compare = bool(asked.compare) and request.found_plan.name != "full"
     every = asked.preview if isinstance(asked.preview, int) else 0
     schedule = pipeline.prepare(request).schedule
-    strip = Strip(schedule)
+    strip, total = Strip(schedule), schedule.steps
     yield dict.fromkeys(("full", "difference", "figures", "python", "command", "files")) | {
         "strip": strip.svg(running=True),
         "status": status("running", "starting", 0),
     }
-    made = yield from _steps(pipeline, request, stop, every, strip)
-    share = _share_of_macs(schedule)
+    made = yield from _steps(pipeline, request, stop, every, total, strip)
+    share = share_of_macs(schedule)
     yield {
         "picture": _saved(made, place / "picture.png"),
         "figures": figures(made, share),
@@ -85,7 +84,7 @@ def _call(pipeline: Pipeline, asked: Asked, stop: threading.Event, place: Path) 
     }
     if compare:
         whole = replace(request, plan=find_plan("full"))
-        full = yield from _steps(pipeline, whole, stop, 0, None)
+        full = yield from _steps(pipeline, whole, stop, 0, total)
         apart = difference(made.generation.image, full.generation.image)
         apart.save(place / "difference.png")
         yield {
@@ -100,10 +99,10 @@ def _call(pipeline: Pipeline, asked: Asked, stop: threading.Event, place: Path) 
 
 
 def _steps(
-    pipeline: Pipeline, request: Request, stop: threading.Event, every: int, strip: Strip | None
+    pipeline: Pipeline, request: Request, stop: threading.Event, every: int, total: int, strip: Strip | None = None
 ) -> Generator[View, None, Made]:
     """The views of a call's steps; returns what it made. A call without a strip is the one that is compared with."""
-    total, shown_at = len(pipeline.prepare(request).timesteps), 0.0
+    shown_at = 0.0
     name = "" if strip else "now in full: "
     for item in run(pipeline, request, stop, every):
         if isinstance(item, Made):
@@ -122,11 +121,6 @@ def _step(item: StepDone, done: int, total: int, name: str) -> View:
     rate = "" if item.rate is None else f" · {item.rate:.1f} steps/s"
     view: View = {"status": status("running", f"{name}step {done} of {total}{rate}", done / total)}
     return view if item.preview is None else view | {"picture": item.preview}
-
-
-def _share_of_macs(schedule: Schedule) -> str:
-    least, most = (100 * relative_macs(schedule, changed=changed) for changed in (False, True))
-    return f"{from_to(least, most, digits=0)} %"
 
 
 def _saved(made: Made, path: Path) -> Path:

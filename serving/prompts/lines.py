@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engines.errors import UserError
-from runtime import Plan, PlanError, Request, RequestError, find_plan
+from runtime import Request, RequestError, find_plan
 from runtime.arguments.aliases import with_our_names
 from serving.errors import ServingError
-from serving.http.asked import TRAVELS
+from serving.http.asked import TRAVELS, plan_from
 
 __all__ = ["JSON_SUFFIXES", "Asked", "Line", "count_lines", "in_words", "read_line", "read_lines"]
 
@@ -76,7 +76,7 @@ def read_line(line: Line, *, as_json: bool, defaults: Mapping[str, Any], folder:
     for name in _PICTURES:
         if fields.get(name) is not None:
             fields[name] = _file(name, fields[name], folder)
-    fields["plan"] = _plan(fields["plan"])
+    fields["plan"] = plan_from(fields["plan"], find_plan)
     try:
         return Asked(line.number, Request(**fields), _fingerprint(fields, bundle))
     except RecursionError as error:
@@ -97,14 +97,6 @@ def _file(name: str, value: Any, folder: Path) -> Path:
     if not isinstance(value, str) or "\0" in value:
         raise RequestError(f"{name} is a {type(value).__name__}; give the name of a file")
     return folder / value
-
-
-def _plan(value: Any) -> Plan:
-    if isinstance(value, dict):
-        return Plan.from_data(value)
-    if not isinstance(value, str):
-        raise PlanError(f"plan is a {type(value).__name__}; give presets such as 'block:3', or the plan as a JSON object")
-    return find_plan(value)
 
 
 def _fingerprint(fields: Mapping[str, Any], bundle: str) -> str:

@@ -1,7 +1,6 @@
 """What ``python -m serving.prompts`` does with its arguments."""
 
 import sys
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from engines import Bundle, UserError
+from engines.support.cli import print_warnings
 from engines.support.files import check_writable
 from runtime import Pipeline, Request, find_plan, load
 from runtime.api import find_bundle
@@ -33,7 +33,7 @@ def run(options: Namespace) -> int:
         UserError: a user's mistake.
     """
     console = Console(highlight=False, markup=False, quiet=options.quiet)
-    warnings.showwarning = lambda message, *rest, **others: print(f"warning: {message}", file=sys.stderr)
+    print_warnings()
     total, job = count_lines(options.file), _job(options)
     pipeline = load(job.bundle, job.engine if options.workers is None else "null", job.defaults["plan"])
     pipeline.prepare(Request("-", **job.defaults))  # what no line could mend is said now

@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 from runtime import Pipeline, Request, RequestError
-from runtime.plans.key_steps import Threshold
 from runtime.prepared import Prepared
 from runtime.report.cost import peak_bytes
 from runtime.report.memory import memory_bytes
 from serving.limits import Limits
-from serving.queueing.ticket import Kind, Ticket
+from serving.queueing.ticket import Kind, Ticket, singles
 
 __all__ = ["admit"]
 
@@ -27,27 +26,16 @@ def admit(pipeline: Pipeline, request: Request, limits: Limits) -> Ticket:
     whole = pipeline.reads_whole(request)
     if not whole and request.long_prompts != "cut":
         raise RequestError("a prompt is longer than this model reads; shorten it, or have it cut with long_prompts: 'cut'")
-    kind = _kind(pipeline, request, limits) if whole and _can_share(pipeline, request) else None
+    kind = _kind(pipeline, request, limits) if whole and pipeline.can_share(request) else None
     if kind is None:
         prepared = pipeline.prepare(request)
         limits.check_size(prepared.height, prepared.width)
     return Ticket(request, kind, limits.seconds)
 
 
-def _can_share(pipeline: Pipeline, request: Request) -> bool:
-    """Whether a request's pictures depend on nothing that those beside them would change.
-
-    Adaptive plans decide for a whole batch whether features have changed. Static engines take one number of pictures.
-    """
-    own = (request.image, request.latents, request.generator, request.prompt_embeds, request.negative_prompt_embeds)
-    adaptive = any(isinstance(rule.when, Threshold) for rule in request.found_plan.rules)
-    return all(each is None for each in own) and not adaptive and not pipeline.is_static
-
-
 def _kind(pipeline: Pipeline, request: Request, limits: Limits) -> Kind | None:
     """The kind of a request's pictures; None where its prompts need texts of unlike lengths: its own call evens them out."""
-    negatives = request.negative_prompts
-    pairs = dict.fromkeys(zip(request.prompts, negatives * (len(request.prompts) if len(negatives) == 1 else 1), strict=True))
+    pairs = dict.fromkeys((each.prompt, each.negative_prompt) for each in singles(request))
     one = replace(request, prompt="-", negative_prompt="", seed=0, num_images=1)
     prepared = [pipeline.prepare(replace(one, prompt=prompt, negative_prompt=negative)) for prompt, negative in pairs]
     if len({each.sizes["tokens"] for each in prepared}) > 1:

@@ -1,5 +1,6 @@
 """A request that waits for its pictures, and what it gets."""
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -12,7 +13,7 @@ from PIL import Image
 from runtime import Generation, Plan, Request, StepRecord
 from serving.errors import LateError
 
-__all__ = ["Kind", "Made", "Single", "Ticket"]
+__all__ = ["Kind", "Made", "Single", "Ticket", "singles", "waited_for"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Ticket:
 
     def __init__(self, request: Request, kind: Kind | None, seconds: float) -> None:
         self.request, self.kind = request, kind
-        self.singles = _singles(request) if kind else ()
+        self.singles = singles(request) if kind else ()
         self.future: Future[Made] = Future()
         self.arrived = time.monotonic()
         self._until = self.arrived + seconds
@@ -150,7 +151,7 @@ class Ticket:
             self.future.set_exception(error)
 
 
-def _singles(request: Request) -> tuple[Single, ...]:
+def singles(request: Request) -> tuple[Single, ...]:
     """The pictures of a request, in its order: those of a prompt follow each other."""
     negatives = request.negative_prompts
     negatives = negatives * len(request.prompts) if len(negatives) == 1 else negatives
@@ -159,3 +160,26 @@ def _singles(request: Request) -> tuple[Single, ...]:
         Single(request.prompts[number // count], negatives[number // count], seed)
         for number, seed in enumerate(request.picture_seeds)
     )
+
+
+async def waited_for(ticket: Ticket, gone: "asyncio.Future[None] | None" = None) -> Made | None:
+    """The pictures of a ticket, which is given up where this is cancelled.
+
+    Args:
+        ticket: in the queue.
+        gone: is done when nobody waits for them any more; the ticket is then given up, and there is nothing.
+
+    Raises:
+        LateError: its time is over before.
+    """
+    made = asyncio.wrap_future(ticket.future)
+    either: set[asyncio.Future[Any]] = {made} if gone is None else {made, gone}
+    try:
+        while not made.done() and ticket.seconds_left:
+            await asyncio.wait(either, timeout=ticket.seconds_left, return_when=asyncio.FIRST_COMPLETED)
+            if gone is not None and gone.done() and not made.done():
+                return None
+        ticket.expire()
+        return await made
+    finally:
+        made.cancel()  # and with it the ticket's own, so that nothing more is made for it

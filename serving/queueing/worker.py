@@ -15,10 +15,10 @@ from serving.errors import BusyError, StoppingError
 from serving.limits import Limits
 from serving.queueing.ticket import Ticket
 
-__all__ = ["Watch", "Worker"]
+__all__ = ["STOPPING", "Watch", "Worker"]
 
 _LOG = logging.getLogger(__name__)
-_STOPPING = "this service is being stopped; ask again in a while"
+STOPPING = "this service is being stopped; ask again in a while"
 _OLD = 0.8
 """The share that earlier batches have in the seconds that a picture is said to take."""
 
@@ -83,7 +83,7 @@ class Worker(threading.Thread):
         """
         with self._changed:
             if self._stopping:
-                raise StoppingError(_STOPPING)
+                raise StoppingError(STOPPING)
             self._check_room(1)
             self._coming += 1
 
@@ -101,14 +101,14 @@ class Worker(threading.Thread):
         with self._changed:
             self._coming -= 1
             if self._ends:
-                raise StoppingError(_STOPPING)
+                raise StoppingError(STOPPING)
             if self._waiting:
                 self._check_room(ticket.waiting)
             self._waiting.append(ticket)
             self._changed.notify_all()
 
     def _check_room(self, count: int) -> None:
-        waiting = self._coming + sum(ticket.waiting for ticket in self._waiting if not ticket.is_over)
+        waiting = self._coming + self.waiting
         if waiting + count > self._limits.queue:
             seconds = max(1, math.ceil(waiting * self._seconds))
             raise BusyError(f"{waiting} pictures are waiting, and no more can; ask again in {seconds} s", seconds)

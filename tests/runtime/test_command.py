@@ -26,14 +26,7 @@ from tests.support.commands import Command, assert_refused
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red star on a blue background"
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Commands run in an empty folder, so that whatever they write shows."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_a_prompt_gives_a_picture_and_says_what_ran(runtime: Command, mini_bundle: Bundle, here: Path) -> None:

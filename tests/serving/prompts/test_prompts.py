@@ -21,7 +21,7 @@ from serving.prompts.__main__ import main
 from tests.support.commands import Command, assert_refused, command, contents
 from tests.support.gated import PATIENCE
 
-pytestmark = pytest.mark.shared_pieces
+pytestmark = [pytest.mark.shared_pieces, pytest.mark.usefixtures("here")]
 ROOT = Path(__file__).resolve().parents[3]
 LINES: list[dict[str, Any]] = [
     {"prompt": "a red star on a blue background"},
@@ -29,15 +29,6 @@ LINES: list[dict[str, Any]] = [
     {"prompt": "a yellow square", "num_images": 2},
     {"prompt": "a red cross", "negative_prompt": "a ring", "plan": {"name": "mine"}},
 ]
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Commands run in an empty folder, so that whatever they write shows."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
 
 
 @pytest.fixture
