@@ -111,7 +111,7 @@ def test_a_build_killed_at_many_moments(
     monkeypatch.setattr("exporter.segments.pool.get_context", lambda kind: FORK)  # so that they write in parts too
     done: dict[str, str] = {}
     for precision in ("fp32", "fp16"):
-        options = replace(options, jobs=jobs, precision=precision, force=True)  # type: ignore[arg-type]
+        options = replace(options, jobs=jobs, precision=precision, force=True)
         whole = build(replace(options, out=folder_of(options).parent / "whole"))[0]
         wanted, kills = hashes(whole.folder), 0
         assert len([file for file in wanted if file.endswith(".engine")]) == len(whole.manifest.segments)
