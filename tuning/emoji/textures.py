@@ -34,7 +34,11 @@ class Textures:
     def draw(self, rows: Sequence[int], rng: random.Random) -> tuple[Tensor, list[Drawing]]:
         """Pictures (n, 3, SIZE, SIZE) of training pairs, each drawn in some way."""
         drawings = [random_drawing(self.train[row], rng) for row in rows]
-        return draw(self._textures[torch.tensor(rows, device=self.device)], drawings, rng), drawings
+        return draw(self.textures(rows), drawings, rng), drawings
+
+    def textures(self, rows: Sequence[int]) -> Tensor:
+        """Textures (n, 4, SIZE, SIZE) of bytes of training pairs."""
+        return self._textures[torch.tensor(rows, device=self.device)]
 
     def batch(self, count: int, rng: random.Random) -> Tensor:
         """As `draw`, of pairs chosen at random."""
