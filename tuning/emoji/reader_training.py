@@ -1,6 +1,7 @@
 """Stage `reader` of the emoji training: cross entropy of concept and style on real pictures of training pairs only.
 
-It begins from the reader in `out`, where there is one.
+Half of a batch keeps its own colours, which styles are known by, and teaches both; the other half is tinted, spoilt and mixed,
+and teaches concepts alone. It begins from the reader in `out`, where there is one.
 """
 
 import random
@@ -20,7 +21,7 @@ from tuning.emoji.views import mixed, views
 
 __all__ = ["train_reader"]
 
-_SMOOTHING, _STYLE_WEIGHT = 0.1, 0.3
+_SMOOTHING, _STYLE_WEIGHT = 0.1, 0.6
 _SETTLING = 60  # batches that the averaged weights' running means are taken from
 _MARKS = tuple(i / 20 for i in range(1, 20))
 _EXPORTS = tuple(i / 5 for i in range(1, 5))
@@ -47,11 +48,19 @@ def train_reader(
     for progress in run.steps():
         rows = [rng.randrange(len(data.train)) for _ in range(batch)]
         at = torch.tensor(rows, device=data.device)
-        pictures, other, share = mixed(views(data.textures(rows)))
+        clear = batch // 2
+        textures = data.textures(rows)
+        spoilt, other, share = mixed(views(textures[clear:]))
+        pictures = torch.cat([views(textures[:clear], own_colours=True), spoilt])
         with autocast(data.device):
-            scores = reader.read(pictures.contiguous(memory_format=layout))
-        wanted = [names[at] for names in labels]
-        loss = share * _loss(scores, wanted) + (1 - share) * _loss(scores, [names[other] for names in wanted])
+            concepts, styles = reader.read(pictures.contiguous(memory_format=layout))
+        concept, style = (names[at] for names in labels)
+        loss = _loss(concepts[:clear], concept[:clear]) + _STYLE_WEIGHT * _loss(styles[:clear], style[:clear])
+        loss = (
+            loss
+            + share * _loss(concepts[clear:], concept[clear:])
+            + (1 - share) * _loss(concepts[clear:], concept[clear:][other])
+        )
         run.update(loss)
         if due(progress, _MARKS, shown):
             log(step=run.step, pictures=(run.step + 1) * batch, loss=round(float(loss.detach()), 4))
@@ -60,9 +69,8 @@ def train_reader(
     _export(run, reader, data, out, log, batch, settling)
 
 
-def _loss(scores: tuple[Tensor, Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    concept = functional.cross_entropy(scores[0].float(), wanted[0], label_smoothing=_SMOOTHING)
-    return concept + _STYLE_WEIGHT * functional.cross_entropy(scores[1].float(), wanted[1])
+def _loss(scores: Tensor, wanted: Tensor) -> Tensor:
+    return functional.cross_entropy(scores.float(), wanted, label_smoothing=_SMOOTHING)
 
 
 def _export(run: Run, reader: Reader, data: Textures, out: Path, log: Log, batch: int, settling: int) -> None:
@@ -83,7 +91,7 @@ def _settle(reader: Reader, data: Textures, batch: int, batches: int) -> None:
     rng = random.Random("settle")
     reader.train()
     for _ in range(batches):
-        reader.read(views(data.textures([rng.randrange(len(data.train)) for _ in range(batch)])))
+        reader.read(views(data.textures([rng.randrange(len(data.train)) for _ in range(batch)]), own_colours=True))
 
 
 @torch.no_grad()

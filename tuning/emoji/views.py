@@ -22,15 +22,19 @@ _WHITE = 0.5
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def views(textures: Tensor) -> Tensor:
-    """Textures (n, 4, SIZE, SIZE) of bytes -> pictures (n, 3, VIEW, VIEW) in [-1, 1], each augmented in its own way."""
+def views(textures: Tensor, *, own_colours: bool = False) -> Tensor:
+    """Textures (n, 4, SIZE, SIZE) of bytes -> pictures (n, 3, VIEW, VIEW) in [-1, 1], each augmented in its own way.
+
+    With `own_colours` they are placed and turned, but keep the colours and the sharpness that a style is known by.
+    """
     source = textures.float() / 255
-    colours, alpha = _tinted(source[:, :3]), source[:, 3:]
+    colours, alpha = source[:, :3], source[:, 3:]
+    colours = colours if own_colours else _tinted(colours)
     n, device = len(source), source.device
     grid = functional.affine_grid(_placements(n, device), [n, 4, SIZE, SIZE], align_corners=False)
     drawn = functional.avg_pool2d(functional.grid_sample(torch.cat([colours * alpha, alpha], 1), grid, align_corners=False), 2)
     pictures = drawn[:, :3] + (1 - drawn[:, 3:]) * _grounds(n, device)[:, :, None, None]
-    return _spoilt(pictures * 2 - 1)
+    return pictures * 2 - 1 if own_colours else _spoilt(pictures * 2 - 1)
 
 
 def _uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
