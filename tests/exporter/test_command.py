@@ -25,13 +25,13 @@ from tests.support.sources import save_source
 from tests.support.unets import small_unet
 
 FakeTrace = Callable[..., list[str]]
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = pytest.mark.usefixtures("here")
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
 def test_an_assembled_unet_that_was_not_distilled_is_said_to_be_so(
-    exporter: Command, fake_trace: FakeTrace, elsewhere: Path, tmp_path: Path
+    exporter: Command, fake_trace: FakeTrace, here: Path, tmp_path: Path
 ) -> None:
     fake_trace()
     own = tmp_path / "own"
@@ -39,12 +39,12 @@ def test_an_assembled_unet_that_was_not_distilled_is_said_to_be_so(
     outcome = exporter("build", "--source", own, "--variant", "assembled")
     assert outcome.code == 0
     assert outcome.err == [f"warning: the assembled UNet was cut out of {own}'s and not distilled since, so pictures suffer"]
-    assert Bundle.open(elsewhere / "bundles" / "own-assembled").manifest.variant == "assembled"
+    assert Bundle.open(here / "bundles" / "own-assembled").manifest.variant == "assembled"
     assert exporter("build", "--variant", "assembled").err == []
 
 
 def test_build_prints_progress_and_a_table(
-    exporter: Command, fake_trace: FakeTrace, tiny_source: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    exporter: Command, fake_trace: FakeTrace, tiny_source: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     fake_trace()
@@ -57,7 +57,7 @@ def test_build_prints_progress_and_a_table(
     text = "\n".join(outcome.out)
     for word in ("MACs", "onnxruntime", "down.0.sampler", "up.1.layer.1", "vae_decoder"):
         assert word in text
-    assert Bundle.open(elsewhere / "bundles" / "tiny-original").manifest.source == str(tiny_source)
+    assert Bundle.open(here / "bundles" / "tiny-original").manifest.source == str(tiny_source)
     again = exporter("build", "--source", tiny_source)
     assert again.code == 0
     assert again.out[-1] == "up to date: bundles/tiny-original"
@@ -106,13 +106,13 @@ WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
 
 @pytest.mark.parametrize(("options", "parts"), WRONG_OPTIONS, ids=" ".join)
 def test_wrong_options_of_build(
-    exporter: Command, fake_trace: FakeTrace, tiny_source: Path, elsewhere: Path, options: list[str], parts: list[str]
+    exporter: Command, fake_trace: FakeTrace, tiny_source: Path, here: Path, options: list[str], parts: list[str]
 ) -> None:
     traced = fake_trace()
     given = options if "--source" in options else ["--source", str(tiny_source), *options]
     assert_refused(exporter("build", *given), *parts)
     assert not traced
-    assert list(elsewhere.rglob("*")) == []
+    assert list(here.rglob("*")) == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["compile"], ["verify"], ["inspect"]])
@@ -121,7 +121,7 @@ def test_a_command_that_is_missing_something(exporter: Command, arguments: list[
 
 
 def test_a_plan_that_names_a_unit_the_unet_does_not_have(
-    exporter: Command, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path, elsewhere: Path
+    exporter: Command, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path, here: Path
 ) -> None:
     traced = fake_trace()
     plan = tmp_path / "plan.json"
@@ -129,17 +129,17 @@ def test_a_plan_that_names_a_unit_the_unet_does_not_have(
     outcome = exporter("build", "--source", tiny_source, "--plan", plan)
     assert_refused(outcome, "plan mine: rules.0.units names 'up.7', which this UNet does not have; its units: time, stem")
     assert not traced
-    assert list(elsewhere.rglob("*")) == []
+    assert list(here.rglob("*")) == []
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth"])
 def test_a_pickle_is_refused_unread_with_the_command_to_convert_it(
-    exporter: Command, tmp_path: Path, elsewhere: Path, suffix: str
+    exporter: Command, tmp_path: Path, here: Path, suffix: str
 ) -> None:
     path = tmp_path / f"model{suffix}"
     torch.save(Trap(), path)
     assert_refused(exporter("build", "--source", path), "is a pickle, which can run code when it is read", "from_single_file")
-    assert list(elsewhere.rglob("*")) == []
+    assert list(here.rglob("*")) == []
 
 
 class Trap:
@@ -174,7 +174,7 @@ def test_a_folder_with_a_part_missing_is_refused(exporter: Command, tiny_source:
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("damage", ["weights", "configuration"])
 def test_a_damaged_checkpoint_is_refused(
-    exporter: Command, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path, elsewhere: Path, part: str, damage: str
+    exporter: Command, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path, here: Path, part: str, damage: str
 ) -> None:
     fake_trace()
     copy = tmp_path / "damaged"
@@ -182,14 +182,14 @@ def test_a_damaged_checkpoint_is_refused(
     path = next((copy / part).glob("*.safetensors" if damage == "weights" else "config.json"))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert_refused(exporter("build", "--source", copy), part)
-    assert list(elsewhere.rglob("*")) == []
+    assert list(here.rglob("*")) == []
 
 
-def test_a_unet_of_another_family_is_refused(exporter: Command, tmp_path: Path, elsewhere: Path) -> None:
+def test_a_unet_of_another_family_is_refused(exporter: Command, tmp_path: Path, here: Path) -> None:
     sdxl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
     source = save_source(tmp_path / "source", small_unet("two stages", **sdxl))
     assert_refused(exporter("build", "--source", source), "addition_embed_type = 'text_time'", "Stable Diffusion 1.x/2.x")
-    assert list(elsewhere.rglob("*")) == []
+    assert list(here.rglob("*")) == []
 
 
 def test_an_inpainting_unet_is_refused(exporter: Command, tmp_path: Path) -> None:
@@ -197,9 +197,9 @@ def test_an_inpainting_unet_is_refused(exporter: Command, tmp_path: Path) -> Non
     assert_refused(exporter("build", "--source", source), "its UNet takes 9 channels and gives 4, and latents have 4")
 
 
-def test_a_unet_too_small_for_the_assembly_recipe_is_refused(exporter: Command, tiny_source: Path, elsewhere: Path) -> None:
+def test_a_unet_too_small_for_the_assembly_recipe_is_refused(exporter: Command, tiny_source: Path, here: Path) -> None:
     assert_refused(exporter("build", "--source", tiny_source, "--variant", "assembled"), "no assembled UNet")
-    assert list(elsewhere.rglob("*")) == []
+    assert list(here.rglob("*")) == []
 
 
 def test_an_existing_output_folder_is_kept(exporter: Command, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_changed_file_makes_another_bundle(
 
 
 def test_the_manifest_and_inspect_name_them(
-    exporter: Command, tiny_source: Path, models: dict[str, Any], tmp_path: Path, fake_trace: FakeTrace, elsewhere: Path
+    exporter: Command, tiny_source: Path, models: dict[str, Any], tmp_path: Path, fake_trace: FakeTrace, here: Path
 ) -> None:
     fake_trace()
     lora = save_on_tiny(models, tmp_path / "ink.safetensors", "mid_block.attentions")
@@ -133,16 +133,16 @@ WRONG = [
 
 @pytest.mark.parametrize(("options", "parts"), WRONG, ids=lambda given: given[-1])
 def test_wrong_options(
-    exporter: Command, tiny_source: Path, fake_trace: FakeTrace, elsewhere: Path, options: list[str], parts: list[str]
+    exporter: Command, tiny_source: Path, fake_trace: FakeTrace, here: Path, options: list[str], parts: list[str]
 ) -> None:
     traced = fake_trace()
     assert_refused(exporter("build", "--source", tiny_source, *options), *parts)
     assert not traced
-    assert list(elsewhere.rglob("*")) == []
+    assert list(here.rglob("*")) == []
 
 
 def test_a_lora_that_does_not_fit_is_refused_before_anything_is_traced(
-    exporter: Command, tiny_source: Path, models: dict[str, Any], fake_trace: FakeTrace, elsewhere: Path, tmp_path: Path
+    exporter: Command, tiny_source: Path, models: dict[str, Any], fake_trace: FakeTrace, here: Path, tmp_path: Path
 ) -> None:
     traced = fake_trace()
     lora = save_on_tiny(models, tmp_path / "x.safetensors", "mid_block.attentions")
@@ -152,7 +152,7 @@ def test_a_lora_that_does_not_fit_is_refused_before_anything_is_traced(
     outcome = exporter("build", "--source", tiny_source, "--lora", lora.path)
     assert_refused(outcome, f"{count} of its {count} unet layers match no layer of the source (the first: mad")
     assert not traced
-    assert list(elsewhere.rglob("*")) == []
+    assert list(here.rglob("*")) == []
 
 
 # Variants

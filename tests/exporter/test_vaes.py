@@ -144,7 +144,7 @@ def test_only_the_vae_is_built_again(source: Path, tmp_path: Path, fake_trace: F
 
 
 def test_a_vae_that_does_not_fit_is_refused(
-    exporter: Command, source: Path, tmp_path: Path, fake_trace: FakeTrace, elsewhere: Path
+    exporter: Command, source: Path, tmp_path: Path, fake_trace: FakeTrace, here: Path
 ) -> None:
     traced = fake_trace()
     small_vae(latent_channels=8).save_pretrained(tmp_path / "vae")
@@ -152,7 +152,7 @@ def test_a_vae_that_does_not_fit_is_refused(
     assert_refused(refused, "VAE", "its latents have 8 channels, and the source's UNet takes 4")
     assert_refused(exporter("build", "--source", source, "--vae", "nowhere"), "VAE nowhere: ", "no such folder")
     assert not traced
-    assert list(elsewhere.rglob("*")) == []
+    assert list(here.rglob("*")) == []
 
 
 def test_a_teacher_with_a_tiny_vae(source: Path, tmp_path: Path) -> None:

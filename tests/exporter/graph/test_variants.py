@@ -19,7 +19,7 @@ from tuning.assemble_command import assemble_command
 from tuning.checkpoints.folder import save_part
 
 FakeTrace = Callable[..., list[str]]
-pytestmark = [pytest.mark.usefixtures("elsewhere"), pytest.mark.shared_pieces]
+pytestmark = [pytest.mark.usefixtures("here"), pytest.mark.shared_pieces]
 
 
 @pytest.fixture(scope="session")
@@ -31,13 +31,13 @@ def layered_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("variant", ["bk-base", "bk-small"])
 def test_a_variant_is_the_recipe_of_its_name(
-    exporter: Command, fake_trace: FakeTrace, layered_source: Path, elsewhere: Path, variant: str
+    exporter: Command, fake_trace: FakeTrace, layered_source: Path, here: Path, variant: str
 ) -> None:
     traced = fake_trace()
     outcome = exporter("build", "--source", layered_source, "--variant", variant)
     assert outcome.code == 0
     assert "not distilled since" in outcome.err[0]
-    manifest = Bundle.open(elsewhere / "bundles" / f"layered-{variant}").manifest
+    manifest = Bundle.open(here / "bundles" / f"layered-{variant}").manifest
     assert manifest.variant == variant
     assert "down.0.layer.0.resnet" in manifest.unet_units
     assert "down.0.layer.1.resnet" not in manifest.unet_units
@@ -97,7 +97,7 @@ def test_a_unet_of_a_recipe_of_ones_own(exporter: Command, fake_trace: FakeTrace
 
 
 def test_a_unet_from_elsewhere_that_does_not_fit_is_refused(
-    exporter: Command, fake_trace: FakeTrace, layered_source: Path, tmp_path: Path, elsewhere: Path
+    exporter: Command, fake_trace: FakeTrace, layered_source: Path, tmp_path: Path, here: Path
 ) -> None:
     fake_trace()
     own = student(layered_source, tmp_path / "student", "bk-small")
@@ -110,4 +110,4 @@ def test_a_unet_from_elsewhere_that_does_not_fit_is_refused(
     small_unet("two stages", layers_per_block=2, cross_attention_dim=8).save_pretrained(tmp_path / "text")
     assert_refused(exporter(*to, tmp_path / "text"), "reads text of width 8 and its text encoder writes 16")
     assert_refused(exporter(*to, layered_source / "vae"), "holds no UNet")
-    assert list(elsewhere.rglob("*")) == []
+    assert list(here.rglob("*")) == []

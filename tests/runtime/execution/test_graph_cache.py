@@ -150,20 +150,41 @@ class Loop:
         return self.latents
 
 
+Reference = Callable[..., tuple[Tensor, list[str]]]
+
+
+@pytest.fixture(scope="module")
+def reference(unet: Any, manifest: Manifest) -> Reference:
+    """A call of live modules without graphs, once for each plan and start: its latents, and the kinds of its steps."""
+    live = live_network(unet, manifest)
+    known: dict[tuple[object, ...], tuple[Tensor, list[str]]] = {}
+
+    def compute(plan: Plan, *start: int) -> tuple[Tensor, list[str]]:
+        key = (plan.name, *start)
+        if key not in known:
+            loop = Loop({"one": live}, plan, inputs(*start))
+            known[key] = loop.finish(), loop.kinds
+        return known[key]
+
+    return compute
+
+
 def same(made: Tensor, expected: Tensor) -> None:
     """The same operations in the same order; the last bit may depend on where a tensor lies in memory."""
     assert relative_error(made, expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", list(PLANS))
-def test_replayed_steps_are_steps(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, name: str) -> None:
-    plan, live, graphs = PLANS[name], live_network(unet, manifest), CudaGraphCache(recorder)
+def test_replayed_steps_are_steps(
+    unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, reference: Reference, name: str
+) -> None:
+    plan, graphs = PLANS[name], CudaGraphCache(recorder)
     network = make(live_network(unet, manifest))
     recorded = []
     for seed in range(2):
-        reference, loop = Loop({"one": live}, plan, inputs(seed)), Loop({"one": network}, plan, inputs(seed), graphs)
-        same(loop.finish(), reference.finish())
-        assert loop.kinds == reference.kinds
+        (expected, kinds), loop = reference(plan, seed), Loop({"one": network}, plan, inputs(seed), graphs)
+        same(loop.finish(), expected)
+        assert loop.kinds == kinds
         recorded.append(recorder.recorded)
     if "adaptive" not in name:
         assert len(set(recorded)) == 1, "the first call has seen every kind of step"
@@ -196,13 +217,15 @@ def test_a_switch_of_unets(manifest: Manifest, unet: Any, recorder: FakeRecorder
         same(Loop(networks, plan, inputs(seed), graphs).finish(), Loop(lives, plan, inputs(seed)).finish())
 
 
-def test_shapes_may_change_and_change_back(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any) -> None:
-    plan, live, graphs = PLANS["deepcache:3"], live_network(unet, manifest), CudaGraphCache(recorder)
+def test_shapes_may_change_and_change_back(
+    unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, reference: Reference
+) -> None:
+    plan, graphs = PLANS["deepcache:3"], CudaGraphCache(recorder)
     network = make(live_network(unet, manifest))
     for number, shape in enumerate([(2, 8, 16), (1, 16, 8), (2, 8, 16), (4, 8, 8), (1, 16, 8)]):
         same(
             Loop({"one": network}, plan, inputs(number, *shape), graphs).finish(),
-            Loop({"one": live}, plan, inputs(number, *shape)).finish(),
+            reference(plan, number, *shape)[0],
         )
     kinds = recorder.recorded // 3
     assert recorder.recorded == 3 * kinds, "each shape once"
@@ -224,9 +247,9 @@ def test_inherit_steps_read_a_feature_where_the_key_step_left_it(
     assert len(read - written) == 1, "inherit steps read it where it lasts"
 
 
-def test_two_calls_in_turns(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any) -> None:
+def test_two_calls_in_turns(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, reference: Reference) -> None:
     """The recordings' memory is one call's; another that runs meanwhile does without."""
-    plan, live, graphs = PLANS["block:2"], live_network(unet, manifest), CudaGraphCache(recorder)
+    plan, graphs = PLANS["block:2"], CudaGraphCache(recorder)
     network = make(live_network(unet, manifest))
     Loop({"one": network}, plan, inputs(9), graphs).finish()
     loops = [Loop({"one": network}, plan, inputs(seed), graphs) for seed in range(2)]
@@ -234,12 +257,12 @@ def test_two_calls_in_turns(unet: Any, manifest: Manifest, recorder: FakeRecorde
         for loop in loops:
             loop.step()
     for seed, loop in enumerate(loops):
-        same(loop.latents, Loop({"one": live}, plan, inputs(seed)).finish())
+        same(loop.latents, reference(plan, seed)[0])
     assert graphs.take()
 
 
-def test_calls_in_threads(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any) -> None:
-    plan, live, graphs = PLANS["block:2"], live_network(unet, manifest), CudaGraphCache(recorder)
+def test_calls_in_threads(unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, reference: Reference) -> None:
+    plan, graphs = PLANS["block:2"], CudaGraphCache(recorder)
     network = make(live_network(unet, manifest))
 
     def call(seed: int) -> Tensor:
@@ -248,14 +271,14 @@ def test_calls_in_threads(unet: Any, manifest: Manifest, recorder: FakeRecorder,
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(call, range(6)))
     for seed, latents in enumerate(found):
-        same(latents, Loop({"one": live}, plan, inputs(seed)).finish())
+        same(latents, reference(plan, seed)[0])
 
 
 @pytest.mark.parametrize("how", ["closed", "forgotten"])
 def test_a_call_that_breaks_off_leaves_the_graphs_to_the_next(
-    unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, how: str
+    unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, reference: Reference, how: str
 ) -> None:
-    plan, live, graphs = PLANS["deepcache:3"], live_network(unet, manifest), CudaGraphCache(recorder)
+    plan, graphs = PLANS["deepcache:3"], CudaGraphCache(recorder)
     network = make(live_network(unet, manifest))
     Loop({"one": network}, plan, inputs(0), graphs).finish()
     broken = Loop({"one": network}, plan, inputs(1), graphs)
@@ -269,7 +292,7 @@ def test_a_call_that_breaks_off_leaves_the_graphs_to_the_next(
         del broken
         gc.collect()
     before = recorder.recorded, recorder.replayed
-    same(Loop({"one": network}, plan, inputs(2), graphs).finish(), Loop({"one": live}, plan, inputs(2)).finish())
+    same(Loop({"one": network}, plan, inputs(2), graphs).finish(), reference(plan, 2)[0])
     assert recorder.recorded == before[0]
     assert recorder.replayed > before[1]
 
@@ -277,12 +300,12 @@ def test_a_call_that_breaks_off_leaves_the_graphs_to_the_next(
 @pytest.mark.slow
 @pytest.mark.parametrize(("limits", "alive"), [({"limit": 2}, 2), ({"limit_bytes": 1}, 1)])
 def test_few_are_kept_where_few_may_be(
-    unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, limits: dict[str, int], alive: int
+    unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, reference: Reference, limits: dict[str, int], alive: int
 ) -> None:
-    plan, live, graphs = PLANS["two rules"], live_network(unet, manifest), CudaGraphCache(recorder, **limits)
+    plan, graphs = PLANS["two rules"], CudaGraphCache(recorder, **limits)
     network = make(live_network(unet, manifest))
     for seed in range(2):
-        same(Loop({"one": network}, plan, inputs(seed), graphs).finish(), Loop({"one": live}, plan, inputs(seed)).finish())
+        same(Loop({"one": network}, plan, inputs(seed), graphs).finish(), reference(plan, seed)[0])
         gc.collect()
         assert recorder.alive == alive
     assert recorder.recorded > 4
@@ -298,10 +321,10 @@ def test_few_are_kept_where_few_may_be(
     [RuntimeError("operation not\npermitted"), torch.OutOfMemoryError("no memory left"), EngineMemoryError("no memory left")],
 )
 def test_what_cannot_be_recorded_runs_all_the_same(
-    unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, before: int, error: Exception
+    unet: Any, manifest: Manifest, recorder: FakeRecorder, make: Any, reference: Reference, before: int, error: Exception
 ) -> None:
     """From the start, or when the first steps of a call are recorded already, and later ones inherit from them."""
-    plan, live, graphs = PLANS["block:2"], live_network(unet, manifest), CudaGraphCache(recorder)
+    plan, graphs = PLANS["block:2"], CudaGraphCache(recorder)
     network = make(live_network(unet, manifest))
     loop = Loop({"one": network}, plan, inputs(0), graphs)
     for _ in range(before):
@@ -309,13 +332,13 @@ def test_what_cannot_be_recorded_runs_all_the_same(
     recorder.broken = error
     with pytest.warns(UserWarning, match="not as CUDA graphs, which costs time: (operation not permitted|no memory left)"):
         loop.finish()
-    same(loop.latents, Loop({"one": live}, plan, inputs(0)).finish())
+    same(loop.latents, reference(plan, 0)[0])
     gc.collect()
     assert recorder.alive == 0
     recorder.broken = None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        same(Loop({"one": network}, plan, inputs(1), graphs).finish(), Loop({"one": live}, plan, inputs(1)).finish())
+        same(Loop({"one": network}, plan, inputs(1), graphs).finish(), reference(plan, 1)[0])
     is_for_good = str(error) != "no memory left"
     assert (recorder.alive == 0) == is_for_good, "the next call may have more memory"
     assert graphs.take() != is_for_good

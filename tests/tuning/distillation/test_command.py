@@ -70,11 +70,7 @@ def unpictured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture(scope="module")
 def paused(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 9 steps that paused after the second. Not to be changed."""
-    folder = tmp_path_factory.mktemp("paused") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        leave_pictures_out(patch)
-        distil(given, folder, "--steps 9 --pause-at 2")
-    return folder
+    return unpictured_run(given, tmp_path_factory.mktemp("paused") / "run", "--steps 9 --pause-at 2")
 
 
 @pytest.fixture
@@ -86,11 +82,14 @@ def paused_copy(paused: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def whole(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 8 steps that nothing stopped. Not to be changed."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+    return unpictured_run(given, tmp_path_factory.mktemp("whole") / "run", "--steps 8")
+
+
+def unpictured_run(given: list[str], out: Path, extra: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         leave_pictures_out(patch)
-        distil(given, folder, "--steps 8")
-    return folder
+        distil(given, out, extra)
+    return out
 
 
 def distil(given: list[str], out: Path, extra: str) -> None:
