@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tuning.checkpoints.folder import save_part
 from tuning.emoji.concepts import caption
+from tuning.emoji.pairs import save_pairs
 from tuning.emoji.pictures import SIZE, random_drawing
 from tuning.emoji.run import Log, Rates, Run, autocast, due
 from tuning.emoji.samples import sample_grids
@@ -192,6 +193,7 @@ def _export(
         save_part(unet, out / "unet")
         save_part(text, out / "text_encoder")
         scheduler().save_pretrained(out / "scheduler")
+        save_pairs(data.train, data.held, out)
         (out / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
         prompts = sample_grids(unet, text, tokenizer, vae, data, out / "training", name)
         unet.train()
