@@ -22,8 +22,8 @@ from benchmarks.machine import machine, results_file
 from benchmarks.quality.judge import MEASURES, Judge, distances
 from engines.support.cli import Parser, quiet_libraries, run_command
 from engines.support.files import write_text
+from tuning.emoji.pictures import Textures
 from tuning.emoji.samples import draw_pairs
-from tuning.emoji.textures import Textures
 from tuning.errors import TuningError
 from tuning.mini.autoencoder import reconstruct
 from tuning.training.teacher import Teacher

@@ -32,8 +32,7 @@ from exporter import BuildOptions, build
 from tuning.checkpoints.folder import save_part
 from tuning.emoji.concepts import Pair, load_icons
 from tuning.emoji.pairs import some_pairs
-from tuning.emoji.pictures import SIZE
-from tuning.emoji.textures import Textures
+from tuning.emoji.pictures import SIZE, Textures
 
 __all__ = ["ROWS", "Row", "main"]
 

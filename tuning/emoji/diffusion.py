@@ -21,10 +21,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tuning.checkpoints.folder import save_part
 from tuning.emoji.concepts import caption
 from tuning.emoji.pairs import save_pairs
-from tuning.emoji.pictures import SIZE, random_drawing
+from tuning.emoji.pictures import SIZE, Textures, random_drawing
 from tuning.emoji.run import Log, Rates, Run, autocast, due
 from tuning.emoji.samples import sample_grids
-from tuning.emoji.textures import Textures
 from tuning.emoji.vae import load_vae
 from tuning.mini.models import INDEX, load_tokenizer, new_text_encoder, new_unet, scheduler, train_tokenizer_on
 from tuning.training.noising import tokenize

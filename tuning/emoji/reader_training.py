@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuning.emoji.concepts import STYLES
+from tuning.emoji.pictures import Textures
 from tuning.emoji.reader import READER, Reader, load_reader, right, save_reader
 from tuning.emoji.run import Log, Rates, Run, autocast, due
-from tuning.emoji.textures import Textures
 from tuning.emoji.views import mixed, views
 
 __all__ = ["train_reader"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tuning.emoji.concepts import Pair
-from tuning.emoji.textures import Textures
+from tuning.emoji.pictures import Textures
 from tuning.mini.models import scheduler
 from tuning.mini.reader_score import GUIDANCE
 from tuning.training.curves import write_grid

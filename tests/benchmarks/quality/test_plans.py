@@ -77,7 +77,7 @@ def test_a_front_is_not_drawn_through_noise() -> None:
 
 
 def test_shares_and_likeness_are_compared_by_their_order() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"plan": "full", "psnr": None, "style": 0.0},
         *({"psnr": x, "style": y} for x, y in ((40, 0.9), (30, 0.8), (20, 0.1))),
     ]
