@@ -12,7 +12,7 @@ __all__ = ["front", "plot"]
 _FRONT, _REST, _CONTROL = "#c8553d", "#2f6690", "#7d8790"
 _LINE = 0.175
 """Inches of a line in the list of plans."""
-_MEASURES = {"accuracy": "prompts whose concept the reader finds, %", "psnr": "PSNR to the pictures of full, dB"}
+_MEASURES = {"accuracy": "held-back prompts shown, %", "psnr": "PSNR to the pictures of full, dB"}
 
 
 def front(rows: Sequence[dict[str, Any]], measure: str, cost: str = "time") -> list[str]:

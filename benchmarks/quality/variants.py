@@ -1,9 +1,8 @@
 """`python -m benchmarks.quality.variants`: what every variant of the embedded model's UNet costs and what its pictures are worth.
 
 Parameters and MACs, UNet time (ONNX Runtime on the CPU, variants in turns, medians of the ratios to `original` of the same
-round), the share of prompts whose concept and whose style the reader finds, of pairs seen in training and of those held back, and
-the distances to real pictures; before distillation and after. Builds the bundles it needs under bundles/variants, writes a JSON
-file, a Markdown table and a picture of pictures.
+round), the share of held-back prompts that the pictures show, and the Frechet distance to rendered pictures; before distillation
+and after. Builds the bundles it needs under bundles/variants, writes a JSON file, a Markdown table and a picture of pictures.
 """
 
 import argparse
@@ -14,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from PIL import Image
 from rich.console import Console
 
 import runtime
 import tuning
 from benchmarks.machine import machine, results_file
-from benchmarks.quality.grid import draw
-from benchmarks.quality.judge import Judge, distances, draw_prompts, tensor_of
+from benchmarks.quality.attributes import measure
+from benchmarks.quality.frechet import RENDERED, distance_to, rendered
+from benchmarks.quality.grid import PROMPTS, draw
 from benchmarks.quality.variants_page import BEFORE, markdown, measured_before, page
 from engines import Bundle, make_engine
 from engines.support.cli import run_command
@@ -30,16 +30,12 @@ from engines.support.extras import need
 from engines.support.files import write_text
 from exporter import BuildOptions, build
 from tuning.checkpoints.folder import save_part
-from tuning.emoji.concepts import Pair, load_icons
-from tuning.emoji.pairs import some_pairs
-from tuning.emoji.pictures import SIZE, Textures
+from tuning.mini.data import to_tensor
+from tuning.mini.scenes import held_back_prompts
 
 __all__ = ["ROWS", "Row", "main"]
 
-SOURCE, MODEL = "emoji", Path("models/emoji")
-_PROMPT = "anchor, twitter style"
-_COLUMNS = 8
-"""Of the picture of pictures: prompts, one seen and one held back in turns."""
+MODEL = Path("models/mini")
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def make_bundle(row: Row, bundles: Path) -> Path:
         unet = bundles / f"unet-{row.folder}"
         save_part(tuning.assemble(tuning.load_unet(MODEL / "unet"), tuning.recipe(row.variant)), unet)
     options = BuildOptions(
-        variant=row.variant, source=SOURCE, unet=unet, granularity=None, plans=("full",), out=bundles / row.folder, force=True
+        variant=row.variant, unet=unet, granularity=None, plans=("full",), out=bundles / row.folder, force=True
     )
     build(options)
     return bundles / row.folder
@@ -91,7 +87,7 @@ def times(pipelines: Mapping[str, runtime.Pipeline], steps: int, rounds: int, pi
     for number in range(rounds + 1):
         seconds = {}
         for name, pipeline in pipelines.items():
-            made = pipeline.generate(_PROMPT, steps=steps, seed=number, height=pixels, width=pixels)
+            made = pipeline.generate(PROMPTS[0], steps=steps, seed=number, height=pixels, width=pixels)
             seconds[name] = sum(record.seconds for record in made.steps)
         if number:  # the first round warms up
             for name in pipelines:
@@ -111,48 +107,36 @@ def _spread(ratios: Sequence[float]) -> dict[str, float]:
 
 def measure_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Every figure of every row."""
+    console = Console(stderr=True)
     folders = {row.name: make_bundle(row, options.bundles) for row in ROWS}
     engine = make_engine("onnxruntime")
     pipelines = {name: runtime.Pipeline(Bundle.open(folder), engine) for name, folder in folders.items()}
     rows: dict[str, dict[str, Any]] = {name: _costs(pipeline) for name, pipeline in pipelines.items()}
-    for key, pixels, steps in (("time", SIZE, options.steps), ("time_large", options.pixels, 2)):
+    for key, pixels, steps in (("time", 64, options.steps), ("time_large", options.pixels, 2)):
         for name, ratios in times(pipelines, steps, options.rounds, pixels).items():
             rows[name][key] = _spread(ratios)
-    judge = Judge.of(MODEL)
-    for kind, pairs in (("seen", judge.seen), ("held", judge.held)):
-        _judge(judge, kind, some_pairs(pairs, options.count, "judged"), folders, rows, options)
+    prompts = held_back_prompts(options.count)
+    sets = []
+    for name, folder in folders.items():
+        figures, pictures, _ = measure(
+            folder, "full", prompts, steps=options.steps, guidance=options.guidance, engine="onnxruntime"
+        )
+        rows[name] |= {"accuracy": figures["rules"]["all"], "attributes": figures["rules"]}
+        sets.append(to_tensor(np.stack([np.asarray(picture) for picture in pictures])))
+        console.print(f"{name}: {100 * rows[name]['accuracy']:.1f} %", highlight=False)
+    others = list(rendered(options.count, "other renders", options.count))
+    *distances, floor = distance_to(rendered(options.rendered, "frechet"), [*sets, *others])
+    for name, distance in zip(rows, distances, strict=True):
+        rows[name]["frechet"] = round(distance, 3)
+    rows["rendered pictures"] = {"frechet": round(floor, 3)}
     return rows
 
 
-def _judge(
-    judge: Judge,
-    kind: str,
-    pairs: Sequence[Pair],
-    folders: Mapping[str, Path],
-    rows: dict[str, dict[str, Any]],
-    options: argparse.Namespace,
-) -> None:
-    """Adds what a reader finds in pictures of one kind of pairs, and their distances to real pictures of training pairs."""
-    console, sets = Console(stderr=True), []
-    for name, folder in folders.items():
-        pictures = tensor_of(
-            draw_prompts(folder, [pair.prompt for pair in pairs], steps=options.steps, guidance=options.guidance)
-        )
-        rows[name][kind] = judge.score(pictures, pairs)
-        sets.append(pictures)
-        console.print(f"{name}, {kind}: {rows[name][kind]['concept_top1']['share']:.1%}", highlight=False)
-    data = Textures(options.icons, torch.device("cpu"))
-    for name, away in zip(folders, distances(judge.reader, data.plain(range(len(data.train))), sets), strict=True):
-        rows[name][kind] |= away
-
-
 def _pictures(options: argparse.Namespace) -> list[tuple[str, list[Image.Image]]]:
-    prompts = [pair.prompt for pair in Judge.of(MODEL).asked(_COLUMNS)]
     rows = []
     for row in ROWS:
-        folder = options.bundles / row.folder
-        made = draw_prompts(folder, prompts, steps=options.steps, guidance=options.guidance)
-        rows.append((row.name.replace(", ", "\n"), made))
+        made = runtime.generate(list(PROMPTS), steps=options.steps, seed=1, bundle=options.bundles / row.folder)
+        rows.append((row.name.replace(", ", "\n"), made.images))
     return rows
 
 
@@ -160,8 +144,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command; raises UserError for a variant that has no weights."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.variants", description=__doc__)
     parser.add_argument("--bundles", type=Path, default=Path("bundles/variants"), help="default: bundles/variants")
-    parser.add_argument("--icons", type=Path, default=Path("runs/emoji/icons"), help="the sets (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=150, help="prompts of each kind, seen and held back (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=500, help="prompts (default: 500)")
+    parser.add_argument("--rendered", type=int, default=RENDERED, help=f"rendered pictures (default: {RENDERED})")
     parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: 20)")
     parser.add_argument("--guidance", type=float, default=3.0, help="default: 3")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing (default: 9)")
@@ -172,9 +156,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--page", action="store_true", help="measure nothing: write --table from what --out holds")
     options = parser.parse_args(arguments)
     if not options.page:  # before anything is measured
-        need("scipy", "the distances")
+        need("scipy", "reading the pictures")
         need("matplotlib", "the page's pictures")
-        load_icons(options.icons)  # those that the distances are measured to
     result = measured_before(options.out) if options.page else _measure(options)
     write_text(options.table, page(result))
     print(markdown(result), end="")
@@ -183,7 +166,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measures every row, and writes figures and pictures."""
-    names = ("count", "steps", "guidance", "rounds", "pixels")
+    names = ("count", "rendered", "steps", "guidance", "rounds", "pixels")
     settings = {name: getattr(options, name) for name in names} | {
         "scheduler": "dpm++",
         "engine": "onnxruntime",
@@ -192,8 +175,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     result = {"settings": settings, "rows": measure_rows(options)} | machine()
     write_text(options.out, json.dumps(result, indent=2) + "\n")
     options.pictures.parent.mkdir(parents=True, exist_ok=True)
-    judge = Judge.of(MODEL)
-    draw(_pictures(options), [judge.title(pair) for pair in judge.asked(_COLUMNS)], options.pictures)
+    draw(_pictures(options), PROMPTS, options.pictures)
     return result
 
 

@@ -14,8 +14,6 @@ FASTER, LOST = 1.25, 2.0
 """Goals of `assembled` over `original`: how many times as fast, at least; and how many points of prompts fewer, at most."""
 BEFORE = ", before distillation"
 """Suffix of the names of rows whose UNet is as it was cut out of the original."""
-_SHOWN = {"concept_top1": "concept", "style": "style"}
-_KINDS = {"seen": "seen", "held": "held back"}
 SLOWER, WON = 1.05, 0.5
 """Goals of `condconv` over `assembled`: its time, at most; and the share of those points that it wins back, at least."""
 
@@ -23,21 +21,20 @@ SLOWER, WON = 1.05, 0.5
 def markdown(result: Mapping[str, Any]) -> str:
     """The table of a result, as docs/variants.md shows it."""
     pixels = result["settings"]["pixels"]
-    costs = ("UNet", "parameters", "MACs", "time at 128 px", f"time at {pixels} px")
-    columns = (*costs, *(f"{measure}, {kind}" for measure in _SHOWN.values() for kind in _KINDS.values()), "distance")
+    columns = ("UNet", "parameters", "MACs", "time at 64 px", f"time at {pixels} px", "prompts shown", "Frechet distance")
     lines = [columns, ("---",) * len(columns)]
     for name, row in result["rows"].items():
         variant, comma, rest = name.partition(",")
-        shares = [_share(row[kind][measure]) for measure in _SHOWN for kind in _KINDS]
-        lines.append((
-            f"`{variant}`{comma}{rest}",
-            f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['macs'] / 1e6:.1f} M",
-            _range(row["time"]),
-            _range(row["time_large"]),
-            *shares,
-            f"{row['seen']['kernel']:.1f}",
-        ))  # fmt: skip
+        if "parameters" in row:
+            costs = (
+                f"{row['parameters'] / 1e6:.2f} M",
+                f"{row['macs'] / 1e6:.1f} M",
+                _range(row["time"]),
+                _range(row["time_large"]),
+            )
+            lines.append((f"`{variant}`{comma}{rest}", *costs, f"{100 * row['accuracy']:.1f} %", f"{row['frechet']:.2f}"))
+        else:
+            lines.append((name, *[""] * 5, f"{row['frechet']:.2f}"))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -57,16 +54,6 @@ def measured_before(path: Path) -> dict[str, Any]:
     return result
 
 
-def _share(figures: Mapping[str, float]) -> str:
-    return f"{100 * figures['share']:.0f} % ({100 * figures['low']:.0f} to {100 * figures['high']:.0f})"
-
-
-def _concepts(row: Mapping[str, Any]) -> float:
-    """The share of all prompts whose concept the reader finds."""
-    first = [row[kind]["concept_top1"] for kind in _KINDS]
-    return float(sum(each["right"] for each in first) / sum(each["of"] for each in first))
-
-
 def _range(ratios: Mapping[str, float]) -> str:
     return f"{ratios['median']:.2f} ({ratios['low']:.2f} to {ratios['high']:.2f})"
 
@@ -74,16 +61,16 @@ def _range(ratios: Mapping[str, float]) -> str:
 def _goals(rows: Mapping[str, Any], pixels: int) -> str:
     """Goals beside figures, by the medians of the table."""
     original, assembled, condconv = (rows[name] for name in ("original", "assembled", "condconv"))
-    lost = 100 * (_concepts(original) - _concepts(assembled))
+    lost = 100 * (original["accuracy"] - assembled["accuracy"])
     small, large = (round(condconv[key]["median"] / assembled[key]["median"], 2) for key in ("time", "time_large"))
     sentences = [
         f"`assembled` was to be at least {FASTER} times as fast as `original`",
-        f"and to show at most {LOST:g} points fewer of the concepts:",
-        f"at 128 px it is {1 / assembled['time']['median']:.2f} times as fast, and it shows {_points(lost)}.",
+        f"and to show at most {LOST:g} points fewer of the prompts:",
+        f"at 64 px it is {1 / assembled['time']['median']:.2f} times as fast, and it shows {_points(lost)}.",
         f"`condconv` was to take at most {SLOWER} times as long as `assembled`",
         f"and to win back {100 * WON:g} % of what that lost:",
-        f"it takes {_longer(small)} at 128 px and {_longer(large)} at {pixels} px;",
-        f"{_won(lost, 100 * (_concepts(condconv) - _concepts(assembled)))}.",
+        f"it takes {_longer(small)} at 64 px and {_longer(large)} at {pixels} px;",
+        f"{_won(lost, 100 * (condconv['accuracy'] - assembled['accuracy']))}.",
         *([_REASON] if small > SLOWER else []),
         *_worse(rows),
     ]
@@ -95,11 +82,11 @@ def _worse(rows: Mapping[str, Any]) -> list[str]:
     pairs = [(before.partition(",")[0], rows[before]) for before in rows if before.endswith(BEFORE)]
     if not pairs:
         return []
-    fewer = [f"`{name}` shows {_points(100 * (_concepts(rows[name]) - _concepts(before)))}" for name, before in pairs]
-    further = [f"{before['seen']['kernel']:.1f} in place of {rows[name]['seen']['kernel']:.1f}" for name, before in pairs]
+    fewer = [f"`{name}` shows {_points(100 * (rows[name]['accuracy'] - before['accuracy']))}" for name, before in pairs]
+    further = [f"{before['frechet']:.2f} in place of {rows[name]['frechet']:.2f}" for name, before in pairs]
     return [
         "Without distillation a pruned UNet has to be visibly worse, or these goals would prove nothing:",
-        f"without it {' and '.join(fewer)} than with it, at distances of {' and '.join(further)}.",
+        f"without it {' and '.join(fewer)} than with it, at Frechet distances of {' and '.join(further)}.",
     ]
 
 
@@ -118,20 +105,18 @@ def _won(lost: float, more: float) -> str:
 
 
 _REASON = (
-    "At 128 px a convolution takes microseconds, and mixing its kernel is a few small operators beside it "
+    "At 64 px a convolution takes microseconds, and mixing its kernel is a few small operators beside it "
     "([what it costs](condconv.md#what-it-costs))."
 )
 
 _PAGE = """# The embedded model's UNets
 
 {table}
-MACs are of one row of the batch at 128 px. Times are the UNet's, one picture with guidance, relative to `original`: medians of
-{rounds} interleaved rounds on ONNX Runtime's CPU provider, lowest and highest in brackets. Concept and style: how often the
-reader finds what was asked for, in {count} pictures of pairs that training saw and in as many (at most) of pairs held back,
-{steps} steps of DPM++, guidance {guidance:g}, intervals of 95 % in brackets; what it finds in real pictures is in
-[embedded-model.md](embedded-model.md). Distance: the kernel distance, times 1,000, of the pictures of seen pairs to the real
-ones, in the reader's features. Before distillation `condconv` has no row: it is `assembled` before distillation, exactly,
-whatever its experts hold.
+MACs are of one row of the batch at 64 px. Times are the UNet's, one picture with guidance, relative to `original`: medians of
+{rounds} interleaved rounds on ONNX Runtime's CPU provider, lowest and highest in brackets. Prompts shown: of {count} that
+training never saw, by the rule reader, {steps} steps of DPM++, guidance {guidance:g}. Frechet distance: to {rendered} rendered
+pictures in the network reader's features; the last row is that of {count} other rendered pictures, which is as low as it gets.
+Before distillation `condconv` has no row: it is `assembled` before distillation, exactly, whatever its experts hold.
 
 {goals}
 

@@ -14,11 +14,9 @@ from PIL import Image
 
 import runtime
 from benchmarks.quality import plans, plans_plot
-from benchmarks.quality.judge import MEASURES, Judge, wilson
+from benchmarks.quality.judge import wilson
 from engines import UserError
 from runtime.plans.presets import find_plan
-from tuning.emoji.concepts import Pair
-from tuning.emoji.reader import Reader
 from tuning.ranking.labels import box_of
 
 ROWS: list[dict[str, Any]] = [
@@ -74,15 +72,6 @@ def test_a_front_is_not_drawn_through_noise() -> None:
         {"plan": "better", "time": 0.5, "accuracy": 0.99, "accuracy_low": 0.98, "accuracy_high": 1.0},
     ]
     assert plans_plot.front(rows, "accuracy") == ["cheap", "better"]
-
-
-def test_shares_and_likeness_are_compared_by_their_order() -> None:
-    rows: list[dict[str, Any]] = [
-        {"plan": "full", "psnr": None, "style": 0.0},
-        *({"psnr": x, "style": y} for x, y in ((40, 0.9), (30, 0.8), (20, 0.1))),
-    ]
-    assert plans.same_order(rows, "style") == 1
-    assert plans.same_order([*rows, {"psnr": 50, "style": 0.0}], "style") == pytest.approx(-0.2)  # 1 - 6 * 12 / (4 * 15)
 
 
 def test_controls_run_all_with_fewer_steps() -> None:
@@ -144,21 +133,16 @@ def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
         calls.append(f"{plan} {seed}")
         return 100, 1.0 if plan == "full" else 0.5
 
-    def drawn(bundle: Path, prompts: list[str], *, plan: str, **options: Any) -> Any:
+    def measured(bundle: Path, plan: str, prompts: list[str], **options: Any) -> Any:
         calls.append(plan)
         if plan == "block:4" and calls.count(plan) == 1:
             raise Stopped
-        return [picture(len(plan), 64) for _ in prompts]
-
-    share = {"right": 4, "of": 8, "share": 0.5, "low": 0.2, "high": 0.8}
-    pairs = tuple(Pair(f"thing {number}", "noto") for number in range(8))
-    judge = Judge(Reader(8, 1), (), (), pairs, ())
-    monkeypatch.setattr(Judge, "of", lambda model: judge)
-    monkeypatch.setattr(Judge, "score", lambda self, pictures, pairs: dict.fromkeys(MEASURES, share))
+        pictures = [picture(len(plan), 64) for _ in prompts]
+        return {"rules": {"all": 0.5}}, pictures, 0.0
 
     monkeypatch.setattr(runtime, "load", lambda bundle: pipeline)
     monkeypatch.setattr(plans, "_cost", cost)
-    monkeypatch.setattr(plans, "draw_prompts", drawn)
+    monkeypatch.setattr(plans, "measure", measured)
     outputs = {"--out": "plans.csv", "--plot": "plans.png", "--grid": "grid.png", "--work": "work"}
     arguments = ["--count", "8", "--rounds", "2", *(part for o, n in outputs.items() for part in (o, str(tmp_path / n)))]
     with pytest.raises(Stopped):
@@ -176,7 +160,6 @@ def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
     assert described["settings"]["prompts"] == 8
     assert described["front by accuracy and time"] == ["block:2"]
     assert described["machine"]["cores"]
-    assert (rows[1]["top5"], rows[1]["style"]) == ("0.5", "0.5")
     assert Image.open(tmp_path / "grid.png").width > 1000
 
 
