@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,17 @@ if "UNET_HEIRLOOM_CACHE" not in os.environ:  # test processes inherit it
 
 _BUILDERS = {"build", "build_shared"}
 """Functions that make a bundle."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported stays: Python need not go through those objects again and again in search of garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -43,10 +43,9 @@ def current_recording() -> Recording[Any] | None:
 
 
 class Recorder(ABC):
-    """Makes recordings that take turns.
+    """Makes recordings that take turns and share memory: a replay of one may write over what others have made.
 
-    Those with ``transient`` outputs share memory: a replay of one may write over what others have made. What all
-    others made stays.
+    What is to outlive that is copied, as the last part of the recorded work, to memory from before the recording.
     """
 
     @abstractmethod
@@ -54,15 +53,11 @@ class Recorder(ABC):
         """Inside it, work goes to the recorder's own stream, in its turn (see ``on_stream``)."""
 
     @abstractmethod
-    def _capture(self, work: Callable[[], Outputs], transient: bool) -> tuple[Callable[[], None], Outputs]:
+    def _capture(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         """Record the work without doing it: what replays it, and its outputs."""
 
-    def record(self, work: Callable[[], Outputs], transient: bool = False) -> Recording[Outputs]:
+    def record(self, work: Callable[[], Outputs]) -> Recording[Outputs]:
         """Do the work once, so that all that is made at first use is there, and record it. Call it inside ``on_stream``.
-
-        Args:
-            work: what to record.
-            transient: whether its outputs are done with before another recording is replayed.
 
         Raises:
             CannotRecord: the work can be done, but not recorded.
@@ -73,7 +68,7 @@ class Recorder(ABC):
         try:
             work()
             try:
-                recording.replay, recording.outputs = self._capture(work, transient)
+                recording.replay, recording.outputs = self._capture(work)
             except (torch.OutOfMemoryError, EngineMemoryError):
                 raise
             except (RuntimeError, EngineError) as error:
@@ -92,9 +87,9 @@ class Recorder(ABC):
 class CudaRecorder(Recorder):
     """Records CUDA graphs, on a stream of their own.
 
-    Graphs that share a pool of memory may only be replayed in the order of their capture if what one made is to survive another:
-    the memory that the first freed within itself is the next one's to write its outputs to. The order of steps is the plan's, so
-    a graph whose outputs last has a pool to itself, and the others share one.
+    All share one pool of memory, so that they need as much as the largest of them and not their sum. What one graph has made in
+    the pool survives another only if they are replayed in the order of their capture, for the memory that the first freed within
+    itself is the next one's to write to. The order of steps is the plan's, so what is to last has to lie elsewhere.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -113,13 +108,13 @@ class CudaRecorder(Recorder):
         """The next recordings share another pool: PyTorch takes none back into use whose graphs are gone but not all memory."""
         self._pool = torch.cuda.graph_pool_handle()
 
-    def _capture(self, work: Callable[[], Outputs], transient: bool) -> tuple[Callable[[], None], Outputs]:
-        graph, pool = torch.cuda.CUDAGraph(), self._pool if transient else None
+    def _capture(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(self._stream.device)
         try:
             # Other threads may allocate and wait meanwhile: only what this one does has to be fit for a graph.
             with (
-                torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
                 without_collection(),
             ):
                 outputs = work()

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from engines import DTYPES, Bundle, Engine
 from engines.bundle.manifest import Manifest
-from engines.bundle.names import IMAGE, LATENTS, NOISE, SAMPLE, TEXT, TIME, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
+from engines.bundle.names import IMAGE, LATENTS, NOISE, SAMPLE, TEXT, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
 from engines.bundle.shapes import resolve
 from exporter.errors import BuildError
 from exporter.graph.graph import check_size
 from exporter.graph.text_vae import TextEncoder
+from exporter.verification.features import kept_features
 from exporter.verification.metrics import cosine, psnr, relative_error
 from runtime.execution.executor import LoadedBundle
 from runtime.images.schedulers import make_scheduler
 from runtime.text.tokenizer import load_tokenizer
 from tuning.checkpoints.parts import is_tiny
-from tuning.surgery.units import unit_modules
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -149,18 +149,11 @@ class Reference:
                 ``image`` for the VAE: (images, channels, height, width) in latents and in pixels.
         """
         features = dict(inputs)
-        paths = {path: name for name, path in unit_modules(self.unet).items()} | {"time_embedding": TIME}
-        hooks = [self.unet.get_submodule(path).register_forward_hook(_keep(features, name)) for path, name in paths.items()]
-        try:
-            with torch.no_grad():
-                features[TEXT] = self.text(inputs[TOKENS])
+        with torch.no_grad():
+            features[TEXT] = self.text(inputs[TOKENS])
+            with kept_features(self.unet, features):
                 self.unet(inputs[SAMPLE], inputs[TIMESTEP], features[TEXT])
-                features |= self._vae_features(inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        features[TIME] = features[TIME][:1]  # the UNet repeats the one timestep for every row
-        return features
+            return features | self._vae_features(inputs)
 
     def _vae_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         scaling = self.vae.config.scaling_factor
@@ -216,15 +209,6 @@ class _SkippingText(nn.Module):
         inside: Any = getattr(self.model, "text_model", self.model)
         result: Tensor = inside.final_layer_norm(hidden)
         return result
-
-
-def _keep(features: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:
-    def hook(module: nn.Module, args: object, output: object) -> None:
-        tensor = output[0] if isinstance(output, tuple) else output
-        assert isinstance(tensor, Tensor)
-        features[name] = tensor
-
-    return hook
 
 
 def verify(

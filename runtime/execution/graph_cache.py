@@ -1,8 +1,8 @@
 """Each kind of step recorded once on the GPU and replayed: what is left of a step on the host is a copy of its inputs.
 
 A recording belongs to the UNet, the segments that run, what is wanted of them, the shapes of the step's own inputs and the
-addresses of inherited features. Its outputs stay where they are: an inherit step's recording reads what a key step's wrote,
-uncopied.
+addresses of inherited features. It ends with a copy of the features that it made to memory of their own, where they stay: an
+inherit step's recording reads them there. All else is memory that the recordings share.
 """
 
 import threading
@@ -31,10 +31,14 @@ Features = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class _Graph:
-    """A recording, and all that it reads: for that memory must not be given to others while it may be replayed."""
+    """A recording, and all that it reads: for that memory must not be given to others while it may be replayed.
+
+    ``size`` counts the bytes of its own: the inputs that are copied for it and the features that it made.
+    """
 
     recording: Recording[Features]
     inputs: Features
+    size: int
 
 
 class CudaGraphCache:
@@ -43,12 +47,15 @@ class CudaGraphCache:
     Args:
         recorder: what makes them.
         limit: how many are kept; the one that was not replayed for longest goes first.
+        limit_bytes: how much memory of their own they have together; what they share is as much as one needs. The last one stays,
+            whatever it has.
     """
 
     LIMIT = 32
+    LIMIT_BYTES = 2**30
 
-    def __init__(self, recorder: Recorder, limit: int = LIMIT) -> None:
-        self._recorder, self._limit = recorder, limit
+    def __init__(self, recorder: Recorder, limit: int = LIMIT, limit_bytes: int = LIMIT_BYTES) -> None:
+        self._recorder, self._limit, self._limit_bytes = recorder, limit, limit_bytes
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._taken = threading.Lock()
         self._given_up = False
@@ -78,7 +85,7 @@ class CudaGraphCache:
         kind: Hashable,
         inputs: Mapping[str, Tensor],
         work: Callable[[Mapping[str, Tensor]], Features],
-        transient: bool = False,
+        passing: frozenset[str] = frozenset(),
         elsewhere: frozenset[str] = frozenset(),
     ) -> Features:
         """``work`` on the inputs, replayed from the second time on.
@@ -87,17 +94,17 @@ class CudaGraphCache:
             kind: tells apart all that is done here to inputs of the same names, shapes and addresses.
             inputs: by name; those that are not a step's own must be outputs of earlier recordings, or be named in ``elsewhere``.
             work: makes the outputs from the inputs; all that it reads must be among them.
-            transient: whether the caller is done with the outputs before anything else is replayed.
+            passing: the outputs with which the caller is done before anything else is replayed.
             elsewhere: the inputs that lie elsewhere every time, and are copied like a step's own.
 
         Returns:
-            The outputs, in memory that the same kind of work overwrites when it is done again; with ``transient``, any other may.
+            The outputs, in memory that the same kind of work overwrites when it is done again; that of ``passing`` any may.
         """
         if self._given_up or self._pausing:
             return work(inputs)
         try:
             with self._recorder.on_stream():
-                graph = self._find(kind, inputs, work, transient, _OWN | elsewhere)
+                graph = self._find(kind, inputs, work, passing, _OWN | elsewhere)
                 _fill(graph.inputs, inputs, _OWN | elsewhere)
                 graph.recording.replay()
                 return graph.recording.outputs
@@ -114,7 +121,7 @@ class CudaGraphCache:
         kind: Hashable,
         inputs: Mapping[str, Tensor],
         work: Callable[[Mapping[str, Tensor]], Features],
-        transient: bool,
+        passing: frozenset[str],
         copied: frozenset[str],
     ) -> _Graph:
         key = kind, tuple((name, None if name in copied else x.data_ptr(), x.shape, x.dtype) for name, x in inputs.items())
@@ -124,12 +131,20 @@ class CudaGraphCache:
         memory = {name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in inputs.items() if name in copied}
         fixed = {name: memory.get(name, x) for name, x in inputs.items()}
         _fill(fixed, inputs, copied)
-        graph = _Graph(self._recorder.record(lambda: _apart(work(fixed), fixed), transient), fixed)
+        lasting: Features = {}
+        recording = self._recorder.record(lambda: _outlasting(work(fixed), lasting, passing))
+        graph = _Graph(recording, fixed, sum(tensor.nbytes for tensor in (*memory.values(), *lasting.values())))
         self._graphs[key] = graph
-        if len(self._graphs) > self._limit:  # never before there is another: the pool of memory is theirs together
+        self._make_room()
+        return graph
+
+    def _make_room(self) -> None:
+        """Never before there is another: the pool of memory is theirs together."""
+        while len(self._graphs) > 1 and (
+            len(self._graphs) > self._limit or sum(graph.size for graph in self._graphs.values()) > self._limit_bytes
+        ):
             self._recorder.wait()
             self._graphs.popitem(last=False)
-        return graph
 
     def _let_go(self, error: Exception) -> None:
         self.clear()
@@ -158,9 +173,9 @@ class GraphedNetwork:
             return self.network.run(subgraph, given)
         inputs = {name: given[name] if name in given else made[name] for name in subgraph.inputs}
         kind = self.unet, subgraph.segment_names, subgraph.wanted
-        transient = subgraph.wanted == {NOISE}
-        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(subgraph, fixed, dict(made)), transient, elsewhere)
-        # A scheduler may hold on to predictions.
+        passing = frozenset({NOISE})
+        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(subgraph, fixed, dict(made)), passing, elsewhere)
+        # Before the next replay; and a scheduler may hold on to predictions.
         return result | {NOISE: result[NOISE].clone()} if NOISE in result else result
 
     def run_all(
@@ -189,7 +204,11 @@ def _fill(fixed: Mapping[str, Tensor], inputs: Mapping[str, Tensor], copied: fro
         fixed[name].copy_(inputs[name])
 
 
-def _apart(outputs: Features, inputs: Mapping[str, Tensor]) -> Features:
-    """Outputs that are an input, or a view of one, get memory of their own: the input's is soon written anew."""
-    places = {tensor.untyped_storage().data_ptr() for tensor in inputs.values()}
-    return {name: x.clone() if x.untyped_storage().data_ptr() in places else x for name, x in outputs.items()}
+def _outlasting(outputs: Features, lasting: Features, passing: frozenset[str]) -> Features:
+    """Outputs that are not ``passing`` are copied to ``lasting``, which gets memory for them where it has none yet."""
+    for name, x in outputs.items():
+        if name not in passing:
+            if name not in lasting:
+                lasting[name] = torch.empty_like(x)
+            lasting[name].copy_(x)
+    return outputs | lasting

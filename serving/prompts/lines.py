@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ __all__ = ["JSON_SUFFIXES", "Asked", "Line", "count_lines", "in_words", "read_li
 
 JSON_SUFFIXES = {".jsonl", ".ndjson"}
 _PICTURES = ("image", "mask")
+_NO_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
+"""Control characters. They stand where a file is UTF-16 or has other line ends, and two prompts would be taken for one."""
+_MOST_PICTURES = 10_000
+"""Of a line."""
 
 
 class Line(NamedTuple):
@@ -35,6 +40,8 @@ class Asked(NamedTuple):
 
 def read_lines(path: Path) -> Iterator[Line]:
     """All lines of a file but empty ones, one after another; raises ServingError where it cannot be read."""
+    if path.exists() and not path.is_file():  # it is read twice, which no pipe can be
+        raise ServingError(f"{path!s:.200} is a folder, a pipe or a device; give a file of prompts")
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):
@@ -69,7 +76,7 @@ def read_line(line: Line, *, as_json: bool, defaults: Mapping[str, Any], folder:
         text = line.text.decode("utf-8").strip().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise RequestError("the line is no text in UTF-8") from error
-    given = with_our_names(_object(text), TRAVELS) if as_json else {"prompt": text}
+    given = with_our_names(_object(text), TRAVELS) if as_json else {"prompt": _checked(text)}
     if not isinstance(given.get("prompt"), str):
         raise RequestError("the line has no prompt; give one as text")
     fields = {**defaults, "seed": defaults["seed"] + line.number - 1, **given}
@@ -78,9 +85,21 @@ def read_line(line: Line, *, as_json: bool, defaults: Mapping[str, Any], folder:
             fields[name] = _file(name, fields[name], folder)
     fields["plan"] = plan_from(fields["plan"], find_plan)
     try:
-        return Asked(line.number, Request(**fields), _fingerprint(fields, bundle))
+        request = Request(**fields)
+        fingerprint = _fingerprint(fields, bundle)
     except RecursionError as error:
         raise RequestError("the line is nested too deeply to be read") from error
+    if request.images > _MOST_PICTURES:
+        raise RequestError(f"num_images = {request.images}; a line makes {_MOST_PICTURES} at most: write more lines")
+    return Asked(line.number, request, fingerprint)
+
+
+def _checked(text: str) -> str:
+    if found := _NO_TEXT.search(text):
+        raise RequestError(
+            f"the line has the control character {found[0]!r} in it; save the file as UTF-8 with a prompt in each line"
+        )
+    return text
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -111,6 +130,8 @@ def _fingerprint(fields: Mapping[str, Any], bundle: str) -> str:
 
 
 def _digest(name: str, path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise RequestError(f"{name}: {path!s:.200} is a folder, a pipe or a device; give the name of a file")
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,14 +14,22 @@ from pathlib import Path
 from typing import IO
 
 from PIL import Image
+from pydantic import ValidationError
 
 from engines.support.files import atomic_file, remove_partials, write_text
+from engines.support.records import Record, explain
 from serving.errors import ServingError
 from serving.prompts.folder import mark_in
 
 __all__ = ["Shards"]
 
 _SETTINGS = "shards.json"
+
+
+class _Settings(Record):
+    """What a folder of shards says of them."""
+
+    lines: int
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,14 @@ class Shards:
     def check_size(self) -> None:
         """Note the size of shards in the folder; raises ServingError where there are some of another size."""
         settings = self.folder / _SETTINGS
-        found = json.loads(settings.read_text())["lines"] if settings.exists() else self.size
+        if not settings.exists():
+            write_text(settings, _Settings(lines=self.size).model_dump_json())
+        try:
+            found = _Settings.model_validate_json(settings.read_bytes()).lines
+        except ValidationError as error:
+            raise ServingError(f"{settings!s:.200} is damaged ({explain(error)}); remove it, or give another folder") from error
         if found != self.size:
             raise ServingError(f"{self.folder!s:.200} has shards of {found} lines; give --shard-size {found}, or another folder")
-        if not settings.exists():
-            write_text(settings, json.dumps({"lines": self.size}))
 
     def number_of(self, line: int) -> int:
         """The shard that a line belongs to."""
@@ -53,11 +64,18 @@ class Shards:
         return self.folder / f".shard-{shard:06}"
 
     def marks(self, shard: int) -> dict[str, str]:
-        """Of each picture in a shard that was written before, by its file's name, the mark of the line that it was made from."""
+        """Of each picture in a shard that was written before, by its file's name, the mark of the line that it was made from.
+
+        A shard that is damaged is as good as none.
+        """
         if not self.path(shard).exists():
             return {}
-        with tarfile.open(self.path(shard)) as archive:
-            return {name: mark for name, data in _pictures_in(archive) if (mark := mark_in(data)) is not None}
+        try:
+            with tarfile.open(self.path(shard), "r:") as archive:
+                return {name: mark for name, data in _pictures_in(archive) if (mark := mark_in(data)) is not None}
+        except tarfile.TarError:
+            self.path(shard).unlink()
+            return {}
 
     def close(self, shard: int, wanted: Iterable[Path], *, changed: bool) -> None:
         """Write a shard of those pictures that are wanted, if anything changed, and remove its hidden folder."""
@@ -73,7 +91,7 @@ class Shards:
         """Put a shard's pictures beside those that were made since; what is there was made later."""
         if not self.path(shard).exists():
             return
-        with tarfile.open(self.path(shard)) as archive:
+        with tarfile.open(self.path(shard), "r:") as archive:
             for name, data in _pictures_in(archive):
                 if not (folder / name).exists():
                     with atomic_file(folder / name) as temporary:

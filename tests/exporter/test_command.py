@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -289,33 +291,35 @@ def test_a_place_that_can_only_be_read(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-@pytest.mark.slow
-def test_a_real_limit_on_what_may_be_written(tiny_source: Path, tmp_path: Path) -> None:
+def test_a_real_limit_on_what_may_be_written(
+    exporter: Command, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not a faked error: the system refuses to write, in the middle of a weights file, in a process of its own."""
-    folder = tmp_path / "full"
+    import resource
+
+    folder, said = tmp_path / "full", tmp_path / "said"
     folder.mkdir()
-    code = (
-        "import errno, resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "import engines.support.cli, exporter.__main__, exporter.segments.writer\n"
-        "def write(program, segment, path, opset):\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "    try:\n"
-        "        path.write_bytes(bytes(8192))\n"
-        "    except OSError as error:\n"
-        "        raise OSError(errno.ENOSPC, 'No space left on device', str(path)) from error\n"
-        "exporter.segments.writer.write_onnx = write\n"
-        "engines.support.cli.run_command(exporter.__main__.main)\n"
-    )
-    arguments = ["build", "--source", str(tiny_source), "--out", str(folder / "bundle")]
-    # The limit holds for all that the process writes, also for the figures of a coverage run that follows it: that one stays out.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.splitlines()
+    fake_trace()
+
+    def write(program: object, segment: object, path: Path, opset: int) -> list[Path]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            path.write_bytes(bytes(8192))
+        except OSError as error:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+        return [path]
+
+    def run() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        outcome = exporter("build", "--source", tiny_source, "--out", folder / "bundle")
+        said.write_text(json.dumps([outcome.code, outcome.err]))
+
+    monkeypatch.setattr("exporter.segments.writer.write_onnx", write)
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join()
+    code, lines = json.loads(said.read_text())
+    assert code == 2
     assert len(lines) == 1
     assert lines[0].startswith("error: the disk is full")
     assert list(folder.iterdir()) == []

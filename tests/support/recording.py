@@ -1,9 +1,8 @@
 """A stand-in for CUDA graphs on the CPU, as strict as they are.
 
 While work is recorded nothing is computed: what was written is spoilt afterwards. A replay does the same operations on the same
-memory. Memory that nobody but the recording refers to may be another recording's at any time: it is spoilt before each replay.
-So is all that was made by later recordings with passing outputs, before one of those is replayed: it may lie where the replayed
-recording let memory go.
+memory. All recordings share memory: what nobody but the recording refers to may be another recording's at any time, and is spoilt
+before each replay. So is all that was made by later recordings: it may lie where the replayed recording let memory go.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ class FakeRecorder(Recorder):
 
     def __init__(self) -> None:
         self._tapes: weakref.WeakSet[Tape] = weakref.WeakSet()
-        self._shared: list[weakref.ref[Tape]] = []
+        self._made: list[weakref.ref[Tape]] = []
         self.inside = False
         self.broken: Exception | None = None
         self.under_way = False
@@ -122,12 +121,12 @@ class FakeRecorder(Recorder):
         self.let_go_under_way += self.under_way
 
     def _later(self, tape: Tape) -> list[Tape]:
-        """The recordings after this one in the memory that it shares."""
-        shared = [other for other in (reference() for reference in self._shared) if other is not None]
-        return shared[shared.index(tape) + 1 :] if tape in shared else []
+        """The recordings that were made after this one."""
+        made = [other for other in (reference() for reference in self._made) if other is not None]
+        return made[made.index(tape) + 1 :]
 
     @torch.no_grad()
-    def _capture(self, work: Callable[[], Outputs], transient: bool) -> tuple[Callable[[], None], Outputs]:
+    def _capture(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         assert self.inside
         if self.broken:
             raise self.broken
@@ -141,8 +140,7 @@ class FakeRecorder(Recorder):
         tape.spoil(everything=True)
         self._tapes.add(tape)
         weakref.finalize(tape, self._note_end)
-        if transient:
-            self._shared.append(weakref.ref(tape))
+        self._made.append(weakref.ref(tape))
         self.recorded += 1
 
         @torch.no_grad()

@@ -22,6 +22,7 @@ from benchmarks.end_to_end.rows import Settings, chosen_peers, rows_of
 from benchmarks.peers import PEERS
 from benchmarks.peers.serve import _exported
 from engines.errors import UserError
+from tests.support.commands import assert_refused, command
 from tests.support.sources import save_source
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -49,7 +50,9 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.shared_pieces
-def test_every_row_is_measured_or_says_why_not(tmp_path: Path) -> None:
+def test_every_row_is_measured_or_says_why_not(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A tiny model, ours and a peer; a second run resumes and measures nothing again."""
     source = save_source(tmp_path / "tiny")
     given = [
@@ -82,14 +85,13 @@ def test_every_row_is_measured_or_says_why_not(tmp_path: Path) -> None:
     with Image.open(plot) as image:
         assert image.width > 600
 
-    again = run(*given, "--resume")
-    assert again.returncode == 0, again.stderr
-    assert "round" not in again.stdout
-    other = run(*given, "--resume", "--guidance-less")
-    assert other.returncode == 2
-    other = run(*[4 if part == "2" else part for part in given], "--resume")
-    assert other.returncode == 2
-    assert "of another run" in other.stderr
+    # In this process: a process of its own would only import everything again.
+    resumed = command(run_trt.main, capfd, monkeypatch)
+    again = resumed(*given, "--resume")
+    assert again.code == 0, again.err
+    assert not any("round" in line for line in again.out)
+    assert resumed(*given, "--resume", "--guidance-less").code == 2
+    assert_refused(resumed(*[4 if part == "2" else part for part in given], "--resume"), "of another run")
 
 
 def test_without_a_gpu_it_says_what_can_be_done() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,3 +122,23 @@ def test_a_capture_that_fails_restores_the_stream_and_collection(
     assert streams.current is streams.default
     assert collects == [True, False], "done once, then recorded"
     assert gc.isenabled()
+
+
+def test_all_recordings_share_one_pool_of_memory(streams: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their need is then that of the largest, and not the sum. Whose graphs are all gone is not taken into use again."""
+    handles, pools = iter([(0, 1), (0, 2)]), []
+
+    def graph(_: object, pool: object, **given: object) -> AbstractContextManager[None]:
+        pools.append(pool)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    recorder = CudaRecorder(CUDA)
+    with recorder.on_stream():
+        recorder.record(lambda: None)
+        recorder.record(lambda: None)
+        recorder.forget()
+        recorder.record(lambda: None)
+    assert pools == [(0, 1), (0, 1), (0, 2)]

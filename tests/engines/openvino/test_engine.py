@@ -1,4 +1,4 @@
-"""OpenVINO: the same as ONNX Runtime at every shape, near in bfloat16 at every timestep; what it is given and makes is not copied."""
+"""OpenVINO: what ONNX Runtime makes, at every shape; near it in bfloat16, at every timestep; and no copies."""
 
 from __future__ import annotations
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import multiprocessing
 import os
-import random
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from engines import Bundle, Segment, Traced
-from engines.bundle.manifest import Precision
+from engines.bundle.manifest import File
 from engines.support import files
 from exporter import BuildError, BuildOptions, build
 from exporter.segments.artifacts import Artifacts, working_on
@@ -51,68 +52,87 @@ def timeless(bundle: Bundle) -> tuple[Segment, ...]:
     return tuple(segment.model_copy(update={"seconds": 0.0}) for segment in bundle.manifest.segments)
 
 
-def write_slowly(file: Path, name: str, parts: int) -> None:
-    """A file that grows for a while."""
+def write_in_parts(file: Path, name: str, parts: int) -> None:
+    """A file that is half written at some moments."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as stream:
         for part in range(parts):
             stream.write(f"{name} {part} ".encode() * 100)
             stream.flush()
-            time.sleep(0.002)
+            sys.audit("tests.half", str(file))
 
 
 @pytest.fixture
-def slow_writing(fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments and engines whose files grow for a while, so that a kill finds some half written."""
+def written_in_parts(fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments and engines whose files are half written at some moments."""
     fake_trace()
 
     def write(program: Any, segment: Segment, path: Path, opset: int = 0) -> list[Path]:
         data = path.with_name(f"{path.name}.data")
         for file in (path, data):
-            write_slowly(file, segment.name, 5)
+            write_in_parts(file, segment.name, 5)
         return [path, data]
 
     def compile_segment(engine: Any, traced: Traced, stem: Path, *rest: Any) -> list[Path]:
         path = Path(f"{stem}.engine")
-        write_slowly(path, f"engine of {traced.onnx.read_bytes()[:8]!r}", 10)
+        write_in_parts(path, f"engine of {traced.onnx.read_bytes()[:8]!r}", 10)
         return [path]
 
     monkeypatch.setattr("exporter.segments.writer.write_onnx", write)
     monkeypatch.setattr("engines.ort.engine.OnnxRuntime.compile", compile_segment)
 
 
-@pytest.mark.usefixtures("slow_writing")
-@pytest.mark.parametrize(("jobs", "times"), [(1, 12), (2, 6)])
+CHANGES = {"open", "os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "tests.half"}
+
+
+def build_until(options: BuildOptions, moment: int) -> None:
+    """Build, and die at that change of a file or folder beside the bundle, in whichever process it is."""
+    place, build_process, passed = str(folder_of(options).parent), os.getpid(), FORK.Value("i", 0)
+
+    def look(event: str, given: tuple[Any, ...]) -> None:
+        reads = event == "open" and not isinstance(given[0], int) and not given[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in CHANGES and str(given[0]).startswith(place) and not reads:
+            with passed.get_lock():
+                passed.value += 1
+                if passed.value == moment:
+                    os.kill(build_process, signal.SIGKILL)
+
+    sys.addaudithook(look)
+    build(options)
+
+
+@pytest.mark.usefixtures("written_in_parts")
+@pytest.mark.parametrize(("jobs", "moments"), [(1, (31, 76, 113)), (2, (83,))])
 @pytest.mark.slow
-def test_a_build_killed_at_random_points(options: BuildOptions, jobs: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exporter.segments.pool.get_context", lambda kind: FORK)  # so that they write slowly too
-    options = replace(options, jobs=jobs)
-    whole = replace(options, out=folder_of(options).parent / "whole")
-    started = time.perf_counter()
-    done = build(whole)[0]
-    seconds = time.perf_counter() - started
-    assert len([file for file in hashes(done.folder) if file.endswith(".engine")]) == len(done.manifest.segments)
-    points, kills, wholes = random.Random(0), 0, [hashes(whole.folder)]
-    while kills < times:
-        child = FORK.Process(target=build, args=(options,))
-        child.start()
-        time.sleep(points.uniform(0, seconds))
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        kills += child.exitcode == -signal.SIGKILL
-        if folder_of(options).exists():
-            assert hashes(folder_of(options)) in wholes[-2:]
-        if folder_of(options).exists() and hashes(folder_of(options)) == wholes[-1]:
-            # It was done: from here on another one is to replace it.
-            precision: Precision = "fp16" if options.precision == "fp32" else "fp32"
-            options, whole = (replace(one, force=True, precision=precision) for one in (options, whole))
-            wholes.append(hashes(build(whole)[0].folder))
-    bundle, _ = build(options)
-    bundle.check()
-    assert hashes(bundle.folder) == wholes[-1]
-    assert names_in(bundle.folder.parent) == ["bundle", "whole"]
-    assert contents(bundle.folder).keys() == contents(whole.folder).keys()
+def test_a_build_killed_at_many_moments(
+    options: BuildOptions, jobs: int, moments: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one is killed the next resumes, and is killed as many changes later: a bundle, and another that replaces it."""
+    monkeypatch.setattr("exporter.segments.pool.get_context", lambda kind: FORK)  # so that they write in parts too
+    done: dict[str, str] = {}
+    for precision in ("fp32", "fp16"):
+        options = replace(options, jobs=jobs, precision=precision, force=True)
+        whole = build(replace(options, out=folder_of(options).parent / "whole"))[0]
+        wanted, kills = hashes(whole.folder), 0
+        assert len([file for file in wanted if file.endswith(".engine")]) == len(whole.manifest.segments)
+        for moment in itertools.cycle(moments):
+            child = FORK.Process(target=build_until, args=(options, moment))
+            child.start()
+            child.join()
+            assert child.exitcode in {0, -signal.SIGKILL}
+            there = hashes(folder_of(options)) if folder_of(options).exists() else {}
+            assert there in (done, wanted)
+            if child.exitcode == 0:
+                break
+            kills += 1
+        assert kills >= 3
+        done = wanted
+        bundle, built = build(options)
+        bundle.check()
+        assert not built
+        assert hashes(bundle.folder) == wanted
+        assert names_in(bundle.folder.parent) == ["bundle", "whole"]
+        assert contents(bundle.folder).keys() == contents(whole.folder).keys()
 
 
 def runs(process: int) -> bool:
@@ -373,20 +393,23 @@ def test_two_processes_make_the_same_bundle_as_one(exporter: Command, tiny_sourc
     assert exporter("verify", two.folder, "--sizes", "16x16").code == 0
 
 
-@pytest.mark.slow
-def test_a_process_that_ends(tiny_source: Path, tmp_path: Path) -> None:
+def test_a_process_that_ends(options: BuildOptions, fake_trace: FakeTrace, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one does when memory runs out."""
-    options = BuildOptions(source=str(tiny_source), granularity=None, plans=("deepcache:2",), out=tmp_path / "bundle", jobs=2)
+    fake_trace()
+    parent, finished = os.getpid(), Artifacts.add
 
-    def progress(step: Step) -> None:
-        if step.phase == "written":
-            for child in multiprocessing.active_children():
-                child.kill()
+    def end_after_one(pieces: Artifacts, key: str, paths: Iterable[Path]) -> tuple[File, ...]:
+        files = finished(pieces, key, paths)
+        if len(pieces) > 1 and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return files
 
+    monkeypatch.setattr("exporter.segments.pool.get_context", lambda kind: FORK)
+    monkeypatch.setattr(Artifacts, "add", end_after_one)
     with pytest.raises(BuildError, match="one of 2 processes ended.*fewer --jobs; the same command resumes"):
-        build(options, progress)
-    assert not (tmp_path / "bundle").exists()
-    assert len(Artifacts(tmp_path / ".bundle.building")), "what was finished is kept"
+        build(replace(options, jobs=2))
+    assert not folder_of(options).exists()
+    assert len(Artifacts(folder_of(options).parent / ".bundle.building")), "what was finished is kept"
 
 
 def test_progress_and_result_as_json(exporter: Command, fake_trace: FakeTrace, tiny_source: Path, tmp_path: Path) -> None:

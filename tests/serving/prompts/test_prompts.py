@@ -91,6 +91,16 @@ def test_a_text_file_has_a_prompt_in_each_line(prompts: Command, here: Path) -> 
         assert (first.info["prompt"], second.info["prompt"], second.info["seed"]) == ("a red star", "a green ring", "7")
 
 
+def test_prompts_of_other_encodings_and_line_ends_are_not_taken_for_others(prompts: Command, here: Path) -> None:
+    (here / "p.txt").write_bytes("a ring\na star\n".encode("utf-16-le") + b"\na red star\ra ring\n")
+    outcome = prompts("p.txt")
+    assert outcome.code == 1
+    assert [line.split()[2] for line in outcome.err] == ["1:", "2:", "3:", "4:"]
+    assert all("the control character" in line for line in outcome.err)
+    assert outcome.out[-1] == "0 made, 0 there already, 4 not made"
+    assert names(here / "pictures") == []
+
+
 BAD = [
     ("[1]", "is a JSON list"),
     ("{", "is no JSON"),
@@ -101,6 +111,8 @@ BAD = [
     ({"prompt": "a ring", "plan": {"name": "mine", "rules": 3}}, "rules"),
     ({"prompt": "a ring", "image": "none.png"}, "none.png cannot be read"),
     ({"prompt": "a ring", "image": 3}, "give the name of a file"),
+    ({"prompt": "a ring", "image": "/dev/zero"}, "/dev/zero is a folder, a pipe or a device"),
+    ({"prompt": "a ring", "num_images": 10**9}, "num_images = 1000000000; a line makes 10000 at most"),
     ({"prompt": "a ring", "latents": [1]}, "generate takes no 'latents'"),
     ({"prompt": "a ring", "height": 63}, "height"),
     ({"prompt": "a ring", "steps": 0}, "steps"),
@@ -129,6 +141,7 @@ def test_a_bad_line_stops_all_if_asked_for(prompts: Command, here: Path) -> None
     [
         (["none.txt"], ["none.txt cannot be read"]),
         (["empty.txt"], ["has no prompts"]),
+        (["/dev/zero"], ["/dev/zero is a folder, a pipe or a device"]),
         (["p.txt", "--plan", "blok:3"], ["blok"]),
         (["p.txt", "--size", "63"], ["63"]),
         (["p.txt", "--batch", "0"], ["--batch 0"]),
@@ -177,6 +190,19 @@ def test_a_shard_is_written_anew_where_a_line_changed_and_only_that_line_is_made
     assert prompts(*given).out[-1] == "0 made, 2 there already, 1 not made"
     assert list(members(here / "s/shard-000000.tar")) == [name for name in made if name.startswith("00000002")]
     assert_refused(prompts(*given[:-1], 3), "has shards of 2 lines; give --shard-size 2")
+
+
+def test_a_damaged_shard_is_made_anew_and_damaged_settings_are_told(prompts: Command, here: Path) -> None:
+    given = [write(here, LINES[:2]), "--shards", "s"]
+    prompts(*given)
+    shard = here / "s/shard-000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:5000])
+    assert prompts(*given).out[-1] == "2 made, 0 there already, 0 not made"
+    assert shard.read_bytes() == whole
+    (here / "s/shards.json").write_text("[]")
+    assert_refused(prompts(*given), "shards.json is damaged")
+    assert shard.read_bytes() == whole
 
 
 def test_pictures_that_a_kill_kept_out_of_a_shard_come_into_it(prompts: Command, here: Path) -> None:

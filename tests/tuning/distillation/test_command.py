@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -49,6 +50,49 @@ def given(small_model: Path, latents: Path) -> list[str]:
     return [*arguments.split(), "--precision", "fp32", "--validate-minutes", "60"]
 
 
+def leave_pictures_out(patch: pytest.MonkeyPatch) -> None:
+    """Curves and sample pictures take longer than the training of a short run."""
+    patch.setattr("tuning.training.curves.draw_curves", lambda log, path: None)
+    patch.setattr("tuning.distillation.command._Distill.pictures", lambda *_, **__: torch.zeros(1, 3, 8, 8))
+
+
+@pytest.fixture
+def pictured() -> None:
+    """Asked for by tests that look at curves and sample pictures: others go without."""
+
+
+@pytest.fixture(autouse=True)
+def unpictured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "pictured" not in request.fixturenames:
+        leave_pictures_out(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def paused(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 9 steps that paused after the second. Not to be changed."""
+    folder = tmp_path_factory.mktemp("paused") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        leave_pictures_out(patch)
+        distil(given, folder, "--steps 9 --pause-at 2")
+    return folder
+
+
+@pytest.fixture
+def paused_copy(paused: Path, tmp_path: Path) -> Path:
+    """The same, to be resumed or damaged."""
+    return Path(shutil.copytree(paused, tmp_path / "paused"))
+
+
+@pytest.fixture(scope="module")
+def whole(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps that nothing stopped. Not to be changed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        leave_pictures_out(patch)
+        distil(given, folder, "--steps 8")
+    return folder
+
+
 def distil(given: list[str], out: Path, extra: str) -> None:
     main([*given, "--out", str(out), *extra.split()])
 
@@ -77,9 +121,11 @@ def checkpoint(out: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("more", ["", "--muon-lr 0.01 --accumulate 2 --gradient-checkpointing"])
 @pytest.mark.slow
-def test_eight_steps_are_four_and_four(given: list[str], more: str, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    distil(given, whole, f"--steps 8 {more}")
+def test_eight_steps_are_four_and_four(given: list[str], whole: Path, more: str, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    if more:
+        whole = tmp_path / "whole"
+        distil(given, whole, f"--steps 8 {more}")
     distil(given, parts, f"--steps 8 --pause-at 4 {more}")
     assert not (parts / WEIGHTS).exists(), "a student that is not done is not written"
     assert checkpoint(parts)["counters"]["step"] == 4
@@ -142,8 +188,10 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_writes_a_checkpoint_resumes_from_the_one_before(given: list[str], tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def test_a_run_killed_while_it_writes_a_checkpoint_resumes_from_the_one_before(
+    given: list[str], whole: Path, tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED_IN_THE_MIDDLE, *given, "--out", str(killed), "--steps", "8", "--save-minutes", "0"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=300).returncode == -signal.SIGKILL
     left = list((killed / "training").glob(".checkpoint-*"))
@@ -154,7 +202,6 @@ def test_a_run_killed_while_it_writes_a_checkpoint_resumes_from_the_one_before(g
     (killed / "training" / "samples").mkdir(exist_ok=True)
     (killed / "training" / "samples" / ".step_000004-0a1b2c3d.partial.png").touch()
     distil(given, killed, "--steps 8")
-    distil(given, whole, "--steps 8")
     assert 0 < done < 8
     assert same(load_file(whole / WEIGHTS), load_file(killed / WEIGHTS))
     assert same(checkpoint(whole), checkpoint(killed))
@@ -212,17 +259,17 @@ def test_a_finished_run_says_its_figures_once(given: list[str], tmp_path: Path) 
 )
 @pytest.mark.slow
 def test_a_checkpoint_of_other_things_is_one_line(
-    given: list[str], spoil: Callable[[dict[str, Any]], Any], says: str, tmp_path: Path
+    given: list[str], spoil: Callable[[dict[str, Any]], Any], says: str, paused_copy: Path
 ) -> None:
-    distil(given, tmp_path, "--steps 9 --pause-at 2")
-    place = tmp_path / "training" / "checkpoint.pt"
+    place = paused_copy / "training" / "checkpoint.pt"
     torch.save(spoil(torch.load(place, weights_only=True)), place)
     with pytest.raises(UserError, match=says) as caught:
-        distil(given, tmp_path, "--steps 9")
+        distil(given, paused_copy, "--steps 9")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pictured")
 def test_metrics_curves_and_sample_pictures_are_left(given: list[str], tmp_path: Path) -> None:
     work, prompts = tmp_path / "work", tmp_path / "prompts.txt"
     prompts.write_text("a red star\n\na blue ring on white\n")
@@ -264,7 +311,8 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(given: list[str], t
     # The loss of features is a share of what the teacher's features are in the process's own batch.
     loss = tuning.LossWeights(features=0)
     recipe.write_text(tuning.recipe("assembled").model_copy(update={"loss": loss}).model_dump_json())
-    given = [*given, "--student", str(recipe), "--steps", "5"]
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    given = [*given, "--student", str(recipe), "--steps", "5", "--prompts", str(tmp_path / "prompts.txt")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "tuning", *given, "--out", str(two)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -333,9 +381,11 @@ def test_every_portion_draws_batches_of_its_own(given: list[str], tmp_path: Path
 def test_mixed_precision_comes_close(given: list[str], tmp_path: Path) -> None:
     full, mixed = tmp_path / "full", tmp_path / "mixed"
     distil(given, full, "--steps 4")
-    command = [sys.executable, "-m", "tuning", *given, "--out", str(mixed), "--steps", "4", "--mixed", "bf16"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision, which the runs before this one set
+    try:
+        distil(given, mixed, "--steps 4 --mixed bf16")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
     for a, b in zip(metrics(full), metrics(mixed), strict=True):
         name = "loss" if "loss" in a else "valid_loss"
         assert a[name] == pytest.approx(b[name], rel=0.05)
@@ -396,40 +446,37 @@ def test_the_embedded_teacher_is_not_written_over(
 
 
 @pytest.mark.slow
-def test_a_pickle_in_the_checkpoints_place_is_never_run(given: list[str], tmp_path: Path) -> None:
+def test_a_pickle_in_the_checkpoints_place_is_never_run(given: list[str], paused_copy: Path, tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "sprung",))
 
-    distil(given, tmp_path / "out", "--steps 9 --pause-at 1")
-    place = tmp_path / "out" / "training" / "checkpoint.pt"
+    place = paused_copy / "training" / "checkpoint.pt"
     for content in (pickle.dumps(Trap(), protocol=2), b"", b"no zip"):
         place.write_bytes(content)
         with pytest.raises(UserError, match=r"checkpoint\.pt is no checkpoint of this distill \(") as caught:
-            distil(given, tmp_path / "out", "--steps 9")
+            distil(given, paused_copy, "--steps 9")
         assert "\n" not in str(caught.value)
     torch.save({"module": Trap()}, place)
     with pytest.raises(UserError, match="a pickle of more than tensors and numbers"):
-        distil(given, tmp_path / "out", "--steps 9")
+        distil(given, paused_copy, "--steps 9")
     assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.slow
-def test_another_run_is_not_taken_for_this_one(given: list[str], tmp_path: Path) -> None:
-    distil(given, tmp_path, "--steps 9 --pause-at 1")
+def test_another_run_is_not_taken_for_this_one(given: list[str], paused_copy: Path) -> None:
     with pytest.raises(UserError, match="holds a run with batch 2, and this one has 3"):
-        distil(given, tmp_path, "--steps 9 --batch 3")
+        distil(given, paused_copy, "--steps 9 --batch 3")
     with pytest.raises(UserError, match="holds a run with student assembled, and this one has original"):
-        distil(given, tmp_path, "--steps 9 --student original")
-    distil(given, tmp_path, "--steps 3 --lr 1e-4")
+        distil(given, paused_copy, "--steps 9 --student original")
+    distil(given, paused_copy, "--steps 3 --lr 1e-4")
 
 
 @pytest.mark.parametrize("name", ["settings.json", "metrics.jsonl"])
 def test_files_of_a_run_that_goes_on_are_replaced_whole(
-    given: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: list[str], name: str, paused_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distil(given, tmp_path, "--steps 9 --pause-at 2")
-    file, replace = tmp_path / "training" / name, os.replace
+    file, replace = paused_copy / "training" / name, os.replace
     before = file.read_bytes()
 
     def killed(source: Path, place: Path) -> None:
@@ -439,25 +486,24 @@ def test_files_of_a_run_that_goes_on_are_replaced_whole(
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        distil(given, tmp_path, "--steps 9 --pause-at 3")
+        distil(given, paused_copy, "--steps 9 --pause-at 3")
     monkeypatch.undo()
     assert file.read_bytes() == before
-    distil(given, tmp_path, "--steps 9 --pause-at 3")
-    assert not list(tmp_path.rglob("*.partial*"))
+    distil(given, paused_copy, "--steps 9 --pause-at 3")
+    assert not list(paused_copy.rglob("*.partial*"))
 
 
 @pytest.mark.parametrize("text", ['{"teacher": "m', "[]", "\xff"])
 @pytest.mark.slow
-def test_damaged_settings_are_one_line(given: list[str], text: str, tmp_path: Path) -> None:
-    distil(given, tmp_path, "--steps 9 --pause-at 1")
-    settings = tmp_path / "training" / "settings.json"
+def test_damaged_settings_are_one_line(given: list[str], text: str, paused_copy: Path) -> None:
+    settings = paused_copy / "training" / "settings.json"
     settings.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"settings\.json is damaged \(.*delete it and give the same arguments") as caught:
-        distil(given, tmp_path, "--steps 2")
+        distil(given, paused_copy, "--steps 3")
     assert "\n" not in str(caught.value)
     settings.unlink()
-    distil(given, tmp_path, "--steps 2")
-    assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 2]
+    distil(given, paused_copy, "--steps 3")
+    assert [line["step"] for line in metrics(paused_copy)] == [0, 1, 2, 3, 3]
 
 
 @pytest.mark.parametrize("turned", [False, True])
