@@ -320,7 +320,8 @@ def _errors(
     network: LoadedBundle, engine: Engine, inputs: Mapping[str, Tensor], features: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, float, float]]:
     manifest = network.manifest
-    on_device = {name: tensor.to(engine.device, DTYPES[manifest.features[name].dtype]) for name, tensor in features.items()}
+    known = {name: tensor for name, tensor in features.items() if name in manifest.features}  # parts of attention often are not
+    on_device = {name: tensor.to(engine.device, DTYPES[manifest.features[name].dtype]) for name, tensor in known.items()}
     for segment in manifest.segments:
         made = network.runners[segment.name].run(on_device)
         pairs = [(made[name], features[name]) for name in segment.outputs]
