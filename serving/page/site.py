@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from engines import UserError
+from engines.support.records import one_line
 from engines.support.spelling import did_you_mean
 from runtime import Pipeline, Plan, RequestError
+from runtime.plans.plan import MOST_BYTES
 from serving.errors import ServingError
 from serving.page.asked import MOST_STEPS, Asked
 from serving.page.calls import Calls, Cancelled
-from serving.page.plans import MOST_PLAN_BYTES, chosen_plan, described, ladder, lay_out, plan_names, read_plan
+from serving.page.plans import chosen_plan, described, ladder, lay_out, plan_names
 from serving.page.reproduce import bundle_name
 from serving.page.strip import Strip
 from serving.page.views import View, fault, status, views
@@ -91,9 +93,9 @@ class Site:
 
     @staticmethod
     def read_plan(path: str | Path) -> Plan:
-        """The plan in a file that was uploaded there; raises PlanError."""
+        """The plan in a file that was uploaded there; raises PlanError, which does not tell where."""
         with Path(path).open("rb") as file:
-            return read_plan(file.read(MOST_PLAN_BYTES + 1), Path(path).name)
+            return Plan.from_json(file.read(MOST_BYTES + 1), f"plan file {one_line(Path(path).name, 60)}")
 
     @staticmethod
     def dice() -> int:

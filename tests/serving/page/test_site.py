@@ -18,12 +18,13 @@ from PIL import Image
 from engines import Bundle, make_engine
 from runtime import Pipeline, Plan, PlanError, RequestError, find_plan
 from runtime.__main__ import main as runtime_main
+from runtime.plans.plan import MOST_BYTES
 from runtime.plans.words import Found
 from serving.errors import ServingError
 from serving.page.asked import MOST_STEPS, Asked, image_and_mask
 from serving.page.beside import GAIN, difference, figures
 from serving.page.calls import Calls, Cancelled, Made, StepDone, in_turns, run
-from serving.page.plans import MOST_PLAN_BYTES, chosen_plan, ladder, read_plan
+from serving.page.plans import chosen_plan, ladder
 from serving.page.reproduce import as_command, as_python
 from serving.page.site import Site
 from serving.page.strip import Strip
@@ -100,17 +101,18 @@ def test_plans_are_named_never_opened(site: Site, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"\xff{", "Invalid JSON"),
-        (b"[" * 100_000, "Invalid JSON"),
-        (b"{}", "name: Field required"),
-        (b'{"name": "x", "rules": [], "path": "/etc/passwd"}', "path: Extra inputs are not permitted"),
-        (b" " * (MOST_PLAN_BYTES + 1), f"has more than {MOST_PLAN_BYTES} bytes"),
+        (b"\xff{", "is no JSON that can be read"),
+        (b"[" * 100_000, "is no JSON that can be read"),
+        (b"{}", "name: it is missing"),
+        (b'{"name": "x", "rules": [], "path": "/etc/passwd"}', "path: there is no such field"),
+        (b" " * (MOST_BYTES + 1), f"has more than {MOST_BYTES} bytes"),
     ],
     ids=["bytes", "deep", "nothing", "unknown", "large"],
 )
-def test_uploaded_plans_that_are_none(content: bytes, told: str) -> None:
+def test_uploaded_plans_that_are_none(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "mine.json").write_bytes(content)
     with pytest.raises(PlanError) as refused:
-        read_plan(content, "mine.json")
+        Site.read_plan(tmp_path / "mine.json")
     assert refused.value.line.startswith("plan file mine.json")
     assert told in refused.value.line
 

@@ -111,7 +111,7 @@ BAD = [
     ({"prompt": "a ring", "plan": {"name": "mine", "rules": 3}}, "rules"),
     ({"prompt": "a ring", "image": "none.png"}, "none.png cannot be read"),
     ({"prompt": "a ring", "image": 3}, "give the name of a file"),
-    ({"prompt": "a ring", "image": "/dev/zero"}, "/dev/zero is a folder, a pipe or a device"),
+    ({"prompt": "a ring", "image": "/dev/zero"}, "/dev/zero cannot be read (it is a folder, a pipe or a device"),
     ({"prompt": "a ring", "num_images": 10**9}, "num_images = 1000000000; a line makes 10000 at most"),
     ({"prompt": "a ring", "latents": [1]}, "generate takes no 'latents'"),
     ({"prompt": "a ring", "height": 63}, "height"),
@@ -141,7 +141,7 @@ def test_a_bad_line_stops_all_if_asked_for(prompts: Command, here: Path) -> None
     [
         (["none.txt"], ["none.txt cannot be read"]),
         (["empty.txt"], ["has no prompts"]),
-        (["/dev/zero"], ["/dev/zero is a folder, a pipe or a device"]),
+        (["/dev/zero"], ["/dev/zero cannot be read (it is a folder, a pipe or a device"]),
         (["p.txt", "--plan", "blok:3"], ["blok"]),
         (["p.txt", "--size", "63"], ["63"]),
         (["p.txt", "--batch", "0"], ["--batch 0"]),
