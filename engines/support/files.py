@@ -51,7 +51,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raise OSError for what is there and is no file: a folder cannot be read, a device has no end, and a pipe waits for a writer."""
+    """Raise OSError for what is there and is no file: a device has no end, and a pipe waits for whoever writes to it."""
     if exists(path) and not is_file(path):
         raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, and no file", str(path))
 
