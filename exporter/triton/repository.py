@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engines import Bundle, engine_class
 from engines.bundle.folder import MANIFEST_NAME
-from engines.support.files import atomic_directory, exists
+from engines.support.files import atomic_directory, exists, real_path
 from engines.support.version import our_version
 from exporter.errors import BuildError
 
@@ -48,12 +48,14 @@ def export_triton(bundle: Bundle, folder: Path, name: str, engine: str, batch: i
         instances: processes on each device.
 
     Raises:
-        BuildError: the name is none, a model of the name is there, or the engine is not in the bundle.
+        BuildError: the name is none, the folder is the bundle's or has a model of the name, or the engine is not in the bundle.
         BundleError: the bundle is damaged.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise BuildError(f"--name {name!r:.60} is no name for a model; write letters, digits, and - or _")
     target = folder / name
+    if real_path(folder).is_relative_to(real_path(bundle.folder)):
+        raise BuildError(f"{folder!s:.200} is inside of the bundle, which takes nothing else; give another folder")
     if exists(target):
         raise BuildError(f"{target!s:.200} is there already; remove it, or give another --name")
     most = _most_at_once(bundle, engine, batch)

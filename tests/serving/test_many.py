@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from engines import Bundle, BundleError
+from engines import Bundle, BundleError, EngineError
 from serving import Limits, ServingError
 from serving.errors import StoppingError
 from serving.fetching import bundle_folder
@@ -82,6 +82,16 @@ def test_more_replicas_at_least_than_at_most_are_refused() -> None:
     pytest.importorskip("ray")
     with pytest.raises(ServingError, match="min_replicas=3 max_replicas=2"):
         app(Arguments(bundle="b", min_replicas=3, max_replicas=2))
+
+
+def test_an_engine_that_there_is_not_and_a_bundle_that_is_none_are_refused_before_anything_starts(bundle_copy: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(EngineError, match="unknown engine"):
+        app(Arguments(bundle="b", engine="onnxruntim"))
+    (bundle_copy / "manifest.json").write_text("[]")
+    for given in (str(bundle_copy), f"copy:{bundle_copy}"):
+        with pytest.raises(BundleError, match="manifest"):
+            app(Arguments(bundle=given))
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ PATIENCE = 20.0
 """Seconds after which a test that waits for something has failed."""
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
     """Wait until it holds."""
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
