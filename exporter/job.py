@@ -13,6 +13,7 @@ from engines.bundle.manifest import MANIFEST_VERSION
 from exporter.options import BuildOptions, check_choices, check_precision, check_static, targets_of, versions
 from exporter.segments.artifacts import key_of
 from exporter.segments.progress import Progress, Step
+from runtime.plans.presets import find_plan
 
 if TYPE_CHECKING:
     from exporter.graph.checkpoint import Checkpoint
@@ -113,7 +114,8 @@ class BuildJob:
         first = options.sizes[0] if options.sizes else None
         precision, vae_precision = options.precision, options.vae_precision or options.precision
         dtypes = DTYPE[precision], DTYPE[vae_precision]
-        graph = load_graph(self.checkpoint, options.variant, dtypes[0], first, dtypes[1], options.clip_skip)
+        plans = [find_plan(plan) for plan in options.plans]
+        graph = load_graph(self.checkpoint, options.variant, dtypes[0], first, dtypes[1], options.clip_skip, plans)
         sizes = options.sizes or (graph.size,)
         for size in sizes:
             check_size(size, graph.size_multiple)

@@ -8,10 +8,10 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from engines import Bundle, Manifest, Segment
+from engines import ON_ONNX, Bundle, Manifest, Segment
 from engines.support.tables import fit
 from runtime.advice import for_plan_too
-from runtime.errors import PlanError
+from runtime.errors import PartitionError, PlanError
 from runtime.execution.siblings import lay_out_part
 from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
@@ -121,6 +121,7 @@ def show_bundle(bundle: Bundle, console: Console) -> None:
     sizes = ", ".join(f"{height}x{width}" for height, width in manifest.sizes)
     images = f"exactly {manifest.max_images} (static)" if manifest.static else f"up to {manifest.max_images}"
     console.print(f"sizes {sizes} (multiples of {manifest.size_multiple}), {images} images per call", highlight=False)
+    console.print(f"its ONNX files run in {', '.join(ON_ONNX)}", highlight=False, soft_wrap=True)
     console.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.made_with.items()), highlight=False)
 
 
@@ -146,12 +147,11 @@ def _cost(manifest: Manifest, plan: Plan) -> tuple[str, str]:
     """Return what a plan inherits, or why the bundle cannot run it; and its MACs, where they are this UNet's alone."""
     try:
         schedule = lay_out_part(plan, manifest, _TIMESTEPS, guided=True)
+        check_runs(schedule)
+    except PartitionError:
+        return "other partition", "-"
     except PlanError as error:
         return f"not with this UNet: {error}", "-"
-    try:
-        check_runs(schedule)
-    except PlanError:
-        return "other partition", "-"
     others = ", ".join(name for name in dict.fromkeys(part.unet for part in plan.unets) if name != manifest.variant)
     if others:
         return f"this UNet's part can run; beside the bundle there must be one of {others}", "-"

@@ -24,10 +24,10 @@ from engines.errors import UserError
 from runtime import Schedule, find_plan
 from runtime.images.schedulers import make_scheduler
 from runtime.report.cost import full_macs, relative_macs
+from tuning.embedded import EXAMPLES
 
 __all__ = ["build", "measured"]
 
-PROMPTS = {"mini": "a red star on a blue background"}
 PROMPT = "a lighthouse on a cliff at dusk, oil painting"
 
 
@@ -71,7 +71,7 @@ class _Run:
         self._made, self._started = 0, time.monotonic()
         manifest = bundles["original"].manifest
         height, width = settings.size or manifest.sizes[0]
-        prompt = settings.prompt or PROMPTS.get(settings.source, PROMPT)
+        prompt = settings.prompt or EXAMPLES.get(settings.source, PROMPT)
         self._call = Call(prompt, settings.steps, manifest.guidance_scale, 0, height, width, settings.batch)
 
     def all_rows(self) -> None:

@@ -4,7 +4,10 @@ A feature is named after the unit that makes it, so that ``TEXT`` is the text en
 UNet's, and named after the modules that they come from (``down.0.layer.1.resnet``).
 """
 
+from collections.abc import Iterable
+
 __all__ = [
+    "ATTENTION",
     "BRANCH",
     "IMAGE",
     "LATENTS",
@@ -19,6 +22,7 @@ __all__ = [
     "VAE",
     "VAE_DECODER",
     "VAE_ENCODER",
+    "attention_parts",
 ]
 
 TOKENS = "tokens"
@@ -50,3 +54,14 @@ NOISE = "head"
 """The feature that a step is asked for: the noise prediction (or velocity), made by the UNet's head."""
 BRANCH = ".branch"
 """Ending of the feature that a ResNet or transformer adds to its input."""
+ATTENTION = ".attention"
+"""Ending of the names of transformers."""
+_PARTS = (".input", f".self{BRANCH}", ".self", f".cross{BRANCH}", ".cross")
+
+
+def attention_parts(units: Iterable[str]) -> list[str]:
+    """The units that transformers are cut into beside their branch and sum, in bundles of plans that name one of them.
+
+    They are its input's projection, and its self- and its cross-attention, with a branch each.
+    """
+    return [f"{unit}{part}" for unit in units if unit.endswith(ATTENTION) for part in _PARTS]

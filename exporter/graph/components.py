@@ -3,16 +3,19 @@ UNet never holds the whole of it.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from engines.bundle.names import TEXT, VAE_DECODER, VAE_ENCODER
+from exporter.graph.attention_parts import asks_for_parts
 from exporter.graph.checkpoint import MODELS
 from exporter.graph.text_vae import TextEncoder, VaeDecoder, VaeEncoder, leave_out_layers
+from exporter.graph.topology import topology
 from exporter.graph.unit_modules import paths_of, unit_module
+from runtime.plans.plan import Plan
 
 if TYPE_CHECKING:
     from exporter.graph.checkpoint import Checkpoint
@@ -33,9 +36,11 @@ class Components:
         dtype: of the weights; those of the time embedding stay float32.
         vae_dtype: of the VAE's weights, by default the same.
         clip_skip: how many of the text encoder's last layers are left out.
+        plans: where one names a part of a transformer, transformers are cut into parts.
 
     Raises:
         BuildError: the text encoder has fewer layers.
+        SourceError: the UNet is of another family.
     """
 
     def __init__(
@@ -45,10 +50,12 @@ class Components:
         dtype: torch.dtype,
         vae_dtype: torch.dtype | None = None,
         clip_skip: int = 0,
+        plans: Sequence[Plan] = (),
     ) -> None:
         self.checkpoint, self._variant, self.clip_skip = checkpoint, variant, clip_skip
         self.models = {part: checkpoint.skeleton(part, variant) for part in MODELS}
         leave_out_layers(self.models["text_encoder"], clip_skip)
+        self.in_parts = bool(plans) and asks_for_parts(plans, [unit.name for unit in topology(self.models["unet"])])
         for part, model in self.models.items():
             wanted = (vae_dtype or dtype) if part == "vae" else dtype
             nn.Module.to(model, wanted)  # diffusers' own warns of modules kept in float32, of which there are none here
@@ -93,14 +100,14 @@ class Components:
         """The prefixes of the names of the unit's weights."""
         if unit == TEXT:
             return ("",)
-        inside = _VAE_PATHS.get(unit) or paths_of(self.models["unet"], unit)
+        inside = _VAE_PATHS[unit] if unit in _VAE_PATHS else paths_of(self.models["unet"], unit, self.in_parts)
         return tuple(f"{path}." for path in inside)
 
     def _module(self, models: Mapping[str, nn.Module], unit: str) -> nn.Module:
         if unit in _ENDS:
             part, kind = _ENDS[unit]
             return kind(models[part])
-        return unit_module(models["unet"], unit)
+        return unit_module(models["unet"], unit, self.in_parts)
 
 
 def part_of(unit: str) -> str:

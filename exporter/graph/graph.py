@@ -1,6 +1,6 @@
 """The whole of a checkpoint as one graph: text encoder, the UNet's units and both halves of the VAE."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from exporter.graph.components import Components
 from exporter.graph.shapes_and_macs import infer_shapes_and_macs
 from exporter.graph.topology import depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule
+from runtime.plans.plan import Plan
 from tuning.checkpoints.configs import latent_size
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def load_graph(
     size: tuple[int, int] | None = None,
     vae_dtype: torch.dtype | None = None,
     clip_skip: int = 0,
+    plans: Sequence[Plan] = (),
 ) -> Graph:
     """Derive a checkpoint's graph from its configurations; weights are loaded when a segment is asked for.
 
@@ -79,12 +81,13 @@ def load_graph(
         size: picture height and width in pixels at which MACs are counted; None for the model's own size.
         vae_dtype: of the VAE's weights, by default ``dtype``.
         clip_skip: how many of the text encoder's last layers are left out.
+        plans: where one names a part of a transformer, transformers are cut into parts.
 
     Raises:
         SourceError: the UNet is of another family, or the parts do not fit together.
         BuildError: the size is not a multiple of what the UNet's depth needs, or the text encoder has fewer layers.
     """
-    parts = Components(checkpoint, variant, dtype, vae_dtype, clip_skip)
+    parts = Components(checkpoint, variant, dtype, vae_dtype, clip_skip, plans)
     unet: Any = parts.models["unet"]
     vae: Any = parts.models["vae"].config
     text: Any = parts.models["text_encoder"].config
@@ -98,7 +101,7 @@ def load_graph(
     check_size(size, scale * depth)
     ends = zip((TEXT, VAE_DECODER, VAE_ENCODER), (TOKENS, LATENTS, IMAGE), strict=True)
     first, *last = (Unit(name=name, kind=name, inputs=(given,)) for name, given in ends)
-    chain = (first, *topology(unet), *last)
+    chain = (first, *topology(unet, parts.in_parts), *last)
     sizes = {"height": size[0] // scale, "width": size[1] // scale}
     modules = parts.modules(unit.name for unit in chain)
     text_length = checkpoint.text_length(text)

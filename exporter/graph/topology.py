@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from engines.bundle.manifest import Unit
 from engines.bundle.names import BRANCH, SAMPLE, STEM, TEXT, TIME, TIMESTEP
 from exporter.errors import SourceError
+from exporter.graph.attention_parts import part_units
 from exporter.graph.unit_modules import kind_of
 from tuning.surgery.units import unit_modules
 
@@ -46,8 +47,12 @@ def check_family(unet: "UNet2DConditionModel") -> None:
             raise SourceError(f"UNet has a {type(block).__name__}; supported blocks: {', '.join(sorted(_BLOCKS))}")
 
 
-def topology(unet: "UNet2DConditionModel") -> tuple[Unit, ...]:
+def topology(unet: "UNet2DConditionModel", in_parts: bool = False) -> tuple[Unit, ...]:
     """The units of a UNet in an order in which they can run.
+
+    Args:
+        unet: of the Stable Diffusion 1.x/2.x family.
+        in_parts: whether self- and cross-attention are units of their own.
 
     Raises:
         SourceError: the UNet is of another family, or its skip connections do not match.
@@ -65,7 +70,10 @@ def topology(unet: "UNet2DConditionModel") -> tuple[Unit, ...]:
             inputs = (x, skips.pop())
         if kind in _CONDITION:
             branch = f"{name}{BRANCH}"
-            units.append(Unit(name=branch, kind=f"{kind} branch", inputs=(*inputs, _CONDITION[kind])))
+            if in_parts and kind == "attention":
+                units += part_units(name, x)
+            else:
+                units.append(Unit(name=branch, kind=f"{kind} branch", inputs=(*inputs, _CONDITION[kind])))
             inputs = (*inputs, branch)
         units.append(Unit(name=name, kind=kind, inputs=inputs))
         x = name

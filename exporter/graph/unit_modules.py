@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from engines.bundle.manifest import Unit
-from engines.bundle.names import BRANCH, NOISE, TIME
+from engines.bundle.names import ATTENTION, BRANCH, NOISE, TIME
+from exporter.graph.attention_parts import PART_PATHS, part_module, picture, tokens
 from exporter.graph.condconv import FORM, Form, exported
 from tuning.surgery.condconv import CondConvResnet
 from tuning.surgery.units import unit_modules
@@ -108,10 +109,10 @@ class AttentionBranch(nn.Module):
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         height, width = x.shape[2:]
         x = self.norm(x)
-        x = self.before(_tokens(x)) if self.linear else _tokens(self.before(x))
+        x = self.before(tokens(x)) if self.linear else tokens(self.before(x))
         for block in self.blocks:
             x = block(x, encoder_hidden_states=text)
-        result: Tensor = _picture(self.after(x), height, width) if self.linear else self.after(_picture(x, height, width))
+        result: Tensor = picture(self.after(x), height, width) if self.linear else self.after(picture(x, height, width))
         return result
 
 
@@ -124,17 +125,6 @@ class AttentionSum(nn.Module):
 
 def _joined(inputs: Sequence[Tensor]) -> Tensor:
     return inputs[0] if len(inputs) == 1 else torch.cat(list(inputs), dim=1)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    rows, channels, height, width = x.shape
-    return x.reshape(rows, channels, height * width).transpose(1, 2)
-
-
-def _picture(x: Tensor, height: int, width: int) -> Tensor:
-    rows, _, channels = x.shape
-    result: Tensor = x.transpose(1, 2).reshape(rows, channels, height, width)
-    return result
 
 
 class Head(nn.Module):
@@ -151,21 +141,37 @@ class Head(nn.Module):
         return result.float()
 
 
-def paths_of(unet: "UNet2DConditionModel", name: str) -> tuple[str, ...]:
-    """The UNet's submodules that the unit of that name is made of."""
+def paths_of(unet: "UNet2DConditionModel", name: str, in_parts: bool = False) -> tuple[str, ...]:
+    """The UNet's submodules that the unit of that name is made of; ``in_parts`` where transformers are cut."""
     if name == TIME:
         return ("time_embedding",)
     if name == NOISE:
         return "conv_norm_out", "conv_out"
+    transformer, part = _part_of(name)
+    if in_parts and part:
+        path = unit_modules(unet)[transformer]
+        return tuple(f"{path}.{inside}" for inside in PART_PATHS[part])
     return (unit_modules(unet)[name.removesuffix(BRANCH)],)
 
 
-def unit_module(unet: "UNet2DConditionModel", name: str) -> nn.Module:
-    """The module that computes the unit of that name; it shares the UNet's weights."""
+def unit_module(unet: "UNet2DConditionModel", name: str, in_parts: bool = False) -> nn.Module:
+    """The module that computes the unit of that name; it shares the UNet's weights.
+
+    Args:
+        unet: whose unit.
+        name: of the unit.
+        in_parts: whether the UNet's transformers are cut into parts.
+
+    Raises:
+        SourceError: a transformer cannot be cut.
+    """
     if name == TIME:
         return Time(unet)
     if name == NOISE:
         return Head(unet)
+    transformer, part = _part_of(name)
+    if in_parts and part:
+        return part_module(unet.get_submodule(unit_modules(unet)[transformer]), transformer, part)
     is_branch = name.endswith(BRANCH)
     module: nn.Module = unet.get_submodule(*paths_of(unet, name))
     kind = kind_of(name.removesuffix(BRANCH))
@@ -178,6 +184,12 @@ def unit_module(unet: "UNet2DConditionModel", name: str) -> nn.Module:
     if kind == "attention":
         return AttentionBranch(module) if is_branch else AttentionSum()
     return module
+
+
+def _part_of(name: str) -> tuple[str, str]:
+    """The transformer that a unit is inside of, and which part of it; nothing for other units, and for its sum."""
+    before, _, part = name.rpartition(f"{ATTENTION}.")
+    return (f"{before}{ATTENTION}", part) if before else ("", "")
 
 
 def kind_of(name: str) -> str:

@@ -19,10 +19,10 @@ from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
 from engines.bundle.manifest import Variant
-from engines.bundle.names import BRANCH, NOISE
+from engines.bundle.names import BRANCH, NOISE, attention_parts
 from engines.support.files import check_regular
 from engines.support.records import Name, Record
-from runtime.errors import PlanError
+from runtime.errors import PartitionError, PlanError
 from runtime.plans.key_steps import MODES, Mode, Threshold
 from runtime.plans.words import Found, Guidance, Predict
 
@@ -216,8 +216,14 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
             raise PlanError(f"plan {self.name}: unets end at {at:g}; the last range must end at 1")
 
 
-def matching(pattern: str, units: Sequence[str]) -> list[str]:
-    """The units that a pattern names: those it matches, and those inside a block or layer it matches."""
+def matching(pattern: str, units: Sequence[str], parts: Collection[str] = ()) -> list[str]:
+    """The units that a pattern names: those it matches, and those inside a block or layer it matches.
+
+    Of the units that are ``parts`` of others it names some only if it names no other, so that it says the same of a UNet whose
+    transformers are in one piece.
+    """
+    if parts and (whole := matching(pattern, [unit for unit in units if unit not in parts])):
+        return whole
     parts = pattern.split(".")
     for depth in (1, 3):
         if len(parts) > depth and parts[depth].startswith("-") and parts[depth][1:].isdecimal():
@@ -245,12 +251,13 @@ def inherited_features(plan: Plan, units: Sequence[str], unet: str = "") -> list
 
     Raises:
         PlanError: a pattern names no unit, a unit has no residual branch, or a rule has nothing left.
+        PartitionError: a pattern names a part of transformers that are in one piece in the UNet's bundle.
     """
     plan_and_unet = f"plan {plan.name}, UNet {unet}" if unet else f"plan {plan.name}"
     taken: frozenset[str] = frozenset()
     found = []
     for number, rule in enumerate(plan.rules):
-        features = _named(rule, units, f"{plan_and_unet}: rules.{number}") - taken
+        features = _named(rule, units, unet, f"{plan_and_unet}: rules.{number}") - taken
         if not features:
             raise PlanError(f"{plan_and_unet}: rules.{number} inherits nothing: rules before it inherit all that it names")
         found.append(features)
@@ -258,10 +265,14 @@ def inherited_features(plan: Plan, units: Sequence[str], unet: str = "") -> list
     return found
 
 
-def _named(rule: Rule, units: Sequence[str], where: str) -> frozenset[str]:
+def _named(rule: Rule, units: Sequence[str], unet: str, where: str) -> frozenset[str]:
     found: set[str] = set()
+    parts = frozenset(attention_parts(units))
     for pattern in rule.units:
-        named = matching(pattern, units)
+        named = matching(pattern, units, parts)
+        if not named and matching(pattern, attention_parts(units)):
+            reason = "a part of attentions, which in this bundle are in one piece"
+            raise PartitionError(f"{where}.units names {pattern!r}, {reason}", unet)
         if not named:
             shown = ", ".join(unit for unit in units if not unit.endswith(BRANCH))
             raise PlanError(f"{where}.units names {pattern!r}, which this UNet does not have; its units: {shown}")

@@ -110,6 +110,12 @@ def _adaptive(text: str) -> Plan:
     return Plan(name="", rules=(Rule(units=("up.-2",), when=Threshold(above=_change(text))),))
 
 
+def _tgate(text: str) -> Plan:
+    # What cross-attention adds is computed for the last time at the first step of the rest of the schedule.
+    when = Explicit(steps=(0,))
+    return Plan(name="", rules=(Rule(units=("*.attention.cross",), kind="residual", when=when, start=_share(text)),))
+
+
 # Which units each level inherits is this project's choice where A-SDM is silent; DeepCache's and Faster Diffusion's are theirs.
 PRESETS = {
     "full": Preset("full", "there are none: every step computes all", "full", _full),
@@ -127,6 +133,7 @@ PRESETS = {
     "adaptive": Preset("adaptive:X", "as block; key steps as the stem changes by X", "adaptive:0.3", _adaptive),
     "forecast": Preset("forecast:N", "as deepcache; features are forecast", "forecast:3", _forecast),
     "skip": Preset("skip:N", "run nothing; the picture is forecast", "skip:2", _skip),
+    "tgate": Preset("tgate:X", "after X of the steps, keep cross-attention", "tgate:0.4", _tgate),
     "guide": Preset("guide:N", "evaluate the prompt alone, not both halves", "guide:2", _guide),
     "switch": Preset("switch:X", "the assembled UNet for the first X of noise", "switch:0.4", _switch),
 }  # fmt: skip

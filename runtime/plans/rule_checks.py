@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from engines.bundle.manifest import Feature
-from engines.bundle.names import TEXT
+from engines.bundle.names import TEXT, attention_parts
 from runtime.errors import PartitionError, PlanError
 from runtime.plans.demand import demand
 from runtime.plans.key_steps import Threshold
@@ -46,7 +46,8 @@ def _check_given_out(layout: Layout, unet: str, feature: str, where: str) -> Non
     if feature in outputs:
         return
     message = f"{where}, which no segment of UNet {unet} gives out; choose from: {', '.join(outputs)}"
-    raise PartitionError(message, unet) if feature in manifest.unet_units else PlanError(message)
+    units = manifest.unet_units
+    raise PartitionError(message, unet) if feature in {*units, *attention_parts(units)} else PlanError(message)
 
 
 def _check_made_before(layout: Layout, unet: str, feature: str, inherited: frozenset[str], where: str) -> None:

@@ -4,7 +4,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from engines import Bundle, Manifest
-from runtime.errors import PlanError, RequestError
+from runtime.errors import PartitionError, PlanError, RequestError
 from runtime.execution.siblings import find_sibling, partitioned_by_unit
 from runtime.plans.checks import check_runs
 from runtime.plans.presets import PRESETS, find_plan
@@ -42,7 +42,10 @@ def list_plans(bundle: Bundle | None, steps: int) -> Table:
 
 
 def _cost(bundle: Bundle, name: str, steps: int) -> str:
-    """MACs relative to full, as a range where steps are decided while running; ``*`` where the segments cannot run it."""
+    """MACs relative to full, as a range where steps are decided while running; ``*`` where the segments cannot run it.
+
+    Where the plan names parts of attentions that are in one piece in the bundle, nobody knows the parts' MACs.
+    """
     plan, variant = find_plan(name), bundle.manifest.variant
     timesteps = [1000 * (1 - step / steps) for step in range(steps)]
     try:
@@ -50,6 +53,8 @@ def _cost(bundle: Bundle, name: str, steps: int) -> str:
         unets = {part: find_sibling(bundle, part, plan, timesteps).manifest for part in parts}
         apart = {part: partitioned_by_unit(manifest) for part, manifest in unets.items()}
         schedule = Schedule(plan, apart, timesteps, guided=True)
+    except PartitionError:
+        return "*"
     except PlanError:  # this UNet is too small for it, or has no sibling
         return "-"
     full, fitting = variant if variant in unets else None, _fitting(schedule, unets)

@@ -115,7 +115,8 @@ def _check_cluster(address: str) -> None:
     host = address.removeprefix("ray://")
     if ":" not in host:
         return
-    import grpc
+    need("grpc", "--ray-address", "ray", ServingError)
+    import grpc  # type: ignore[import-untyped]
 
     with grpc.insecure_channel(host) as channel:
         try:

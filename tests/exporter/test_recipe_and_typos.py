@@ -147,6 +147,10 @@ def test_a_plan_costs_the_same_in_each_list_of_plans(tmp_path: Path) -> None:
     costs = {name: (inspected[preset.example], listed[name]) for name, preset in PRESETS.items()}
     assert {name: cost for name, cost in costs.items() if cost[0] not in {cost[1], "-"}} == {}
     assert {"full", "block", "deepcache", "adaptive", "skip", "guide"} <= {name for name, cost in costs.items() if cost[0] != "-"}
+    assert costs["tgate"] == ("-", "*"), "a bundle for it can be built, and only that one has the MACs of parts of attentions"
+    assert dict(zip(*(list(column.cells) for column in _plans(bundle.manifest).columns[:2]), strict=True))["tgate:0.4"] == (
+        "other partition"
+    )
 
 
 def test_the_vae_counts_in_the_time_left() -> None:

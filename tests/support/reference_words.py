@@ -21,7 +21,11 @@ from tests.support.reference_script import _first, _like, _shortcut
 
 @dataclass(frozen=True)
 class Rule:
-    """Modules by diffusers path that inherit at all but the key steps; ``damping`` where they are forecast, from ``start`` on."""
+    """Modules by diffusers path that inherit at all but the key steps; ``damping`` where they are forecast, from ``start`` on.
+
+    The ``kind`` is output or residual; of an attention inside a transformer (``attn1``, ``attn2``) also sum: what it is added to
+    is inherited with it.
+    """
 
     paths: Sequence[str]
     keys: Collection[int]
@@ -70,10 +74,16 @@ class _Hook:
 
     def __init__(self, rule: Rule) -> None:
         self.rule, self.history, self.index = rule, _History(rule.damping), 0
+        self.stream = torch.zeros(())
+
+    def look(self, norm: nn.Module, args: Any) -> None:
+        """Before the norm of an attention: what the attention's output is going to be added to."""
+        self.stream = args[0]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         tensor = _first(output)
         past = _shortcut(module, args, kwargs) if self.rule.kind == "residual" else torch.zeros(())
+        past = -self.stream if self.rule.kind == "sum" else past
         if self.index == self.rule.start:
             self.history = _History(self.rule.damping)
         if self.index in self.rule.keys:
@@ -93,6 +103,8 @@ class _Half:
         with ExitStack() as stack:
             for path, hook in self._hooks:
                 hook.index = index
+                if hook.rule.kind == "sum":
+                    stack.callback(modules[path.replace(".attn", ".norm")].register_forward_pre_hook(hook.look).remove)
                 stack.callback(modules[path].register_forward_hook(hook, with_kwargs=True).remove)
             return self._unet(sample, timestep, encoder_hidden_states=self._text).sample
 

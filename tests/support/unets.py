@@ -14,6 +14,7 @@ from engines import Manifest, Segment
 from engines.bundle.manifest import Feature
 from engines.bundle.names import SAMPLE, TEXT, TIMESTEP
 from engines.torch_program import ModuleRunner
+from exporter.graph.attention_parts import asks_for_parts
 from exporter.graph.partition import Granularity, partition
 from exporter.graph.topology import depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule, unit_module
@@ -73,14 +74,15 @@ def manifest_of(
     plans: Sequence[str | Plan] = ("block:2", "deepcache:2"),
 ) -> Manifest:
     """The manifest of a bundle that has this UNet and nothing else, and no files."""
-    units = topology(unet)
-    names = [unit.name for unit in units]
-    modules = {name: unit_module(unet, name) for name in names}
+    found = [find_plan(plan) for plan in plans]
+    in_parts = asks_for_parts(found, [unit.name for unit in topology(unet)])
+    units = topology(unet, in_parts)
+    modules = {unit.name: unit_module(unet, unit.name, in_parts) for unit in units}
     side = unet.config.sample_size
     measured, features = infer_shapes_and_macs(units, modules, unet_inputs(unet), {"height": side, "width": side})
     return make_manifest(
         units=tuple(measured),
-        segments=partition(units, granularity, [find_plan(plan) for plan in plans]),
+        segments=partition(units, granularity, found),
         features=features,
         sizes=((8 * side, 8 * side),),
         size_multiple=8 * depth_factor(unet),
@@ -114,7 +116,9 @@ def make_manifest(**fields: Any) -> Manifest:
 def segment_module(unet: UNet2DConditionModel, manifest: Manifest, segment: Segment) -> SegmentModule:
     """The live torch module of a segment."""
     units = [unit for unit in manifest.units if unit.name in segment.units]
-    return SegmentModule(units, {name: unit_module(unet, name) for name in segment.units}, segment.inputs, segment.outputs)
+    in_parts = any(unit.kind == "cross-attention" for unit in manifest.units)
+    modules = {name: unit_module(unet, name, in_parts) for name in segment.units}
+    return SegmentModule(units, modules, segment.inputs, segment.outputs)
 
 
 def live_network(unet: UNet2DConditionModel, manifest: Manifest) -> LoadedBundle:

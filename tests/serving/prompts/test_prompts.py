@@ -67,7 +67,7 @@ def test_each_line_gets_the_picture_that_it_would_get_alone(prompts: Command, he
     ]
     alone = mini_pipeline.generate(Request("a green ring", steps=2, plan="deepcache:2", seed=7))
     with Image.open(here / "pictures/00000002.png") as made, Image.open(here / "pictures/00000003-01.png") as other:
-        assert np.array_equal(made, alone.image), "nothing of its kind is beside it"
+        assert np.array_equal(np.asarray(made), np.asarray(alone.image)), "nothing of its kind is beside it"
         told = {name: value for name, value in made.info.items() if name != "request"}
         assert told == alone.metadata()
         assert (other.info["seed"], other.info["prompt"]) == ("3", "a yellow square")  # line 3 begins with seed 2
@@ -83,7 +83,7 @@ def test_a_batch_of_lines_is_the_same_call_of_generate_bit_for_bit(
     whole = mini_pipeline.generate(Request(shown, [""] * 3, seed=[9, 8, 7], steps=4, plan="deepcache:2"))
     for number, image in enumerate(whole.images, 1):
         with Image.open(here / f"pictures/{number:08}.png") as made:
-            assert np.array_equal(made, image)
+            assert np.array_equal(np.asarray(made), np.asarray(image))
 
 
 def test_runtime_hands_a_file_of_prompts_over_and_both_make_the_same_picture(
@@ -96,7 +96,7 @@ def test_runtime_hands_a_file_of_prompts_over_and_both_make_the_same_picture(
     assert runtime("--prompts=p.txt", *given, "--out", "pictures").out[-1] == "0 made, 1 there already, 0 not made"
     assert runtime("a green ring", *given, "-o", "alone.png").code == 0
     with Image.open(here / "pictures/00000001.png") as made, Image.open(here / "alone.png") as alone:
-        assert np.array_equal(made, alone)
+        assert np.array_equal(np.asarray(made), np.asarray(alone))
 
 
 @pytest.fixture
