@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from engines import Bundle, engine_class
 from engines.support.extras import need
+from engines.support.files import expanded, is_folder
 from runtime import load
 from serving.command.api_key import read_key
 from serving.errors import BusyError, ServingError, StoppingError
-from serving.fetching import bundle_folder
+from serving.fetching import COPY, bundle_folder
 from serving.http.keys import check_key
 from serving.limits import Limits
 from serving.queueing.service import Service
@@ -51,6 +53,9 @@ class Arguments(BaseModel):
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
     """With as many as at least, their number is fixed; otherwise it follows how many requests wait."""
+    upscale_after: float = Field(default=30, ge=0)
+    downscale_after: float = Field(default=600, ge=0)
+    """Seconds that more or fewer requests have to last before there are more or fewer replicas."""
     cpus: float = Field(default=1, ge=0)
     """Cores of each replica."""
     gpus: float = Field(default=0, ge=0)
@@ -72,7 +77,8 @@ class Arguments(BaseModel):
 
 
 def app(args: Arguments) -> "Application":
-    """The application; raises ServingError where Ray is not installed, or for arguments that contradict each other.
+    """The application; raises ServingError where Ray is not installed, or for arguments that contradict each other; EngineError
+    for an engine that there is not; BundleError for a bundle that lies on this machine and is none.
 
     Where it is deployed again with other arguments, Ray Serve replaces one replica after another, and each finishes what it has.
     The bundle is part of the replicas' ``user_config``: where that alone is changed, in Ray Serve's configuration, they load the
@@ -83,6 +89,10 @@ def app(args: Arguments) -> "Application":
 
     if args.min_replicas > args.max_replicas:
         raise ServingError(f"min_replicas={args.min_replicas} max_replicas={args.max_replicas}: give at least as many as most")
+    engine_class(args.engine)
+    folder = expanded(args.bundle.removeprefix(COPY))
+    if is_folder(folder):  # otherwise it may be on others
+        Bundle.open(folder)
     ongoing = 4 * args.batch  # one batch is made, and the next ones wait beside it
     scale: dict[str, Any] = (
         {"num_replicas": args.max_replicas}
@@ -92,6 +102,9 @@ def app(args: Arguments) -> "Application":
                 "min_replicas": args.min_replicas,
                 "max_replicas": args.max_replicas,
                 "target_ongoing_requests": args.batch,
+                "upscale_delay_s": args.upscale_after,
+                "downscale_delay_s": args.downscale_after,
+                "look_back_period_s": max(1.0, min(30.0, args.upscale_after)),
             }
         }
     )
