@@ -119,7 +119,10 @@ def app(args: Arguments) -> "Application":
         **scale,
     )(Pictures)
     front = serve.deployment(
-        num_replicas=args.fronts, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=args.queue + ongoing * args.max_replicas
+        num_replicas=args.fronts,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=args.queue + ongoing * args.max_replicas,
+        graceful_shutdown_timeout_s=args.timeout,  # what it waits for is not lost where it is replaced
     )(Front)
     return front.bind(pictures.bind(args.engine, args.limits), args.limits, args.tries)
 
