@@ -19,6 +19,7 @@ from runtime import load
 from serving.command.api_key import read_key
 from serving.errors import BusyError, ServingError, StoppingError
 from serving.fetching import COPY, bundle_folder
+from serving.http.body import Bodies, read_body
 from serving.http.keys import check_key
 from serving.limits import Limits
 from serving.queueing.service import Service
@@ -118,7 +119,10 @@ def app(args: Arguments) -> "Application":
         **scale,
     )(Pictures)
     front = serve.deployment(
-        num_replicas=args.fronts, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=args.queue + ongoing * args.max_replicas
+        num_replicas=args.fronts,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=args.queue + ongoing * args.max_replicas,
+        graceful_shutdown_timeout_s=args.timeout,  # what it waits for is not lost where it is replaced
     )(Front)
     return front.bind(pictures.bind(args.engine, args.limits), args.limits, args.tries)
 
@@ -209,13 +213,12 @@ class Front:
 
     def __init__(self, pictures: Any, limits: Limits, tries: int) -> None:
         self._pictures, self._limits, self._tries = pictures, limits, tries
-        self._key = read_key(None)
+        self._key, self._bodies = read_key(None), Bodies(limits)
 
     async def __call__(self, http: "HttpRequest") -> "Response":
         """The answer to a call of HTTP."""
         from starlette.responses import JSONResponse, Response
 
-        from serving.http.body import read_body
         from serving.http.faults import answer
 
         path, form = http.url.path, _PLACES.get(http.url.path)
@@ -224,8 +227,9 @@ class Front:
                 return JSONResponse({"status": "ok"})
             self._check_key(http.headers.get("authorization", ""))
             if form is not None and http.method == "POST":
-                body = await read_body(http, self._limits)
-                status, headers, content = await self._retried(lambda: self._pictures.answer.remote(form, body))
+                with self._bodies.room_for(http):
+                    body = await read_body(http, self._limits)
+                    status, headers, content = await self._retried(lambda: self._pictures.answer.remote(form, body))
                 return Response(content, status, headers)
             if path == "/v1/models":
                 names = await self._retried(self._pictures.models.remote)

@@ -8,16 +8,19 @@ import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import ValidationError
+from starlette.requests import Request as HttpRequest
 
 from engines import Bundle, BundleError, EngineError
 from serving import Limits, ServingError
 from serving.errors import StoppingError
 from serving.fetching import bundle_folder
-from serving.ray_app import Arguments, Pictures, app
+from serving.ray_app import Arguments, Front, Pictures, app
 from tests.support.commands import contents
 from tests.support.gated import PATIENCE
 
@@ -70,6 +73,35 @@ def test_mistakes_are_answered_by_the_replica(mini_bundle: Bundle) -> None:
         pictures.service.end()
 
     asyncio.run(course())
+
+
+def test_the_front_holds_no_more_bodies_than_fit_and_hands_on_what_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    exceptions = pytest.importorskip("ray").exceptions
+    monkeypatch.setattr("serving.ray_app._PAUSE", 0.0)
+    dies, release = [True, True, False], asyncio.Event()
+
+    async def held(form: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        if dies and dies.pop(0):
+            raise exceptions.RayActorError
+        await release.wait()
+        return 200, {"content-type": "application/json"}, body
+
+    front = Front(SimpleNamespace(answer=SimpleNamespace(remote=held)), Limits(body=len(BODY)), 3)
+
+    async def course() -> list[int]:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await (await front(HttpRequest(scope, receive)))(scope, receive, send)
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front") as client:
+            headers = {"content-type": "application/json"}
+            calls = [asyncio.create_task(client.post("/generate", content=BODY, headers=headers)) for _ in range(9)]
+            while not any(call.done() for call in calls):
+                await asyncio.sleep(0.01)
+            release.set()
+            return sorted(answer.status_code for answer in await asyncio.gather(*calls))
+
+    assert asyncio.run(course()) == [200] * 8 + [429]
+    assert not dies
 
 
 @pytest.mark.parametrize("given", [{}, {"bundle": "b", "batch": 0}, {"bundle": "b", "gpu": 1}, {"bundle": "b", "cpus": -1}])
