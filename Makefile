@@ -17,7 +17,7 @@ export PROMPT
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-fast coverage lint format bench table plans bench-trt gpu-check clean
+.PHONY: help demo test suite test-fast coverage lint style types format bench table plans bench-trt gpu-check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +26,10 @@ demo: $(VENV)/.installed-core ## build the embedded model's engines, draw PROMPT
 	$(BIN)/python -m exporter build --source mini --variant original --force
 	$(BIN)/python -m runtime "$$PROMPT" --bundle bundles/mini-original --plan deepcache:3 --compare full -o demo.png
 
-test: lint ## everything that must hold: lint, types, tests
+test: style ## everything that must hold: lint, types, tests
+	$(MAKE) --no-print-directory --jobs 2 types suite # mypy is one process: beside the tests it takes no time of its own
+
+suite: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 test-fast: $(VENV)/.installed-test ## the tests that build nothing and take little: two minutes
@@ -35,9 +38,13 @@ test-fast: $(VENV)/.installed-test ## the tests that build nothing and take litt
 coverage: $(VENV)/.installed-test ## which lines the tests run, in subprocesses too; takes longer
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
-lint: $(VENV)/.installed-test ## ruff and mypy
+lint: style types ## ruff and mypy
+
+style: $(VENV)/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 format: $(VENV)/.installed-test ## mend what ruff can mend

@@ -1,11 +1,11 @@
 """PyTorch's tracer and its ONNX exporter without what they would do in vain for every segment: half the time of a build.
 
-The tracer finds out the shape of a norm's result by the arithmetic that makes up a norm, and looks for operands of the same
-shapes, which are formulas, in all that it has seen. The optimiser tries every rule at every node. The exporter rebuilds its
-registry of operators at each export, runs the program a second time to see where operands are of unlike dtypes, and traces it a
-third time to decompose operators that it cannot write. The segments have none of those but changes of dtype, which are rewritten
-here. All are internals of PyTorch and onnxscript: where these are not as they are known here, or a program has an operator that
-is not, they are left to do as they do.
+The tracer finds out the shape of a norm's result by the arithmetic that makes up a norm, looks for operands of the same shapes,
+which are formulas, in all that it has seen, and notes the lines of code that led to each operator. The optimiser tries every rule
+at every node. The exporter rebuilds its registry of operators at each export, runs the program a second time to see where dtypes
+of operands are unlike, and traces it a third time to decompose operators that it cannot write. Segments have none of those but
+changes of dtype, which are rewritten here. All are internals of PyTorch and onnxscript: where these are not as they are known
+here, or a program has an operator that is not, they are left to do as they do.
 """
 
 import copy
@@ -63,12 +63,14 @@ def quick_trace() -> Iterator[None]:
     try:
         from torch._decomp import decomposition_table
         from torch._dynamo import config
+        from torch.fx import config as recorded
 
         without_memory = config.patch(fake_tensor_cache_enabled=False)
+        without_lines = patch.object(recorded, "do_not_emit_stack_traces", True, create=True)
     except (ImportError, AttributeError):
         yield
         return
-    with without_memory, patch.dict(decomposition_table, _NORMS):
+    with without_memory, without_lines, patch.dict(decomposition_table, _NORMS):
         yield
 
 

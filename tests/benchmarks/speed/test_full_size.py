@@ -136,6 +136,7 @@ def test_the_cut_bundle_and_the_files_in_one_piece_predict_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_commands")
 def test_settings_of_onnx_runtime(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
