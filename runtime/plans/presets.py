@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.bundle.names import NOISE
+from engines.bundle.names import BRANCH, NOISE
 from engines.support.spelling import did_you_mean
 from runtime.errors import PlanError
 from runtime.plans.key_steps import Back, Explicit, Front, Mode, Quadratic, Random, Threshold, Uniform
@@ -110,6 +110,11 @@ def _adaptive(text: str) -> Plan:
     return Plan(name="", rules=(Rule(units=("up.-2",), when=Threshold(above=_change(text))),))
 
 
+def _first(text: str) -> Plan:
+    when = Threshold(above=_change(text), feature=f"down.0.layer.0.attention{BRANCH}")
+    return Plan(name="", rules=(Rule(units=("up.-1.layer.-2",), when=when),))
+
+
 def _tgate(text: str) -> Plan:
     # What cross-attention adds is computed for the last time at the first step of the rest of the schedule.
     when = Explicit(steps=(0,))
@@ -131,6 +136,7 @@ PRESETS = {
     "back": Preset("back:N", "as deepcache; key steps dense late", "back:3", _spaced(Back)),
     "random": Preset("random:N", "as deepcache; key steps at random, a control", "random:3", _spaced(Random)),
     "adaptive": Preset("adaptive:X", "as block; key steps as the stem changes by X", "adaptive:0.3", _adaptive),
+    "first": Preset("first:X", "as deepcache; key steps as the first attention", "first:0.3", _first),
     "forecast": Preset("forecast:N", "as deepcache; features are forecast", "forecast:3", _forecast),
     "skip": Preset("skip:N", "run nothing; the picture is forecast", "skip:2", _skip),
     "tgate": Preset("tgate:X", "after X of the steps, keep cross-attention", "tgate:0.4", _tgate),
