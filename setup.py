@@ -10,8 +10,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-MODELS = ("mini", "sd15", "sd21")
-"""The embedded model, and the configurations of the families. What was left of their training stays in the repository."""
+MODELS = ("emoji", "mini", "sd15", "sd21")
+"""The embedded models, and the configurations of the families. What was left of their training stays in the repository."""
 
 
 def files() -> Iterator[Path]:

@@ -32,6 +32,7 @@ else:
 __all__ = [
     "DTYPES",
     "ENGINES",
+    "ON_ONNX",
     "Bundle",
     "BundleError",
     "Engine",
@@ -49,11 +50,16 @@ __all__ = [
 
 ENGINES = {
     "onnxruntime": "engines.ort.engine:OnnxRuntime",
+    "openvino": "engines.openvino.engine:OpenVINO",
+    "openvino-bf16": "engines.openvino.engine:OpenVINOBfloat16",
     "tensorrt": "engines.tensorrt.engine:TensorRT",
     "tensorrt-rtx": "engines.tensorrt.engine:TensorRTRTX",
     "torch": "engines.torch_program:Torch",
     "null": "engines.null:Null",
 }
+
+ON_ONNX = ("onnxruntime", "openvino", "openvino-bf16")
+"""Those that run the ONNX files of any bundle."""
 
 
 def engine_class(name: str) -> type[Engine]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from engines.bundle.folder import Bundle
-from engines.bundle.manifest import Feature, Segment
+from engines.bundle.manifest import Feature, Segment, VaePrecision
 from engines.bundle.shapes import bind, resolve
 from engines.cuda.graphs import Recorder
 from engines.errors import EngineError, NeedsBuildError
@@ -137,6 +137,9 @@ class Engine(ABC):
 
     has_bfloat16: ClassVar[bool] = True
     """Whether segments may compute in bfloat16."""
+
+    computes_in: ClassVar[VaePrecision | None] = None
+    """The precision that the engine computes every segment in; None where it is the one that a segment was built in."""
 
     targets_allowed: ClassVar[tuple[str, ...]] = ()
     """The compute capabilities a user may name for ``compile``, such as ``sm89``; empty where there is no choice."""

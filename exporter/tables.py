@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from engines import Bundle, Manifest, Segment
+from engines import ON_ONNX, Bundle, Manifest, Segment
 from engines.support.tables import fit
 from runtime.advice import for_plan_too
 from runtime.errors import PartitionError, PlanError
@@ -121,6 +121,7 @@ def show_bundle(bundle: Bundle, console: Console) -> None:
     sizes = ", ".join(f"{height}x{width}" for height, width in manifest.sizes)
     images = f"exactly {manifest.max_images} (static)" if manifest.static else f"up to {manifest.max_images}"
     console.print(f"sizes {sizes} (multiples of {manifest.size_multiple}), {images} images per call", highlight=False)
+    console.print(f"its ONNX files run in {', '.join(ON_ONNX)}", highlight=False, soft_wrap=True)
     console.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.made_with.items()), highlight=False)
 
 

@@ -15,8 +15,8 @@ from runtime.plans.plan import Plan
 __all__ = ["add_precision_advice", "build_advice", "for_plan_too", "missing_bundle", "rebuild_advice", "wider_vae"]
 
 _BUILD = "python -m exporter build"
-_EMBEDDED = "mini-"
-"""The beginning of the names of the embedded model's bundles, before the variant."""
+_EMBEDDED = ("mini", "emoji")
+"""The embedded models: with a hyphen, the beginnings of the names of their bundles, before the variant; the default first."""
 _BY_DEFAULT = {"full", "block", "adaptive", "deepcache", "quadratic", "front", "back", "random"}
 """Presets that a bundle can run as it is built by default."""
 
@@ -55,15 +55,15 @@ def for_plan_too(bundle: Bundle, plan: str, engine: str = "onnxruntime") -> str:
 def missing_bundle(folder: Path | None, plan: Plan, engine: str) -> BundleError:
     """An error that says how to build a bundle that is not there: the one that the folder's name means, for plan and engine."""
     where = f"no bundle at {folder}" if folder else "no bundle in ./bundles"
-    embedded = folder is None or folder.name.startswith(_EMBEDDED)
-    variant = folder.name.removeprefix(_EMBEDDED) if folder and embedded else "original"
+    source, _, variant = (folder.name if folder else f"{_EMBEDDED[0]}-original").partition("-")
+    embedded = source in _EMBEDDED and bool(variant)
     options = [] if engine == "onnxruntime" else [f"--engine {engine}"]
     if plan.rules and plan.name.partition(":")[0] not in _BY_DEFAULT:
         options.append(f"--granularity block --plan {plan.option}")
     if (folder is not None and folder != Path("bundles") / folder.name) or not embedded:
         options.append(f"--out {quote(str(folder))}")
-    source = "mini" if embedded else "CHECKPOINT"
-    return BundleError(f"{where}; build it with: {' '.join([f'{_BUILD} --source {source} --variant {variant}', *options])}")
+    asked = f"--source {source} --variant {variant}" if embedded else "--source CHECKPOINT --variant original"
+    return BundleError(f"{where}; build it with: {' '.join([f'{_BUILD} {asked}', *options])}")
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def load(bundle: str | Path | None = None, engine: str = "onnxruntime", plan: st
 
     Args:
         bundle: a bundle's folder, in which ``~`` is one's home; None for the one in ``./bundles`` that was built last.
-        engine: onnxruntime, tensorrt, tensorrt-rtx or torch.
+        engine: onnxruntime, openvino, openvino-bf16, tensorrt, tensorrt-rtx or torch.
         plan: what it is to run; only what is said where there is no bundle depends on it.
 
     Raises:

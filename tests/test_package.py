@@ -162,7 +162,7 @@ def test_the_doctor_writes_for_a_terminals_width(width: int, tmp_path: Path) -> 
 def test_the_doctor_lists_bundles_and_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = examine(tmp_path)
     assert found["engines"]["onnxruntime"].startswith("can run: ")
-    assert set(found["engines"]) >= {"torch", "tensorrt", "tensorrt-rtx"}
+    assert set(found["engines"]) >= {"openvino", "openvino-bf16", "torch", "tensorrt", "tensorrt-rtx"}
     assert found["bundles"] == {}
     assert found["next"] == "python -m exporter build --source mini --variant original"
     (tmp_path / "broken").mkdir()

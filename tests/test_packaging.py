@@ -24,6 +24,7 @@ OPTIONAL = [
     "tensorrt",
     "tensorrt_rtx",
     "onnxruntime",
+    "openvino",
     "polygraphy",
     "matplotlib",
     "scipy",

@@ -135,7 +135,7 @@ def _bundle(engines: Any, folder: Path) -> str:
         manifest = engines.Bundle.open(folder).manifest
     except Exception as error:
         return f"damaged: {_line(error)}"
-    built = sorted({"onnxruntime", *(name for segment in manifest.segments for name in segment.engines)})
+    built = sorted({*engines.ON_ONNX, *(name for segment in manifest.segments for name in segment.engines)})
     made = "" if manifest.distilled else ", never distilled: its pictures suffer"
     return f"{manifest.variant} UNet of {manifest.source}, {manifest.precision}, for {', '.join(built)}{made}"
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from benchmarks.end_to_end.plots import plot_all
 from benchmarks.end_to_end.prepare import built, environment_of, written_pipeline
 from benchmarks.end_to_end.report import terminal_table, write_all
 from benchmarks.end_to_end.rows import Row, Settings, rows_of
+from benchmarks.end_to_end.timeline import Span, plot_timeline
 from benchmarks.end_to_end.worker import Subject, SubjectError
 from benchmarks.gpu.card import card_state, check_engines
 from benchmarks.peers import OURS
@@ -24,11 +25,13 @@ from engines.errors import UserError
 from runtime import Schedule, find_plan
 from runtime.images.schedulers import make_scheduler
 from runtime.report.cost import full_macs, relative_macs
+from tuning.embedded import EXAMPLES
 
 __all__ = ["build", "measured"]
 
-PROMPTS = {"mini": "a red star on a blue background"}
 PROMPT = "a lighthouse on a cliff at dusk, oil painting"
+_MOST_LINES = 6
+"""Of a timeline."""
 
 
 def build(settings: Settings, variant: str, console: Console) -> Bundle:
@@ -58,8 +61,20 @@ def measured(settings: Settings, name: str, out: Path, console: Console, *, resu
         run.all_rows()
     except KeyboardInterrupt:
         console.print("interrupted; the rows so far are reported, and the same command with --resume goes on")
+    else:
+        path = out / f"{name}-timeline.png"
+        if settings.device == "cpu" and not (resume and path.exists()):
+            _draw_timeline(run, path, name, console)
     figures = figures_of(rows, log.samples, {row: _known(row, settings, bundles) for row in rows})
     return _report(figures, name, out, settings, console)
+
+
+def _draw_timeline(run: "_Run", path: Path, title: str, console: Console) -> None:
+    """One more picture of each plan, segment by segment."""
+    try:
+        plot_timeline(run.timeline(), path, title)
+    except (UserError, SubjectError) as error:
+        console.print(f"no timeline: {error}", highlight=False, soft_wrap=True)
 
 
 class _Run:
@@ -71,7 +86,7 @@ class _Run:
         self._made, self._started = 0, time.monotonic()
         manifest = bundles["original"].manifest
         height, width = settings.size or manifest.sizes[0]
-        prompt = settings.prompt or PROMPTS.get(settings.source, PROMPT)
+        prompt = settings.prompt or EXAMPLES.get(settings.source, PROMPT)
         self._call = Call(prompt, settings.steps, manifest.guidance_scale, 0, height, width, settings.batch)
 
     def all_rows(self) -> None:
@@ -83,7 +98,7 @@ class _Run:
             base = next((row for row in rows if row.is_base and row.engine == own[0].engine), first)
             measure(own, base, self._start, self._call, self._settings, self._log, self._tell)
 
-    def _start(self, row: Row) -> Subject:
+    def _start(self, row: Row, *, timeline: bool = False) -> Subject:
         """The process of a row's subject, with what it needs made first. Raises SubjectError."""
         settings, say = self._settings, partial(self._console.print, highlight=False, soft_wrap=True)
         scratch = settings.work / "scratch"
@@ -102,7 +117,20 @@ class _Run:
                 raise SubjectError(str(error)) from error
             folder = written_pipeline(settings, say)
         options |= {"work": str(folder.parent.resolve() / f"{folder.name}-exported"), **dict(row.peer.settings)}
+        options["timeline"] = timeline
         return Subject(row.peer.module, folder, options, python, settings.work / "logs" / f"{'-'.join(row.subject)}.log")
+
+    def timeline(self) -> dict[str, list[Span]]:
+        """When each segment runs under each plan: of the first variant, on the first engine."""
+        rows = [row for row in self._rows if row.peer is OURS and not row.reason]
+        rows = [row for row in rows if row.subject == rows[0].subject][:_MOST_LINES]
+        found = {}
+        with self._start(rows[0], timeline=True) as subject:
+            for row in rows:
+                call = replace(self._call, plan=row.plan)
+                subject.picture(call)  # warms up
+                found[f"{row.name}\n{row.engine}"] = subject.picture(call)["segments"]
+        return found
 
     def _tell(self, row: Row, round_: int, seconds: float | None) -> None:
         if seconds is None:

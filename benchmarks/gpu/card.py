@@ -53,6 +53,10 @@ def engine_named(name: str, device: torch.device) -> Engine:
         return Torch(device)
     if name == "onnxruntime":
         return OnnxRuntime(device=device)
+    if name.startswith("openvino") and device.type == "cpu":
+        engine = make_engine(name)
+        engine.check_device()
+        return engine
     if device.type != "cuda":
         raise EngineError(f"engine {name} runs on an NVIDIA GPU only; leave it out of --engines")
     engine = make_engine(name)

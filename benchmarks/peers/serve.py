@@ -47,6 +47,8 @@ class Made:
     text: float
     vae: float
     unet: list[tuple[str, float]] = field(default_factory=list)
+    segments: list[tuple[str, float, float]] = field(default_factory=list)
+    """Where they were asked for: segments, with the seconds since the call at which each started and ended."""
 
 
 def _peak_mb() -> float | None:
@@ -78,7 +80,7 @@ def _answer(make: Callable[[Call], Made], request: dict[str, Any], folder: Path)
         path = folder / f"{os.getpid()}-{name}.npy"
         np.save(path, np.asarray(getattr(made, name)))
         answer[name] = str(path)
-    return answer | {name: value for name, value in asdict(made).items() if name in {"text", "vae", "unet"}}
+    return answer | {name: value for name, value in asdict(made).items() if name in {"text", "vae", "unet", "segments"}}
 
 
 def _told(error: BaseException) -> dict[str, str]:

@@ -3,14 +3,15 @@
 Pairs of concept and style that training saw, and pairs held back from it: both were seen there, never together. The reader learnt
 from real pictures of training pairs alone; how right it is on the real pictures held back is the most that made ones can reach.
 Beside them stand the same pictures encoded and decoded: what the autoencoder alone loses. Intervals are Wilson's, of 95 %.
+Frechet and kernel distances are those to the real pictures of all other training pairs, in the reader's features.
 """
 
 import json
-import math
 import random
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,58 +19,31 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.machine import machine, results_file
+from benchmarks.quality.judge import MEASURES, Judge, distances
 from engines.support.cli import Parser, quiet_libraries, run_command
 from engines.support.files import write_text
-from tuning.emoji.concepts import Icon
-from tuning.emoji.reader import READER, Reader, load_reader, right
+from tuning.emoji.pictures import Textures
 from tuning.emoji.samples import draw_pairs
-from tuning.emoji.textures import Textures
 from tuning.errors import TuningError
 from tuning.mini.autoencoder import reconstruct
 from tuning.training.teacher import Teacher
 
-__all__ = ["MEASURES", "main", "measure", "wilson"]
+__all__ = ["main"]
 
 RESULTS = Path("benchmarks/results/emoji.json")
-MEASURES = ("concept_top1", "concept_top5", "style", "concept_and_style")
-Figures = dict[str, dict[str, float]]
+_DISTANCES = ("frechet", "kernel")
 
 
-def wilson(hits: int, of: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval (Wilson 1927) of a share: never outside 0 to 1, and of some width even where all are right."""
-    share, spread = hits / of, z * z / of
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / of + spread / (4 * of)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-@torch.no_grad()
-def measure(reader: Reader, pictures: Tensor, concepts: Tensor, styles: Tensor) -> Figures:
-    """Of pictures (n, 3, 128, 128) the share right in each of MEASURES, with how many, and its interval."""
-    scored = [reader(part) for part in pictures.split(50)]
-    found = torch.cat([c for c, _ in scored]), torch.cat([s for _, s in scored])
-    first, style = right(found[0], concepts), right(found[1], styles)
-    both = [a and b for a, b in zip(first, style, strict=True)]
-    answers = dict(zip(MEASURES, (first, right(found[0], concepts, 5), style, both), strict=True))
-    return {name: _figures(sum(each), len(each)) for name, each in answers.items()}
-
-
-def _figures(hits: int, of: int) -> dict[str, float]:
-    low, high = wilson(hits, of)
-    return {"right": hits, "of": of, "share": round(hits / of, 4), "low": round(low, 4), "high": round(high, 4)}
-
-
-def _shares(figures: Figures) -> list[str]:
-    return [f"{each['share']:.1%} ({each['low']:.0%} to {each['high']:.0%})" for each in figures.values()]
-
-
-def _table(rows: dict[str, dict[str, Figures]]) -> Table:
+def _table(rows: dict[str, dict[str, Any]]) -> Table:
     table = Table(
-        "pairs", "pictures", *(name.replace("_", " ") for name in MEASURES), title="right by the reader, 95 % intervals"
-    )
+        "pairs", "pictures", *(name.replace("_", " ") for name in MEASURES), *_DISTANCES,
+        title="right by the reader, 95 % intervals; distances to other real pictures",
+    )  # fmt: skip
     for pairs, kinds in rows.items():
         for kind, figures in kinds.items():
-            table.add_row(pairs, kind, *_shares(figures))
+            shares = [figures[name] for name in MEASURES]
+            cells = [f"{each['share']:.1%} ({each['low']:.0%} to {each['high']:.0%})" for each in shares]
+            table.add_row(pairs, kind, *cells, *(f"{figures[name]:.2f}" for name in _DISTANCES))
     return table
 
 
@@ -89,42 +63,42 @@ def _options(arguments: Sequence[str]) -> Namespace:
     return options
 
 
-def _check_classes(concepts: list[str], data: Textures) -> None:
-    if concepts != data.concepts:
+def _check_classes(judge: Judge, data: Textures) -> None:
+    if list(judge.concepts) != data.concepts:
         raise TuningError(
-            f"the model's reader knows {len(concepts)} concepts, and the sets have {len(data.concepts)}, not all the same: "
+            f"the model's reader knows {len(judge.concepts)} concepts, and the sets have {len(data.concepts)}, not all the same: "
             "fetch the pinned sets with python -m tuning.emoji.fetch, or train a reader on these"
         )
 
 
-def _made(model: Teacher, options: Namespace) -> Callable[[Sequence[Icon]], Tensor]:
-    def draw(icons: Sequence[Icon]) -> Tensor:
-        return draw_pairs(model, icons, steps=options.steps, guidance=options.guidance, seed=options.seed)
-
-    return draw
+def _sets(model: Teacher, data: Textures, rows: Sequence[int], options: Namespace) -> dict[str, Tensor]:
+    """Pictures of the same pairs: real ones, those encoded and decoded, and made ones."""
+    icons, real = [*data.train, *data.held], data.plain(rows)
+    found = {"real": real, "encoded and decoded": reconstruct(model.vae, real, 25)}
+    if not options.real_only:
+        asked = [icons[row] for row in rows]
+        found["made"] = draw_pairs(model, asked, steps=options.steps, guidance=options.guidance, seed=options.seed)
+    return found
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the command. Raises TuningError for a user's mistake."""
     options = _options(arguments)
     quiet_libraries()
-    reader, concepts, _ = load_reader(options.model / READER)
-    model = Teacher.load(str(options.model))
+    judge, model = Judge.of(options.model), Teacher.load(str(options.model))
     data = Textures(options.icons, torch.device("cpu"))
-    _check_classes(concepts, data)
-    every = range(len(data.train))
+    _check_classes(judge, data)
+    every, first = range(len(data.train)), len(data.train)
     seen = random.Random("seen pairs").sample(every, min(options.pairs, len(every)))
-    held = list(range(len(data.train), len(data.train) + len(data.held)))[: options.pairs]
-    icons, console, draw = [*data.train, *data.held], Console(), _made(model, options)
-    rows: dict[str, dict[str, Figures]] = {}
+    held = list(range(first, first + min(options.pairs, len(data.held))))
+    icons, others = [*data.train, *data.held], data.plain(sorted({*every} - {*seen}))
+    rows: dict[str, dict[str, Any]] = {}
     for name, chosen in (("seen", seen), ("held back", held)):
-        asked = [icons[row] for row in chosen]
-        labels, real = data.labels(asked), data.plain(chosen)
-        rows[name] = {"real": measure(reader, real, *labels)}
-        rows[name]["encoded and decoded"] = measure(reader, reconstruct(model.vae, real, 25), *labels)
-        if not options.real_only:
-            rows[name]["made"] = measure(reader, draw(asked), *labels)
-    console.print(_table(rows))
+        sets = _sets(model, data, chosen, options)
+        away = distances(judge.reader, others, list(sets.values()))
+        scores = [judge.score(pictures, [icons[row] for row in chosen]) for pictures in sets.values()]
+        rows[name] = dict(zip(sets, (score | far for score, far in zip(scores, away, strict=True)), strict=True))
+    Console().print(_table(rows))
     settings = {name: getattr(options, name) for name in ("pairs", "steps", "guidance", "seed")} | {"model": str(options.model)}
     write_text(options.out, json.dumps({"settings": settings, "rows": rows} | machine(), indent=1) + "\n")
 

@@ -30,8 +30,8 @@ from rich.table import Table
 import runtime
 from benchmarks.machine import machine, results_file
 from benchmarks.quality.attributes import measure
-from benchmarks.quality.emoji import wilson
 from benchmarks.quality.grid import draw_differences
+from benchmarks.quality.judge import wilson
 from benchmarks.quality.plans_plot import front, plot
 from engines import UserError
 from engines.support.cli import run_command

@@ -20,7 +20,7 @@ from engines.support.spelling import did_you_mean
 from exporter.errors import SourceError
 from tuning.checkpoints.configs import check_fit
 from tuning.checkpoints.files import CONFIGURATIONS
-from tuning.checkpoints.find_source import MINI, find_source
+from tuning.checkpoints.find_source import EMBEDDED, find_source
 from tuning.checkpoints.folder import extent_of, meta_unet, only_assembled, unet_files, unet_weights
 from tuning.checkpoints.source import PARTS, FolderSource, RandomSource, Source, check_part
 from tuning.checkpoints.vae import Vae, find_vae
@@ -35,7 +35,7 @@ from tuning.surgery.changes import changes_of
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-__all__ = ["MINI", "MODELS", "VARIANTS", "Checkpoint", "open_source"]
+__all__ = ["MODELS", "VARIANTS", "Checkpoint", "open_source"]
 
 MODELS = ("unet", "text_encoder", "vae")
 """The parts of a checkpoint that segments are made of."""
@@ -74,8 +74,8 @@ class Checkpoint:
 
     @property
     def guidance_scale(self) -> float:
-        """The default guidance scale: Stable Diffusion's usual 7.5; the embedded model was measured to want less."""
-        return 3.0 if self.folder == MINI else 7.5
+        """The default guidance scale: Stable Diffusion's usual 7.5; the embedded models were measured to want less."""
+        return 3.0 if self.folder in EMBEDDED.values() else 7.5
 
     def skeleton(self, part: str, variant: str) -> Any:
         """A part's module without weights: parameters on the meta device, in evaluation mode.

@@ -25,7 +25,7 @@ from runtime.advice import wider_vae
 __all__ = ["verify_command"]
 
 FP16_STEPS = 20
-"""Denoising steps after which an fp16 bundle's latents are compared: rounding adds up over them."""
+"""Denoising steps after which latents are compared that are made in half precision or bfloat16: rounding adds up over them."""
 
 
 def verify_command(folder: Path, engine: str, sizes: Sequence[tuple[int, int]], steps: int | None, console: Console) -> bool:
@@ -35,7 +35,7 @@ def verify_command(folder: Path, engine: str, sizes: Sequence[tuple[int, int]], 
         folder: the bundle.
         engine: the name of what runs its segments.
         sizes: see ``verify``.
-        steps: denoising steps after which latents are compared; by default ``FP16_STEPS`` of an fp16 bundle, else none.
+        steps: denoising steps after which latents are compared; by default ``FP16_STEPS``, but none where the UNet runs in fp32.
         console: where to print.
     """
     bundle, runs = Bundle.open(folder), make_engine(engine)
@@ -51,7 +51,8 @@ def verify_command(folder: Path, engine: str, sizes: Sequence[tuple[int, int]], 
     near = _say_errors(found, console)
     _say_overflows(found, bundle, engine, console)
     good = near and all(comparison.is_good for comparison in found)
-    steps = (FP16_STEPS if bundle.manifest.precision == "fp16" else 0) if steps is None else steps
+    exact = (runs.computes_in or bundle.manifest.precision) == "fp32"
+    steps = (0 if exact else FP16_STEPS) if steps is None else steps
     if steps:
         size = min(((c.height, c.width) for c in found), key=lambda size: size[0] * size[1])
         noise = compare_latents(bundle, runs, size, steps, reference)

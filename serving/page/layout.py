@@ -14,7 +14,8 @@ from serving.page.views import status
 
 __all__ = ["Parts", "gradio", "lay_out"]
 
-_EXAMPLE = "a red star on a blue background"
+_EXAMPLES = {"emoji": "anchor, twitter style", "mini": "a red star on a blue background"}
+"""Of the embedded models, which know few words."""
 
 
 def gradio() -> Any:
@@ -68,7 +69,12 @@ def _ask(gr: Any, site: Site, cost: str) -> dict[str, Any]:
     made = {
         "bundle": gr.Dropdown([*site.pipelines], value=first, label="bundle", visible=len(site.pipelines) > 1, elem_id="bundle"),
         "prompt": gr.Textbox(
-            _EXAMPLE if source == "mini" else "", label="prompt", placeholder=_EXAMPLE, lines=2, max_lines=6, elem_id="prompt"
+            _EXAMPLES.get(source, ""),
+            label="prompt",
+            placeholder=_EXAMPLES.get(source, "what the picture shows"),
+            lines=2,
+            max_lines=6,
+            elem_id="prompt",
         ),
     }
     with gr.Row(elem_id="buttons"):

@@ -42,9 +42,15 @@ class Live:
         return ModuleRunner(segment, bundle.manifest.features, self.modules[segment.name])
 
 
-@pytest.fixture(params=["onnxruntime", "onnxruntime-bound", "torch", "module"])
+def openvino(name="openvino"):
+    pytest.importorskip("openvino", reason="install it with: pip install --editable '.[openvino]'")
+    return make_engine(name)
+
+
+@pytest.fixture(params=["onnxruntime", "onnxruntime-bound", "openvino", "torch", "module"])
 def engine(request, tiny):
     made: dict[str, Callable] = {
+        "openvino": openvino,
         "onnxruntime": OnnxRuntime,
         "onnxruntime-bound": BoundOnnxRuntime,
         "torch": lambda: Torch(device="cpu"),
@@ -143,12 +149,19 @@ def test_features_that_do_not_belong_together_are_refused(engine, tiny):
         engine.load(tiny.bundle, tiny.segment("back")).run(features)
 
 
-@pytest.mark.parametrize(("name", "file"), [("onnxruntime", "front.onnx.data"), ("torch", "torch/front.pt2")])
+def known(name):
+    """The engine of that name, or a skipped test."""
+    return openvino(name) if name.startswith("openvino") else make_engine(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("onnxruntime", "front.onnx.data"), ("openvino", "front.onnx.data"), ("torch", "torch/front.pt2")]
+)
 def test_damaged_files_are_refused(damageable, name, file):
     path = damageable.folder / file
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(BundleError, match=rf"{file} is not the file that was built"):
-        make_engine(name).load(damageable, damageable.manifest.segment("front"))
+        known(name).load(damageable, damageable.manifest.segment("front"))
 
 
 def with_file(bundle, segment, path):
@@ -165,6 +178,7 @@ def with_file(bundle, segment, path):
     ("name", "message"),
     [
         ("onnxruntime", r"nonsense is no ONNX model"),
+        ("openvino", r"nonsense is no ONNX model"),
         ("torch", r"nonsense cannot be read by PyTorch .*; it was made by PyTorch 1.0"),
     ],
 )
@@ -173,7 +187,7 @@ def test_files_that_the_engine_cannot_read_are_refused(damageable, name, message
     path.write_bytes(b"nonsense")
     segment = with_file(damageable, damageable.manifest.segment("front"), path)
     with pytest.raises((EngineError, BundleError), match=message):
-        make_engine(name).load(damageable, segment)
+        known(name).load(damageable, segment)
 
 
 def test_an_unknown_engine_is_refused_with_the_known_ones():
@@ -181,9 +195,9 @@ def test_an_unknown_engine_is_refused_with_the_known_ones():
         make_engine("tensorflow")
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch", "null"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "openvino-bf16", "torch", "null"])
 def test_an_engine_knows_its_name_and_version(name):
-    engine = make_engine(name)
+    engine = known(name)
     assert engine.name == name
     assert engine.version()[0].isdigit()
     assert engine.check_targets([]) == ()
@@ -198,10 +212,11 @@ def test_an_engine_that_the_bundle_was_built_without_is_named(tiny):
         Torch("cpu").load(tiny.bundle, segment)
 
 
-def test_a_segment_without_an_onnx_file_is_named(tiny):
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_segment_without_an_onnx_file_is_named(tiny, name):
     segment = tiny.segment("front").model_copy(update={"onnx": ()})
     with pytest.raises(NeedsBuildError, match=r"no ONNX file for segment front$"):
-        OnnxRuntime().load(tiny.bundle, segment)
+        known(name).load(tiny.bundle, segment)
 
 
 def test_the_rebuild_command_keeps_the_other_engines(tiny):
@@ -220,6 +235,13 @@ def test_a_missing_package_is_an_error_that_says_what_to_install(monkeypatch, na
         EngineError, match=rf"engine {engine} cannot be used: .*install it with: pip install (--upgrade )?{engine}"
     ):
         make_engine(engine)
+
+
+@pytest.mark.parametrize("name", ["openvino", "openvino-bf16"])
+def test_openvino_is_installed_as_an_extra(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(EngineError, match=rf"engine {name} cannot be used: .*install it with: pip install .*\[openvino\]"):
+        make_engine(name)
 
 
 def test_a_tensorrt_that_is_too_old(monkeypatch):

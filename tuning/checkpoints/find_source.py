@@ -1,4 +1,4 @@
-"""Where weights come from: the embedded ``mini`` model, a diffusers folder, a hub id, a single file, or random numbers."""
+"""Where weights come from: an embedded model, a diffusers folder, a hub id, a single file, or random numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 __all__ = [
-    "MINI",
+    "EMBEDDED",
     "RANDOM",
     "RANDOM_CONFIGS",
     "SD15",
@@ -37,7 +37,7 @@ __all__ = [
 _PACKAGE = Path(__file__).resolve().parents[1]
 _MODELS = next((found for found in [_PACKAGE / "models"] if found.is_dir()), _PACKAGE.parent / "models")
 """Inside of the installed package (see setup.py), or else the repository's."""
-MINI, SD15 = _MODELS / "mini", _MODELS / "sd15"
+EMBEDDED, SD15 = {name: _MODELS / name for name in ("emoji", "mini")}, _MODELS / "sd15"
 RANDOM = "random:"
 """Prefix of the names of sources with random weights."""
 
@@ -46,7 +46,7 @@ _FAMILIES = {768: "sd15", 1024: "sd21"}
 RANDOM_CONFIGS = (*_FAMILIES.values(), *(name for name in RECIPES if name.startswith("bk-")))
 """Configurations with a name; those of a recipe are SD 1.5's, assembled by it."""
 
-_CHOICES = "give 'mini', a diffusers folder, a .safetensors file, or a hub id"
+_CHOICES = "give 'emoji', a diffusers folder, a .safetensors file, or a hub id"
 _CONVERT = (
     "python -c \"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{path}').save_pretrained('{folder}')\""
 )
@@ -112,8 +112,8 @@ def find_source(source: str, config: Path | None = None, variant: str | None = N
     """Find a whole checkpoint.
 
     Args:
-        source: ``mini``, a diffusers folder, a hub id such as ``owner/name`` (fetched into the hub's cache), a .safetensors file
-            in CompVis' layout, or ``random:CONFIG``.
+        source: ``emoji``, ``mini``, a diffusers folder, a hub id such as ``owner/name`` (fetched into the hub's cache), a
+            .safetensors file in CompVis' layout, or ``random:CONFIG``.
         config: for the two last ones, a diffusers folder whose configurations are taken instead of the family's.
         variant: of the weights' files in a folder, such as ``fp16``; None for those without one, or the only one there is.
         vae: whether it has to have a VAE.
@@ -160,7 +160,7 @@ def _check_has(source: str, folder: Path, variant: str | None) -> None:
 
 def place_of(source: str) -> Path:
     """The folder or the file that a source's name means, whether it is there or not."""
-    return MINI if source == "mini" else expanded(source)
+    return EMBEDDED.get(source) or expanded(source)
 
 
 def check_apart(out: Path, read: Path, what: str) -> None:

@@ -98,7 +98,8 @@ def _folder(path: Path) -> Any:
         )
     if not (path / _METADATA).read_bytes().strip():
         raise TuningError(f"data {path / _METADATA} is empty; write a line for each picture")
-    return _load("imagefolder", path, data_dir=str(path))
+    # Every file: `datasets` would take one called bullet-train.png or test-tube.png for a split of its own.
+    return _load("imagefolder", path, data_dir=str(path), data_files={"train": "**"})
 
 
 def _damaged(shards: list[str], path: Path, reason: str) -> tuple[str | Path, str]:

@@ -25,6 +25,7 @@ __all__ = [
     "STYLES",
     "Drawing",
     "Icon",
+    "Pair",
     "caption",
     "held_back",
     "load_icons",
@@ -116,17 +117,28 @@ _LEFT_OUT = re.compile(
 
 
 @dataclass(frozen=True)
-class Icon:
-    """One picture as SVG."""
+class Pair:
+    """A concept in a style."""
 
     concept: str
     style: str
-    svg: str
 
     @property
     def key(self) -> str:
         """Its name among all."""
         return f"{self.style}/{self.concept}"
+
+    @property
+    def prompt(self) -> str:
+        """What asks for its picture."""
+        return f"{self.concept}, {self.style} style"
+
+
+@dataclass(frozen=True)
+class Icon(Pair):
+    """A pair's picture as SVG."""
+
+    svg: str
 
 
 @dataclass(frozen=True)

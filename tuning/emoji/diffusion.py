@@ -20,10 +20,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tuning.checkpoints.folder import save_part
 from tuning.emoji.concepts import caption
-from tuning.emoji.pictures import SIZE, random_drawing
+from tuning.emoji.pairs import save_pairs
+from tuning.emoji.pictures import SIZE, Textures, random_drawing
 from tuning.emoji.run import Log, Rates, Run, autocast, due
 from tuning.emoji.samples import sample_grids
-from tuning.emoji.textures import Textures
 from tuning.emoji.vae import load_vae
 from tuning.mini.models import INDEX, load_tokenizer, new_text_encoder, new_unet, scheduler, train_tokenizer_on
 from tuning.training.noising import tokenize
@@ -192,6 +192,7 @@ def _export(
         save_part(unet, out / "unet")
         save_part(text, out / "text_encoder")
         scheduler().save_pretrained(out / "scheduler")
+        save_pairs(data.train, data.held, out)
         (out / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
         prompts = sample_grids(unet, text, tokenizer, vae, data, out / "training", name)
         unet.train()

@@ -98,7 +98,7 @@ def _write_icon(folder: Path, icon: Icon, versions: int, plain: bool) -> list[di
 
     lines, texture = [], None
     for name, drawing, rng in _drawings(icon, versions, plain=plain):
-        text = f"{icon.concept}, {icon.style} style" if plain else caption(drawing, rng)
+        text = icon.prompt if plain else caption(drawing, rng)
         lines.append({"file_name": name, "text": text})
         path = folder / name
         if path.exists():

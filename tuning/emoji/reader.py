@@ -53,13 +53,16 @@ class Reader(nn.Module):
 
     def features(self, pictures: Tensor) -> Tensor:
         """(n, 3, 128, 128) -> (n, features)."""
-        half = functional.avg_pool2d(pictures, 2)
-        result: Tensor = self.body(self.stem(half))
+        result: Tensor = self.body(self.stem(functional.avg_pool2d(pictures, 2)))
         return result
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """(n, 3, 128, 128) -> scores of concepts (n, concepts) and of styles (n, styles)."""
-        features = functional.relu(self.features(pictures))
+        return self.read(functional.avg_pool2d(pictures, 2))
+
+    def read(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``forward``, of pictures that are half as large already."""
+        features = functional.relu(self.body(self.stem(views)))
         return self.concept(features), self.style(features)
 
 

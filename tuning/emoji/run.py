@@ -39,10 +39,10 @@ class Log:
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 on a GPU; the cache of cast weights would not outlive a recorded graph."""
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+    """bfloat16 on a GPU, where the cache of cast weights would not outlive a recorded graph; and on a CPU that computes in it."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+    return torch.autocast("cpu", torch.bfloat16) if torch.cpu.get_capabilities().get("avx512_bf16") else nullcontext()
 
 
 @dataclass(frozen=True)

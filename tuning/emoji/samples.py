@@ -8,27 +8,22 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tuning.emoji.concepts import Icon
-from tuning.emoji.textures import Textures
+from tuning.emoji.concepts import Pair
+from tuning.emoji.pictures import Textures
 from tuning.mini.models import scheduler
 from tuning.mini.reader_score import GUIDANCE
 from tuning.training.curves import write_grid
 from tuning.training.sampling import sample
 from tuning.training.teacher import Teacher
 
-__all__ = ["draw_pairs", "prompt_of", "sample_grids"]
+__all__ = ["draw_pairs", "sample_grids"]
 
 _COLUMNS, _PICTURES, _AT_A_TIME = 12, 48, 32
 
 
-def prompt_of(icon: Icon) -> str:
-    """The prompt for a pair's picture: concept and style."""
-    return f"{icon.concept}, {icon.style} style"
-
-
-def draw_pairs(model: Teacher, icons: Sequence[Icon], *, steps: int = 20, guidance: float = GUIDANCE, seed: int = 0) -> Tensor:
+def draw_pairs(model: Teacher, pairs: Sequence[Pair], *, steps: int = 20, guidance: float = GUIDANCE, seed: int = 0) -> Tensor:
     """Pictures (n, 3, h, w) in [-1, 1] of pairs; a batch's noise follows from its position, so the order of pairs counts."""
-    prompts = [prompt_of(icon) for icon in icons]
+    prompts = [pair.prompt for pair in pairs]
     parts = [
         sample(model.unet, model, prompts[at : at + _AT_A_TIME], steps=steps, guidance=guidance, seed=seed + at)
         for at in range(0, len(prompts), _AT_A_TIME)
@@ -52,5 +47,5 @@ def sample_grids(
     for kind, icons in (("seen", seen), ("held", data.held[:_PICTURES])):
         if icons:
             write_grid(draw_pairs(model, icons).cpu(), folder / f"{kind}-{name}.png", _COLUMNS)
-            first += [prompt_of(icon) for icon in icons[:4]]
+            first += [icon.prompt for icon in icons[:4]]
     return first

@@ -17,10 +17,10 @@ import torch
 from engines.support.cli import Parser, quiet_libraries, run_command
 from engines.support.files import write_text
 from tuning.emoji.diffusion import train_unet
+from tuning.emoji.pictures import Textures
 from tuning.emoji.reader import READER
 from tuning.emoji.reader_training import train_reader
 from tuning.emoji.run import Log
-from tuning.emoji.textures import Textures
 from tuning.emoji.vae import train_decoder, train_vae
 from tuning.errors import TuningError
 

@@ -12,9 +12,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from tuning.checkpoints.folder import save_part
-from tuning.emoji.pictures import SIZE
+from tuning.emoji.pictures import SIZE, Textures
 from tuning.emoji.run import Log, Rates, Run, autocast, due
-from tuning.emoji.textures import Textures
 from tuning.mini.autoencoder import reconstruct, whiten
 from tuning.mini.models import new_vae
 from tuning.training.curves import write_grid

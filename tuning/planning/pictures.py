@@ -1,6 +1,5 @@
 """Pictures of a few prompts under one plan after another, always from the same noise; and which prompts."""
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,8 +14,8 @@ from runtime.pipeline import Pipeline
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from runtime.request import Request
+from tuning.embedded import EXAMPLES, held_back_prompts, training_prompts
 from tuning.errors import TuningError
-from tuning.mini.scenes import caption, held_back_prompts, sample_scene
 
 __all__ = ["HELD_BACK", "Pictures", "choose_prompts", "pictures_at_a_time", "typical_error"]
 
@@ -46,12 +45,9 @@ def choose_prompts(source: str, file: Path | None, count: int) -> tuple[list[str
     if file is not None:
         prompts = _read(file)
         return prompts[:count], prompts[count : count + HELD_BACK]
-    if source != "mini":
+    if source not in EXAMPLES:
         raise TuningError(f"a plan for {one_line(source, 100)} needs --prompts FILE, one a line; {count} are enough")
-    generator, drawn = random.Random("prompts of a search"), dict[str, None]()
-    while len(drawn) < count:
-        drawn[caption(sample_scene(generator), generator)] = None
-    return list(drawn), held_back_prompts(HELD_BACK)
+    return training_prompts(source, count, "prompts of a search"), held_back_prompts(source, HELD_BACK)
 
 
 def _read(file: Path) -> list[str]:

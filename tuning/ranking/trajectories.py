@@ -11,13 +11,15 @@ from torch import Tensor
 from tuning.checkpoints.configs import text_width
 from tuning.checkpoints.find_source import UNetSource
 from tuning.checkpoints.source import Source
+from tuning.embedded import EXAMPLES, held_back_prompts
 from tuning.mini.models import scheduler
-from tuning.mini.scenes import held_back_prompts
 from tuning.training.noising import tokenize
 
 __all__ = ["Points", "trajectories"]
 
 _TOKENS = 77
+_PROMPTS_OF = "mini"
+"""Whose prompts other models are given."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def trajectories(
 ) -> Points:
     """Every step's latents on the way to `prompts` pictures, with DPM-Solver++ and classifier-free guidance.
 
-    Prompts are scenes that the embedded model was not trained on. A source that is only a UNet gets random text states and
+    Prompts are what the embedded model was not trained on. A source that is only a UNet gets random text states and
     Stable Diffusion's noise schedule.
 
     Points are on the UNet's device.
@@ -81,5 +83,6 @@ def _read(source: Source, prompts: int) -> tuple[Tensor, Any]:
     """Text states of the empty prompt and of `prompts` others, and the scheduler's configuration."""
     text = source.model("text_encoder")
     tokenizer = source.tokenizer(text.config)
-    words = ["", *held_back_prompts(prompts, seed=2)]  # seeds 0 and 1 are for published figures and for validation
+    known = source.name if source.name in EXAMPLES else _PROMPTS_OF
+    words = ["", *held_back_prompts(known, prompts, seed=2)]  # seeds 0 and 1 are for published figures and for validation
     return text(tokenize(tokenizer, words)).last_hidden_state, source.scheduler_config()

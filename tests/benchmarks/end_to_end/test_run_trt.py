@@ -81,9 +81,11 @@ def test_every_row_is_measured_or_says_why_not(
     assert [row["name"] for row in csv.DictReader(table.open())] == list(rows)
     (page,) = (tmp_path / "out").glob("*.md")
     assert "- diffusers-channels-last: runs on cuda only" in page.read_text()
-    (plot,) = (tmp_path / "out").glob("*.png")
-    with Image.open(plot) as image:
-        assert image.width > 600
+    timeline, plot = sorted((tmp_path / "out").glob("*.png"))
+    assert timeline.name == f"{plot.stem}-timeline.png"
+    for picture in (plot, timeline):
+        with Image.open(picture) as image:
+            assert image.width > 600
 
     # In this process: a process of its own would only import everything again.
     resumed = command(run_trt.main, capfd, monkeypatch)

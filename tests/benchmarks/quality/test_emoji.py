@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.quality.emoji import MEASURES, main, measure, wilson
+from benchmarks.quality.emoji import main
+from benchmarks.quality.judge import MEASURES, Judge, distances, measure, wilson
+from tuning.emoji.concepts import Pair
 from tuning.emoji.reader import Reader
 from tuning.errors import TuningError
 
@@ -38,3 +40,23 @@ def test_pictures_are_right_where_the_reader_finds_what_was_asked_for() -> None:
 def test_counts_below_one_are_refused() -> None:
     with pytest.raises(TuningError, match="--pairs 0 --steps 20: give 1 or more"):
         main(["--pairs", "0"])
+
+
+def test_pairs_seen_and_held_back_take_turns() -> None:
+    seen, held = (tuple(Pair(f"{kind} {number}", "noto") for number in range(of)) for kind, of in (("seen", 30), ("held", 5)))
+    judge = Judge(Fixed(7, 2, (4,), 4), (), (), seen, held)
+    asked = judge.asked(20)
+    assert len(set(asked)) == 20
+    assert [pair in held for pair in asked] == [False, True] * 5 + [False] * 10
+    assert judge.asked(8) == asked[:8]
+    assert judge.title(asked[1]) == f"{asked[1].prompt} (held back)"
+    assert judge.title(asked[0]) == asked[0].prompt
+
+
+def test_pictures_that_are_further_off_are_further_off() -> None:
+    torch.manual_seed(0)
+    reader = Reader(7, 2, (4, 4), 8).eval()
+    real, near = torch.randn(2, 40, 3, 1, 1).expand(2, 40, 3, 32, 32)
+    close, far = distances(reader, 20 * real, [20 * near, 40 * near])
+    assert far["frechet"] > 2 * close["frechet"] > 0
+    assert far["kernel"] > 2 * abs(close["kernel"]) > 0

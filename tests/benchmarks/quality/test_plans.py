@@ -14,7 +14,7 @@ from PIL import Image
 
 import runtime
 from benchmarks.quality import plans, plans_plot
-from benchmarks.quality.emoji import wilson
+from benchmarks.quality.judge import wilson
 from engines import UserError
 from runtime.plans.presets import find_plan
 from tuning.ranking.labels import box_of

@@ -24,6 +24,7 @@ import tuning
 from engines.errors import UserError
 from tests.support.commands import contents
 from tuning.__main__ import main
+from tuning.checkpoints.find_source import EMBEDDED
 from tuning.checkpoints.folder import save_part
 from tuning.distillation.examples import Passes
 from tuning.mini.models import new_unet
@@ -437,7 +438,7 @@ def test_mistakes_are_one_line(given: list[str], small_model: Path, latents: Pat
 def test_the_embedded_teacher_is_not_written_over(
     given: list[str], part: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuning.checkpoints.find_source.MINI", shutil.copytree(small_model, tmp_path / "mini"))
+    monkeypatch.setitem(EMBEDDED, "mini", shutil.copytree(small_model, tmp_path / "mini"))
     before = contents(tmp_path)
     with pytest.raises(UserError, match="is where the teacher is read from; choose another folder"):
         distil(given, tmp_path / "mini" / part, "--teacher mini --steps 1")

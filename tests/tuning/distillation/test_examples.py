@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tuning import TuningError
@@ -90,6 +91,16 @@ def test_pictures_are_cut_from_the_middle(tmp_path: Path) -> None:
     both = read.read([0, 1], 16)
     assert both.shape == (2, 3, 16, 16)
     assert float(both.min()) > 0.99
+
+
+def test_names_that_say_train_or_test_are_no_splits(tmp_path: Path) -> None:
+    names = ["bullet-train.png", "plain.png", "test/tube.png", "val.png", "validation/dev-eval.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    lines = [json.dumps({"file_name": name, "text": name}) for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    assert sorted(Pictures(tmp_path).captions) == names
 
 
 def test_sixteen_bit_grey_is_read_as_requests_read_it(tmp_path: Path) -> None:

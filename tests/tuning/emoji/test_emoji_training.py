@@ -17,6 +17,7 @@ from tuning.emoji.reader import READER, Reader, load_reader, right, save_reader
 from tuning.emoji.reader_training import train_reader
 from tuning.emoji.run import Rates, Run, due
 from tuning.emoji.vae import train_decoder, train_vae
+from tuning.emoji.views import VIEW, mixed, views
 from tuning.errors import TuningError
 
 pytest.importorskip("resvg_py")
@@ -144,6 +145,20 @@ def test_right_counts_the_highest_scores() -> None:
     wanted = torch.tensor([1, 2])
     assert right(scores, wanted) == [False, True]
     assert right(scores, wanted, 2) == [True, True]
+
+
+def test_views_keep_the_drawing_in_the_picture_and_mixing_says_what_it_mixed() -> None:
+    torch.manual_seed(0)
+    textures = torch.full((40, 4, 128, 128), 255, dtype=torch.uint8)
+    textures[:, :3] = 0  # a black square that fills its box
+    seen = views(textures)
+    assert seen.shape == (40, 3, VIEW, VIEW)
+    middle = seen[:, :, VIEW // 2 - 4 : VIEW // 2 + 4, VIEW // 2 - 4 : VIEW // 2 + 4].mean((1, 2, 3))
+    assert float((middle < -0.4).float().mean()) > 0.7  # the rest are covered, or small and far from the middle
+    pictures = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 4, 4)
+    blend, other, share = mixed(pictures)
+    assert 0.5 <= share <= 1
+    assert torch.allclose(blend[:, 0, 0, 0], share * torch.arange(8.0) + (1 - share) * other)
 
 
 @pytest.mark.parametrize(
