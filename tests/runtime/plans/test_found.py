@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_a_call_of_another_kind_is_warned_of_once(mini_pipeline: Pipeline) -> No
 
 def test_halves_without_guidance_are_noted_once(mini_pipeline: Pipeline, runtime: Command, mini_bundle: Bundle) -> None:
     """They do nothing there, and are no error."""
-    options = {"steps": 2, "scheduler": "ddim", "output_type": "latent"}
+    options: dict[str, Any] = {"steps": 2, "scheduler": "ddim", "output_type": "latent"}
     with pytest.warns(UserWarning, match="plan guide:2 says at which steps guidance evaluates both of its halves, and without"):
         made = mini_pipeline.generate("a red star", plan="guide:2", guidance_scale=1, **options)
     assert torch.equal(made.latents, mini_pipeline.generate("a red star", guidance_scale=1, **options).latents)
