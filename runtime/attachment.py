@@ -49,8 +49,9 @@ class Report:
 class Attachment:
     """A bundle's UNet in a diffusers pipeline: ``pipe.unet`` is replaced, and all else of the pipeline is left as it is.
 
-    Every scheduler, callback and option of the pipeline works as before; saved, it has its own UNet. ``disable`` puts that back,
-    and ``enable`` the bundle's; what is assigned to ``plan`` (a preset, a file, or a ``Plan``) holds from the next call on.
+    Every scheduler, callback and option of the pipeline works as before; saved, it has its own UNet. Pipelines made from it
+    (``from_pipe``) have the bundle's as well, and are refused to be saved with it. ``disable`` puts the own one back, and
+    ``enable`` the bundle's; what is assigned to ``plan`` (a preset, a file, or a ``Plan``) holds from the next call on.
     """
 
     def __init__(self, pipe: Any, unet: UNet) -> None:

@@ -1,6 +1,7 @@
 """A bundle's UNet, run by a plan, instead of a diffusers pipeline's own."""
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -46,6 +47,16 @@ class _Call:
     stream: "torch.cuda.Stream | None"
     next: int
     records: list[StepRecord] = field(default_factory=list)
+
+
+def _tell_diffusers() -> None:
+    """Have pipelines, where there are any, ask this UNet to be saved: of classes that they do not know they save nothing.
+
+    Pipelines that others are made from (``from_pipe``) know nothing of what this one was attached to.
+    """
+    loading = sys.modules.get("diffusers.pipelines.pipeline_loading_utils")
+    if loading is not None:
+        loading.LOADABLE_CLASSES.setdefault(__name__, {UNet.__name__: ["save_pretrained", "from_pretrained"]})
 
 
 class UNet:
@@ -95,6 +106,7 @@ class UNet:
         scheduler: Any = None,
         guided: Callable[[], bool | None] = lambda: None,
     ) -> None:
+        _tell_diffusers()
         self._plan = find_plan(plan)
         self.pipeline = load(bundle, engine, self._plan)
         self._scheduler: Callable[[], Any] = scheduler if callable(scheduler) else lambda: scheduler
@@ -129,6 +141,7 @@ class UNet:
         """The part of a UNet's configuration that pipelines read, as diffusers has it: by key or by attribute."""
         from diffusers.configuration_utils import FrozenDict
 
+        _tell_diffusers()
         manifest = self.pipeline.manifest
         absent = ("time_cond_proj_dim", "addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds")
         return FrozenDict(
@@ -155,6 +168,13 @@ class UNet:
     def last_plan(self) -> Plan:
         """The plan of the last call, or of the first to come."""
         return self._call.plan if self._call else self._plan
+
+    def save_pretrained(self, *args: object, **options: object) -> NoReturn:
+        """Raise RequestError: diffusers calls it where a pipeline with this UNet is saved, and would else leave the UNet out."""
+        raise RequestError(
+            "the UNet of a bundle cannot be saved with a pipeline, for its weights are inside of compiled engines; save the "
+            "pipeline that it was attached to, or give this one that pipeline's own UNet first (attach returned it as .original)"
+        )
 
     def to(self, *args: object, **kwargs: object) -> "UNet":
         """The object itself, as its engines stay where and as they are; so do ``eval``, ``requires_grad_`` and the like."""

@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +23,7 @@ from runtime.execution.denoising import Callback, denoise
 from runtime.execution.executor import Executor, StepRecord
 from runtime.execution.graph_cache import CudaGraphCache
 from runtime.execution.nonfinite import NonFinite, is_finite, watched
-from runtime.execution.siblings import find_sibling
+from runtime.execution.siblings import check_among, find_sibling
 from runtime.execution.swapping import Swapper, free_bytes
 from runtime.generation import Generation
 from runtime.images.initial_latents import (
@@ -93,6 +94,12 @@ class Pipeline:
         self._warned: set[str] = set()
         self._train_steps = read_train_steps(bundle.folder / "scheduler")
 
+    def with_siblings(self, siblings: Sequence[Bundle]) -> "Pipeline":
+        """The same loaded bundle, for calls whose plans may switch to the UNets of these bundles and to no others."""
+        found = copy(self)
+        found.siblings = tuple(siblings)
+        return found
+
     @property
     def manifest(self) -> Manifest:
         """The bundle's description of itself."""
@@ -120,6 +127,8 @@ class Pipeline:
             for name in names:
                 if name not in self.networks:
                     self.swapper.add(find_sibling(self.bundle, name, plan, timesteps, self.siblings))
+                elif self.siblings is not None and name != self.manifest.variant:
+                    check_among(self.swapper.bundle_of(name), self.siblings)
             unets = {name: self.networks[name].manifest for name in names}
             schedule = Schedule(plan, unets, timesteps, self._train_steps, guided)
             check_runs(schedule)

@@ -12,10 +12,10 @@ from tempfile import TemporaryFile
 
 from filelock import FileLock
 
-from engines import Bundle, BundleError
-from engines.bundle.folder import MANIFEST_NAME
+from engines import Bundle, UserError
+from engines.bundle.folder import MANIFEST_NAME, sha256
 from engines.support.caches import user_cache
-from engines.support.files import atomic_directory, expanded, is_folder
+from engines.support.files import atomic_directory, expanded
 from serving.errors import ServingError
 
 __all__ = ["COPY", "bundle_folder"]
@@ -49,11 +49,8 @@ def bundle_folder(source: str) -> Path:
 
 
 def _copied(folder: Path) -> Path:
-    if not is_folder(folder):
-        raise BundleError(f"no bundle at {folder} (no such folder)")
-    manifest = (folder / MANIFEST_NAME).read_bytes() if (folder / MANIFEST_NAME).is_file() else b""
-    key = hashlib.sha256(manifest).hexdigest()[:32]
-    return _once(key, lambda target: shutil.copytree(folder, target, dirs_exist_ok=True))
+    bundle = Bundle.open(folder)
+    return _once(sha256(folder / MANIFEST_NAME)[:32], bundle.copy_to)
 
 
 def _once(key: str, fill: Callable[[Path], object]) -> Path:
@@ -78,7 +75,9 @@ def _unpack(address: str, wanted: str, target: Path) -> None:
             _check_hash(file, address, wanted)
             with tarfile.open(fileobj=file) as archive:
                 archive.extractall(target, filter="data")
-    except (OSError, EOFError, ImportError, tarfile.TarError, zlib.error) as error:
+    except UserError:
+        raise
+    except (OSError, EOFError, ImportError, ValueError, tarfile.TarError, zlib.error) as error:
         raise ServingError(f"{address:.200} cannot be brought here ({error!s:.200}); give another one") from error
     _lift(target)
 

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from engines import Bundle, engine_class
 from engines.support.extras import need
+from engines.support.files import expanded, is_folder
 from runtime import load
 from serving.command.api_key import read_key
 from serving.errors import BusyError, ServingError, StoppingError
-from serving.fetching import bundle_folder
+from serving.fetching import COPY, bundle_folder
+from serving.http.body import Bodies, read_body
 from serving.http.keys import check_key
 from serving.limits import Limits
 from serving.queueing.service import Service
@@ -51,6 +54,9 @@ class Arguments(BaseModel):
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
     """With as many as at least, their number is fixed; otherwise it follows how many requests wait."""
+    upscale_after: float = Field(default=30, ge=0)
+    downscale_after: float = Field(default=600, ge=0)
+    """Seconds that more or fewer requests have to last before there are more or fewer replicas."""
     cpus: float = Field(default=1, ge=0)
     """Cores of each replica."""
     gpus: float = Field(default=0, ge=0)
@@ -72,7 +78,8 @@ class Arguments(BaseModel):
 
 
 def app(args: Arguments) -> "Application":
-    """The application; raises ServingError where Ray is not installed, or for arguments that contradict each other.
+    """The application; raises ServingError where Ray is not installed, or for arguments that contradict each other; EngineError
+    for an engine that there is not; BundleError for a bundle that lies on this machine and is none.
 
     Where it is deployed again with other arguments, Ray Serve replaces one replica after another, and each finishes what it has.
     The bundle is part of the replicas' ``user_config``: where that alone is changed, in Ray Serve's configuration, they load the
@@ -83,6 +90,10 @@ def app(args: Arguments) -> "Application":
 
     if args.min_replicas > args.max_replicas:
         raise ServingError(f"min_replicas={args.min_replicas} max_replicas={args.max_replicas}: give at least as many as most")
+    engine_class(args.engine)
+    folder = expanded(args.bundle.removeprefix(COPY))
+    if is_folder(folder):  # otherwise it may be on others
+        Bundle.open(folder)
     ongoing = 4 * args.batch  # one batch is made, and the next ones wait beside it
     scale: dict[str, Any] = (
         {"num_replicas": args.max_replicas}
@@ -92,6 +103,9 @@ def app(args: Arguments) -> "Application":
                 "min_replicas": args.min_replicas,
                 "max_replicas": args.max_replicas,
                 "target_ongoing_requests": args.batch,
+                "upscale_delay_s": args.upscale_after,
+                "downscale_delay_s": args.downscale_after,
+                "look_back_period_s": max(1.0, min(30.0, args.upscale_after)),
             }
         }
     )
@@ -105,7 +119,10 @@ def app(args: Arguments) -> "Application":
         **scale,
     )(Pictures)
     front = serve.deployment(
-        num_replicas=args.fronts, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=args.queue + ongoing * args.max_replicas
+        num_replicas=args.fronts,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=args.queue + ongoing * args.max_replicas,
+        graceful_shutdown_timeout_s=args.timeout,  # what it waits for is not lost where it is replaced
     )(Front)
     return front.bind(pictures.bind(args.engine, args.limits), args.limits, args.tries)
 
@@ -196,13 +213,12 @@ class Front:
 
     def __init__(self, pictures: Any, limits: Limits, tries: int) -> None:
         self._pictures, self._limits, self._tries = pictures, limits, tries
-        self._key = read_key(None)
+        self._key, self._bodies = read_key(None), Bodies(limits)
 
     async def __call__(self, http: "HttpRequest") -> "Response":
         """The answer to a call of HTTP."""
         from starlette.responses import JSONResponse, Response
 
-        from serving.http.body import read_body
         from serving.http.faults import answer
 
         path, form = http.url.path, _PLACES.get(http.url.path)
@@ -211,8 +227,9 @@ class Front:
                 return JSONResponse({"status": "ok"})
             self._check_key(http.headers.get("authorization", ""))
             if form is not None and http.method == "POST":
-                body = await read_body(http, self._limits)
-                status, headers, content = await self._retried(lambda: self._pictures.answer.remote(form, body))
+                with self._bodies.room_for(http):
+                    body = await read_body(http, self._limits)
+                    status, headers, content = await self._retried(lambda: self._pictures.answer.remote(form, body))
                 return Response(content, status, headers)
             if path == "/v1/models":
                 names = await self._retried(self._pictures.models.remote)

@@ -7,8 +7,10 @@ import dataclasses
 import gc
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from engines import Bundle
     from runtime import Pipeline
+    from tests.support.warm import Warm
 
 # No test reaches a model hub; set before any library reads it, and inherited by the commands that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -162,6 +165,27 @@ def mini_pipeline(mini_bundle: Bundle) -> Pipeline:
     from runtime import Pipeline
 
     return Pipeline(mini_bundle, make_engine("onnxruntime"))
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm | None]:
+    """The process that commands are forked from, started when it is first asked for; none where it cannot be."""
+    from tests.support.warm import Warm
+
+    if not sys.platform.startswith("linux"):
+        yield None
+        return
+    with Warm() as process:
+        yield process
+
+
+@pytest.fixture
+def warm_commands(warm: Warm | None) -> Iterator[None]:
+    """Commands that a test starts have imported their libraries already: for tests of what they do, not of how they start."""
+    from tests.support.warm import warm_starts
+
+    with nullcontext() if warm is None else warm_starts(warm):
+        yield
 
 
 @pytest.fixture

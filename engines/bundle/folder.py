@@ -122,6 +122,12 @@ class Bundle:
         for file in self.manifest.all_files:
             self.path(file, digest)
 
+    def copy_to(self, target: Path) -> None:
+        """Copy the manifest and the files that it names, and nothing else that lies beside them, into a folder; unchecked."""
+        for name in (MANIFEST_NAME, *(file.path for file in self.manifest.all_files)):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / name, target / name)
+
 
 def _check_place(folder: Path, path: Path) -> None:
     """Raise BundleError where a link leads out of the bundle, but for the hub's cache: there all files are links to its blobs."""

@@ -3,7 +3,9 @@
 import argparse
 import errno
 import gc
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import NoReturn
 from engines.errors import UserError, in_one_line
 from engines.support.version import our_version
 
-__all__ = ["Parser", "parse_size", "print_warnings", "quiet_libraries", "resumable", "run_command", "starting"]
+__all__ = ["Parser", "interrupts_held", "parse_size", "print_warnings", "quiet_libraries", "resumable", "run_command", "starting"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BROKEN = {errno.EFBIG, errno.EIO}
@@ -108,6 +110,36 @@ def starting() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+@contextmanager
+def interrupts_held() -> Iterator[Callable[[], None]]:
+    """Inside, the first Ctrl-C is a KeyboardInterrupt where the function that this gives is called, and nowhere else.
+
+    For work that shares locks with other threads. Raised between any two instructions, it can leave a lock held for ever that
+    another thread then waits for: one of imports, of futures, of conditions. A second Ctrl-C is raised at once.
+    """
+    came = False
+
+    def hold(*_: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # nothing is raised, or others see to it
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield check
+        check()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ same file at once: the last one stays.
 """
 
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from tempfile import TemporaryFile
 __all__ = [
     "atomic_directory",
     "atomic_file",
+    "check_regular",
     "check_writable",
     "exists",
     "expanded",
@@ -46,6 +48,12 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         error.filename = str(place)  # not a name that nobody knows
         raise
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError for what is there and is no file: a device has no end, and a pipe waits for whoever writes to it."""
+    if exists(path) and not is_file(path):
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, and no file", str(path))
 
 
 def expanded(name: str | Path) -> Path:

@@ -82,10 +82,11 @@ class Components:
         """
         units = tuple(units)
         used = {part_of(unit) for unit in units}
-        models = {part: copy.deepcopy(self.models[part]) for part in used}
-        for part, model in models.items():
+        models = {}
+        for part in used:
             paths = [path for unit in units if part_of(unit) == part for path in self._paths(unit)]
-            self._fill(part, model, paths)
+            models[part] = _copied(self.models[part], paths)
+            self._fill(part, models[part], paths)
         return {unit: self._module(models, unit).eval() for unit in units}
 
     def _fill(self, part: str, model: nn.Module, paths: Iterable[str]) -> None:
@@ -108,6 +109,17 @@ class Components:
             part, kind = _ENDS[unit]
             return kind(models[part])
         return unit_module(models["unet"], unit, self.in_parts)
+
+
+def _copied(model: nn.Module, paths: Sequence[str]) -> nn.Module:
+    """A copy of a model of which only what these paths lead to is copied; the rest is the model's own."""
+    rest = {id(module): module for name, module in model.named_modules() if not _is_on(f"{name}.", paths)}
+    return copy.deepcopy(model, rest)
+
+
+def _is_on(name: str, paths: Sequence[str]) -> bool:
+    """Whether a module leads to what lies at one of these paths, or is in it."""
+    return name == "." or any(name.startswith(path) or path.startswith(name) for path in paths)
 
 
 def part_of(unit: str) -> str:

@@ -1,20 +1,22 @@
 """PyTorch's tracer and its ONNX exporter without what they would do in vain for every segment: half the time of a build.
 
-The tracer finds out the shape of a norm's result by the arithmetic that makes up a norm. The exporter rebuilds its registry of
-operators at each export, runs the program a second time to see where operands are of unlike dtypes, and traces it a third time to
-decompose operators that it cannot write. The segments have none of those but changes of dtype, which are rewritten here. All are
-internals of PyTorch: where these are not as they are known here, or a program has an operator that is not, PyTorch is left to do
-as it does.
+The tracer finds out the shape of a norm's result by the arithmetic that makes up a norm, and looks for operands of the same
+shapes, which are formulas, in all that it has seen. The optimiser tries every rule at every node. The exporter rebuilds its
+registry of operators at each export, runs the program a second time to see where operands are of unlike dtypes, and traces it a
+third time to decompose operators that it cannot write. The segments have none of those but changes of dtype, which are rewritten
+here. All are internals of PyTorch and onnxscript: where these are not as they are known here, or a program has an operator that
+is not, they are left to do as they do.
 """
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from onnxscript.rewriter import RewriteRule
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -38,20 +40,35 @@ _CHECKS = {_ATEN._assert_tensor_metadata.default, _ATEN.sym_constrain_range_for_
 _LEFT = {*_TO, *_CHECKS}
 
 
-def _norm(x: Tensor, *_: object, **__: object) -> Tensor:
-    """What the result of a norm looks like: its input."""
-    return torch.empty_like(x)
+def _group_norm(
+    x: Tensor, weight: object, bias: object, rows: int, channels: int, positions: int, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the results of a norm over groups look like: its input, in order, and two numbers for each group."""
+    numbers = x.new_empty((rows, groups))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), numbers, numbers
+
+
+def _layer_norm(x: Tensor, shape: Sequence[int], *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Likewise of a norm over the last dimensions: its input, and two numbers for all that is normalised together."""
+    numbers = x.new_empty((*x.shape[: x.ndim - len(shape)], *(1 for _ in shape)))
+    return torch.empty_like(x), numbers, numbers
+
+
+_NORMS = {_ATEN.native_group_norm.default: _group_norm, _ATEN.native_layer_norm.default: _layer_norm}
 
 
 @contextmanager
 def quick_trace() -> Iterator[None]:
-    """Inside, ``torch.export.export`` of a module with norms takes less time and gives the same program."""
+    """Inside, ``torch.export.export`` of a module takes less time and gives the same program."""
     try:
         from torch._decomp import decomposition_table
-    except ImportError:
+        from torch._dynamo import config
+
+        without_memory = config.patch(fake_tensor_cache_enabled=False)
+    except (ImportError, AttributeError):
         yield
         return
-    with patch.dict(decomposition_table, {_ATEN.group_norm.default: _norm, _ATEN.layer_norm.default: _norm}):
+    with without_memory, patch.dict(decomposition_table, _NORMS):
         yield
 
 
@@ -75,8 +92,27 @@ def quick_export() -> Iterator[None]:
         patch(f"{_EXPORTER}._registration.ONNXRegistry.from_torchlib", functools.partial(_registry, registry)),
         patch(f"{_EXPORTER}._fx_passes.decompose_with_registry", functools.partial(_decomposed, decompose, implemented)),
         patch(f"{_EXPORTER}._fx_passes.insert_type_promotion_nodes", functools.partial(_promoted, promote, rule_of)),
+        patch.object(RewriteRule, "try_rewrite", _tried(RewriteRule.try_rewrite)),
     ):
         yield
+
+
+def _tried(try_rewrite: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule of the optimiser, tried only at nodes of the operator that its pattern starts from."""
+
+    def tried(rule: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        return try_rewrite(rule, model, graph, node, **options) if _starts_at(rule, node) else None
+
+    return tried
+
+
+def _starts_at(rule: Any, node: Any) -> bool:
+    """Whether a node's operator is the first that a rule compares."""
+    try:
+        first = rule._target_pattern.output_nodes[0]
+        return bool(first.op.matches(node.op_type) and first.domain.matches(node.domain))
+    except AttributeError:
+        return True
 
 
 _REGISTRIES: dict[int | None, Any] = {}

@@ -26,7 +26,12 @@ class TritonPythonModel:
         """Load the bundle on the instance's device."""
         if args["model_instance_kind"] == "GPU":
             os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]  # before anything looks for devices
-        import runtime
+        try:
+            import runtime
+        except ImportError as error:
+            raise RuntimeError(
+                f"this server's Python lacks {error.name}: install unet-heirloom in it (docker/Dockerfile)"
+            ) from error
 
         engine = json.loads(args["model_config"])["parameters"]["engine"]["string_value"]
         self._pipeline: Pipeline = runtime.load(Path(__file__).resolve().parent / "bundle", engine)
@@ -35,8 +40,7 @@ class TritonPythonModel:
         """The answers to requests, in their order; those of one kind are made at once."""
         import triton_python_backend_utils as pb_utils
 
-        from runtime import RequestError
-        from runtime.errors import NonFiniteError, PlanError
+        from engines import UserError
 
         answers: list[Any] = [None] * len(requests)
 
@@ -46,7 +50,7 @@ class TritonPythonModel:
         def make(group: Sequence[tuple[int, "Request"]]) -> None:
             try:
                 made = self._pipeline.generate(_merged([request for _, request in group]))
-            except (RequestError, PlanError, NonFiniteError) as error:
+            except UserError as error:
                 if len(group) == 1:
                     refuse(group[0][0], error)
                     return
@@ -62,7 +66,7 @@ class TritonPythonModel:
         for number, given in enumerate(requests):
             try:
                 request = _read(lambda name, given=given: pb_utils.get_input_tensor_by_name(given, name))
-            except (RequestError, PlanError) as error:
+            except UserError as error:
                 refuse(number, error)
                 continue
             same = next((group for group in groups if self._can_share(group[0][1], request)), None)

@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 from engines import Bundle, engine_class
-from engines.bundle.folder import MANIFEST_NAME
-from engines.support.files import atomic_directory, exists
+from engines.support.files import atomic_directory, exists, real_path
 from engines.support.version import our_version
 from exporter.errors import BuildError
 
@@ -48,12 +47,14 @@ def export_triton(bundle: Bundle, folder: Path, name: str, engine: str, batch: i
         instances: processes on each device.
 
     Raises:
-        BuildError: the name is none, a model of the name is there, or the engine is not in the bundle.
+        BuildError: the name is none, the folder is the bundle's or has a model of the name, or the engine is not in the bundle.
         BundleError: the bundle is damaged.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise BuildError(f"--name {name!r:.60} is no name for a model; write letters, digits, and - or _")
     target = folder / name
+    if real_path(folder).is_relative_to(real_path(bundle.folder)):
+        raise BuildError(f"{folder!s:.200} is inside of the bundle, which takes nothing else; give another folder")
     if exists(target):
         raise BuildError(f"{target!s:.200} is there already; remove it, or give another --name")
     most = _most_at_once(bundle, engine, batch)
@@ -61,9 +62,7 @@ def export_triton(bundle: Bundle, folder: Path, name: str, engine: str, batch: i
     with atomic_directory(target) as temporary:
         (temporary / "1").mkdir()
         shutil.copyfile(Path(__file__).with_name("model.py"), temporary / "1" / "model.py")
-        for file in bundle.manifest.all_files:
-            _copy(bundle.folder, temporary / "1" / "bundle", file.path)
-        _copy(bundle.folder, temporary / "1" / "bundle", MANIFEST_NAME)
+        bundle.copy_to(temporary / "1" / "bundle")
         (temporary / "config.pbtxt").write_text(model_configuration(name, engine, most, instances), encoding="utf-8")
         (temporary / "README.md").write_text(_README.format(name=name, engine=engine, version=our_version()), encoding="utf-8")
     return target
@@ -100,8 +99,3 @@ def _most_at_once(bundle: Bundle, engine: str, batch: int) -> int:
     if any(engine not in segment.engines for segment in bundle.manifest.segments):
         raise BuildError(f"{bundle.folder} has no {engine} engines; add them with: {bundle.rebuild_command(engine)}")
     return min(batch, bundle.manifest.max_images)
-
-
-def _copy(source: Path, target: Path, name: str) -> None:
-    (target / name).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source / name, target / name)

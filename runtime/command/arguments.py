@@ -1,6 +1,5 @@
 """The arguments of ``python -m runtime``, and the request that they make."""
 
-import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from engines.support.cli import Parser, parse_size
 if TYPE_CHECKING:
     from runtime.request import Request
 
-__all__ = ["PLANS", "check_png", "parse", "request_of"]
+__all__ = ["PLANS", "check_png", "file_of_prompts", "parse", "request_of"]
 
 PLANS = "plans"
 """The word that is no prompt, but asks for the list of plans."""
@@ -33,15 +32,19 @@ def parse(arguments: Sequence[str], prog: str) -> Namespace:
     word = "" if options.prompt is None else options.prompt.strip().lower()
     if word in _MEANT and not options.explain:
         raise UserError(f"{word!r} as a prompt? {_MEANT[word]}; for a picture of it, say more of what it shows")
-    if options.prompts is not None:
-        raise UserError(
-            f"a file of prompts is made by another command: python -m serving.prompts {shlex.quote(str(options.prompts))}"
-        )
     if options.seeds is not None and options.seed is not None:
         raise UserError("--seed and --seeds are both given; give one")
     if options.seeds is not None and options.images != 1:
         raise UserError("--seeds makes a picture of each; leave --images out")
     return options
+
+
+def file_of_prompts(arguments: Sequence[str]) -> list[str] | None:
+    """What the command for files of prompts is to be given where ``--prompts`` names one; None where it does not."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--prompts")
+    found, others = parser.parse_known_args(arguments)
+    return None if found.prompts is None else [*others, "--", found.prompts]
 
 
 def _parser(prog: str) -> Parser:
@@ -54,7 +57,9 @@ def _parser(prog: str) -> Parser:
     add = parser.add_argument
     parser.add_version()
     add("prompt", nargs="?", help="what the picture shows, or the word `plans`")
-    add("--prompts", type=Path, metavar="FILE", help="for a file of prompts take python -m serving.prompts FILE")
+    add(
+        "--prompts", metavar="FILE", help="a picture for each line of a file, as python -m serving.prompts, whose options go here"
+    )
     add("--negative", default="", help="what it should not show")
     add("--bundle", type=Path, help="a bundle's folder (default: the one in ./bundles that was built last)")
     add("--engine", default="onnxruntime", help="what runs the segments (default: %(default)s)")

@@ -10,7 +10,7 @@ from runtime.plans.checks import check_runs
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
 
-__all__ = ["find_sibling", "lay_out_part", "partitioned_by_unit"]
+__all__ = ["check_among", "find_sibling", "lay_out_part", "partitioned_by_unit"]
 
 
 def find_sibling(
@@ -45,6 +45,13 @@ def find_sibling(
         else f"the plan runs the UNet {variant!r}, and no bundle that may be taken beside {bundle.folder} has it{unlike}",
         variant,
     )
+
+
+def check_among(loaded: Bundle, among: Sequence[Bundle]) -> None:
+    """Raise SiblingError where a UNet was loaded for other calls from a bundle that is none of those that may be taken."""
+    if loaded.folder not in [bundle.folder for bundle in among]:
+        name = loaded.manifest.variant
+        raise SiblingError(f"the plan runs the UNet {name!r}, and {loaded.folder}, which has it, may not be taken here", name)
 
 
 def _beside(bundle: Bundle) -> list[Bundle]:

@@ -20,16 +20,17 @@ from pydantic_core import ErrorDetails
 
 from engines.bundle.manifest import Variant
 from engines.bundle.names import BRANCH, NOISE, attention_parts
+from engines.support.files import check_regular
 from engines.support.records import Name, Record
 from runtime.errors import PartitionError, PlanError
 from runtime.plans.key_steps import MODES, Explicit, Mode, Threshold
 from runtime.plans.words import Found, Guidance, Predict
 
-__all__ = ["Plan", "Rule", "UNetRange", "inherited_features", "matching", "shown"]
+__all__ = ["MOST_BYTES", "Plan", "Rule", "UNetRange", "inherited_features", "matching", "shown"]
 
 _MOST_SHOWN = 100
 """Characters of a wrong value that a message shows."""
-_MOST_BYTES = 2**20
+MOST_BYTES = 2**20
 """Of a plan file."""
 
 
@@ -103,9 +104,33 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
         Raises:
             PlanError: the file is missing, is no JSON, or a field is wrong; the message names the field.
         """
-        plan = cls.from_data(_read_json(path), f"plan file {shown(path)}")
+        where = f"plan file {shown(path)}"
+        try:
+            check_regular(path)
+            with path.open("rb") as file:
+                content = file.read(MOST_BYTES + 1)
+        except OSError as error:
+            raise PlanError(f"{where} cannot be read: {error.strerror}") from error
+        except ValueError as error:  # a name that no file can have
+            raise PlanError(f"{where} cannot be read: {shown(error)}") from error
+        plan = cls.from_json(content, where)
         plan._path = path
         return plan
+
+    @classmethod
+    def from_json(cls, content: bytes, where: str = "the plan") -> "Plan":
+        """A plan out of JSON in UTF-8, called ``where`` in messages.
+
+        Raises:
+            PlanError: it is too long, no JSON, or a field is wrong; the message names the field.
+        """
+        if len(content) > MOST_BYTES:
+            raise PlanError(f"{where} cannot be read: it has more than {MOST_BYTES} bytes")
+        try:
+            data = json.loads(content.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{where} is no JSON that can be read: {shown(error)}") from error
+        return cls.from_data(data, where)
 
     @classmethod
     def from_data(cls, data: Any, where: str = "the plan") -> "Plan":
@@ -271,21 +296,6 @@ def _branches(pattern: str, named: Sequence[str], units: Collection[str], where:
             )
         branches.add(branch)
     return branches
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if path.exists() and not path.is_file():
-            raise PlanError(f"plan file {shown(path)} cannot be read: it is not a file")
-        if path.stat().st_size > _MOST_BYTES:
-            raise PlanError(f"plan file {shown(path)} cannot be read: it has more than {_MOST_BYTES} bytes")
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise PlanError(f"plan file {shown(path)} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, PlanError):
-            raise
-        raise PlanError(f"plan file {shown(path)} is no JSON that can be read: {shown(error)}") from error
 
 
 def shown(value: object) -> str:

@@ -60,6 +60,8 @@ class BundleModule(nn.Module):
             PlanError: the bundle's segments cannot run the plan.
         """
         options = transformer_options or {}
+        if bool((timesteps != timesteps.reshape(-1)[0]).any()):
+            raise RequestError("rows of one call have unlike noise levels; a bundle takes one for all")
         self._check_conditions(y, control, others)
         self._check_latents(x)
         text = self._checked_text(context)
@@ -74,6 +76,12 @@ class BundleModule(nn.Module):
             raise RequestError(
                 f"latents of shape {tuple(x.shape)}; this bundle takes (rows, {manifest.latent_channels}, height, width). More "
                 "channels come from conditions for inpainting models: use Set Latent Noise Mask instead; or from another model"
+            )
+        sides = [int(side) * manifest.vae_scale for side in x.shape[2:]]
+        if any(side % manifest.size_multiple for side in sides):
+            raise RequestError(
+                f"a picture or an area of it (Conditioning Set Area) of {sides[0]}x{sides[1]} pixels, height first; this bundle "
+                f"takes heights and widths in multiples of {manifest.size_multiple}"
             )
 
     def _checked_text(self, context: Tensor | None) -> Tensor:

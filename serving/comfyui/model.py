@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from engines.bundle.names import STEM
 from runtime import Pipeline, RequestError
 from runtime.images.schedulers import make_scheduler
 from serving.comfyui.bundle_module import BundleModule
@@ -34,7 +35,9 @@ def make_model(pipeline: Pipeline) -> Any:
     kind = scheduler.config.prediction_type
     if kind not in types:
         raise RequestError(f"this bundle's UNet predicts {kind!r:.60}; these nodes take {' and '.join(types)}")
-    config = supported_models_base.BASE({"disable_unet_model_creation": True, "in_channels": manifest.latent_channels})
+    channels = manifest.features[STEM].shape[1]  # what nodes that change layers look at, before they are refused
+    settings = {"in_channels": manifest.latent_channels, "model_channels": channels, "disable_unet_model_creation": True}
+    config = supported_models_base.BASE(settings)
     config.latent_format = latent_formats.SD15(LATENT_SCALE)
     model = model_base.BaseModel(config, types[kind])
     levels = scheduler.alphas_cumprod

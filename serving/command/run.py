@@ -4,7 +4,6 @@ import logging
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -43,7 +42,7 @@ def run(options: Namespace) -> None:
     pipelines = _loaded(options)
     app = make_app(pipelines, limits, key)
     if not options.no_page:
-        app = _with_page(app, pipelines, limits, key)
+        app = _with_page(app, limits, key)
     if key is None and is_loopback(options.host):
         _answer_own_names_only(app, options.host)
     make_server(app, options.stop_timeout, options.quiet).run([listening])
@@ -80,8 +79,8 @@ def _answer_own_names_only(app: "FastAPI", host: str) -> None:
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host])
 
 
-def _with_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], limits: Limits, key: str | None) -> "FastAPI":
-    """The app with the page for browsers at ``/``; without it where Gradio is not installed.
+def _with_page(app: "FastAPI", limits: Limits, key: str | None) -> "FastAPI":
+    """The app with the page for browsers at ``/``, whose calls wait in the same queue; without it where Gradio is not installed.
 
     With a key, the page asks for it as the password of any name.
     """
@@ -96,4 +95,4 @@ def _with_page(app: "FastAPI", pipelines: Mapping[str, Pipeline], limits: Limits
         return key is not None and same_key(password, key)
 
     keep_own_addresses(app)
-    return mount_page(app, pipelines, may_enter=None if key is None else is_known, upload_bytes=limits.picture_bytes)
+    return mount_page(app, app.state.service, may_enter=None if key is None else is_known, upload_bytes=limits.picture_bytes)

@@ -11,6 +11,7 @@ from runtime import Pipeline
 from serving.http import native, openai_images
 from serving.http.calls import Calls
 from serving.http.faults import add_handlers
+from serving.http.interface_page import HEADERS, interface_page
 from serving.http.keys import check_key
 from serving.http.metrics import Metrics
 from serving.limits import Limits
@@ -52,8 +53,11 @@ def make_app(pipelines: Mapping[str, Pipeline], limits: Limits | None = None, ke
         finally:
             service.end()
 
-    app = FastAPI(title="UNet Heirloom", version=our_version(), description=_ABOUT, lifespan=running, redoc_url=None)
+    app = FastAPI(
+        title="UNet Heirloom", version=our_version(), description=_ABOUT, lifespan=running, docs_url=None, redoc_url=None
+    )
     app.state.service = service
+    _add_page_of_interface(app)
     add_handlers(app, hidden)
     app.include_router(_pictures(Calls(service, metrics, hidden), key))
     app.include_router(_about(service, metrics, key))
@@ -131,6 +135,15 @@ def _health(service: Service) -> "APIRouter":
         return JSONResponse({"status": status}, 200 if service.is_ready else 503)
 
     return router
+
+
+def _add_page_of_interface(app: "FastAPI") -> None:
+    """``/docs``, for people. FastAPI's own would have their browsers fetch its script from another server."""
+    from starlette.responses import HTMLResponse
+
+    @app.get("/docs", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(interface_page(app.openapi()), headers=HEADERS)
 
 
 def keep_own_addresses(app: "FastAPI") -> None:

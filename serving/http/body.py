@@ -2,17 +2,41 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from serving.errors import BodyError
+from serving.errors import BodyError, BusyError
 from serving.limits import Limits
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-__all__ = ["parse_object", "read_body"]
+__all__ = ["Bodies", "parse_object", "read_body"]
 
 _MOST_SHOWN = 100
+_BODIES = 8
+"""The largest bodies that may be in memory at once."""
+
+
+class Bodies:
+    """The bodies that are in memory: all of them together take no more than some of the largest ones would."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._most, self._bytes = limits.body, 0
+
+    @contextmanager
+    def room_for(self, http: "Request") -> Iterator[None]:
+        """Inside, a request's body may be in memory; raises BusyError where there are too many now."""
+        told = http.headers.get("content-length", "")
+        size = min(int(told[:20]), self._most) if told.isdecimal() else self._most
+        if self._bytes + size > _BODIES * self._most:
+            raise BusyError("many large requests are being read; ask again in 1 s", 1)
+        self._bytes += size
+        try:
+            yield
+        finally:
+            self._bytes -= size
 
 
 async def read_body(http: "Request", limits: Limits) -> bytes:

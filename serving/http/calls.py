@@ -2,13 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from serving.errors import BusyError
 from serving.http.asked import Asked
-from serving.http.body import parse_object, read_body
+from serving.http.body import Bodies, parse_object, read_body
 from serving.http.faults import GONE, answer
 from serving.http.metrics import Metrics
 from serving.limits import Limits
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Calls"]
 
-_BODIES = 8
-"""The largest bodies that may be in memory at once."""
 Read = Callable[[Mapping[str, Any], Limits], Asked]
 Tell = Callable[[Asked, str, Made], dict[str, Any]]
 
@@ -42,7 +38,7 @@ class Calls:
 
     def __init__(self, service: Service, metrics: Metrics, hidden: Mapping[str, str]) -> None:
         self.service, self.metrics, self._hidden = service, metrics, hidden
-        self._reading = 0
+        self._bodies = Bodies(service.limits)
 
     async def answer(self, http: "HttpRequest", endpoint: str, read: Read, tell: Tell) -> "Response":
         """The answer to a call, whatever becomes of it.
@@ -70,7 +66,7 @@ class Calls:
         from starlette.responses import JSONResponse
 
         self.service.check_accepting()
-        with self._memory_for(http):
+        with self._bodies.room_for(http):
             try:
                 body = await read_body(http, self.service.limits)
             except ClientDisconnect as error:
@@ -85,24 +81,6 @@ class Calls:
             raise _Gone
         model = self.service.worker(asked.model).model
         return await asyncio.to_thread(lambda: JSONResponse(tell(asked, model, made)))
-
-    @contextmanager
-    def _memory_for(self, http: "HttpRequest") -> Iterator[None]:
-        """Inside, a body may be read: all of them together take no more than some of the largest ones would.
-
-        Raises:
-            BusyError: there are too many now.
-        """
-        most = self.service.limits.body
-        told = http.headers.get("content-length", "")
-        size = min(int(told[:20]), most) if told.isdecimal() else most
-        if self._reading + size > _BODIES * most:
-            raise BusyError("many large requests are being read; ask again in 1 s", 1)
-        self._reading += size
-        try:
-            yield
-        finally:
-            self._reading -= size
 
     def _submitted(self, body: bytes, read: Read) -> tuple[Asked, Ticket]:
         asked = read(parse_object(body), self.service.limits)

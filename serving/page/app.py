@@ -11,6 +11,7 @@ from serving.page.layout import Parts, gradio, lay_out
 from serving.page.look import CSS, theme
 from serving.page.site import Site
 from serving.page.views import NOTHING_MADE, PARTS, View, status
+from serving.queueing.service import Service
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["make_page", "mount_page"]
 
 _UPLOAD_BYTES = 20 * 2**20
+_AT_ONCE = 8
+"""Visitors' calls in the queue: each takes a thread of some forty that answer browsers."""
 _WAITING = 32
-"""Calls that wait for their turn; more are turned away."""
+"""Calls that wait to get into it; more are turned away."""
 _KEPT_SECONDS = 3600
 """How long pictures and uploads are kept."""
 _REFUSED = "This cannot be done"
@@ -28,18 +31,19 @@ _CONTROLS = ("prompt", "negative", "seed", "steps", "size", "scheduler", "guidan
 """The parts whose values are those of ``Asked``."""
 
 
-def make_page(pipelines: Mapping[str, Pipeline], at_once: int = 1) -> "gr.Blocks":
-    """The page for loaded bundles, by the names that they are shown under. ``mount_page`` puts it into an application.
+def make_page(served: Service | Mapping[str, Pipeline], at_once: int = _AT_ONCE) -> "gr.Blocks":
+    """The page for loaded bundles. ``mount_page`` puts it into an application.
 
     Args:
-        pipelines: at least one.
-        at_once: how many visitors' pictures are made at the same time; the others wait.
+        served: the service whose queue visitors' calls wait in, beside all others; or loaded bundles by the names that they are
+            shown under, which then have a queue of their own until the process ends.
+        at_once: how many visitors' calls are in the queue at the same time; more wait before it.
 
     Raises:
         ServingError: no bundle, or Gradio is not installed.
     """
     gr = gradio()
-    site = Site(pipelines)
+    site = Site(served if isinstance(served, Service) else _started(served))
     with gr.Blocks(title="unet-heirloom", analytics_enabled=False, delete_cache=(600, _KEPT_SECONDS), fill_width=True) as page:
         parts = lay_out(site)
         _tie(page, site, parts, at_once)
@@ -50,11 +54,17 @@ def make_page(pipelines: Mapping[str, Pipeline], at_once: int = 1) -> "gr.Blocks
     return page  # type: ignore[no-any-return]
 
 
+def _started(pipelines: Mapping[str, Pipeline]) -> Service:
+    service = Service(pipelines)
+    service.start()
+    return service
+
+
 def mount_page(
     app: "FastAPI",
-    pipelines: Mapping[str, Pipeline],
+    served: Service | Mapping[str, Pipeline],
     path: str = "/",
-    at_once: int = 1,
+    at_once: int = _AT_ONCE,
     *,
     may_enter: Callable[[str, str], bool] | None = None,
     upload_bytes: int = _UPLOAD_BYTES,
@@ -66,7 +76,7 @@ def mount_page(
 
     Args:
         app: the application.
-        pipelines: as ``make_page``.
+        served: as ``make_page``.
         path: where the page is.
         at_once: as ``make_page``.
         may_enter: whether a visitor with a name and a password is let in; without it, all are.
@@ -75,7 +85,7 @@ def mount_page(
     Raises:
         ServingError: as ``make_page``.
     """
-    gr, page = gradio(), make_page(pipelines, at_once)
+    gr, page = gradio(), make_page(served, at_once)
     mounted: FastAPI = gr.mount_gradio_app(
         app,
         page,

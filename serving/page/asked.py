@@ -52,7 +52,7 @@ class Asked:
             height=height,
             width=width,
             scheduler=self.scheduler.strip() if isinstance(self.scheduler, str) else self.scheduler,
-            plan=self.plan,
+            plan=self.plan.model_copy(update={"found": None}),  # the page itself tells what it was found for
             image=image,
             mask=mask,
             strength=self.strength,

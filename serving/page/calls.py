@@ -1,16 +1,18 @@
-"""A call in a thread of its own: its steps as they are done, previews, and how it is stopped."""
+"""A visitor's call among all others of the service: its steps as they are done, previews, and how it is stopped."""
 
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from PIL import Image
 from torch import Tensor
 
 from runtime import Generation, Pipeline, Request, StepRecord
+from serving.queueing.service import Service
+from serving.queueing.ticket import Ticket
 
 __all__ = ["Calls", "Cancelled", "Made", "StepDone", "in_turns", "run"]
 
@@ -21,6 +23,8 @@ _APART = 0.5
 
 _TURNS, _SHORT = 3, 2.0
 """How often two calls that take less than so many seconds together are made again to be compared."""
+_LOOK = 0.1
+"""Seconds after which a call that waits is looked at: whether it was cancelled, or is late."""
 
 
 class Cancelled(Exception):
@@ -85,12 +89,13 @@ class Calls:
 
 
 def run(
-    pipeline: Pipeline, request: Request, stop: threading.Event, every: int = 0, apart: float = _APART
+    service: Service, model: str, request: Request, stop: threading.Event, every: int = 0, apart: float = _APART
 ) -> Iterator[StepDone | Made]:
-    """Every step of a call when it has been done, and at last what it made.
+    """Every step of a call when it has been done, and at last what it made. It waits its turn among all that the service makes.
 
     Args:
-        pipeline: makes it.
+        service: makes it.
+        model: with which bundle.
         request: what is made.
         stop: the call ends after the step that runs when this is set.
         every: a preview is decoded after every so many steps; 0 for none.
@@ -98,29 +103,68 @@ def run(
 
     Raises:
         Cancelled: it was stopped.
-        UserError: as ``Pipeline.generate``, and whatever goes wrong there.
+        UserError: as ``Service.submit`` and ``Pipeline.generate``, and whatever goes wrong there.
     """
-    news: queue.SimpleQueue[StepDone | Made | BaseException] = queue.SimpleQueue()
-    left = threading.Event()
-
-    def stops() -> bool:
-        return stop.is_set() or left.is_set()
-
-    worker = threading.Thread(target=_work, args=(pipeline, request, stops, (every, apart), news), name="page-call", daemon=True)
-    worker.start()
+    steps = _Steps(service.pipelines[model], every, apart)
+    _check(stop)
+    ticket = service.submit(model, request, steps.after)
+    ticket.future.add_done_callback(lambda _: steps.news.put(None))
     try:
-        while not isinstance(item := news.get(), BaseException):
+        while (item := _next(ticket, steps.news, stop)) is not None:
             yield item
-            if isinstance(item, Made):
-                return
-        raise item
+        _check(stop)
+        made = ticket.future.result().alone
+        assert made is not None, "a call whose steps are told runs alone"
+        yield Made(made, made.seconds - steps.previews)
     finally:
-        left.set()
-        worker.join()
+        ticket.future.cancel()
+
+
+def _check(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise Cancelled
+
+
+def _next(ticket: Ticket, news: "queue.SimpleQueue[StepDone | None]", stop: threading.Event) -> StepDone | None:
+    """The next step, or None when the call has ended."""
+    while True:
+        _check(stop)
+        with suppress(queue.Empty):
+            return news.get(timeout=_LOOK)
+        ticket.expire()
+
+
+class _Steps:
+    """Takes the steps of a call, in the thread that makes it, and decodes previews there."""
+
+    def __init__(self, pipeline: Pipeline, every: int, apart: float) -> None:
+        self.news: queue.SimpleQueue[StepDone | None] = queue.SimpleQueue()
+        self.previews = 0.0
+        """Seconds that they took."""
+        self._pipeline, self._every, self._apart = pipeline, every, apart
+        self._first: float | None = None
+        self._last = 0.0
+
+    def after(self, record: StepRecord, latents: Tensor) -> None:
+        """A step was done."""
+        now = time.monotonic() - self.previews
+        if self._first is None:
+            self._first, self._last = now, time.monotonic()
+        rate = record.index / (now - self._first) if now > self._first else None
+        self.news.put(StepDone(record, rate, self._preview(record, latents)))
+
+    def _preview(self, record: StepRecord, latents: Tensor) -> Image.Image | None:
+        started = time.monotonic()
+        if not self._every or (record.index + 1) % self._every or started - self._last < self._apart:
+            return None
+        preview = self._pipeline.decode(latents)[0]
+        self._last = time.monotonic()
+        self.previews += self._last - started
+        return preview
 
 
 def in_turns(
-    pipeline: Pipeline, requests: tuple[Request, Request], made: tuple[Made, Made], stop: threading.Event
+    service: Service, model: str, requests: tuple[Request, Request], made: tuple[Made, Made], stop: threading.Event
 ) -> tuple[Made, Made]:
     """Two calls, each the quickest of itself and some more, in turns, with nobody looking; calls that take long stay as they are.
 
@@ -133,41 +177,7 @@ def in_turns(
     best = list(made)
     for _ in range(_TURNS if sum(each.seconds for each in made) < _SHORT else 0):
         for number, request in enumerate(requests):
-            *_, again = run(pipeline, request, stop)
+            *_, again = run(service, model, request, stop)
             assert isinstance(again, Made), "a call ends with what it made"
             best[number] = min(best[number], again, key=lambda each: each.seconds)
     return best[0], best[1]
-
-
-def _work(
-    pipeline: Pipeline,
-    request: Request,
-    stops: Callable[[], bool],
-    when: tuple[int, float],
-    news: "queue.SimpleQueue[StepDone | Made | BaseException]",
-) -> None:
-    (every, apart), previews, first, last = when, 0.0, 0.0, time.monotonic()
-
-    def after(record: StepRecord, latents: Tensor) -> None:
-        nonlocal previews, first, last
-        if stops():
-            raise Cancelled
-        now = time.monotonic() - previews
-        first = first or now
-        rate = record.index / (now - first) if now > first else None
-        preview = None
-        if every and (record.index + 1) % every == 0 and (started := time.monotonic()) - last >= apart:
-            preview = pipeline.decode(latents)[0]
-            last = time.monotonic()
-            previews += last - started
-        news.put(StepDone(record, rate, preview))
-
-    try:
-        if stops():
-            raise Cancelled
-        made = pipeline.generate(request, callback=after)
-        if stops():
-            raise Cancelled
-        news.put(Made(made, made.seconds - previews))
-    except BaseException as error:
-        news.put(error)

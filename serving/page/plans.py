@@ -5,18 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from engines.support.records import explain, one_line
+from engines.support.records import one_line
 from runtime import PRESETS, Pipeline, Plan, PlanError, find_plan
 from runtime.plans.found import described_find
 from runtime.plans.schedule import Schedule
 from runtime.report.cost import from_to, relative_macs
 
-__all__ = ["MOST_PLAN_BYTES", "Rung", "chosen_plan", "described", "ladder", "lay_out", "plan_names", "read_plan", "share_of_macs"]
+__all__ = ["Rung", "chosen_plan", "described", "ladder", "lay_out", "plan_names", "share_of_macs"]
 
-MOST_PLAN_BYTES = 2**20
-"""Of a plan file; ``Plan.read`` takes as much."""
 _LADDER = ("full", "block:2", "layer:2", "deepcache:2", "deepcache:3", "deepcache:4", "deepcache:6", "deepcache:10")
 """Presets whose pictures come nearest to those of full at their costs (docs/plans.md)."""
 _STEPS = 20
@@ -104,14 +100,3 @@ def chosen_plan(name: object, rungs: list[Rung], uploaded: Plan | None = None) -
     if name.strip().endswith(".json"):
         raise PlanError(f"plan {one_line(name, 60)!r}: the page opens no file by its name; upload it")
     return find_plan(name.strip())
-
-
-def read_plan(content: bytes, name: str) -> Plan:
-    """A plan out of an uploaded file of that name; raises PlanError."""
-    file = f"plan file {one_line(name, 60)}"
-    if len(content) > MOST_PLAN_BYTES:
-        raise PlanError(f"{file} has more than {MOST_PLAN_BYTES} bytes")
-    try:
-        return Plan.model_validate_json(content).checked()
-    except ValidationError as error:
-        raise PlanError(f"{file}, {explain(error)}; docs/plans.md has the form of plans") from error

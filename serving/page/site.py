@@ -2,21 +2,23 @@
 
 import math
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from engines import UserError
+from engines.support.records import one_line
 from engines.support.spelling import did_you_mean
 from runtime import Pipeline, Plan, RequestError
-from serving.errors import ServingError
+from runtime.plans.plan import MOST_BYTES
 from serving.page.asked import MOST_STEPS, Asked
 from serving.page.calls import Calls, Cancelled
-from serving.page.plans import MOST_PLAN_BYTES, chosen_plan, described, ladder, lay_out, plan_names, read_plan
+from serving.page.plans import chosen_plan, described, ladder, lay_out, plan_names
 from serving.page.reproduce import bundle_name
 from serving.page.strip import Strip
-from serving.page.views import View, fault, status, views
+from serving.page.views import WAITING, View, fault, status, views
+from serving.queueing.service import Service
 
 __all__ = ["Site"]
 
@@ -29,16 +31,11 @@ class Site:
     """The bundles that the page offers, and its visitors' calls.
 
     Args:
-        pipelines: the loaded bundles, by the names that they are shown under.
-
-    Raises:
-        ServingError: there is none.
+        service: makes all pictures, those of the page and others'.
     """
 
-    def __init__(self, pipelines: Mapping[str, Pipeline]) -> None:
-        if not pipelines:
-            raise ServingError("no bundle to make pictures with; give one, as a build makes it: python -m exporter build")
-        self.pipelines = dict(pipelines)
+    def __init__(self, service: Service) -> None:
+        self.service, self.pipelines = service, service.pipelines
         self.rungs = {name: ladder(pipeline) for name, pipeline in self.pipelines.items()}
         self.calls = Calls()
 
@@ -91,9 +88,9 @@ class Site:
 
     @staticmethod
     def read_plan(path: str | Path) -> Plan:
-        """The plan in a file that was uploaded there; raises PlanError."""
+        """The plan in a file that was uploaded there; raises PlanError, which does not tell where."""
         with Path(path).open("rb") as file:
-            return read_plan(file.read(MOST_PLAN_BYTES + 1), Path(path).name)
+            return Plan.from_json(file.read(MOST_BYTES + 1), f"plan file {one_line(Path(path).name, 60)}")
 
     @staticmethod
     def dice() -> int:
@@ -103,7 +100,7 @@ class Site:
     def begin(self, visitor: str) -> str:
         """A visitor's call is to come: it can be cancelled from now on. What is shown while it waits for its turn."""
         self.calls.begin(visitor)
-        return status("running", "waiting for its turn", 0)
+        return status("running", WAITING, 0)
 
     def generate(self, visitor: str, bundle: object, plan: object, uploaded: Plan | None, **controls: Any) -> Iterator[View]:
         """Everything that is shown of a visitor's call; whatever happens, the last view says how it ended.
@@ -112,9 +109,9 @@ class Site:
         """
         with self.calls.running(visitor) as stop:
             try:
-                pipeline = self.pipeline(bundle)
+                self.pipeline(bundle)
                 asked = Asked(plan=chosen_plan(plan, self.rungs[str(bundle)], uploaded), **controls)
-                yield from views(pipeline, asked, stop)
+                yield from views(self.service, str(bundle), asked, stop)
             except Cancelled:
                 yield {"status": status("idle", "cancelled")}
             except Exception as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import UserError
-from runtime import Pipeline, Request, find_plan
+from runtime import Plan, Request, find_plan
 from runtime.plans.found import found_for_others
 from serving.page.asked import Asked
 from serving.page.beside import difference, figures
@@ -19,14 +19,16 @@ from serving.page.calls import Made, StepDone, in_turns, run
 from serving.page.plans import share_of_macs
 from serving.page.reproduce import IMAGE, MASK, as_command, as_python
 from serving.page.strip import Strip
+from serving.queueing.service import Service
 
-__all__ = ["NOTHING_MADE", "PARTS", "UNEXPECTED", "View", "fault", "status", "views"]
+__all__ = ["NOTHING_MADE", "PARTS", "UNEXPECTED", "WAITING", "View", "fault", "status", "views"]
 
 View = dict[str, Any]
 """New values of some of ``PARTS``; the others stay."""
 PARTS = ("status", "strip", "picture", "full", "difference", "figures", "python", "command", "files")
 UNEXPECTED = "unexpected: this is a fault of the program, not of yours; its log says more"
 NOTHING_MADE = "no picture was made: too many calls are waiting, or what the browser sent could not be read; try again"
+WAITING = "waiting for its turn"
 _LOG = logging.getLogger(__name__)
 _BREATH = 0.2
 """Seconds between two views; steps that take less are shown together."""
@@ -47,11 +49,12 @@ def fault(error: BaseException) -> str:
     return UNEXPECTED
 
 
-def views(pipeline: Pipeline, asked: Asked, stop: threading.Event) -> Iterator[View]:
+def views(service: Service, model: str, asked: Asked, stop: threading.Event) -> Iterator[View]:
     """Everything that is shown of a call. Its pictures are files that are gone when the next view is asked for.
 
     Args:
-        pipeline: makes it.
+        service: makes it.
+        model: with which bundle.
         asked: what was asked for.
         stop: the call ends when it is set.
 
@@ -60,10 +63,11 @@ def views(pipeline: Pipeline, asked: Asked, stop: threading.Event) -> Iterator[V
         UserError: the request is refused.
     """
     with tempfile.TemporaryDirectory(prefix="unet-heirloom-page-") as folder:
-        yield from _call(pipeline, asked, stop, Path(folder))
+        yield from _call(service, model, asked, stop, Path(folder))
 
 
-def _call(pipeline: Pipeline, asked: Asked, stop: threading.Event, place: Path) -> Iterator[View]:
+def _call(service: Service, model: str, asked: Asked, stop: threading.Event, place: Path) -> Iterator[View]:
+    pipeline = service.pipelines[model]
     request = asked.request(pipeline.manifest)
     compare = bool(asked.compare) and request.found_plan.name != "full"
     every = asked.preview if isinstance(asked.preview, int) else 0
@@ -71,9 +75,9 @@ def _call(pipeline: Pipeline, asked: Asked, stop: threading.Event, place: Path) 
     strip, total = Strip(schedule), schedule.steps
     yield dict.fromkeys(("full", "difference", "figures", "python", "command", "files")) | {
         "strip": strip.svg(running=True),
-        "status": status("running", "starting", 0),
+        "status": status("running", WAITING, 0),
     }
-    made = yield from _steps(pipeline, request, stop, every, total, strip)
+    made = yield from _steps(service, model, request, stop, every, total, strip)
     share = share_of_macs(schedule)
     yield {
         "picture": _saved(made, place / "picture.png"),
@@ -84,7 +88,7 @@ def _call(pipeline: Pipeline, asked: Asked, stop: threading.Event, place: Path) 
     }
     if compare:
         whole = replace(request, plan=find_plan("full"))
-        full = yield from _steps(pipeline, whole, stop, 0, total)
+        full = yield from _steps(service, model, whole, stop, 0, total)
         apart = difference(made.generation.image, full.generation.image)
         apart.save(place / "difference.png")
         yield {
@@ -93,18 +97,24 @@ def _call(pipeline: Pipeline, asked: Asked, stop: threading.Event, place: Path) 
             "figures": figures(made, share, full),
             "status": status("running", "measuring", 1),
         }
-        made, full = in_turns(pipeline, (request, whole), (made, full), stop)
+        made, full = in_turns(service, model, (request, whole), (made, full), stop)
         yield {"figures": figures(made, share, full)}
-    yield {"status": status("done", "; ".join([f"done: seed {made.generation.seeds[0]}", *_notes(made, request)]))}
+    yield {"status": status("done", "; ".join([f"done: seed {made.generation.seeds[0]}", *_notes(made, asked.plan, request)]))}
 
 
 def _steps(
-    pipeline: Pipeline, request: Request, stop: threading.Event, every: int, total: int, strip: Strip | None = None
+    service: Service,
+    model: str,
+    request: Request,
+    stop: threading.Event,
+    every: int,
+    total: int,
+    strip: Strip | None = None,
 ) -> Generator[View, None, Made]:
     """The views of a call's steps; returns what it made. A call without a strip is the one that is compared with."""
     shown_at = 0.0
     name = "" if strip else "now in full: "
-    for item in run(pipeline, request, stop, every):
+    for item in run(service, model, request, stop, every):
         if isinstance(item, Made):
             return item
         if strip is not None:
@@ -136,7 +146,7 @@ def _files(request: Request, place: Path) -> list[str] | None:
     return [str(place / name) for name, _ in pictures] or None
 
 
-def _notes(made: Made, request: Request) -> list[str]:
+def _notes(made: Made, plan: Plan, request: Request) -> list[str]:
     """What a visitor should know of the picture."""
     unread = [f"not read, for the prompt is too long: {words}" for words in made.generation.unread if words]
-    return list(filter(None, [found_for_others(made.generation.plan, request.scheduler, request.steps), *unread]))
+    return list(filter(None, [found_for_others(plan, request.scheduler, request.steps), *unread]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engines.errors import UserError
+from engines.support.files import check_regular
 from runtime import Request, RequestError, find_plan
 from runtime.arguments.aliases import with_our_names
 from serving.errors import ServingError
@@ -40,9 +41,8 @@ class Asked(NamedTuple):
 
 def read_lines(path: Path) -> Iterator[Line]:
     """All lines of a file but empty ones, one after another; raises ServingError where it cannot be read."""
-    if path.exists() and not path.is_file():  # it is read twice, which no pipe can be
-        raise ServingError(f"{path!s:.200} is a folder, a pipe or a device; give a file of prompts")
     try:
+        check_regular(path)
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):
                 if text.strip():
@@ -130,9 +130,8 @@ def _fingerprint(fields: Mapping[str, Any], bundle: str) -> str:
 
 
 def _digest(name: str, path: Path) -> str:
-    if path.exists() and not path.is_file():
-        raise RequestError(f"{name}: {path!s:.200} is a folder, a pipe or a device; give the name of a file")
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

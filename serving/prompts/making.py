@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from engines.errors import UserError
+from engines.support.cli import interrupts_held
 from runtime import Pipeline
 from serving.limits import Limits
 from serving.prompts.lines import Asked
@@ -18,6 +19,8 @@ _AHEAD = 16
 """Batches of pictures that wait, so that those of a kind find each other."""
 _PATIENCE = 0.2
 """Seconds that a first batch waits until it is full; later ones find lines that wait."""
+_LOOK = 0.2
+"""Seconds after which it is looked whether somebody interrupts, and whether the worker lives."""
 _ANY = 2**62
 Done = Callable[[Asked, Made], None]
 Failed = Callable[[int, UserError], None]
@@ -39,18 +42,22 @@ def make(pipeline: Pipeline, lines: Iterable[Asked], batch: int, done: Done, fai
     )
     worker = Worker("prompts", pipeline, limits)
     waiting: dict[Future[Made], Asked] = {}
-    worker.start()
-    try:
-        for asked in lines:
-            while sum(each.request.images for each in waiting.values()) >= _AHEAD * batch:
-                _take(waiting, done, failed)
-            if future := _submitted(worker, asked, limits, failed):
-                waiting[future] = asked
-        while waiting:
-            _take(waiting, done, failed)
-    finally:
-        worker.end()
-        worker.join()
+    with interrupts_held() as check:
+        worker.start()
+        try:
+            for asked in lines:
+                check()
+                while sum(each.request.images for each in waiting.values()) >= _AHEAD * batch:
+                    check()
+                    _take(worker, waiting, done, failed)
+                if future := _submitted(worker, asked, limits, failed):
+                    waiting[future] = asked
+            while waiting:
+                check()
+                _take(worker, waiting, done, failed)
+        finally:
+            worker.end()
+            worker.join()
 
 
 def _submitted(worker: Worker, asked: Asked, limits: Limits, failed: Failed) -> Future[Made] | None:
@@ -67,9 +74,12 @@ def _submitted(worker: Worker, asked: Asked, limits: Limits, failed: Failed) -> 
     return ticket.future
 
 
-def _take(waiting: dict[Future[Made], Asked], done: Done, failed: Failed) -> None:
-    """Wait until some are made, and hand them on."""
-    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+def _take(worker: Worker, waiting: dict[Future[Made], Asked], done: Done, failed: Failed) -> None:
+    """Hand on those that are made, or wait a while until some are."""
+    ready = wait(waiting, timeout=_LOOK, return_when=FIRST_COMPLETED).done
+    if not ready and not worker.is_alive():
+        raise RuntimeError("the thread that makes pictures has ended")
+    for future in ready:
         asked = waiting.pop(future)
         error = future.exception()
         if error is None:

@@ -5,6 +5,7 @@ lines are made once more; a picture that was there is then replaced by the same.
 """
 
 import logging
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Painter", "make_in_workers"]
 
+_ANSWERS = 5
+"""Seconds in which a cluster has to answer."""
 _BATCHES = 8
 """That a worker is given at once, so that pictures of a kind find each other."""
 
@@ -94,12 +97,36 @@ def make_in_workers(job: Job, options: Namespace, course: Course, done: Callable
 def _start(address: str | None) -> None:
     import ray
 
+    _check_cluster(address or os.environ.get("RAY_ADDRESS", ""))
     try:
         ray.init(
             address, include_dashboard=False if address is None else None, log_to_driver=False, logging_level=logging.WARNING
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ServingError(f"--ray-address {address!s:.100}: {error!s:.300}; start a cluster, or leave it out") from error
+        raise _no_cluster(address, str(error)) from error
+
+
+def _check_cluster(address: str) -> None:
+    """Raise ServingError where no cluster answers; Ray itself would ask for minutes.
+
+    ``auto`` and the like are looked for by Ray on this machine, which takes no time. Both kinds of address, HOST:PORT and
+    ray://HOST:PORT, are gRPC's.
+    """
+    host = address.removeprefix("ray://")
+    if ":" not in host:
+        return
+    need("grpc", "--ray-address", "ray", ServingError)
+    import grpc  # type: ignore[import-untyped]
+
+    with grpc.insecure_channel(host) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_ANSWERS)
+        except grpc.FutureTimeoutError as error:
+            raise _no_cluster(address, f"no cluster answers there within {_ANSWERS} s") from error
+
+
+def _no_cluster(address: str | None, why: str) -> ServingError:
+    return ServingError(f"--ray-address {address!s:.100}: {why:.300}; start a cluster, or leave it out")
 
 
 def _made(rows: list[dict[str, Any]], job: Job, options: Namespace) -> "Dataset":

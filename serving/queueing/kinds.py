@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from runtime import Pipeline, Request, RequestError
+from runtime.pipeline import Callback
 from runtime.prepared import Prepared
 from runtime.report.cost import peak_bytes
 from runtime.report.memory import memory_bytes
@@ -15,8 +16,8 @@ _SHARE = 4
 """The features between segments of one batch may fill this part of the memory: a choice of our own, for what engines add."""
 
 
-def admit(pipeline: Pipeline, request: Request, limits: Limits) -> Ticket:
-    """A request checked against the bundle and the limits, ready to wait.
+def admit(pipeline: Pipeline, request: Request, limits: Limits, step: Callback | None = None) -> Ticket:
+    """A request checked against the bundle and the limits, ready to wait; alone where ``step`` is to be told of its steps.
 
     Raises:
         RequestError, PlanError: as ``Pipeline.prepare``; it asks for more than the limits allow; or a prompt is too long to be
@@ -26,11 +27,11 @@ def admit(pipeline: Pipeline, request: Request, limits: Limits) -> Ticket:
     whole = pipeline.reads_whole(request)
     if not whole and request.long_prompts != "cut":
         raise RequestError("a prompt is longer than this model reads; shorten it, or have it cut with long_prompts: 'cut'")
-    kind = _kind(pipeline, request, limits) if whole and pipeline.can_share(request) else None
+    kind = _kind(pipeline, request, limits) if whole and step is None and pipeline.can_share(request) else None
     if kind is None:
         prepared = pipeline.prepare(request)
         limits.check_size(prepared.height, prepared.width)
-    return Ticket(request, kind, limits.seconds)
+    return Ticket(request, kind, limits.seconds, step)
 
 
 def _kind(pipeline: Pipeline, request: Request, limits: Limits) -> Kind | None:

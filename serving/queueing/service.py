@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from engines.support.spelling import did_you_mean
 from runtime import Pipeline, Request
+from runtime.pipeline import Callback
 from serving.errors import ServingError, StoppingError, UnknownModelError
 from serving.limits import Limits
 from serving.queueing.kinds import admit
@@ -16,11 +17,11 @@ __all__ = ["Service"]
 class Service:
     """Takes requests for pictures of several bundles, from any thread.
 
-    Plans may switch to the UNets of bundles that are served, and to no others that lie beside them, and that for all who
-    use these pipelines from now on.
+    Plans of requests may switch to the UNets of bundles that are served, and to no others that lie beside them.
 
     Args:
-        pipelines: by the name that requests call them; the first is the one of requests that name none.
+        pipelines: by the name that requests call them; the first is the one of requests that name none. They stay as they are:
+            calls of their own beside it are not bound by what a request may do.
         limits: what a request may ask for.
         watch: is told of every batch.
 
@@ -29,13 +30,12 @@ class Service:
     """
 
     def __init__(self, pipelines: Mapping[str, Pipeline], limits: Limits | None = None, watch: Watch | None = None) -> None:
-        self.pipelines, self.limits = dict(pipelines), limits or Limits()
         if not pipelines:
-            raise ServingError("there is no bundle to serve; name one")
+            raise ServingError("there is no bundle to serve; name one, as a build makes it: python -m exporter build")
         bundles = [pipeline.bundle for pipeline in pipelines.values()]
-        for pipeline in pipelines.values():
-            pipeline.siblings = bundles
-        self.workers = {name: Worker(name, pipeline, self.limits, watch) for name, pipeline in pipelines.items()}
+        self.pipelines = {name: pipeline.with_siblings(bundles) for name, pipeline in pipelines.items()}
+        self.limits = limits or Limits()
+        self.workers = {name: Worker(name, pipeline, self.limits, watch) for name, pipeline in self.pipelines.items()}
         self.is_stopping = False
 
     def start(self) -> None:
@@ -62,8 +62,13 @@ class Service:
             raise UnknownModelError(f"there is no model {model!r:.100}; {did_you_mean(model, self.workers)}choose from: {names}")
         return self.workers[model]
 
-    def submit(self, model: str | None, request: Request) -> Ticket:
+    def submit(self, model: str | None, request: Request, step: Callback | None = None) -> Ticket:
         """Let a request wait for its pictures, which ``Ticket.future`` will have.
+
+        Args:
+            model: who makes them; None for the first.
+            request: what is made.
+            step: is told of every step that was done; such a request shares no batch.
 
         Raises:
             UnknownModelError: nobody makes its pictures.
@@ -73,7 +78,7 @@ class Service:
         worker = self.worker(model)
         worker.expect()
         try:
-            ticket = admit(worker.pipeline, request, self.limits)
+            ticket = admit(worker.pipeline, request, self.limits, step)
         except BaseException:
             worker.give_up()
             raise

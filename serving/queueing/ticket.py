@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from runtime import Generation, Plan, Request, StepRecord
+from runtime.pipeline import Callback
 from serving.errors import LateError
 
 __all__ = ["Kind", "Made", "Single", "Ticket", "singles", "waited_for"]
@@ -65,6 +66,8 @@ class Made:
     """Seconds until the first of them began."""
     batches: tuple[int, ...]
     """Pictures in each of them, those of others included."""
+    alone: Generation | None
+    """The call, of a request that shares no batch."""
 
 
 class Ticket:
@@ -74,10 +77,11 @@ class Ticket:
         request: fitted to the limits of the service and to the bundle.
         kind: what it shares batches with; None for a request that runs alone.
         seconds: after which nobody waits for it any more.
+        step: is told of every step of a request that runs alone.
     """
 
-    def __init__(self, request: Request, kind: Kind | None, seconds: float) -> None:
-        self.request, self.kind = request, kind
+    def __init__(self, request: Request, kind: Kind | None, seconds: float, step: Callback | None = None) -> None:
+        self.request, self.kind, self.step = request, kind, step
         self.singles = singles(request) if kind else ()
         self.future: Future[Made] = Future()
         self.arrived = time.monotonic()
@@ -141,6 +145,7 @@ class Ticket:
             seconds=sum(generation.seconds for generation, _ in self._generations),
             waited=(self._began or self.arrived) - self.arrived,
             batches=tuple(count for _, count in self._generations),
+            alone=replace(first, images=[image for image, _ in pictures]) if self.kind is None else None,
         )
         with suppress(InvalidStateError):  # given up in this very moment
             self.future.set_result(made)

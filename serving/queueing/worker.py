@@ -186,14 +186,17 @@ class Worker(threading.Thread):
         """Make a batch. Where it fails, each request is tried alone: one's fault is not the others'."""
         tickets = [part.ticket for part in parts if not part.ticket.is_over]
 
-        def stop_where_nobody_waits(record: StepRecord, latents: Tensor) -> None:
+        def after_step(record: StepRecord, latents: Tensor) -> None:
             if all(ticket.is_over for ticket in tickets):
-                raise _Stopped
+                raise _Stopped  # nobody waits
+            for ticket in tickets:
+                if ticket.step is not None:
+                    ticket.step(record, latents)
 
         if not tickets:
             return
         try:
-            generation = self._generate(parts, stop_where_nobody_waits)
+            generation = self._generate(parts, after_step)
         except _Stopped:
             for ticket in tickets:
                 ticket.expire()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 import unet_heirloom
@@ -245,6 +245,22 @@ def test_a_saved_pipeline_has_its_own_unet(attached: Callable[..., Attachment], 
     saved = UNet2DConditionModel.from_pretrained(tmp_path / "attached", subfolder="unet")
     for name, weight in heirloom.original.state_dict().items():
         assert torch.equal(saved.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionImg2ImgPipeline])
+def test_a_pipeline_made_from_an_attached_one_is_not_saved_without_its_unet(
+    attached: Callable[..., Attachment], kind: Any, tmp_path: Path
+) -> None:
+    heirloom = attached()
+    made = kind.from_pipe(heirloom.pipe)
+    assert made.unet is heirloom.unet
+    with pytest.raises(RequestError, match="cannot be saved with a pipeline"):
+        made.save_pretrained(tmp_path / "made")
+    assert not (tmp_path / "made/model_index.json").exists()
+    made.unet = heirloom.original
+    made.save_pretrained(tmp_path / "made")
+    assert json.loads((tmp_path / "made/model_index.json").read_text())["unet"] == ["diffusers", "UNet2DConditionModel"]
+    heirloom.disable()
 
 
 def batched(pipe: Any, **options: Any) -> Tensor:

@@ -50,7 +50,7 @@ def test_a_prompt_gives_a_picture_and_says_what_ran(runtime: Command, mini_bundl
 
 
 def test_a_file_of_prompts_is_another_command(runtime: Command) -> None:
-    assert_refused(runtime("--prompts", "my prompts.txt"), "python -m serving.prompts 'my prompts.txt'")
+    assert_refused(runtime("--prompts", "my prompts.txt"), "my prompts.txt cannot be read")
 
 
 def test_every_step_is_listed_if_asked_for(runtime: Command, mini_bundle: Bundle) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines import Bundle, BundleError
+from engines import Bundle, BundleError, EngineError
 from runtime import PlanError, RequestError, UNet
 from serving.comfyui.bundle_module import is_guided
 from tests.support.fake_comfyui import install
@@ -180,6 +180,29 @@ def test_latents_of_other_models_are_told(loaded: tuple[Any, Any], text: Tensor,
     run = Run(loaded[0], text)
     with pytest.raises(RequestError, match=r"this bundle takes \(rows, 4, height, width\).*Set Latent Noise Mask"):
         run.at(run.sigmas[0], torch.zeros(2, channels, 8, 8))
+
+
+def test_areas_that_do_not_fit_and_unlike_noise_levels_are_told(loaded: tuple[Any, Any], text: Tensor) -> None:
+    run = Run(loaded[0], text)
+    with pytest.raises(RequestError, match=r"Conditioning Set Area\) of 64x32 pixels, height first; .* multiples of 64"):
+        run.at(run.sigmas[0], torch.zeros(2, 4, 8, 4))
+    unet, timesteps = run.unet, torch.tensor([500.0, 400.0])
+    with pytest.raises(RequestError, match="unlike noise levels"):
+        unet(torch.zeros(2, 4, 8, 8), timesteps, context=text, transformer_options=run.options)
+    assert loaded[0].model.channels == loaded[1].manifest.features["stem"].shape[1], "FreeU asks for it before it is refused"
+
+
+@pytest.mark.parametrize("name", ["damaged", "of another engine", "empty"])
+def test_bundles_that_cannot_be_loaded_are_told(nodes: dict[str, Any], bundle_copy: Path, tmp_path: Path, name: str) -> None:
+    place = tmp_path / "unet_heirloom/bad"
+    place.symlink_to(bundle_copy)
+    if name == "damaged":
+        next(bundle_copy.glob("segments/*.onnx")).write_bytes(b"damaged")
+    elif name == "empty":
+        (bundle_copy / "manifest.json").write_text("{}")
+    with pytest.raises((BundleError, EngineError)) as refused:
+        nodes["UNetHeirloomLoadBundle"]().load("bad", "tensorrt-rtx" if name == "of another engine" else "onnxruntime")
+    assert "\n" not in refused.value.line
 
 
 def test_mistakes_with_the_nodes_are_told(nodes: dict[str, Any], loaded: tuple[Any, Any]) -> None:

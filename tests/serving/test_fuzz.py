@@ -35,7 +35,8 @@ def png(draw: random.Random) -> str:
 
 
 def plan(draw: random.Random) -> Any:
-    text = draw.choice([preset.example for preset in PRESETS.values()])
+    presets = [preset.example for preset in PRESETS.values()]
+    text = presets[int(draw.random() * len(presets))]  # what is drawn after it stays the same with another number of presets
     mode: dict[str, Any] = draw.choice(
         [
             {"mode": "uniform", "every": 2},
@@ -95,7 +96,7 @@ def drawn(draw: random.Random, names: list[str]) -> bytes:
 
 @pytest.mark.parametrize(
     ("path", "schema", "seed"),
-    [("/v1/images/generations", openai_images.SCHEMA, 1), ("/generate", native.SCHEMA, 2)],
+    [("/v1/images/generations", openai_images.SCHEMA, 1), ("/generate", native.SCHEMA, 5)],
     ids=["openai", "native"],
 )
 def test_every_body_is_answered(mini_bundle: Bundle, path: str, schema: dict[str, Any], seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from runtime import Request
 from serving.http.asked import DESCRIPTIONS, TRAVELS
+from serving.http.interface_page import interface_page
 from tests.serving.conftest import Client
 from tests.support.diffusers_pipelines import mask, picture
 from tests.support.gated import GatedPipeline
@@ -88,7 +90,21 @@ def test_every_field_of_a_request_travels_or_is_known_to_stay(client: Client) ->
         "description": body["properties"]["steps"]["description"],
     }
     assert "/docs" not in interface["paths"]
-    assert "swagger" in client().get("/docs").text
+
+
+def test_the_page_of_the_interface_has_every_field_and_asks_no_other_server(client: Client) -> None:
+    asking = client()
+    shown, interface = asking.get("/docs"), asking.get("/openapi.json").json()
+    assert shown.headers["content-security-policy"].startswith("default-src 'none'")
+    assert not re.search(r"<script|<link|<img|src=|url\(|https?:", shown.text)
+    for path, operations in interface["paths"].items():
+        for method, operation in operations.items():
+            assert f"<code>{method.upper()} {path}</code>" in shown.text
+            schema = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            for field in schema.get("properties", {}):
+                assert f"<code>{field}</code>" in shown.text
+    assert "string or list of string or null" in shown.text
+    assert interface_page({"info": {"title": "<b>", "version": "", "description": "&"}, "paths": {}}).count("<b>") == 0
 
 
 def test_models(client: Client) -> None:

@@ -31,6 +31,7 @@ class BaseModel(nn.Module):
         assert config.unet_config["disable_unet_model_creation"]
         self.latent_format, self.model_type, self.model_sampling = config.latent_format, model_type, ModelSampling()
         self.diffusion_model: Any = None
+        self.channels = config.unet_config["model_channels"]
 
 
 class ModelPatcher:

@@ -17,9 +17,9 @@ PATIENCE = 20.0
 """Seconds after which a test that waits for something has failed."""
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool], patience: float = PATIENCE) -> None:
     """Wait until it holds."""
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -31,10 +31,14 @@ class GatedPipeline(Pipeline):
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle, make_engine("null"))
         self.requests: list[Request] = []
-        self.records = 0
-        """Steps that were done."""
+        self._done = [0]
         self._gate, self._begun = threading.Event(), threading.Semaphore(0)
         self._gate.set()
+
+    @property
+    def records(self) -> int:
+        """Steps that were done, by whatever serves this pipeline too."""
+        return self._done[0]
 
     @contextmanager
     def closed(self) -> Iterator[None]:
@@ -62,6 +66,6 @@ class GatedPipeline(Pipeline):
                 self._begun.release()
                 assert self._gate.wait(PATIENCE)
             callback(record, latents)
-            self.records += 1
+            self._done[0] += 1
 
         return super().generate(prompt, negative_prompt, callback=step, **options)

@@ -1,10 +1,12 @@
 """Recipes: what an assembled UNet leaves out and how it is distilled, as frozen data with a version."""
 
+import errno
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from engines.support.files import check_regular
 from engines.support.records import Name, Record, explain
 from tuning.errors import TuningError
 
@@ -65,12 +67,17 @@ class Recipe(Record):
     def load(cls, path: Path) -> "Recipe":
         """Reads a recipe from JSON. Raises TuningError when it can't be read as one."""
         try:
-            if not path.is_file() or path.stat().st_size > _LARGEST:
-                raise OSError("a folder, a pipe or too large" if path.exists() else "no such file")
+            check_regular(path)
+            if path.stat().st_size > _LARGEST:
+                raise OSError(errno.EFBIG, f"it has more than {_LARGEST} bytes", str(path))
             return cls.model_validate_json(path.read_text())
         except (OSError, UnicodeDecodeError, ValidationError) as error:
-            reason = explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+            reason = explain(error) if isinstance(error, ValidationError) else " ".join(_reason(error).split())
             raise TuningError(f"{path!s:.200} is no recipe ({reason:.300}): write name, version 1 and remove as JSON") from error
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 _SECOND_LAYERS = ("down.*.layer.1", "up.*.layer.1")

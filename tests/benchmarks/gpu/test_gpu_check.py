@@ -87,6 +87,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 @no_gpu
 @pytest.mark.slow
 @pytest.mark.usefixtures("counted")
+@pytest.mark.usefixtures("warm_commands")
 def test_the_program_itself_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save_source(tmp_path / "tiny")
     main(

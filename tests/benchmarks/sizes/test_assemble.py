@@ -13,6 +13,7 @@ from tests.support.sources import save_source
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_commands")
 def test_assembling_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, work, source = tmp_path / "found.json", tmp_path / "work", str(save_source(tmp_path / "tiny"))
     recipe = tmp_path / "no-mid.json"

@@ -17,6 +17,7 @@ from tuning.checkpoints.source import FileSource, FolderSource
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_commands")
 def test_a_build_is_measured_killed_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a single file that is written for it."""
     out, configuration = tmp_path / "found.json", save_source(tmp_path / "tiny")

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.shared_pieces
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_commands")
 def test_pictures_are_made_and_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, source = tmp_path / "found.json", str(save_source(tmp_path / "tiny"))
     given = ["--source", source, "--sizes", "16x16", "--plan", "block:2", "--steps", "3", "--work", str(tmp_path / "work")]

@@ -120,6 +120,7 @@ def test_no_more_folders_are_remembered_than_some(
     assert len(list((caches / "digests").iterdir())) == 2
 
 
+@pytest.mark.usefixtures("warm_commands")
 def test_two_processes_may_remember_at_once(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from engines.bundle import digests; digests._SETTLED = -1\n"

@@ -141,6 +141,7 @@ def test_without_a_place_it_starts_as_ever(
     assert opened == [False, False]
 
 
+@pytest.mark.usefixtures("warm_commands")
 def test_two_processes_may_start_at_once(mini_bundle: Bundle, caches: Path, opened: list[bool]) -> None:
     code = (
         "import sys; from engines import Bundle, make_engine; from engines.ort import kept_graphs\n"

@@ -60,6 +60,20 @@ class Unwritten(nn.Module):
         return (torch.nn.functional.softshrink(x) + torch.special.xlog1py(x, x.abs()),)
 
 
+class Turned(nn.Module):
+    """Norms of what is not laid out in order: of a picture whose channels come last, and of one whose sides are exchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups, self.plain, self.layer = nn.GroupNorm(4, 16), nn.GroupNorm(2, 16, affine=False), nn.LayerNorm((16,))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        (x,) = inputs
+        x = self.groups(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
+        x = self.plain(x.transpose(2, 3)).transpose(2, 3).flatten(2).permute(0, 2, 1)
+        return (self.layer(x).permute(0, 2, 1).reshape(inputs[0].shape),)
+
+
 def written(module: nn.Module, folder: Path) -> tuple[Counter[str], Any]:
     """The operators of a module's ONNX file, and what it makes of a picture."""
     folder.mkdir()
@@ -74,7 +88,7 @@ def written(module: nn.Module, folder: Path) -> tuple[Counter[str], Any]:
     return Counter(node.op_type for node in nodes), made
 
 
-@pytest.mark.parametrize("module", [Block(), Mixed(), Unwritten()], ids=["quick", "mixed", "decomposed"])
+@pytest.mark.parametrize("module", [Block(), Mixed(), Turned(), Unwritten()], ids=["quick", "mixed", "turned", "decomposed"])
 def test_the_file_is_the_one_that_the_exporter_writes_by_itself(
     module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

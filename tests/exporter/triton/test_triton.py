@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from engines import Bundle
+from engines.errors import EngineMemoryError
 from exporter.__main__ import main
 from runtime import Pipeline, Request
 from tests.support.commands import Command, assert_refused, command, contents
@@ -85,6 +86,19 @@ def test_mistakes_write_nothing(
     exporter: Command, mini_bundle: Bundle, tmp_path: Path, given: list[str], parts: list[str]
 ) -> None:
     assert_refused(exporter("export-triton", mini_bundle.folder, tmp_path / "models", *given), *parts)
+    assert not (tmp_path / "models").exists()
+
+
+def test_damaged_bundles_and_folders_that_cannot_take_a_model(exporter: Command, bundle_copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    before = contents(bundle_copy)
+    for folder, part in ((bundle_copy, "is inside of the bundle"), (bundle_copy / "segments", "is inside of the bundle")):
+        assert_refused(exporter("export-triton", bundle_copy, folder), part)
+    assert_refused(exporter("export-triton", bundle_copy, tmp_path / "file"), "file cannot be read or written")
+    assert_refused(exporter("export-triton", tmp_path / "none", tmp_path / "models"), "no such folder")
+    assert contents(bundle_copy) == before
+    next(bundle_copy.glob("segments/*.onnx")).write_bytes(b"damaged")
+    assert_refused(exporter("export-triton", bundle_copy, tmp_path / "models"), "is not the file that was built")
     assert not (tmp_path / "models").exists()
 
 
@@ -174,6 +188,20 @@ def test_requests_of_a_kind_are_made_at_once_and_each_gets_its_own_pictures(
     assert np.abs(answers[1].tensors["IMAGE"][1].astype(int) - np.asarray(alone.image, int)).max() <= 1
     told = json.loads(answers[1].tensors["MADE_FROM"][1, 0])
     assert (told["prompt"], told["seed"], told["plan"]) == ("a red cross", "8", "deepcache:2")
+
+
+def test_a_batch_that_does_not_fit_is_made_one_by_one(execute: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = execute.model._pipeline  # type: ignore[attr-defined]
+    generate = pipeline.generate
+
+    def small(request: Request) -> Any:
+        if request.images > 1 or "large" in request.prompts[0]:
+            raise EngineMemoryError("does not fit into the memory")
+        return generate(request)
+
+    monkeypatch.setattr(pipeline, "generate", small)
+    first, second, third = execute(*({"PROMPT": prompt, "STEPS": 1} for prompt in ("a star", "a large ring", "a cross")))
+    assert (first.error, second.error, third.error) == (None, "does not fit into the memory", None)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 
 from runtime import Pipeline
 from serving.page.site import Site
+from serving.queueing.service import Service
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -28,12 +29,21 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="session")
-def site(mini_pipeline: Pipeline) -> Site:
-    return Site({BUNDLE: mini_pipeline})
+def service(mini_pipeline: Pipeline) -> Iterator[Service]:
+    """What makes the pictures of all tests of the room."""
+    found = Service({BUNDLE: mini_pipeline})
+    found.start()
+    yield found
+    found.end()
 
 
 @pytest.fixture(scope="session")
-def address(mini_pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def site(service: Service) -> Site:
+    return Site(service)
+
+
+@pytest.fixture(scope="session")
+def address(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where the page is served; what it and its visitors write goes to a folder of the session."""
     import uvicorn
     from fastapi import FastAPI
@@ -45,7 +55,7 @@ def address(mini_pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        app = mount_page(FastAPI(), {BUNDLE: mini_pipeline})
+        app = mount_page(FastAPI(), service)
         server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="critical"))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

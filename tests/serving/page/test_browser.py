@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 
 from runtime import Pipeline
 from serving.page.views import UNEXPECTED
+from serving.queueing.service import Service
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -194,7 +194,7 @@ def test_a_mistake_is_one_line(page: Page) -> None:
     page.until(lambda: page.find("#speed input[type=range]").get_attribute("value") == "3")
 
 
-def test_cancel_stops_the_call_and_the_page_goes_on(page: Page) -> None:
+def test_cancel_stops_the_call_and_the_page_goes_on(page: Page, service: Service) -> None:
     page.write("#steps input[type=number]", "100")
     page.choose("#scheduler input", "heun")
     if "DRAW_PAGE" in os.environ:
@@ -206,7 +206,7 @@ def test_cancel_stops_the_call_and_the_page_goes_on(page: Page) -> None:
         page.draw("serving-running.png", DESKTOP, wait=0)
     page.click("#cancel")
     assert page.status("idle") == "cancelled"
-    assert "page-call" not in names()
+    page.until(lambda: service.is_idle)
     page.write("#steps input[type=number]", "4")
     page.choose("#scheduler input", "dpm++")
     page.generate()
@@ -214,12 +214,12 @@ def test_cancel_stops_the_call_and_the_page_goes_on(page: Page) -> None:
 
 
 def test_a_fault_is_called_unexpected_and_is_in_the_log(
-    page: Page, mini_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    page: Page, service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*given: Any, **named: Any) -> Any:
         raise RuntimeError("secret of the server")
 
-    monkeypatch.setattr(mini_pipeline, "generate", broken)
+    monkeypatch.setattr(next(iter(service.pipelines.values())), "generate", broken)
     with caplog.at_level(logging.ERROR):
         page.generate()
         assert page.status("wrong") == UNEXPECTED
@@ -251,15 +251,11 @@ def test_a_picture_that_is_painted_over_is_repainted_there(page: Page, tmp_path:
     assert {"image.png", "mask.png"} <= {link.get_attribute("download") for link in page.all("#files a")}
 
 
-def test_a_visitor_who_leaves_ends_the_call(page: Page) -> None:
+def test_a_visitor_who_leaves_ends_the_call(page: Page, service: Service) -> None:
     page.write("#strength input[type=number]", "1")
     page.write("#steps input[type=number]", "100")
     page.choose("#scheduler input", "heun")
     page.generate()
-    page.until(lambda: "page-call" in names())
+    page.until(lambda: not service.is_idle)
     page.chrome.get("about:blank")
-    page.until(lambda: "page-call" not in names())
-
-
-def names() -> list[str]:
-    return [thread.name for thread in threading.enumerate()]
+    page.until(lambda: service.is_idle)

@@ -8,6 +8,7 @@ import logging
 import shlex
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,24 @@ import pytest
 from PIL import Image
 
 from engines import Bundle, make_engine
-from runtime import Pipeline, Plan, PlanError, RequestError, find_plan
+from runtime import Pipeline, Plan, PlanError, Request, RequestError, find_plan
 from runtime.__main__ import main as runtime_main
+from runtime.plans.plan import MOST_BYTES
 from runtime.plans.words import Found
-from serving.errors import ServingError
+from serving import Limits
+from serving.errors import BusyError, ServingError
+from serving.page import make_page
 from serving.page.asked import MOST_STEPS, Asked, image_and_mask
 from serving.page.beside import GAIN, difference, figures
 from serving.page.calls import Calls, Cancelled, Made, StepDone, in_turns, run
-from serving.page.plans import MOST_PLAN_BYTES, chosen_plan, ladder, read_plan
+from serving.page.plans import chosen_plan, ladder
 from serving.page.reproduce import as_command, as_python
 from serving.page.site import Site
 from serving.page.strip import Strip
-from serving.page.views import NOTHING_MADE, UNEXPECTED, View
+from serving.page.views import NOTHING_MADE, UNEXPECTED, WAITING, View
+from serving.queueing.service import Service
 from tests.support.commands import command
+from tests.support.gated import PATIENCE, GatedPipeline, wait_for
 
 pytestmark = pytest.mark.shared_pieces
 BUNDLE = "mini-original"
@@ -79,7 +85,7 @@ def test_a_front_beside_the_bundle_takes_the_ladders_place(bundle_copy: Path) ->
         rungs = ladder(pipeline)
     assert [rung.plan.name for rung in rungs if "found" in rung.plan.name] == ["found-0.600", "found-0.400"], "what it can run"
     assert rungs[0].plan.name == "full"
-    cost, strip = Site({"one": pipeline}).describe("one", "found-0.400", 10)
+    cost, strip = Site(Service({"one": pipeline})).describe("one", "found-0.400", 10)
     assert "found for 10 steps of ddim" in cost
     assert strip.count("<use") == 10
 
@@ -100,17 +106,18 @@ def test_plans_are_named_never_opened(site: Site, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"\xff{", "Invalid JSON"),
-        (b"[" * 100_000, "Invalid JSON"),
-        (b"{}", "name: Field required"),
-        (b'{"name": "x", "rules": [], "path": "/etc/passwd"}', "path: Extra inputs are not permitted"),
-        (b" " * (MOST_PLAN_BYTES + 1), f"has more than {MOST_PLAN_BYTES} bytes"),
+        (b"\xff{", "is no JSON that can be read"),
+        (b"[" * 100_000, "is no JSON that can be read"),
+        (b"{}", "name: it is missing"),
+        (b'{"name": "x", "rules": [], "path": "/etc/passwd"}', "path: there is no such field"),
+        (b" " * (MOST_BYTES + 1), f"has more than {MOST_BYTES} bytes"),
     ],
     ids=["bytes", "deep", "nothing", "unknown", "large"],
 )
-def test_uploaded_plans_that_are_none(content: bytes, told: str) -> None:
+def test_uploaded_plans_that_are_none(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "mine.json").write_bytes(content)
     with pytest.raises(PlanError) as refused:
-        read_plan(content, "mine.json")
+        Site.read_plan(tmp_path / "mine.json")
     assert refused.value.line.startswith("plan file mine.json")
     assert told in refused.value.line
 
@@ -206,7 +213,7 @@ def test_steps_that_are_decided_while_running_become_what_they_were(site: Site) 
 def test_a_call_gives_its_steps_previews_and_picture(site: Site) -> None:
     pipeline = site.pipelines[BUNDLE]
     request = Asked(PROMPT, find_plan("full"), steps=5, seed=1).request(pipeline.manifest)
-    items = list(run(pipeline, request, threading.Event(), every=2, apart=0))
+    items = list(run(site.service, BUNDLE, request, threading.Event(), every=2, apart=0))
     steps = [item for item in items if isinstance(item, StepDone)]
     assert [item.record.index for item in steps] == [0, 1, 2, 3, 4]
     assert [item.preview is not None for item in steps] == [False, True, False, True, False]
@@ -223,26 +230,26 @@ def test_calls_that_are_compared_are_the_quickest_of_several_if_they_are_short(s
     plans = find_plan("deepcache:2"), find_plan("full")
     requests = tuple(Asked(PROMPT, plan, steps=2).request(pipeline.manifest) for plan in plans)
     one, other = (Made(pipeline.generate(request), 0.9) for request in requests)
-    made = in_turns(pipeline, (requests[0], requests[1]), (one, other), threading.Event())
+    made = in_turns(site.service, BUNDLE, (requests[0], requests[1]), (one, other), threading.Event())
     assert [each.generation.plan for each in made] == list(plans)
     assert all(each.seconds < 0.9 for each in made)
     long = Made(one.generation, 100)
-    assert in_turns(pipeline, (requests[0], requests[1]), (long, other), threading.Event()) == (long, other)
+    assert in_turns(site.service, BUNDLE, (requests[0], requests[1]), (long, other), threading.Event()) == (long, other)
 
 
 def test_a_call_stops_when_it_is_cancelled_or_nobody_looks_any_more(site: Site) -> None:
     pipeline = site.pipelines[BUNDLE]
     request = Asked(PROMPT, find_plan("full"), steps=100).request(pipeline.manifest)
     stop = threading.Event()
-    items = run(pipeline, request, stop)
+    items = run(site.service, BUNDLE, request, stop)
     next(items)
     stop.set()
     with pytest.raises(Cancelled):
         list(items)
-    left = run(pipeline, request, threading.Event())
+    left = run(site.service, BUNDLE, request, threading.Event())
     next(left)
     left.close()  # type: ignore[attr-defined]
-    assert [thread for thread in threading.enumerate() if thread.name == "page-call"] == []
+    wait_for(lambda: site.service.is_idle)  # after the step that ran
 
 
 def test_a_call_is_cancelled_while_it_waits_too(site: Site) -> None:
@@ -250,6 +257,40 @@ def test_a_call_is_cancelled_while_it_waits_too(site: Site) -> None:
     site.calls.cancel("visitor")
     assert "cancelled" in ended(site)
     assert "done" in ended(site), "and the next is none the worse"
+
+
+def test_calls_of_the_page_and_of_http_clients_wait_in_one_queue(gated: GatedPipeline) -> None:
+    service = Service({BUNDLE: gated}, Limits(queue=1))
+    site = Site(service)
+    service.start()
+    with ThreadPoolExecutor(1) as pool, gated.closed():
+        first = service.submit(None, Request("a cross", steps=1))
+        gated.wait_until_running()
+        shown = pool.submit(list, made_by(site, "full", steps=2))
+        wait_for(lambda: service.worker(None).waiting == 1)
+        *_, refused = site.generate("another", BUNDLE, "full", None, **controls())
+        assert "1 pictures are waiting, and no more can" in refused["status"]
+        with pytest.raises(BusyError, match="1 pictures are waiting"):
+            service.submit(None, Request("a ring", steps=1))
+        gated.open()
+        assert len(first.future.result(PATIENCE).images) == 1
+        views = shown.result(PATIENCE)
+    service.end()
+    assert WAITING in views[0]["status"]
+    assert "done" in views[-1]["status"]
+    assert [request.prompts for request in gated.requests] == [("a cross",), (PROMPT,)]
+
+
+def test_a_call_of_the_page_ends_when_its_time_is_over_or_the_service_stops(gated: GatedPipeline) -> None:
+    service = Service({BUNDLE: gated}, Limits(seconds=0.2))
+    service.start()
+    with gated.closed():
+        first = service.submit(None, Request("a cross", steps=1))
+        gated.wait_until_running()
+        assert "were not finished in the time" in ended(Site(service))
+        service.end()
+        assert first.future.exception(PATIENCE) is not None
+    assert "this service is being stopped" in ended(Site(service))
 
 
 def test_one_visitor_does_not_stop_another() -> None:
@@ -390,8 +431,8 @@ def test_messages_name_no_folder_of_the_server(site: Site) -> None:
 
 
 def test_a_page_needs_a_bundle_that_is_there(site: Site) -> None:
-    with pytest.raises(ServingError, match="no bundle to make pictures with"):
-        Site({})
+    with pytest.raises(ServingError, match="no bundle to serve"):
+        make_page({})
     assert "there is no bundle" in site.describe("nonesuch", "full", 20)[0]
     assert f"page takes 1 to {MOST_STEPS}" in site.describe(BUNDLE, "full", 10**9)[0]
     assert 0 <= site.dice() < 2**32
@@ -471,7 +512,7 @@ def test_the_pages_events_are_no_endpoints(doors: Doors) -> None:
 
 def test_uploads_are_said_to_be_wrong_in_one_line_or_can_be_chosen(doors: Doors) -> None:
     wrong = doors.touch("upload", "upload", "one", doors.upload("bad.json", b"{}"))
-    assert wrong["error"].startswith("plan file bad.json, name: Field required")
+    assert wrong["error"].startswith("plan file bad.json, name: it is missing")
     plan = find_plan("block:2").model_copy(update={"name": "mine"})
     _, choice = doors.touch("upload", "upload", "one", doors.upload("good.json", plan.model_dump_json().encode()))["data"]
     assert choice["value"] == "mine"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engines import Bundle
+from engines import Bundle, make_engine
+from engines.support.cli import interrupts_held
 from runtime import Pipeline, Request
+from runtime.__main__ import main as runtime_main
+from serving.prompts import making
 from serving.prompts.__main__ import main
+from serving.prompts.lines import Asked
+from serving.queueing.ticket import Made
 from tests.support.commands import Command, assert_refused, command, contents
 from tests.support.gated import PATIENCE
 
@@ -60,11 +67,81 @@ def test_each_line_gets_the_picture_that_it_would_get_alone(prompts: Command, he
     ]
     alone = mini_pipeline.generate(Request("a green ring", steps=2, plan="deepcache:2", seed=7))
     with Image.open(here / "pictures/00000002.png") as made, Image.open(here / "pictures/00000003-01.png") as other:
-        levels = np.abs(np.asarray(made, np.int16) - np.asarray(alone.image, np.int16))
-        assert levels.max() <= 1  # rounded to 8 bits; rows of a batch are summed in another order
+        assert np.array_equal(np.asarray(made), np.asarray(alone.image)), "nothing of its kind is beside it"
         told = {name: value for name, value in made.info.items() if name != "request"}
         assert told == alone.metadata()
         assert (other.info["seed"], other.info["prompt"]) == ("3", "a yellow square")  # line 3 begins with seed 2
+
+
+def test_a_batch_of_lines_is_the_same_call_of_generate_bit_for_bit(
+    prompts: Command, here: Path, mini_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(making, "_PATIENCE", 60.0)  # which the batch, being full, does not wait for
+    shown = ["a red star on a blue background", "a green ring", "a yellow square"]
+    lines = [{"prompt": text, "seed": 9 - number, "steps": 4, "plan": "deepcache:2"} for number, text in enumerate(shown)]
+    assert prompts(write(here, lines), "--batch", 3).code == 0
+    whole = mini_pipeline.generate(Request(shown, [""] * 3, seed=[9, 8, 7], steps=4, plan="deepcache:2"))
+    for number, image in enumerate(whole.images, 1):
+        with Image.open(here / f"pictures/{number:08}.png") as made:
+            assert np.array_equal(np.asarray(made), np.asarray(image))
+
+
+def test_runtime_hands_a_file_of_prompts_over_and_both_make_the_same_picture(
+    capfd: Any, monkeypatch: pytest.MonkeyPatch, mini_bundle: Bundle, here: Path
+) -> None:
+    runtime = command(runtime_main, capfd, monkeypatch)
+    (here / "p.txt").write_text("a green ring\n")
+    given = ["--bundle", mini_bundle.folder, "--steps", 2, "--plan", "deepcache:2", "--seed", 7]
+    assert runtime("--prompts", "p.txt", *given).out[-1] == "1 made, 0 there already, 0 not made"
+    assert runtime("--prompts=p.txt", *given, "--out", "pictures").out[-1] == "0 made, 1 there already, 0 not made"
+    assert runtime("a green ring", *given, "-o", "alone.png").code == 0
+    with Image.open(here / "pictures/00000001.png") as made, Image.open(here / "alone.png") as alone:
+        assert np.array_equal(np.asarray(made), np.asarray(alone))
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """As in a process of its own; pytest's workers take none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_an_interrupt_ends_it_between_lines_and_leaves_no_thread(mini_bundle: Bundle) -> None:
+    """Raised anywhere, it left locks held which the other thread waited for, and all hung."""
+    lines = [Asked(number, Request("a ring", steps=1, seed=number), "") for number in range(100)]
+    done: list[int] = []
+
+    def interrupt(asked: Asked, made: Made) -> None:
+        done.append(asked.number)
+        if len(done) == 3:
+            signal.raise_signal(signal.SIGINT)
+        done.append(asked.number)
+
+    with pytest.raises(KeyboardInterrupt):
+        making.make(Pipeline(mini_bundle, make_engine("null")), lines, 1, interrupt, lambda number, error: None)
+    assert done[0::2] == done[1::2], "what is done with a line is done whole"
+    assert len(done) < len(lines)
+    assert not [thread for thread in threading.enumerate() if thread.name == "pictures of prompts"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_a_second_interrupt_is_raised_at_once() -> None:
+    reached: list[int] = []
+
+    def twice() -> None:
+        with interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            reached.append(1)
+            signal.raise_signal(signal.SIGINT)
+            reached.append(2)
+
+    with pytest.raises(KeyboardInterrupt):
+        twice()
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_is_there_is_not_made_again_but_lines_that_changed_are(prompts: Command, here: Path) -> None:
@@ -111,7 +188,7 @@ BAD = [
     ({"prompt": "a ring", "plan": {"name": "mine", "rules": 3}}, "rules"),
     ({"prompt": "a ring", "image": "none.png"}, "none.png cannot be read"),
     ({"prompt": "a ring", "image": 3}, "give the name of a file"),
-    ({"prompt": "a ring", "image": "/dev/zero"}, "/dev/zero is a folder, a pipe or a device"),
+    ({"prompt": "a ring", "image": "/dev/zero"}, "/dev/zero cannot be read (it is a folder, a pipe or a device"),
     ({"prompt": "a ring", "num_images": 10**9}, "num_images = 1000000000; a line makes 10000 at most"),
     ({"prompt": "a ring", "latents": [1]}, "generate takes no 'latents'"),
     ({"prompt": "a ring", "height": 63}, "height"),
@@ -141,7 +218,7 @@ def test_a_bad_line_stops_all_if_asked_for(prompts: Command, here: Path) -> None
     [
         (["none.txt"], ["none.txt cannot be read"]),
         (["empty.txt"], ["has no prompts"]),
-        (["/dev/zero"], ["/dev/zero is a folder, a pipe or a device"]),
+        (["/dev/zero"], ["/dev/zero cannot be read (it is a folder, a pipe or a device"]),
         (["p.txt", "--plan", "blok:3"], ["blok"]),
         (["p.txt", "--size", "63"], ["63"]),
         (["p.txt", "--batch", "0"], ["--batch 0"]),

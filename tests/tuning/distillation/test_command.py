@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -147,6 +148,7 @@ def test_the_average_and_not_the_last_weights_are_written(given: list[str], tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_commands")
 def test_a_killed_run_goes_on_to_the_same_weights(given: list[str], tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, "-m", "tuning", *given, "--out", str(killed), "--steps", "20", "--save-minutes", "0"]
@@ -188,6 +190,7 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_commands")
 def test_a_run_killed_while_it_writes_a_checkpoint_resumes_from_the_one_before(
     given: list[str], whole: Path, tmp_path: Path
 ) -> None:
@@ -305,7 +308,19 @@ def test_rendered_data_is_measured_by_the_reader(small_model: Path, tmp_path: Pa
     assert {value.dtype for value in weights.values()} == {torch.float16}
 
 
+def in_two_processes(command: list[str]) -> None:
+    """Start a command as torchrun starts it; tests/tuning/mini/test_training.py has torchrun itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [os.environ | meeting | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    runs = [subprocess.Popen(command, cwd=ROOT, env=rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
+    said = [run.communicate(timeout=300)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_commands")
 def test_two_processes_do_what_one_does_with_twice_the_batch(given: list[str], tmp_path: Path) -> None:
     one, two, recipe = tmp_path / "one", tmp_path / "two", tmp_path / "recipe.json"
     # The loss of features is a share of what the teacher's features are in the process's own batch.
@@ -313,11 +328,7 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(given: list[str], t
     recipe.write_text(tuning.recipe("assembled").model_copy(update={"loss": loss}).model_dump_json())
     (tmp_path / "prompts.txt").write_text("a red star\n")
     given = [*given, "--student", str(recipe), "--steps", "5", "--prompts", str(tmp_path / "prompts.txt")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "tuning", *given, "--out", str(two)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    in_two_processes([sys.executable, "-m", "tuning", *given, "--out", str(two)])
     main([*given, "--out", str(one), "--batch", "4"])
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a["step"] == b["step"]

@@ -70,6 +70,6 @@ def test_files_that_hold_no_recipe(tmp_path: Path, content: str) -> None:
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
-    for name, says in (("pipe", "a folder, a pipe or too large"), ("none", "no such file")):
+    for name, says in (("pipe", "it is a folder, a pipe or a device"), ("none", "No such file")):
         with pytest.raises(TuningError, match=says):
             recipe(str(tmp_path / f"{name}.json"))
