@@ -38,7 +38,7 @@ from runtime.images.pictures import Original, read_original, to_pictures
 from runtime.images.prediction_spaces import PredictionSpaces
 from runtime.images.schedulers import make_scheduler, read_spaces, read_train_steps
 from runtime.plans.checks import check_runs
-from runtime.plans.found import found_for_others
+from runtime.plans.found import found_for_others, guidance_unread
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
 from runtime.prepared import Prepared, check_clip_skip, check_shape, check_tensors, latent_shape, sizes_of
@@ -258,11 +258,12 @@ class Pipeline:
         return prompt if isinstance(prompt, Request) else Request(prompt, negative, **with_our_names(options, FIELDS))
 
     def _warn(self, prepared: Prepared) -> None:
-        """Warn of a plan that was found for other calls, and of a UNet whose pictures suffer, once for each."""
+        """Warn of a plan that is for other calls, and of a UNet whose pictures suffer, once for each."""
         plan, request = prepared.schedule.plan, prepared.request
-        if (other := found_for_others(plan, request.scheduler, request.steps)) and other not in self._warned:
-            self._warned.add(other)
-            warnings.warn(other, stacklevel=4)
+        told = found_for_others(plan, request.scheduler, request.steps), guidance_unread(plan, prepared.guided)
+        for note in set(told) - {"", *self._warned}:
+            self._warned.add(note)
+            warnings.warn(note, stacklevel=4)
         for name in prepared.schedule.unets:
             if not self.networks[name].manifest.distilled and name not in self._warned:
                 self._warned.add(name)

@@ -14,7 +14,7 @@ from runtime.command.comparison import Comparison, draw
 from runtime.command.output import announce, as_json, progress, show_kinds, show_steps
 from runtime.generation import Generation
 from runtime.pipeline import Pipeline
-from runtime.plans.found import described_find
+from runtime.plans.found import described_find, guidance_unread
 from runtime.plans.presets import PRESETS
 from runtime.report.cards import find_card
 from runtime.report.explain import explain, plot
@@ -104,8 +104,8 @@ def _explain(options: Namespace, console: Console) -> None:
         table, summary = explain(prepared.schedule, pipeline.networks, prepared.sizes, pipeline.swapper, console)
         console.print(table)
         console.print(summary, soft_wrap=True)
-    if found := described_find(request.found_plan):
-        console.print(found, soft_wrap=True)
+    for line in filter(None, (described_find(request.found_plan), guidance_unread(request.found_plan, prepared.guided))):
+        console.print(line, soft_wrap=True)
 
 
 def _explain_card(request: Request, options: Namespace, console: Console) -> None:

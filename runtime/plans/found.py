@@ -1,8 +1,8 @@
-"""What a plan says that it was found for, in words, and whether a call is of that kind."""
+"""What a plan says that it was found for, in words, and whether a call is of a kind that the plan has something to say of."""
 
 from runtime.plans.plan import Plan
 
-__all__ = ["described_find", "found_for_others"]
+__all__ = ["described_find", "found_for_others", "guidance_unread"]
 
 
 def described_find(plan: Plan) -> str:
@@ -24,4 +24,14 @@ def found_for_others(plan: Plan, scheduler: str, steps: int) -> str:
     return (
         f"plan {plan.name} was found for {found.steps} steps of {found.scheduler}, and this is {steps} of {scheduler}: its "
         "pictures may be further from those of full; find one for these with python -m tuning plan"
+    )
+
+
+def guidance_unread(plan: Plan, guided: bool) -> str:
+    """A note where a plan says when guidance evaluates both of its halves, and there is no guidance; else nothing."""
+    if plan.guidance is None or guided:
+        return ""
+    return (
+        f"plan {plan.name} says at which steps guidance evaluates both of its halves, and without guidance (a scale of 1 or "
+        "less) there is only one: that part of the plan does nothing"
     )

@@ -23,7 +23,7 @@ from engines.bundle.names import BRANCH, NOISE, attention_parts
 from engines.support.files import check_regular
 from engines.support.records import Name, Record
 from runtime.errors import PartitionError, PlanError
-from runtime.plans.key_steps import MODES, Mode, Threshold
+from runtime.plans.key_steps import MODES, Explicit, Mode, Threshold
 from runtime.plans.words import Found, Guidance, Predict
 
 __all__ = ["MOST_BYTES", "Plan", "Rule", "UNetRange", "inherited_features", "matching", "shown"]
@@ -186,6 +186,11 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
             raise PlanError(
                 f"{where}.space is {rule.predict.space!r}, which is for rules whose only unit is {NOISE!r}, whose inherit steps "
                 "skip the UNet; leave space out"
+            )
+        if rule.predict.order and isinstance(rule.when, Explicit) and len({*rule.when.steps}) == 1:
+            raise PlanError(
+                f"{where}.order is {rule.predict.order}, which forecasts from two key steps, and when lists one; "
+                "list another, or leave predict out"
             )
         if isinstance(rule.when, Threshold) and any(matching(unit, [rule.when.feature]) for unit in rule.units):
             raise PlanError(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.bundle.names import NOISE
+from engines.bundle.names import BRANCH, NOISE
 from engines.support.spelling import did_you_mean
 from runtime.errors import PlanError
 from runtime.plans.key_steps import Back, Explicit, Front, Mode, Quadratic, Random, Threshold, Uniform
@@ -110,6 +110,11 @@ def _adaptive(text: str) -> Plan:
     return Plan(name="", rules=(Rule(units=("up.-2",), when=Threshold(above=_change(text))),))
 
 
+def _first(text: str) -> Plan:
+    when = Threshold(above=_change(text), feature=f"down.0.layer.0.attention{BRANCH}")
+    return Plan(name="", rules=(Rule(units=("up.-1.layer.-2",), when=when),))
+
+
 def _tgate(text: str) -> Plan:
     # What cross-attention adds is computed for the last time at the first step of the rest of the schedule.
     when = Explicit(steps=(0,))
@@ -120,22 +125,23 @@ def _tgate(text: str) -> Plan:
 PRESETS = {
     "full": Preset("full", "there are none: every step computes all", "full", _full),
     "block": Preset("block:N", "inherit the last up block but one", "block:3", _uniform("up.-2")),
-    "layer": Preset("layer:N", "inherit the first layer of the last up block", "layer:3", _uniform("up.-1.layer.0")),
+    "layer": Preset("layer:N", "inherit the last up block's first layer", "layer:3", _uniform("up.-1.layer.0")),
     "unit": Preset(
-        "unit:N", "skip attentions, add what they added before", "unit:3", _uniform("*.attention", kind="residual")
+        "unit:N", "skip attentions, add what they added", "unit:3", _uniform("*.attention", kind="residual")
     ),
     "encoder": Preset("encoder:faster", "run the way up only (also encoder:N)", "encoder:faster", _encoder),
     "deepcache": Preset("deepcache:N", "run the stem, the last layer and the head", "deepcache:3", _uniform("up.-1.layer.-2")),
     "quadratic": Preset("quadratic:N", "as deepcache; key steps dense around 0.3", "quadratic:3", _spaced(Quadratic)),
     "front": Preset("front:N", "as deepcache; key steps dense early", "front:3", _spaced(Front)),
     "back": Preset("back:N", "as deepcache; key steps dense late", "back:3", _spaced(Back)),
-    "random": Preset("random:N", "as deepcache; key steps at random, a control", "random:3", _spaced(Random)),
-    "adaptive": Preset("adaptive:X", "as block; key steps as the stem changes by X", "adaptive:0.3", _adaptive),
+    "random": Preset("random:N", "as deepcache; random key steps, a control", "random:3", _spaced(Random)),
+    "adaptive": Preset("adaptive:X", "as block; key steps as the stem changes", "adaptive:0.3", _adaptive),
+    "first": Preset("first:X", "as deepcache; key steps by first attention", "first:0.3", _first),
     "forecast": Preset("forecast:N", "as deepcache; features are forecast", "forecast:3", _forecast),
     "skip": Preset("skip:N", "run nothing; the picture is forecast", "skip:2", _skip),
     "tgate": Preset("tgate:X", "after X of the steps, keep cross-attention", "tgate:0.4", _tgate),
     "guide": Preset("guide:N", "evaluate the prompt alone, not both halves", "guide:2", _guide),
-    "switch": Preset("switch:X", "the assembled UNet for the first X of noise", "switch:0.4", _switch),
+    "switch": Preset("switch:X", "the assembled UNet for X of the noise", "switch:0.4", _switch),
 }  # fmt: skip
 
 

@@ -84,9 +84,11 @@ def _prepared(options: PlanOptions, console: Console) -> _Job:
     state = State(options.state, _settings(options, bundles, prompts, first))
     costs = _costs(options, pipeline, first, prompts, state)
     progress = SearchProgress(console)
+    search = Search(space, sets[0], costs, state, progress)
+    if options.budget is not None:
+        search.check_budget(options.budget)  # before pictures are made, which takes long at full size
     with progress.timed(space.steps):
         _ = sets[0].reference
-    search = Search(space, sets[0], costs, state, progress)
     resumed = f"; resumed with {len(state)} figures from {state.path}" if len(state) else ""
     time = duration(_work(options, search) * progress.seconds_a_step)
     progress.say(f"{len(prompts)} prompts, {space.steps} evaluations of {options.scheduler}, about {time} at most{resumed}")

@@ -60,6 +60,8 @@ class PlanOptions:
             OSError: there is no place to write to.
         """
         self._check_wanted()
+        if self.engine == "null":
+            raise TuningError("--engine null: it computes nothing, so that all plans are alike; choose one that does")
         for name, least in (("steps", 2), ("count", 1), ("tries", 1)):
             if getattr(self, name) < least:
                 why = "; one step has none before it to inherit from" if name == "steps" else ""

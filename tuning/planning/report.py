@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -17,7 +18,9 @@ from tuning.planning.pictures import Pictures
 __all__ = ["Row", "controls", "fewer_steps", "judge", "plot_front", "table"]
 
 _SPACINGS = range(2, 7)
-_COLOURS = tuple(f"tab:{name}" for name in ["red", "grey", "blue", "orange", "green", "purple", "brown", "pink", "olive", "cyan"])
+_GATES = (0.2, 0.4, 0.6, 0.8)
+_NAMES = "red", "grey", "blue", "orange", "green", "purple", "brown", "pink", "olive", "cyan"
+_COLOURS = (*(f"tab:{name}" for name in _NAMES), "black")
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,14 @@ def judge(name: str, plan: Plan, cost: float, pictures: Sequence[Pictures], step
 
 
 def controls(costs: Costs, levels: Sequence[str]) -> Iterator[tuple[str, Plan, float]]:
-    """Presets whose key steps are spread evenly, or are dense late, with their costs."""
-    for name in (*levels, "forecast", "back", "skip"):
-        for every in _SPACINGS:
-            try:
-                plan = find_plan(f"{name}:{every}")
-                yield plan.name, plan, costs.of(plan)
-            except PlanError:  # the bundle is not partitioned for it
-                continue
+    """Presets whose key steps are spread evenly, or are dense late, and T-GATE, with their costs."""
+    spaced = (f"{name}:{every}" for name in (*levels, "forecast", "back", "skip") for every in _SPACINGS)
+    for name in (*spaced, *(f"tgate:{share}" for share in _GATES)):
+        try:
+            plan = find_plan(name)
+            yield plan.name, plan, costs.of(plan)
+        except PlanError:  # the bundle is not partitioned for it
+            continue
 
 
 def fewer_steps(steps: int, cost: float) -> int:
@@ -83,7 +86,7 @@ def plot_front(series: Mapping[str, Sequence[Row]], path: Path, title: str, meas
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    for colour, (name, rows) in zip(_COLOURS, series.items(), strict=False):
+    for colour, (name, rows) in zip(cycle(_COLOURS), series.items(), strict=False):
         points = sorted((1 / row.cost, row.psnr) for row in rows)
         style = "o-" if colour == _COLOURS[0] else "s--"
         axes.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=4, linewidth=1)

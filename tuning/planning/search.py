@@ -69,7 +69,7 @@ class Search:
         Raises:
             TuningError: nothing costs so little; says what costs least.
         """
-        self._check_budget(budget)
+        self.check_budget(budget)
         estimate = self.estimate(budget)
         with self._progress.stage(f"up to {tries} plans at a cost of {budget:.3g}", self.work(budget, tries)):
             starts = self._starts(budget, _STARTS)
@@ -105,6 +105,14 @@ class Search:
     def budgets(self) -> list[float]:
         """The costs that numbers of key steps make, the least first."""
         return [self.cost(self._skipping(count)) for count in range(self._fewest, self.space.steps)]
+
+    def check_budget(self, budget: float) -> None:
+        """Raise TuningError where nothing costs so little; it says what costs least."""
+        least = self.budgets()[0]
+        if budget < least - _ROUNDING:
+            raise TuningError(
+                f"no plan costs {budget:g} or less; the cheapest costs {least:.3f}, with {self._fewest} key steps: ask for that"
+            )
 
     def work(self, budget: float, tries: int) -> float:
         """Steps of the whole UNet that so many tries at a cost are worth."""
@@ -187,13 +195,6 @@ class Search:
         """The most key steps that a budget allows, 0 where it allows too few."""
         counts = range(self.space.steps - 1, self._fewest - 1, -1)
         return next((count for count in counts if self._cost_with(template, count) <= budget + _ROUNDING), 0)
-
-    def _check_budget(self, budget: float) -> None:
-        least = self.budgets()[0]
-        if budget < least - _ROUNDING:
-            raise TuningError(
-                f"no plan costs {budget:g} or less; the cheapest costs {least:.3f}, with {self._fewest} key steps: ask for that"
-            )
 
     def _best_template(self, budget: float) -> Point:
         """The template with the least error where its key steps are spread evenly."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from engines import Bundle
 from runtime import Pipeline, find_plan
@@ -33,6 +35,21 @@ def test_a_call_of_another_kind_is_warned_of_once(mini_pipeline: Pipeline) -> No
         warnings.simplefilter("error")
         mini_pipeline.generate("a red star", plan=FOUND, steps=3, scheduler="ddim")
         mini_pipeline.generate("a red star", plan=FOUND, steps=4, scheduler="ddim")
+
+
+def test_halves_without_guidance_are_noted_once(mini_pipeline: Pipeline, runtime: Command, mini_bundle: Bundle) -> None:
+    """They do nothing there, and are no error."""
+    options: dict[str, Any] = {"steps": 2, "scheduler": "ddim", "output_type": "latent"}
+    with pytest.warns(UserWarning, match="plan guide:2 says at which steps guidance evaluates both of its halves, and without"):
+        made = mini_pipeline.generate("a red star", plan="guide:2", guidance_scale=1, **options)
+    assert torch.equal(made.latents, mini_pipeline.generate("a red star", guidance_scale=1, **options).latents)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mini_pipeline.generate("a red star", plan="guide:2", guidance_scale=1, **options)
+        mini_pipeline.generate("a red star", plan="guide:2", guidance_scale=3, **options)
+    given = ("a red star", "--bundle", mini_bundle.folder, "--plan", "guide:2", "--explain", "--steps", 2)
+    assert "that part of the plan does nothing" in runtime(*given, "--guidance", 1).out[-1]
+    assert "does nothing" not in runtime(*given, "--guidance", 3).out[-1]
 
 
 def test_explain_prints_it(runtime: Command, mini_bundle: Bundle, tmp_path: Path) -> None:

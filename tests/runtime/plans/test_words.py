@@ -235,6 +235,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"rules": [{"units": ["up.2"], "when": {"mode": "uniform", "every": 2}, "predict": {"space": "x0"}}]},
         "rules.0.predict.space is 'x0', which is for rules whose only unit is 'head'",
     ),
+    "an order that one key step cannot serve": (
+        {"rules": [{"units": ["up.2"], "when": {"mode": "explicit", "steps": [0, 0]}, "predict": {}}]},
+        "rules.0.predict.order is 1, which forecasts from two key steps, and when lists one; list another, or leave predict out",
+    ),
     "own feature": (
         {"rules": [{"units": ["stem"], "when": {"mode": "threshold", "above": 0.1}, "predict": {}}]},
         "rules.0.predict: the rule compares 'stem' to decide its key steps",
