@@ -22,6 +22,7 @@ HARMLESS = {
     "engines/lazy.py",
     "engines/null.py",
     "engines/onnx_file.py",
+    "engines/openvino/*.py",
     "engines/program.py",
     "engines/support/*.py",
     "engines/tensorrt/diagnostics.py",

@@ -209,8 +209,9 @@ def test_cancel_stops_the_call_and_the_page_goes_on(page: Page, service: Service
     page.until(lambda: service.is_idle)
     page.write("#steps input[type=number]", "4")
     page.choose("#scheduler input", "dpm++")
+    page.write("#seed input", "11")
     page.generate()
-    assert page.status("done") == "done: seed 7"
+    assert page.status("done") == "done: seed 11"
 
 
 def test_a_fault_is_called_unexpected_and_is_in_the_log(
@@ -252,7 +253,7 @@ def test_a_picture_that_is_painted_over_is_repainted_there(page: Page, tmp_path:
 
 
 def test_a_visitor_who_leaves_ends_the_call(page: Page, service: Service) -> None:
-    page.write("#strength input[type=number]", "1")
+    page.open()
     page.write("#steps input[type=number]", "100")
     page.choose("#scheduler input", "heun")
     page.generate()
