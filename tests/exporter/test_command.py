@@ -72,7 +72,7 @@ WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--variant", "../x", "--unet", "nowhere"], ["variant '../x' is no name"]),
     (
         ["--source", "nowhere"],
-        ["unknown source 'nowhere': no such folder; give 'mini', a diffusers folder, a .safetensors file, or a hub id"],
+        ["unknown source 'nowhere': no such folder; give 'emoji', a diffusers folder, a .safetensors file, or a hub id"],
     ),
     (["--source", "./nowhere/at/all"], ["unknown source './nowhere/at/all'"]),
     (["--source", "nobody/no-such-model"], ["unknown source 'nobody/no-such-model'", "hub"]),
@@ -80,7 +80,10 @@ WRONG_OPTIONS: list[tuple[list[str], list[str]]] = [
     (["--source", "gone.ckpt"], ["gone.ckpt: no such file"]),
     (
         ["--engine", "onnxruntim"],
-        ["unknown engine 'onnxruntim'; did you mean onnxruntime? choose from: onnxruntime, tensorrt, tensorrt-rtx, torch, null"],
+        [
+            "unknown engine 'onnxruntim'; did you mean onnxruntime? ",
+            "choose from: onnxruntime, openvino, openvino-bf16, tensorrt, tensorrt-rtx, torch, null",
+        ],
     ),
     (["--engine", ","], ["no engine is named; choose from: onnxruntime"]),
     (["--granularity", "stage"], ["unknown granularity 'stage'; choose from: block, layer, unit"]),

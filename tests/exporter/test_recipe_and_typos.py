@@ -48,7 +48,7 @@ def test_a_recipe_of_ones_own_is_a_variant(
     assert_refused(exporter(*given, "--out", "slim"), "exists and is kept")
     recipe.write_text(json.dumps({"name": "My recipe", "remove": ["mid"]}))
     assert_refused(exporter(*given), "variant 'My recipe' is no name; write small letters")
-    assert_refused(exporter(*given[:-1], "gone.json"), "gone.json is no recipe (no such file)")
+    assert_refused(exporter(*given[:-1], "gone.json"), "gone.json is no recipe (No such file or directory)")
     assert_refused(exporter(*given, "--unet", tiny_source / "unet"), "recipe slim.json and unet", "are both given; give one")
     assert names_in(tmp_path) == ["slim", "slim.json"]
 

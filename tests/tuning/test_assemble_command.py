@@ -95,7 +95,10 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["--recipe", "smallest"], ["there is no recipe 'smallest': name one of original, assembled"]),
     (["--recipe", "gone.json"], ["gone.json is no recipe"]),
     (["--recipe", "bk-tiny", "--source", "mini", "--precision", "int8"], ["unknown precision 'int8'; choose from: fp16, fp32"]),
-    (["--source", "nowhere"], ["unknown source 'nowhere': no such folder; give 'mini', a diffusers folder, a .safetensors file"]),
+    (
+        ["--source", "nowhere"],
+        ["unknown source 'nowhere': no such folder; give 'emoji', a diffusers folder, ", "a .safetensors file"],
+    ),
     (["--source", "model.ckpt"], ["model.ckpt: no such file"]),
     (["--source", "random:sd16"], ["random:sd16: no such configuration; choose from: sd15, sd21, bk-base, bk-small, bk-tiny"]),
     (["--source", "random:gone.json"], ["random:gone.json: no such configuration"]),

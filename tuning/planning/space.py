@@ -67,7 +67,8 @@ class Space:
         """The plan that has these coordinates; it can be laid out over other numbers of steps, too."""
         rules = []
         if self.inherits(point):
-            predict = Predict(damping=point.damping) if point.damping else None
+            forecasts = point.damping and len(point.keys) > 1  # from the last two key steps
+            predict = Predict(damping=point.damping) if forecasts else None
             rule = find_plan(f"{point.level}:2").rules[0]
             rules.append(rule.model_copy(update={"when": self._at(point.keys), "predict": predict}))
         if point.skips:

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.shared_pieces
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engines", "torch,tensort"], "--engines: unknown 'tensort'; choose from: onnxruntime, tensorrt, "),
+        (["--engines", "torch,tensort"], "--engines: unknown 'tensort'; choose from: onnxruntime, openvino, "),
         (["--precision", "fp8"], "--precision: unknown 'fp8'; choose from: fp32, fp16"),
         (["--device", "tpu"], "invalid choice"),
     ],
