@@ -9,14 +9,13 @@ from shlex import quote
 
 from engines import Bundle, BundleError, NeedsBuildError
 from engines.errors import EngineMemoryError
+from runtime.embedded import EXAMPLES
 from runtime.errors import NonFiniteError, PartitionError, SiblingError
 from runtime.plans.plan import Plan
 
 __all__ = ["add_precision_advice", "build_advice", "for_plan_too", "missing_bundle", "rebuild_advice", "wider_vae"]
 
 _BUILD = "python -m exporter build"
-_EMBEDDED = ("mini", "emoji")
-"""The embedded models: with a hyphen, the beginnings of the names of their bundles, before the variant; the default first."""
 _BY_DEFAULT = {"full", "block", "adaptive", "deepcache", "quadratic", "front", "back", "random"}
 """Presets that a bundle can run as it is built by default."""
 
@@ -55,8 +54,9 @@ def for_plan_too(bundle: Bundle, plan: str, engine: str = "onnxruntime") -> str:
 def missing_bundle(folder: Path | None, plan: Plan, engine: str) -> BundleError:
     """An error that says how to build a bundle that is not there: the one that the folder's name means, for plan and engine."""
     where = f"no bundle at {folder}" if folder else "no bundle in ./bundles"
-    source, _, variant = (folder.name if folder else f"{_EMBEDDED[0]}-original").partition("-")
-    embedded = source in _EMBEDDED and bool(variant)
+    # Bundles of an embedded model are called by its name and the variant.
+    source, _, variant = (folder.name if folder else f"{next(iter(EXAMPLES))}-original").partition("-")
+    embedded = source in EXAMPLES and bool(variant)
     options = [] if engine == "onnxruntime" else [f"--engine {engine}"]
     if plan.rules and plan.name.partition(":")[0] not in _BY_DEFAULT:
         options.append(f"--granularity block --plan {plan.option}")

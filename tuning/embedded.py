@@ -1,4 +1,4 @@
-"""The models that come with the repository, and what can be asked of them: `emoji`, and the small `mini` that tests use."""
+"""Prompts for the models that come with the repository: `emoji`, and the small `mini` that tests use."""
 
 import random
 
@@ -6,10 +6,7 @@ from tuning.checkpoints.find_source import EMBEDDED
 from tuning.emoji.pairs import load_pairs, some_pairs
 from tuning.mini import scenes
 
-__all__ = ["EXAMPLES", "held_back_prompts", "training_prompts"]
-
-EXAMPLES = {"emoji": "anchor, twitter style", "mini": "a red star on a blue background"}
-"""A prompt of each, to show what it draws."""
+__all__ = ["held_back_prompts", "training_prompts"]
 
 
 def training_prompts(source: str, count: int, key: str) -> list[str]:

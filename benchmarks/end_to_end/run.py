@@ -23,9 +23,9 @@ from benchmarks.peers.serve import Call
 from engines import Bundle
 from engines.errors import UserError
 from runtime import Schedule, find_plan
+from runtime.embedded import EXAMPLES
 from runtime.images.schedulers import make_scheduler
 from runtime.report.cost import full_macs, relative_macs
-from tuning.embedded import EXAMPLES
 
 __all__ = ["build", "measured"]
 

@@ -25,7 +25,7 @@ from engines.support.cli import Parser, run_command
 from engines.support.extras import need
 from engines.support.files import atomic_file
 from exporter import BuildOptions, build
-from tuning.embedded import EXAMPLES
+from runtime.embedded import EXAMPLES
 
 __all__ = ["Point", "main", "points_of"]
 

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from engines.support.extras import need
+from runtime.embedded import EXAMPLES
 from runtime.images.schedulers import SCHEDULERS
 from serving.errors import ServingError
 from serving.page.asked import MOST_STEPS, size_names
@@ -13,9 +14,6 @@ from serving.page.site import Site
 from serving.page.views import status
 
 __all__ = ["Parts", "gradio", "lay_out"]
-
-_EXAMPLES = {"emoji": "anchor, twitter style", "mini": "a red star on a blue background"}
-"""Of the embedded models, which know few words."""
 
 
 def gradio() -> Any:
@@ -69,9 +67,9 @@ def _ask(gr: Any, site: Site, cost: str) -> dict[str, Any]:
     made = {
         "bundle": gr.Dropdown([*site.pipelines], value=first, label="bundle", visible=len(site.pipelines) > 1, elem_id="bundle"),
         "prompt": gr.Textbox(
-            _EXAMPLES.get(source, ""),
+            EXAMPLES.get(source, ""),
             label="prompt",
-            placeholder=_EXAMPLES.get(source, "what the picture shows"),
+            placeholder=EXAMPLES.get(source, "what the picture shows"),
             lines=2,
             max_lines=6,
             elem_id="prompt",

@@ -32,6 +32,8 @@ HARMLESS = {
     "engines/tensorrt/runner.py",
     "engines/tensorrt/timing_cache.py",
     "engines/tensorrt/workspace.py",
+    # which models there are by name
+    "runtime/embedded.py",
     # which pieces are kept, in which order they are made and what is told of it
     "exporter/segments/artifacts.py",
     "exporter/segments/known_pieces.py",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.support.files import exists, expanded, is_file, is_folder, real_path
+from runtime.embedded import EXAMPLES
 from tuning.checkpoints.configs import text_width
 from tuning.checkpoints.folder import load_unet, meta_unet
 from tuning.checkpoints.single_file import GIVE_CONFIG, check_single_file, text_width_in_file
@@ -37,7 +38,7 @@ __all__ = [
 _PACKAGE = Path(__file__).resolve().parents[1]
 _MODELS = next((found for found in [_PACKAGE / "models"] if found.is_dir()), _PACKAGE.parent / "models")
 """Inside of the installed package (see setup.py), or else the repository's."""
-EMBEDDED, SD15 = {name: _MODELS / name for name in ("emoji", "mini")}, _MODELS / "sd15"
+EMBEDDED, SD15 = {name: _MODELS / name for name in EXAMPLES}, _MODELS / "sd15"
 RANDOM = "random:"
 """Prefix of the names of sources with random weights."""
 

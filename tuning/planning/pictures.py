@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from engines.support.records import one_line
+from runtime.embedded import EXAMPLES
 from runtime.pipeline import Pipeline
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from runtime.request import Request
-from tuning.embedded import EXAMPLES, held_back_prompts, training_prompts
+from tuning.embedded import held_back_prompts, training_prompts
 from tuning.errors import TuningError
 
 __all__ = ["HELD_BACK", "Pictures", "choose_prompts", "pictures_at_a_time", "typical_error"]

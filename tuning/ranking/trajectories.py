@@ -8,10 +8,11 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from runtime.embedded import EXAMPLES
 from tuning.checkpoints.configs import text_width
 from tuning.checkpoints.find_source import UNetSource
 from tuning.checkpoints.source import Source
-from tuning.embedded import EXAMPLES, held_back_prompts
+from tuning.embedded import held_back_prompts
 from tuning.mini.models import scheduler
 from tuning.training.noising import tokenize
 
