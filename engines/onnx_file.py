@@ -5,16 +5,17 @@ or functions, which could run for ever, except for a Scan that goes once over th
 open other files (``EPContext``).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from engines.bundle.damage import damaged
 from engines.bundle.folder import Bundle
-from engines.bundle.manifest import File
+from engines.bundle.manifest import File, Segment
+from engines.errors import NeedsBuildError
 
-__all__ = ["check_onnx", "checked_onnx"]
+__all__ = ["check_names", "check_onnx", "checked_onnx"]
 
 _OPERATORS = {"": None, "ai.onnx": None, "com.microsoft": frozenset({"MultiHeadAttention"})}
 """By their domain, the operators that may run; None for all. Others than ONNX's own are those of ``fuse_attention``."""
@@ -29,6 +30,14 @@ def checked_onnx(bundle: Bundle, files: Sequence[File]) -> Path:
     path, *others = [bundle.path(file) for file in files]
     check_onnx(bundle, path, {other.name for other in others if other.parent == path.parent})
     return path
+
+
+def check_names(segment: Segment, path: Path, taken: Iterable[str], made: Iterable[str]) -> None:
+    """Raise NeedsBuildError where a file takes what its segment is not given, or does not make what it should."""
+    unknown, missing = sorted({*taken}.difference(segment.inputs)), sorted({*segment.outputs}.difference(made))
+    if unknown or missing:
+        found = f"takes {unknown[0]!r:.200}, which it is not given" if unknown else f"does not make {missing[0]!r:.200}"
+        raise NeedsBuildError(f"segment {segment.name}: {path} {found}")
 
 
 def check_onnx(bundle: Bundle, path: Path, listed: set[str]) -> None:

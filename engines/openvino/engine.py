@@ -16,8 +16,8 @@ from engines.base import Engine, Runner
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Segment
 from engines.errors import EngineError, EngineMemoryError, NeedsBuildError
-from engines.onnx_file import checked_onnx
-from engines.openvino.models import Model, Models
+from engines.onnx_file import check_names, checked_onnx
+from engines.openvino.models import Models
 from engines.openvino.runner import RequestRunner
 from engines.support.environment import install_command
 from engines.support.records import one_line
@@ -71,7 +71,7 @@ class OpenVINO(Engine):
         with _refusing(segment, self.version(), path):
             models = Models(self._core, path, bundle.manifest.features, self._options, rounds=rounds)
             first = models.of_length(bundle.manifest.text_length)
-        _check_names(segment, path, first)
+        check_names(segment, path, first.taken, first.made)
         return RequestRunner(segment, bundle.manifest.features, models)
 
     def _options(self, precision: str) -> dict[str, Any]:
@@ -113,11 +113,3 @@ def _refusing(segment: Segment, version: str, path: Path) -> Iterator[None]:
         raise NeedsBuildError(
             f"segment {segment.name}: OpenVINO {version} refuses {path}, which another version may take: {one_line(error)}"
         ) from error
-
-
-def _check_names(segment: Segment, path: Path, model: Model) -> None:
-    """Raise NeedsBuildError where a file takes what its segment is not given, or does not make what it should."""
-    unknown, missing = sorted(model.taken - set(segment.inputs)), sorted(set(segment.outputs) - model.made)
-    if unknown or missing:
-        found = f"takes {unknown[0]!r:.200}, which it is not given" if unknown else f"does not make {missing[0]!r:.200}"
-        raise NeedsBuildError(f"segment {segment.name}: {path} {found}")

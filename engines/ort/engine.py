@@ -19,7 +19,7 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, File, Segment
 from engines.cuda.graphs import on_stream
 from engines.errors import EngineError, EngineMemoryError, NeedsBuildError
-from engines.onnx_file import checked_onnx
+from engines.onnx_file import check_names, checked_onnx
 from engines.ort.kept_graphs import KeptGraph
 from engines.support.caches import cache_places, card_name, first_writable
 from engines.support.records import one_line
@@ -127,7 +127,7 @@ class OnnxRuntime(Engine):
         path, providers = checked_onnx(bundle, files), self._providers(bundle, segment)
         kept = self._kept_session(path, files) if self.device.type == "cpu" else None
         session = kept or self._session(path, segment, providers)
-        _check_names(segment, path, session)
+        check_names(segment, path, _input_names(session), [entry.name for entry in session.get_outputs()])
         if self.device.type == "cpu":
             return _ArrayRunner(segment, bundle.manifest.features, session)
         features, options = bundle.manifest.features, self._run_options()
@@ -204,15 +204,6 @@ class OnnxRuntime(Engine):
             options.enable_cpu_mem_arena = False
         options.log_severity_level = 4  # what fails is raised, and said once
         return options
-
-
-def _check_names(segment: Segment, path: Path, session: Any) -> None:
-    """Raise NeedsBuildError where a session takes what the segment is not given, or does not make what it should."""
-    unknown = sorted(set(_input_names(session)) - set(segment.inputs))
-    missing = sorted(set(segment.outputs) - {entry.name for entry in session.get_outputs()})
-    if unknown or missing:
-        found = f"takes {unknown[0]!r:.200}, which it is not given" if unknown else f"does not make {missing[0]!r:.200}"
-        raise NeedsBuildError(f"segment {segment.name}: {path} {found}")
 
 
 @contextmanager
