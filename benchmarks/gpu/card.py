@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engines import Engine, EngineError, UserError, make_engine
+from engines import ON_ONNX, Engine, EngineError, UserError, make_engine
 from engines.ort.engine import OnnxRuntime
 from engines.torch_program import Torch
 
@@ -53,7 +53,7 @@ def engine_named(name: str, device: torch.device) -> Engine:
         return Torch(device)
     if name == "onnxruntime":
         return OnnxRuntime(device=device)
-    if name.startswith("openvino") and device.type == "cpu":
+    if name in ON_ONNX and device.type == "cpu":
         engine = make_engine(name)
         engine.check_device()
         return engine

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from PIL import Image
 
-import runtime
 from benchmarks.machine import results_file, write_results
+from benchmarks.quality.judge import draw_prompts, tensor_of
 from benchmarks.quality.table import show
 from engines.errors import UserError
 from engines.support.cli import run_command
 from engines.support.extras import need
 from engines.support.files import atomic_file
 from tuning.mini.reader_network import read_batch
-from tuning.mini.reader_rules import Seen, read
+from tuning.mini.reader_rules import read
 from tuning.mini.reader_score import judge, shares
 from tuning.mini.scenes import held_back_prompts, parse
 
@@ -46,28 +46,15 @@ class Row:
 ROWS = (Row("original", "full"), Row("assembled", "full"), Row("original", "block:3"))
 
 
-def _network(pictures: list[Image.Image]) -> list[Seen]:
-    import numpy as np
-
-    from tuning.mini.data import to_tensor
-
-    return read_batch(to_tensor(np.stack([np.asarray(p.convert("RGB")) for p in pictures])))
-
-
 def measure(
-    bundle: Path, plan: str, prompts: list[str], *, steps: int, guidance: float, engine: str, batch: int = 50
+    bundle: Path, plan: str, prompts: list[str], *, steps: int, guidance: float, engine: str
 ) -> tuple[dict[str, dict[str, float]], list[Image.Image], float]:
     """Shares of prompts right by each reader ("rules", "network"), the pictures, and seconds per picture."""
-    pictures: list[Image.Image] = []
     started = time.perf_counter()
-    for at in range(0, len(prompts), batch):
-        made = runtime.generate(
-            prompts[at : at + batch], steps=steps, guidance_scale=guidance, seed=at, plan=plan, bundle=bundle, engine=engine
-        )
-        pictures += made.images
+    pictures = draw_prompts(bundle, prompts, plan=plan, steps=steps, guidance=guidance, engine=engine)
     seconds = (time.perf_counter() - started) / len(prompts)
     asked = [parse(prompt) for prompt in prompts]
-    seen = {"rules": [read(picture) for picture in pictures], "network": _network(pictures)}
+    seen = {"rules": [read(picture) for picture in pictures], "network": read_batch(tensor_of(pictures))}
     figures = {name: shares(judge(a, s) for a, s in zip(asked, each, strict=True)) for name, each in seen.items()}
     return figures, pictures, seconds
 

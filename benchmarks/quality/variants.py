@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from rich.console import Console
 
@@ -23,6 +22,7 @@ from benchmarks.machine import machine, results_file
 from benchmarks.quality.attributes import measure
 from benchmarks.quality.frechet import RENDERED, distance_to, rendered
 from benchmarks.quality.grid import PROMPTS, draw
+from benchmarks.quality.judge import tensor_of
 from benchmarks.quality.variants_page import BEFORE, markdown, measured_before, page
 from engines import Bundle, make_engine
 from engines.support.cli import run_command
@@ -30,7 +30,6 @@ from engines.support.extras import need
 from engines.support.files import write_text
 from exporter import BuildOptions, build
 from tuning.checkpoints.folder import save_part
-from tuning.mini.data import to_tensor
 from tuning.mini.scenes import held_back_prompts
 
 __all__ = ["ROWS", "Row", "main"]
@@ -122,7 +121,7 @@ def measure_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             folder, "full", prompts, steps=options.steps, guidance=options.guidance, engine="onnxruntime"
         )
         rows[name] |= {"accuracy": figures["rules"]["all"], "attributes": figures["rules"]}
-        sets.append(to_tensor(np.stack([np.asarray(picture) for picture in pictures])))
+        sets.append(tensor_of(pictures))
         console.print(f"{name}: {100 * rows[name]['accuracy']:.1f} %", highlight=False)
     others = list(rendered(options.count, "other renders", options.count))
     *distances, floor = distance_to(rendered(options.rendered, "frechet"), [*sets, *others])

@@ -229,13 +229,13 @@ def matching(pattern: str, units: Sequence[str], parts: Collection[str] = ()) ->
     """
     if parts and (whole := matching(pattern, [unit for unit in units if unit not in parts])):
         return whole
-    parts = pattern.split(".")
+    path = pattern.split(".")
     for depth in (1, 3):
-        if len(parts) > depth and parts[depth].startswith("-") and parts[depth][1:].isdecimal():
-            before = ".".join(parts[:depth])
+        if len(path) > depth and path[depth].startswith("-") and path[depth][1:].isdecimal():
+            before = ".".join(path[:depth])
             numbers = {unit.split(".")[depth] for unit in units if unit.startswith(f"{before}.") and unit.count(".") > depth}
-            parts[depth] = str(len([number for number in numbers if number.isdecimal()]) + int(parts[depth]))
-    wanted = ".".join(parts)
+            path[depth] = str(len([number for number in numbers if number.isdecimal()]) + int(path[depth]))
+    wanted = ".".join(path)
     return [unit for unit in units if any(fnmatchcase(part, wanted) for part in _ancestors(unit))]
 
 
@@ -272,10 +272,10 @@ def inherited_features(plan: Plan, units: Sequence[str], unet: str = "") -> list
 
 def _named(rule: Rule, units: Sequence[str], unet: str, where: str) -> frozenset[str]:
     found: set[str] = set()
-    parts = frozenset(attention_parts(units))
+    parts = attention_parts(units)
     for pattern in rule.units:
         named = matching(pattern, units, parts)
-        if not named and matching(pattern, attention_parts(units)):
+        if not named and matching(pattern, parts):
             reason = "a part of attentions, which in this bundle are in one piece"
             raise PartitionError(f"{where}.units names {pattern!r}, {reason}", unet)
         if not named:

@@ -56,11 +56,8 @@ def train_reader(
             concepts, styles = reader.read(pictures.contiguous(memory_format=layout))
         concept, style = (names[at] for names in labels)
         loss = _loss(concepts[:clear], concept[:clear]) + _STYLE_WEIGHT * _loss(styles[:clear], style[:clear])
-        loss = (
-            loss
-            + share * _loss(concepts[clear:], concept[clear:])
-            + (1 - share) * _loss(concepts[clear:], concept[clear:][other])
-        )
+        found, first = concepts[clear:], concept[clear:]
+        loss = loss + share * _loss(found, first) + (1 - share) * _loss(found, first[other])
         run.update(loss)
         if due(progress, _MARKS, shown):
             log(step=run.step, pictures=(run.step + 1) * batch, loss=round(float(loss.detach()), 4))
