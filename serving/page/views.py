@@ -12,7 +12,7 @@ from typing import Any
 
 from engines import UserError
 from runtime import Plan, Request, find_plan
-from runtime.plans.found import found_for_others
+from runtime.plans.found import found_for_others, guidance_unread
 from serving.page.asked import Asked
 from serving.page.beside import difference, figures
 from serving.page.calls import Made, StepDone, in_turns, run
@@ -71,7 +71,8 @@ def _call(service: Service, model: str, asked: Asked, stop: threading.Event, pla
     request = asked.request(pipeline.manifest)
     compare = bool(asked.compare) and request.found_plan.name != "full"
     every = asked.preview if isinstance(asked.preview, int) else 0
-    schedule = pipeline.prepare(request).schedule
+    prepared = pipeline.prepare(request)
+    schedule = prepared.schedule
     strip, total = Strip(schedule), schedule.steps
     yield dict.fromkeys(("full", "difference", "figures", "python", "command", "files")) | {
         "strip": strip.svg(running=True),
@@ -99,7 +100,8 @@ def _call(service: Service, model: str, asked: Asked, stop: threading.Event, pla
         }
         made, full = in_turns(service, model, (request, whole), (made, full), stop)
         yield {"figures": figures(made, share, full)}
-    yield {"status": status("done", "; ".join([f"done: seed {made.generation.seeds[0]}", *_notes(made, asked.plan, request)]))}
+    notes = _notes(made, asked.plan, request, prepared.guided)
+    yield {"status": status("done", "; ".join([f"done: seed {made.generation.seeds[0]}", *notes]))}
 
 
 def _steps(
@@ -146,7 +148,8 @@ def _files(request: Request, place: Path) -> list[str] | None:
     return [str(place / name) for name, _ in pictures] or None
 
 
-def _notes(made: Made, plan: Plan, request: Request) -> list[str]:
+def _notes(made: Made, plan: Plan, request: Request, guided: bool) -> list[str]:
     """What a visitor should know of the picture."""
     unread = [f"not read, for the prompt is too long: {words}" for words in made.generation.unread if words]
-    return list(filter(None, [found_for_others(plan, request.scheduler, request.steps), *unread]))
+    told = found_for_others(plan, request.scheduler, request.steps), guidance_unread(plan, guided)
+    return list(filter(None, [*told, *unread]))

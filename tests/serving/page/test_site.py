@@ -410,6 +410,8 @@ def test_notes_say_what_was_not_read_and_what_a_plan_was_found_for(site: Site) -
     plan = find_plan("block:2").model_copy(update={"name": "mine", "found": found})
     shown, _, _ = results(site, "mine", plan)
     assert "done: seed 3; plan mine was found for 10 steps of ddim" in shown["status"]
+    shown, _, _ = results(site, "guide:2", guidance=1)
+    assert "without guidance (a scale of 1 or less) there is only one: that part of the plan does nothing" in shown["status"]
 
 
 def test_a_fault_is_unexpected_and_logged(site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
