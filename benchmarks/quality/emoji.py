@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.machine import machine, results_file
-from benchmarks.quality.judge import MEASURES, Judge, distances
+from benchmarks.quality.judge import MEASURES, Judge, distances, shares
 from engines.support.cli import Parser, quiet_libraries, run_command
 from engines.support.files import write_text
 from tuning.emoji.pictures import Textures
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     for name, chosen in (("seen", seen), ("held back", held)):
         sets = _sets(model, data, chosen, options)
         away = distances(judge.reader, others, list(sets.values()))
-        scores = [judge.score(pictures, [icons[row] for row in chosen]) for pictures in sets.values()]
+        scores = [shares(judge.answers(pictures, [icons[row] for row in chosen])) for pictures in sets.values()]
         rows[name] = dict(zip(sets, (score | far for score, far in zip(scores, away, strict=True)), strict=True))
     Console().print(_table(rows))
     settings = {name: getattr(options, name) for name in ("pairs", "steps", "guidance", "seed")} | {"model": str(options.model)}

@@ -21,9 +21,11 @@ from tuning.emoji.pairs import load_pairs, some_pairs
 from tuning.emoji.reader import READER, Reader, load_reader, right
 from tuning.mini.data import to_tensor
 
-__all__ = ["MEASURES", "Figures", "Judge", "distances", "draw_prompts", "measure", "tensor_of", "wilson"]
+__all__ = ["MEASURES", "Answers", "Figures", "Judge", "difference", "distances", "draw_prompts", "shares", "tensor_of", "wilson"]
 
 MEASURES = ("concept_top1", "concept_top5", "style", "concept_and_style")
+Answers = dict[str, list[bool]]
+"""Of each of MEASURES, whether each picture is right."""
 Figures = dict[str, dict[str, float]]
 _AT_A_TIME = 50
 _SUBSETS, _MOST_IN_SUBSET = 50, 100
@@ -37,15 +39,19 @@ def wilson(hits: int, of: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-@torch.no_grad()
-def measure(reader: Reader, pictures: Tensor, concepts: Tensor, styles: Tensor) -> Figures:
-    """Of pictures (n, 3, 128, 128) the share right in each of MEASURES, with how many, and its interval."""
-    scored = [reader(part) for part in pictures.split(_AT_A_TIME)]
-    found = torch.cat([c for c, _ in scored]), torch.cat([s for _, s in scored])
-    first, style = right(found[0], concepts), right(found[1], styles)
-    both = [a and b for a, b in zip(first, style, strict=True)]
-    answers = dict(zip(MEASURES, (first, right(found[0], concepts, 5), style, both), strict=True))
+def shares(answers: Answers) -> Figures:
+    """Of each of MEASURES the share of right pictures, with how many, and its interval."""
     return {name: _figures(sum(each), len(each)) for name, each in answers.items()}
+
+
+def difference(answers: Sequence[bool], others: Sequence[bool]) -> dict[str, float]:
+    """By how much the share of right answers exceeds that of others about the same prompts and noise, with its interval of 95 %.
+
+    The standard error is that of the mean of the pairs' differences.
+    """
+    apart = np.subtract(answers, others, dtype=float)
+    mean, error = float(apart.mean()), 1.96 * float(apart.std()) / math.sqrt(len(apart))
+    return {name: round(value, 4) for name, value in (("mean", mean), ("low", mean - error), ("high", mean + error))}
 
 
 def _figures(hits: int, of: int) -> dict[str, float]:
@@ -81,11 +87,16 @@ class Judge:
         """A pair's prompt, with a note where training never saw the pair."""
         return f"{pair.prompt} (held back)" if pair in self.held else pair.prompt
 
-    def score(self, pictures: Tensor, pairs: Sequence[Pair]) -> Figures:
-        """What `measure` finds in pictures (n, 3, 128, 128) in [-1, 1] of so many pairs."""
-        concept = torch.tensor([self.concepts.index(pair.concept) for pair in pairs])
-        style = torch.tensor([self.styles.index(pair.style) for pair in pairs])
-        return measure(self.reader, pictures, concept, style)
+    @torch.no_grad()
+    def answers(self, pictures: Tensor, pairs: Sequence[Pair]) -> Answers:
+        """What is right in pictures (n, 3, 128, 128) in [-1, 1] of so many pairs."""
+        concepts = torch.tensor([self.concepts.index(pair.concept) for pair in pairs])
+        styles = torch.tensor([self.styles.index(pair.style) for pair in pairs])
+        scored = [self.reader(part) for part in pictures.split(_AT_A_TIME)]
+        found = torch.cat([c for c, _ in scored]), torch.cat([s for _, s in scored])
+        first, style = right(found[0], concepts), right(found[1], styles)
+        both = [a and b for a, b in zip(first, style, strict=True)]
+        return dict(zip(MEASURES, (first, right(found[0], concepts, 5), style, both), strict=True))
 
 
 def tensor_of(pictures: Sequence[Image.Image]) -> Tensor:

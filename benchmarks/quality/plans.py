@@ -1,10 +1,12 @@
 """`python -m benchmarks.quality.plans`: what plans cost and what they do to pictures, for the embedded model.
 
 For each plan: MACs and UNet time relative to `full`, as they were on one bundle that is partitioned for all of them; the share of
-held-back prompts that the picture shows (by the rule reader); and PSNR and SSIM to the pictures that `full` makes from the same
-noise. Controls are in the same table: `full` with fewer steps of the solver. Times are taken in turns, plan after plan, and the
-median of the ratios to `full` counts; shares and PSNR have 95 % intervals. Writes a CSV, a JSON beside it, a plot and a grid of
-pictures. A run that was broken off is resumed: what it has measured stays in --work until it is done.
+pictures in which a reader finds the concept and the style that were asked for, half of them pairs that training never saw; and
+PSNR and SSIM to the pictures that `full` makes from the same noise. Controls are in the same table: `full` with fewer steps of
+the solver. Times are taken in turns, plan after plan, and the median of the ratios to `full` counts; shares and PSNR have 95 %
+intervals. Spearman's correlation says whether the reader finds less in pictures the further they are from those of `full`.
+Writes a CSV, a JSON beside it, a plot and a grid of pictures. A run that was broken off is resumed: what it has measured stays
+in --work until it is done.
 """
 
 import argparse
@@ -29,16 +31,16 @@ from rich.table import Table
 
 import runtime
 from benchmarks.machine import machine, results_file
-from benchmarks.quality.attributes import measure
 from benchmarks.quality.grid import draw_differences
-from benchmarks.quality.judge import wilson
+from benchmarks.quality.judge import Judge, draw_prompts, shares, tensor_of
 from benchmarks.quality.plans_plot import front, plot
 from engines import UserError
 from engines.support.cli import run_command
 from engines.support.extras import need
 from engines.support.files import atomic_file, write_text
+from runtime.embedded import EXAMPLES
 from runtime.report.cost import macs_of, share_of_rows
-from tuning.mini.scenes import held_back_prompts
+from tuning.emoji.concepts import Pair
 
 __all__ = ["CONTROLS", "GRID", "PLANS", "RunFolder", "costs", "likeness", "main", "plan_and_steps"]
 
@@ -53,10 +55,10 @@ CONTROLS = ("6 steps", "7 steps", "8 steps", "10 steps", "12 steps", "14 steps")
 """`full`, with fewer steps of the solver."""
 GRID = ("full", "deepcache:3", "skip:2", "skip:3", "6 steps", "unit:5", "encoder:faster")
 COLUMNS = (
-    "plan", "macs", "time", "time_low", "time_high", "accuracy", "accuracy_low", "accuracy_high", "psnr", "psnr_low", "psnr_high",
-    "psnr_p10", "ssim",
+    "plan", "macs", "time", "time_low", "time_high", "concept", "concept_low", "concept_high", "concept_top5", "style", "psnr",
+    "psnr_low", "psnr_high", "psnr_p10", "ssim",
 )  # fmt: skip
-PROMPT = "a red star on a blue background"
+PROMPT = EXAMPLES["emoji"]
 """Of the pictures that are timed."""
 _GRID_COLUMNS = 8
 
@@ -151,22 +153,30 @@ def likeness(pictures: Sequence[Image.Image], reference: Sequence[Image.Image]) 
     return {name: round(value, 2) for name, value in figures.items()} | {"ssim": round(float(ssim), 4)}
 
 
-def _quality(name: str, options: argparse.Namespace, kept: RunFolder) -> PlanRow:
+def _quality(name: str, judge: Judge, pairs: Sequence[Pair], options: argparse.Namespace, kept: RunFolder) -> PlanRow:
     """The worth of a plan's pictures; the first of them (of `full`, all) are kept."""
     plan, steps = plan_and_steps(name, options.steps)
-    figures, pictures, _ = measure(
-        options.bundle,
-        plan,
-        held_back_prompts(options.count),
-        steps=steps,
-        guidance=options.guidance,
-        engine="onnxruntime",
-    )
+    prompts = [pair.prompt for pair in pairs]
+    pictures = draw_prompts(options.bundle, prompts, plan=plan, steps=steps, guidance=options.guidance)
     kept.put(name, pictures if name == "full" else pictures[:_GRID_COLUMNS])
-    share = figures["rules"]["all"]
-    low, high = wilson(round(share * options.count), options.count)
-    shares = {"accuracy": round(share, 4), "accuracy_low": round(low, 4), "accuracy_high": round(high, 4)}
-    return {"plan": name} | shares | likeness(pictures, kept.pictures("full"))
+    found = shares(judge.answers(tensor_of(pictures), pairs))
+    first = found["concept_top1"]
+    row = {"plan": name, "concept": first["share"], "concept_low": first["low"], "concept_high": first["high"]}
+    row |= {"concept_top5": found["concept_top5"]["share"], "style": found["style"]["share"]}
+    return row | likeness(pictures, kept.pictures("full"))
+
+
+def correlation(rows: Sequence[PlanRow]) -> float | None:
+    """Spearman's correlation, over the plans that change pictures, of the share of concepts found and the PSNR to `full`.
+
+    None where either is the same for all.
+    """
+    from scipy.stats import spearmanr
+
+    concepts, psnrs = zip(*((row["concept"], row["psnr"]) for row in rows if row["psnr"] is not None), strict=True)
+    if len(set(concepts)) == 1 or len(set(psnrs)) == 1:
+        return None
+    return round(float(spearmanr(concepts, psnrs).statistic), 3)
 
 
 def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -174,7 +184,8 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--bundle", type=Path, default=Path("bundles/plans/original"), help="partitioned for all plans, as make plans builds it"
     )
-    parser.add_argument("--count", type=int, default=500, help="prompts, 8 or more (default: %(default)s)")
+    parser.add_argument("--model", type=Path, default=Path("models/emoji"), help="whose reader judges (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=200, help="prompts, 8 or more (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing (default: %(default)s)")
@@ -191,14 +202,16 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Measure every plan; raises UserError where the bundle is missing or cannot run one."""
     options = _arguments(arguments)
-    need("scipy", "reading the pictures")  # before anything is measured
+    need("scipy", "the correlation")  # before anything is measured
     need("matplotlib", "the plot")
-    pipeline = runtime.load(options.bundle)
+    judge, pipeline = Judge.of(options.model), runtime.load(options.bundle)
+    pairs = judge.asked(options.count)
     for plan in PLANS:  # refused now rather than after an hour; this loads the bundles to switch to
         timesteps = [1000 * (1 - step / options.steps) for step in range(options.steps)]
         pipeline.schedule(runtime.find_plan(plan), timesteps, guided=options.guidance > 1)
     settings = {
-        "prompts": options.count, "steps": options.steps, "scheduler": "dpm++", "guidance": options.guidance, "dtype": "float32",
+        "model": str(options.model), "prompts": options.count, "steps": options.steps, "scheduler": "dpm++",
+        "guidance": options.guidance, "dtype": "float32",
         "engine": "onnxruntime", "rounds": options.rounds,
     }  # fmt: skip
     bundles = {name: network.manifest.key for name, network in pipeline.networks.items()}
@@ -207,10 +220,10 @@ def main(arguments: Sequence[str]) -> None:
     found = costs(pipeline, names, options, kept)
     done = {row["plan"] for row in kept.lines("plans")}
     for plan in track([name for name in names if name not in done], "plans"):
-        kept.add("plans", _quality(plan, options, kept))
+        kept.add("plans", _quality(plan, judge, pairs, options, kept))
     rows = [row | found[row["plan"]] for row in kept.lines("plans")]
     _write(rows, settings, options)
-    _draw_grid(rows, kept, options)
+    _draw_grid(rows, [judge.title(pair) for pair in pairs[:_GRID_COLUMNS]], kept, options)
     _show(rows, options)
     shutil.rmtree(options.work)
 
@@ -221,24 +234,24 @@ def _write(rows: Sequence[PlanRow], settings: Mapping[str, object], options: arg
     writer.writeheader()
     writer.writerows(rows)
     write_text(options.out, table.getvalue())
-    described = {"settings": settings} | _fronts(rows) | machine()
+    described = {"settings": settings, "correlation of concept and psnr": correlation(rows)} | _fronts(rows) | machine()
     write_text(options.out.with_suffix(".json"), json.dumps(described, indent=2) + "\n")
     options.plot.parent.mkdir(parents=True, exist_ok=True)
-    plot(rows, f"{options.count} held-back prompts, {options.steps} steps of DPM++, embedded model", options.plot)
+    plot(rows, f"{options.count} emoji, half of them held back from training, {options.steps} steps of DPM++", options.plot)
 
 
 def _fronts(rows: Sequence[PlanRow]) -> dict[str, list[str]]:
     """By time, which varies from run to run, and by MACs, which do not."""
-    pairs = product(("accuracy", "psnr"), ("time", "macs"))
+    pairs = product(("concept", "psnr"), ("time", "macs"))
     return {f"front by {measure} and {cost}": front(rows, measure, cost) for measure, cost in pairs}
 
 
-def _draw_grid(rows: Sequence[PlanRow], kept: RunFolder, options: argparse.Namespace) -> None:
+def _draw_grid(rows: Sequence[PlanRow], titles: Sequence[str], kept: RunFolder, options: argparse.Namespace) -> None:
     options.grid.parent.mkdir(parents=True, exist_ok=True)
     speeds = {row["plan"]: 1 / row["time"] for row in rows}
     names = {plan: f"{plan.replace('+', '+' + chr(10))}\n{speeds[plan]:.2f} times" for plan in GRID}
     lines = [(names[plan], kept.pictures(plan)[:_GRID_COLUMNS]) for plan in GRID]
-    draw_differences(lines, held_back_prompts(_GRID_COLUMNS), options.grid)
+    draw_differences(lines, titles, options.grid)
 
 
 def _show(rows: Sequence[PlanRow], options: argparse.Namespace) -> None:
@@ -249,6 +262,7 @@ def _show(rows: Sequence[PlanRow], options: argparse.Namespace) -> None:
     console.print(table)
     for name, plans in _fronts(rows).items():
         console.print(f"Pareto {name}: {', '.join(plans)}")
+    console.print(f"Spearman's correlation of concept and psnr: {correlation(rows)}")
     console.print(f"wrote {options.out}, {options.out.with_suffix('.json')}, {options.plot} and {options.grid}")
 
 

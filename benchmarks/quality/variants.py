@@ -1,8 +1,9 @@
 """`python -m benchmarks.quality.variants`: what every variant of the embedded model's UNet costs and what its pictures are worth.
 
 Parameters and MACs, UNet time (ONNX Runtime on the CPU, variants in turns, medians of the ratios to `original` of the same
-round), the share of held-back prompts that the pictures show, and the Frechet distance to rendered pictures; before distillation
-and after. Builds the bundles it needs under bundles/variants, writes a JSON file, a Markdown table and a picture of pictures.
+round), the shares of pictures in which a reader finds the concept and the style that were asked for, and PSNR to the pictures of
+`original` from the same noise; before distillation and after. Half of the pairs asked for are held back from training. Builds the
+bundles it needs under bundles/variants, writes a JSON file, a Markdown table and a picture of pictures.
 """
 
 import argparse
@@ -19,22 +20,24 @@ from rich.console import Console
 import runtime
 import tuning
 from benchmarks.machine import machine, results_file
-from benchmarks.quality.attributes import measure
-from benchmarks.quality.frechet import RENDERED, distance_to, rendered
-from benchmarks.quality.grid import PROMPTS, draw
-from benchmarks.quality.judge import tensor_of
+from benchmarks.quality.grid import draw
+from benchmarks.quality.judge import Answers, Judge, difference, draw_prompts, shares, tensor_of
+from benchmarks.quality.plans import likeness
 from benchmarks.quality.variants_page import BEFORE, markdown, measured_before, page
-from engines import Bundle, make_engine
+from engines import Bundle, UserError, make_engine
 from engines.support.cli import run_command
 from engines.support.extras import need
 from engines.support.files import write_text
 from exporter import BuildOptions, build
+from runtime.embedded import EXAMPLES
 from tuning.checkpoints.folder import save_part
-from tuning.mini.scenes import held_back_prompts
+from tuning.emoji.concepts import Pair
 
 __all__ = ["ROWS", "Row", "main"]
 
-MODEL = Path("models/mini")
+MODEL = Path("models/emoji")
+_COLUMNS = 8
+"""Of the picture of pictures."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def make_bundle(row: Row, bundles: Path) -> Path:
         unet = bundles / f"unet-{row.folder}"
         save_part(tuning.assemble(tuning.load_unet(MODEL / "unet"), tuning.recipe(row.variant)), unet)
     options = BuildOptions(
-        variant=row.variant, unet=unet, granularity=None, plans=("full",), out=bundles / row.folder, force=True
+        source="emoji", variant=row.variant, unet=unet, granularity=None, plans=("full",), out=bundles / row.folder, force=True
     )
     build(options)
     return bundles / row.folder
@@ -86,7 +89,7 @@ def times(pipelines: Mapping[str, runtime.Pipeline], steps: int, rounds: int, pi
     for number in range(rounds + 1):
         seconds = {}
         for name, pipeline in pipelines.items():
-            made = pipeline.generate(PROMPTS[0], steps=steps, seed=number, height=pixels, width=pixels)
+            made = pipeline.generate(EXAMPLES["emoji"], steps=steps, seed=number, height=pixels, width=pixels)
             seconds[name] = sum(record.seconds for record in made.steps)
         if number:  # the first round warms up
             for name in pipelines:
@@ -104,47 +107,47 @@ def _spread(ratios: Sequence[float]) -> dict[str, float]:
     return {"median": round(statistics.median(ratios), 3), "low": round(min(ratios), 3), "high": round(max(ratios), 3)}
 
 
-def measure_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Every figure of every row."""
-    console = Console(stderr=True)
+def measure_rows(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], list[tuple[str, list[Image.Image]]], list[str]]:
+    """Every figure of every row; their first pictures; and what those are of."""
+    judge = Judge.of(MODEL)
+    pairs = judge.asked(options.count)
     folders = {row.name: make_bundle(row, options.bundles) for row in ROWS}
     engine = make_engine("onnxruntime")
     pipelines = {name: runtime.Pipeline(Bundle.open(folder), engine) for name, folder in folders.items()}
     rows: dict[str, dict[str, Any]] = {name: _costs(pipeline) for name, pipeline in pipelines.items()}
-    for key, pixels, steps in (("time", 64, options.steps), ("time_large", options.pixels, 2)):
+    for key, pixels, steps in (("time", 128, options.steps), ("time_large", options.pixels, 2)):
         for name, ratios in times(pipelines, steps, options.rounds, pixels).items():
             rows[name][key] = _spread(ratios)
-    prompts = held_back_prompts(options.count)
-    sets = []
-    for name, folder in folders.items():
-        figures, pictures, _ = measure(
-            folder, "full", prompts, steps=options.steps, guidance=options.guidance, engine="onnxruntime"
-        )
-        rows[name] |= {"accuracy": figures["rules"]["all"], "attributes": figures["rules"]}
-        sets.append(tensor_of(pictures))
-        console.print(f"{name}: {100 * rows[name]['accuracy']:.1f} %", highlight=False)
-    others = list(rendered(options.count, "other renders", options.count))
-    *distances, floor = distance_to(rendered(options.rendered, "frechet"), [*sets, *others])
-    for name, distance in zip(rows, distances, strict=True):
-        rows[name]["frechet"] = round(distance, 3)
-    rows["rendered pictures"] = {"frechet": round(floor, 3)}
-    return rows
+    pictures = {name: _draw(folder, pairs, options) for name, folder in folders.items()}
+    answers = {name: judge.answers(tensor_of(some), pairs) for name, some in pictures.items()}
+    for name, row in rows.items():
+        row |= _worth(answers, name, pairs, judge) | {"likeness": likeness(pictures[name], pictures["original"])}
+    titles = [judge.title(pair) for pair in pairs[:_COLUMNS]]
+    return rows, [(name.replace(", ", "\n"), some[:_COLUMNS]) for name, some in pictures.items()], titles
 
 
-def _pictures(options: argparse.Namespace) -> list[tuple[str, list[Image.Image]]]:
-    rows = []
-    for row in ROWS:
-        made = runtime.generate(list(PROMPTS), steps=options.steps, seed=1, bundle=options.bundles / row.folder)
-        rows.append((row.name.replace(", ", "\n"), made.images))
-    return rows
+def _draw(bundle: Path, pairs: Sequence[Pair], options: argparse.Namespace) -> list[Image.Image]:
+    Console(stderr=True).print(f"{bundle.name}: {len(pairs)} pictures", highlight=False)
+    return draw_prompts(bundle, [pair.prompt for pair in pairs], steps=options.steps, guidance=options.guidance)
+
+
+def _worth(answers: Mapping[str, Answers], name: str, pairs: Sequence[Pair], judge: Judge) -> dict[str, Any]:
+    """Shares on pairs that training saw and on those held back; and what is won (or lost) over `original` and `assembled`."""
+    held = set(judge.held)
+    parts = {"seen": [pair not in held for pair in pairs], "held_back": [pair in held for pair in pairs]}
+    worth: dict[str, Any] = {
+        part: shares({measure: [a for a, k in zip(each, kept, strict=True) if k] for measure, each in answers[name].items()})
+        for part, kept in parts.items()
+    }
+    first = answers[name]["concept_top1"]
+    return worth | {f"over_{other}": difference(first, answers[other]["concept_top1"]) for other in ("original", "assembled")}
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command; raises UserError for a variant that has no weights."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.variants", description=__doc__)
     parser.add_argument("--bundles", type=Path, default=Path("bundles/variants"), help="default: bundles/variants")
-    parser.add_argument("--count", type=int, default=500, help="prompts (default: 500)")
-    parser.add_argument("--rendered", type=int, default=RENDERED, help=f"rendered pictures (default: {RENDERED})")
+    parser.add_argument("--count", type=int, default=300, help="prompts, 16 or more (default: 300)")
     parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: 20)")
     parser.add_argument("--guidance", type=float, default=3.0, help="default: 3")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing (default: 9)")
@@ -154,8 +157,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--pictures", type=results_file, default="docs/variants.png")
     parser.add_argument("--page", action="store_true", help="measure nothing: write --table from what --out holds")
     options = parser.parse_args(arguments)
+    if options.count < 2 * _COLUMNS or options.rounds < 1:
+        raise UserError(f"--count {options.count} --rounds {options.rounds}: choose {2 * _COLUMNS} or more, and 1 or more")
     if not options.page:  # before anything is measured
-        need("scipy", "reading the pictures")
+        need("torchmetrics", "PSNR of the pictures", "train")
         need("matplotlib", "the page's pictures")
     result = measured_before(options.out) if options.page else _measure(options)
     write_text(options.table, page(result))
@@ -165,16 +170,17 @@ def main(arguments: Sequence[str]) -> None:
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measures every row, and writes figures and pictures."""
-    names = ("count", "rendered", "steps", "guidance", "rounds", "pixels")
+    names = ("count", "steps", "guidance", "rounds", "pixels")
     settings = {name: getattr(options, name) for name in names} | {
         "scheduler": "dpm++",
         "engine": "onnxruntime",
         "dtype": "float32",
     }
-    result = {"settings": settings, "rows": measure_rows(options)} | machine()
+    rows, pictures, titles = measure_rows(options)
+    result = {"settings": settings, "rows": rows} | machine()
     write_text(options.out, json.dumps(result, indent=2) + "\n")
     options.pictures.parent.mkdir(parents=True, exist_ok=True)
-    draw(_pictures(options), PROMPTS, options.pictures)
+    draw(pictures, titles, options.pictures)
     return result
 
 

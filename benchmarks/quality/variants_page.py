@@ -10,31 +10,28 @@ from engines import UserError
 
 __all__ = ["BEFORE", "SLOWER", "markdown", "measured_before", "page"]
 
-FASTER, LOST = 1.25, 2.0
-"""Goals of `assembled` over `original`: how many times as fast, at least; and how many points of prompts fewer, at most."""
+FASTER = 1.25
+"""Goal of `assembled` over `original`: how many times as fast, at least."""
 BEFORE = ", before distillation"
 """Suffix of the names of rows whose UNet is as it was cut out of the original."""
 SLOWER, WON = 1.05, 0.5
-"""Goals of `condconv` over `assembled`: its time, at most; and the share of those points that it wins back, at least."""
+"""Goals of `condconv` over `assembled`: its time, at most; and the share that it wins back of what that lost, at least."""
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table of a result, as docs/variants.md shows it."""
     pixels = result["settings"]["pixels"]
-    columns = ("UNet", "parameters", "MACs", "time at 64 px", f"time at {pixels} px", "prompts shown", "Frechet distance")
+    columns = (
+        "UNet", "parameters", "MACs", "time at 128 px", f"time at {pixels} px", "concept, seen", "held back", "style, seen",
+        "held back", "PSNR",
+    )  # fmt: skip
     lines = [columns, ("---",) * len(columns)]
     for name, row in result["rows"].items():
         variant, comma, rest = name.partition(",")
-        if "parameters" in row:
-            costs = (
-                f"{row['parameters'] / 1e6:.2f} M",
-                f"{row['macs'] / 1e6:.1f} M",
-                _range(row["time"]),
-                _range(row["time_large"]),
-            )
-            lines.append((f"`{variant}`{comma}{rest}", *costs, f"{100 * row['accuracy']:.1f} %", f"{row['frechet']:.2f}"))
-        else:
-            lines.append((name, *[""] * 5, f"{row['frechet']:.2f}"))
+        shown = [_share(row[part][measure]) for measure in ("concept_top1", "style") for part in ("seen", "held_back")]
+        psnr = row["likeness"]["psnr"]
+        costs = f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e6:.0f} M", _range(row["time"]), _range(row["time_large"])
+        lines.append((f"`{variant}`{comma}{rest}", *costs, *shown, "" if psnr is None else f"{psnr:.1f} dB"))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -54,24 +51,28 @@ def measured_before(path: Path) -> dict[str, Any]:
     return result
 
 
+def _share(figures: Mapping[str, float]) -> str:
+    return f"{100 * figures['share']:.0f} % ({100 * figures['low']:.0f} to {100 * figures['high']:.0f})"
+
+
 def _range(ratios: Mapping[str, float]) -> str:
     return f"{ratios['median']:.2f} ({ratios['low']:.2f} to {ratios['high']:.2f})"
 
 
 def _goals(rows: Mapping[str, Any], pixels: int) -> str:
     """Goals beside figures, by the medians of the table."""
-    original, assembled, condconv = (rows[name] for name in ("original", "assembled", "condconv"))
-    lost = 100 * (original["accuracy"] - assembled["accuracy"])
+    assembled, condconv = rows["assembled"], rows["condconv"]
+    lost, won = assembled["over_original"], condconv["over_assembled"]
     small, large = (round(condconv[key]["median"] / assembled[key]["median"], 2) for key in ("time", "time_large"))
     sentences = [
-        f"`assembled` was to be at least {FASTER} times as fast as `original`",
-        f"and to show at most {LOST:g} points fewer of the prompts:",
-        f"at 64 px it is {1 / assembled['time']['median']:.2f} times as fast, and it shows {_points(lost)}.",
+        f"`assembled` was to be at least {FASTER} times as fast as `original`:",
+        f"at 128 px it is {1 / assembled['time']['median']:.2f} times as fast.",
+        f"It shows the concept in {_points(lost)} of the pictures than `original`.",
         f"`condconv` was to take at most {SLOWER} times as long as `assembled`",
         f"and to win back {100 * WON:g} % of what that lost:",
-        f"it takes {_longer(small)} at 64 px and {_longer(large)} at {pixels} px;",
-        f"{_won(lost, 100 * (condconv['accuracy'] - assembled['accuracy']))}.",
-        *([_REASON] if small > SLOWER else []),
+        f"it takes {_longer(small)} at 128 px and {_longer(large)} at {pixels} px, and shows the concept in",
+        f"{_points(won)} than `assembled`: {_won(lost, won)}.",
+        f"Its pictures are {_decibels(condconv, assembled)} those of `original`.",
         *_worse(rows),
     ]
     return fill(" ".join(sentences), 130, break_long_words=False, break_on_hyphens=False)
@@ -82,40 +83,50 @@ def _worse(rows: Mapping[str, Any]) -> list[str]:
     pairs = [(before.partition(",")[0], rows[before]) for before in rows if before.endswith(BEFORE)]
     if not pairs:
         return []
-    fewer = [f"`{name}` shows {_points(100 * (rows[name]['accuracy'] - before['accuracy']))}" for name, before in pairs]
-    further = [f"{before['frechet']:.2f} in place of {rows[name]['frechet']:.2f}" for name, before in pairs]
+    fewer = [
+        f"`{name}` shows the concept of {100 * before['seen']['concept_top1']['share']:.0f} % of the pairs that training saw"
+        for name, before in pairs
+    ]
     return [
         "Without distillation a pruned UNet has to be visibly worse, or these goals would prove nothing:",
-        f"without it {' and '.join(fewer)} than with it, at Frechet distances of {' and '.join(further)}.",
+        f"without it {' and '.join(fewer)}.",
     ]
 
 
-def _points(lost: float) -> str:
-    return "as many" if abs(lost) < 0.05 else f"{abs(lost):.1f} points {'fewer' if lost > 0 else 'more'}"
+def _points(difference: Mapping[str, float]) -> str:
+    """A difference of shares in points, with its interval."""
+    low, high = sorted(100 * abs(difference[end]) for end in ("low", "high"))
+    mean, word = 100 * difference["mean"], "more" if difference["mean"] > 0 else "fewer"
+    if difference["low"] <= 0 <= difference["high"]:
+        ends = f"{100 * difference['low']:+.1f} to {100 * difference['high']:+.1f}"
+        return f"as many, within the interval ({mean:+.1f} points, {ends}),"
+    return f"{abs(mean):.1f} points ({low:.1f} to {high:.1f}) {word}"
 
 
 def _longer(ratio: float) -> str:
     return f"{ratio:.2f} times as long" + (f", {ratio - SLOWER:.2f} too much," if ratio > SLOWER else "")
 
 
-def _won(lost: float, more: float) -> str:
-    if lost < 0.05:
-        return "`assembled` lost nothing, so there was nothing to win back"
-    return f"of {lost:.1f} points lost it wins back {more:.1f}"
+def _won(lost: Mapping[str, float], won: Mapping[str, float]) -> str:
+    if lost["high"] >= 0:
+        return "`assembled` lost nothing that could be told, so there was nothing to win back"
+    return f"{-100 * won['mean'] / lost['mean']:.0f} % of what that lost"
 
 
-_REASON = (
-    "At 64 px a convolution takes microseconds, and mixing its kernel is a few small operators beside it "
-    "([what it costs](condconv.md#what-it-costs))."
-)
+def _decibels(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    nearer = one["likeness"]["psnr"] - other["likeness"]["psnr"]
+    return f"{abs(nearer):.1f} dB {'nearer to' if nearer >= 0 else 'farther from'}"
+
 
 _PAGE = """# The embedded model's UNets
 
 {table}
-MACs are of one row of the batch at 64 px. Times are the UNet's, one picture with guidance, relative to `original`: medians of
-{rounds} interleaved rounds on ONNX Runtime's CPU provider, lowest and highest in brackets. Prompts shown: of {count} that
-training never saw, by the rule reader, {steps} steps of DPM++, guidance {guidance:g}. Frechet distance: to {rendered} rendered
-pictures in the network reader's features; the last row is that of {count} other rendered pictures, which is as low as it gets.
+MACs are of one row of the batch at 128 px. Times are the UNet's, one picture with guidance, relative to `original`: medians of
+{rounds} interleaved rounds on ONNX Runtime's CPU provider, lowest and highest in brackets. Concept and style: shares of {count}
+pictures in which the reader finds them first, half of pairs that training saw and half of pairs that it did not, with intervals
+of 95 %, {steps} steps of DPM++, guidance {guidance:g}; [what the reader finds in real pictures](embedded-model.md) is the most
+that can be reached. PSNR: to the pictures that `original` makes from the same noise, mean. Differences below are of the same
+prompts and noise, with the interval of 95 % of their mean; every variant was trained once.
 Before distillation `condconv` has no row: it is `assembled` before distillation, exactly, whatever its experts hold.
 
 {goals}

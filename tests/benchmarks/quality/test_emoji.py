@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.emoji import main
-from benchmarks.quality.judge import MEASURES, Judge, distances, measure, wilson
+from benchmarks.quality.judge import MEASURES, Judge, difference, distances, shares, wilson
 from tuning.emoji.concepts import Pair
 from tuning.emoji.reader import Reader
 from tuning.errors import TuningError
@@ -31,10 +31,19 @@ def test_pictures_are_right_where_the_reader_finds_what_was_asked_for() -> None:
     pictures = torch.zeros(60, 3, 128, 128)
     pictures[:30, 0, 0, 0] = 6  # the concept of half of them, in the style of a third
     pictures[20:40, 0, 0, 1] = 1
-    figures = measure(Fixed(7, 2, (4,), 4), pictures, torch.full((60,), 6), torch.ones(60, dtype=torch.long))
+    judge = Judge(Fixed(7, 2, (4,), 4), tuple("abcdefg"), ("noto", "twitter"), (), ())
+    figures = shares(judge.answers(pictures, [Pair("g", "twitter")] * 60))
     assert tuple(figures) == MEASURES
     assert [figures[name]["right"] for name in MEASURES if name != "concept_top5"] == [30, 20, 10]
     assert all(each["of"] == 60 and each["low"] < each["share"] < each["high"] for each in figures.values() if each["right"] < 60)
+
+
+def test_differences_are_of_pairs() -> None:
+    """McNemar's counts: 10 right by the one alone, 4 by the other alone, of 100."""
+    one, other = ([True] * 10 + [False] * 4 + [True] * 86, [False] * 10 + [True] * 4 + [True] * 86)
+    error = 1.96 * (0.14 - 0.06**2) ** 0.5 / 10
+    assert difference(one, other) == pytest.approx({"mean": 0.06, "low": 0.06 - error, "high": 0.06 + error}, abs=1e-4)
+    assert difference(one, one) == {"mean": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_counts_below_one_are_refused() -> None:
