@@ -27,6 +27,7 @@ from engines import ENGINES
 from engines.errors import UserError
 from engines.support.cli import Parser, parse_size, quiet_libraries, run_command
 from engines.support.files import check_writable
+from runtime.embedded import DEFAULT
 
 __all__ = ["main"]
 
@@ -44,7 +45,7 @@ def _names(text: str) -> tuple[str, ...]:
 def _parser() -> Parser:
     parser = Parser(prog="benchmarks/run_trt.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--source", default="mini", help="mini, random:sd15, a diffusers folder, a file, or a hub id (default: %(default)s)")
+    add("--source", default=DEFAULT, help="emoji, mini, random:sd15, a diffusers folder, a file, a hub id (default: %(default)s)")
     add("--variants", type=_names, default=("original", "assembled"), help="default: original,assembled")
     add("--plans", type=_names, default=("full", "block:3", "layer:3", "unit:3", "encoder:faster", "deepcache:3"),
         help="default: full,block:3,layer:3,unit:3,encoder:faster,deepcache:3")  # fmt: skip

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from engines import ENGINES, UserError
 from engines.support.cli import Parser, parse_size, quiet_libraries, resumable, run_command
 from engines.support.files import expanded
+from runtime.embedded import DEFAULT
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SOURCES = "mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG (default: %(default)s)"
+_SOURCES = "emoji, mini, a diffusers folder, a hub id, a .safetensors file, or random:CONFIG (default: %(default)s)"
 _BUILD = """A UNet in, a bundle out: ONNX segments and compiled engines that `python -m runtime` runs."""
 
 
@@ -25,7 +26,7 @@ def _parser(prog: str) -> Parser:
         "--variant", default="original", help="original, assembled, ..., or a recipe's .json (default: %(default)s)"
     )
     build.add_argument("--unet", type=Path, help="folder of the variant's UNet (default: the source's, or made by the recipe)")
-    build.add_argument("--source", default="mini", help=_SOURCES)
+    build.add_argument("--source", default=DEFAULT, help=_SOURCES)
     build.add_argument("--config", type=Path, help="folder of configurations, for a .safetensors file that is not SD 1.x/2.x")
     build.add_argument("--variant-files", help="which weight files of a folder or hub id, such as fp16 (default: those without)")
     build.add_argument("--vae", help="a VAE in the source's place: a diffusers folder, a hub id, or a .safetensors file")

@@ -12,6 +12,7 @@ from engines.bundle.manifest import Precision, VaePrecision, Variant
 from engines.support.spelling import did_you_mean
 from exporter.errors import BuildError
 from exporter.graph.partition import GRANULARITIES, Granularity
+from runtime.embedded import DEFAULT
 from runtime.plans.presets import find_plan
 from tuning.loras.lora import Lora
 
@@ -49,7 +50,7 @@ class BuildOptions:
     """
 
     variant: Variant = "original"
-    source: str = "mini"
+    source: str = DEFAULT
     unet: Path | None = None
     recipe: Path | None = None
     config: Path | None = None

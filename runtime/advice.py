@@ -9,7 +9,7 @@ from shlex import quote
 
 from engines import Bundle, BundleError, NeedsBuildError
 from engines.errors import EngineMemoryError
-from runtime.embedded import EXAMPLES
+from runtime.embedded import DEFAULT, EXAMPLES
 from runtime.errors import NonFiniteError, PartitionError, SiblingError
 from runtime.plans.plan import Plan
 
@@ -55,7 +55,7 @@ def missing_bundle(folder: Path | None, plan: Plan, engine: str) -> BundleError:
     """An error that says how to build a bundle that is not there: the one that the folder's name means, for plan and engine."""
     where = f"no bundle at {folder}" if folder else "no bundle in ./bundles"
     # Bundles of an embedded model are called by its name and the variant.
-    source, _, variant = (folder.name if folder else f"{next(iter(EXAMPLES))}-original").partition("-")
+    source, _, variant = (folder.name if folder else f"{DEFAULT}-original").partition("-")
     embedded = source in EXAMPLES and bool(variant)
     options = [] if engine == "onnxruntime" else [f"--engine {engine}"]
     if plan.rules and plan.name.partition(":")[0] not in _BY_DEFAULT:

@@ -123,7 +123,7 @@ def build_shared(bundles: Path, name: str, **options: object) -> Bundle:
     """Build a bundle that tests only read."""
     from exporter import BuildError, BuildOptions, build
 
-    wanted = dataclasses.replace(BuildOptions(), out=bundles / name, **options)  # type: ignore[arg-type]
+    wanted = dataclasses.replace(BuildOptions(source="mini"), out=bundles / name, **options)  # type: ignore[arg-type]
     bundles.mkdir(parents=True, exist_ok=True)
     with FileLock(bundles / f".{name}.lock"):  # another process may be building it: wait for that
         try:

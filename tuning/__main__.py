@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.support.cli import Parser, quiet_libraries, resumable, run_command
+from runtime.embedded import DEFAULT
 from tuning.distillation.latents_command import add_arguments as add_latents_arguments
 from tuning.distillation.options import DistillOptions
 from tuning.distillation.options import add_arguments as add_distill_arguments
@@ -14,7 +15,7 @@ from tuning.planning.options import add_arguments as add_plan_arguments
 if TYPE_CHECKING:
     from tuning.loras.lora import Lora
 
-_SOURCE = "mini, a diffusers folder (of a checkpoint or a UNet), a hub id, a .safetensors file, or random:CONFIG"
+_SOURCE = "emoji, mini, a diffusers folder (of a checkpoint or a UNet), a hub id, a .safetensors file, or random:CONFIG"
 _VARIANT_FILES = "which weight files of the source's folder or hub id, such as fp16 (default: those without)"
 
 
@@ -24,13 +25,13 @@ def _parser(prog: str = "python -m tuning") -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     assemble = commands.add_parser("assemble", help="remove what a recipe names; every kept weight stays as it is")
     assemble.add_argument("--recipe", default="assembled", help="a recipe's name or its .json file (default: %(default)s)")
-    assemble.add_argument("--source", default="mini", help=f"{_SOURCE} (default: %(default)s)")
+    assemble.add_argument("--source", default=DEFAULT, help=f"{_SOURCE} (default: %(default)s)")
     assemble.add_argument("--variant-files", help=_VARIANT_FILES)
     _add_loras(assemble)
     assemble.add_argument("--precision", default="fp16", help="fp16 or fp32 (default: %(default)s)")
     assemble.add_argument("--out", type=Path, required=True, help="the folder of the new UNet")
     rank = commands.add_parser("rank", help="measure the time and the error of each removal, and choose a recipe")
-    rank.add_argument("--source", default="mini", help=f"the UNet whose errors count: {_SOURCE} (default: %(default)s)")
+    rank.add_argument("--source", default=DEFAULT, help=f"the UNet whose errors count: {_SOURCE} (default: %(default)s)")
     rank.add_argument("--variant-files", help=_VARIANT_FILES)
     _add_loras(rank)
     rank.add_argument("--times", help="the UNet whose time counts, such as random:sd15 (default: the source's)")

@@ -8,6 +8,7 @@ from engines import ENGINES
 from engines.errors import UserError
 from engines.support.cli import Parser, parse_size
 from exporter.options import PRECISIONS
+from runtime.embedded import DEFAULT
 
 __all__ = ["PARTS", "parse"]
 
@@ -24,7 +25,7 @@ def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
     """The options of a command line; raises UserError for a word that is none of those allowed."""
     parser = Parser(prog="python -m benchmarks.gpu.gpu_check", description=description)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the program itself; no graphs")
-    parser.add_argument("--source", default="mini", help="as for python -m exporter build (default: mini)")
+    parser.add_argument("--source", default=DEFAULT, help="as for python -m exporter build (default: %(default)s)")
     parser.add_argument("--variant", default="original")
     parser.add_argument("--engines", default="torch,tensorrt-rtx,tensorrt,onnxruntime", help="torch comes first: the reference")
     parser.add_argument("--precision", default="fp32,fp16")

@@ -123,7 +123,7 @@ def test_the_same_build_again_does_nothing(options: BuildOptions, fake_trace: Fa
 
 def test_the_embedded_model_is_up_to_date(mini_bundle: Bundle) -> None:
     before = contents(mini_bundle.folder)
-    bundle, built = build(BuildOptions(out=mini_bundle.folder))
+    bundle, built = build(BuildOptions(source="mini", out=mini_bundle.folder))
     assert not built
     assert bundle.manifest == mini_bundle.manifest
     assert contents(mini_bundle.folder) == before

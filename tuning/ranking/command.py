@@ -18,6 +18,7 @@ from rich.table import Table
 from engines.bundle.manifest import is_variant
 from engines.support.files import check_writable, write_text
 from engines.support.tables import fit
+from runtime.embedded import DEFAULT
 from tuning.checkpoints.configs import check_channels, latent_size
 from tuning.checkpoints.find_source import RANDOM, UNetSource, open_unet
 from tuning.errors import TuningError
@@ -43,7 +44,7 @@ class RankOptions:
     `name` is that of the recipe, and of its file in `out`.
     """
 
-    source: str = "mini"
+    source: str = DEFAULT
     variant_files: str | None = None
     loras: tuple[Lora, ...] = ()
     times: str | None = None

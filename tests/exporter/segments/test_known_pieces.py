@@ -46,7 +46,7 @@ def test_another_partition_takes_what_it_has_in_common(first: BuildOptions, fake
 
 
 def test_another_variant_takes_text_encoder_and_vae(fake_trace: FakeTrace, tmp_path: Path) -> None:
-    mini = BuildOptions(out=tmp_path / "mini")
+    mini = BuildOptions(source="mini", out=tmp_path / "mini")
     assert set(ENDS) <= set(traced_for(mini, fake_trace))
     traced = traced_for(mini, fake_trace, out=tmp_path / "second", variant="assembled")
     assert "stem" in traced
