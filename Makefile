@@ -12,7 +12,7 @@ PIP_ARGS ?=
 WORKERS ?= 2
 # Options of the GPU check: GPU_ARGS="--dry-run" says what it would do, here too.
 GPU_ARGS ?=
-PROMPT ?= a red star on a blue background
+PROMPT ?= anchor, twitter style
 export PROMPT
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,8 +23,8 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-core ## build the embedded model's engines, draw PROMPT in full and with a plan, and compare
-	$(BIN)/python -m exporter build --source mini --variant original --force
-	$(BIN)/python -m runtime "$$PROMPT" --bundle bundles/mini-original --plan deepcache:3 --compare full -o demo.png
+	$(BIN)/python -m exporter build --variant original --force
+	$(BIN)/python -m runtime "$$PROMPT" --bundle bundles/emoji-original --plan deepcache:3 --compare full -o demo.png
 
 test: style ## everything that must hold: lint, types, tests
 	$(MAKE) --no-print-directory --jobs 2 types suite # mypy is one process: beside the tests it takes no time of its own

@@ -1,6 +1,6 @@
 """One denoising step of a bundle with plain ONNX Runtime, by following its manifest: nothing of unet-heirloom is imported.
 
-python docs/one_step.py bundles/mini-original "a red star on a blue background"
+python docs/one_step.py bundles/emoji-original "anchor, twitter style"
 """
 
 import json
@@ -12,7 +12,7 @@ import onnxruntime
 from transformers import CLIPTokenizer
 
 if len(sys.argv) != 3:
-    sys.exit("give a bundle's folder and a prompt: python docs/one_step.py bundles/mini-original 'a red star'")
+    sys.exit("give a bundle's folder and a prompt: python docs/one_step.py bundles/emoji-original 'anchor, twitter style'")
 folder, prompt = Path(sys.argv[1]), sys.argv[2]
 manifest = json.loads((folder / "manifest.json").read_text())
 scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())

@@ -104,7 +104,7 @@ def attach(
 ) -> Attachment:
     """Run a diffusers pipeline's UNet as a bundle's, by a plan::
 
-        heirloom = unet_heirloom.attach(pipe, "bundles/mini-original", plan="deepcache:3")
+        heirloom = unet_heirloom.attach(pipe, "bundles/emoji-original", plan="deepcache:3")
 
     Args:
         pipe: a StableDiffusionPipeline, StableDiffusionImg2ImgPipeline or StableDiffusionInpaintPipeline, with the checkpoint

@@ -64,7 +64,7 @@ class UNet:
     StableDiffusionInpaintPipeline, and gives the same latents as ``generate``::
 
         pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-        pipe.unet = runtime.UNet("bundles/mini-original", "deepcache:3")
+        pipe.unet = runtime.UNet("bundles/emoji-original", "deepcache:3")
 
     (With ``unet=None`` diffusers loads no UNet of its own, but text to image must then be given ``height`` and ``width``.)
 

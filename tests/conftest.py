@@ -134,14 +134,26 @@ def build_shared(bundles: Path, name: str, **options: object) -> Bundle:
 
 @pytest.fixture(scope="session")
 def mini_bundle(bundles: Path) -> Bundle:
-    """The embedded model, original UNet, ONNX Runtime, cut as every bundle is by default. Not to be changed."""
+    """The small model, original UNet, ONNX Runtime, cut as every bundle is by default. Not to be changed."""
     return build_shared(bundles, "mini-original")
 
 
 @pytest.fixture(scope="session")
 def assembled_bundle(bundles: Path) -> Bundle:
-    """The embedded model with its assembled UNet. Not to be changed."""
+    """The small model with its assembled UNet. Not to be changed."""
     return build_shared(bundles, "mini-assembled", variant="assembled")
+
+
+@pytest.fixture(scope="session")
+def emoji_bundle(bundles: Path) -> Bundle:
+    """The model that the documents use, original UNet, ONNX Runtime. Not to be changed."""
+    return build_shared(bundles, "emoji-original", source="emoji")
+
+
+@pytest.fixture(scope="session")
+def assembled_emoji_bundle(bundles: Path) -> Bundle:
+    """The model that the documents use, with its assembled UNet. Not to be changed."""
+    return build_shared(bundles, "emoji-assembled", source="emoji", variant="assembled")
 
 
 @pytest.fixture(scope="session")

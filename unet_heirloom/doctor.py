@@ -150,8 +150,8 @@ def _next(found: dict[str, Any], folder: Path) -> str:
         return f"cd {_ROOT} && {_INSTALL}" if clone else "pip install --force-reinstall unet-heirloom"
     whole = [name for name, what in found["bundles"].items() if not what.startswith("damaged")] if found["bundles"] else []
     if _failed(found["bundles"]) or not whole:
-        return "python -m exporter build --source mini --variant original"
-    return f"python -m runtime 'a red star on a blue background' --bundle {whole[-1]} --plan deepcache:3"
+        return "python -m exporter build --variant original"
+    return f"python -m runtime 'anchor, twitter style' --bundle {whole[-1]} --plan deepcache:3"
 
 
 def _text(found: dict[str, Any], width: int | None = None) -> str:

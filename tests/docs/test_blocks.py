@@ -29,7 +29,7 @@ def test_the_blocks_of_a_page_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     def built(variant: str) -> Path:
-        bundle: Bundle = request.getfixturevalue({"original": "mini_bundle", "assembled": "assembled_bundle"}[variant])
+        bundle: Bundle = request.getfixturevalue({"original": "emoji_bundle", "assembled": "assembled_emoji_bundle"}[variant])
         return bundle.folder
 
     reader = Reader(tmp_path, monkeypatch, built)

@@ -35,6 +35,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from runtime.embedded import DEFAULT
 from unet_heirloom.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,10 +199,10 @@ class Reader:
     def _reuse(self, arguments: list[str]) -> None:
         """Before an ordinary build of the embedded model, put the finished bundle in its place: the build then finds it."""
         given = dict(zip(arguments[1::2], arguments[2::2], strict=False))
-        if not set(given) <= {"--variant", "--source", "--out"} or given.get("--source", "mini") != "mini":
+        if not set(given) <= {"--variant", "--source", "--out"} or given.get("--source", DEFAULT) != DEFAULT:
             return
         variant = given.get("--variant", "original")
-        out = Path(given.get("--out", f"bundles/mini-{variant}"))
+        out = Path(given.get("--out", f"bundles/{DEFAULT}-{variant}"))
         if variant in {"original", "assembled"} and not out.exists():
             shutil.copytree(self.built(variant), out)
 
