@@ -51,8 +51,9 @@ format: $(VENV)/.installed-test ## mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.installed-train ## how often generated images show what their prompt says
-	$(BIN)/python -m benchmarks.quality.attributes
+bench: $(VENV)/.installed-train ## how often generated images show what their prompt says; fetches the emoji sets through npm
+	$(BIN)/python -m tuning.emoji.fetch --icons-only
+	$(BIN)/python -m benchmarks.quality.emoji
 
 table: $(VENV)/.installed-train ## what every variant of the embedded model's UNet costs, and what its pictures are worth
 	$(BIN)/python -m benchmarks.quality.variants

@@ -14,7 +14,7 @@ from benchmarks.machine import results_file, write_results
 from tests.support.commands import assert_refused, command, contents
 
 COMMANDS = {
-    "quality.attributes": [],
+    "quality.emoji": [],
     "quality.plans": [],
     "sizes.assemble": [],
     "speed.condconv": [],

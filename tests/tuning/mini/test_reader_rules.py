@@ -1,11 +1,9 @@
-"""The readers read what the renderer draws, and judging compares it with what a caption asks."""
+"""The rule reader reads what the renderer draws, and judging compares it with what a caption asks."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from tuning.mini.data import batch, to_bytes
-from tuning.mini.reader_network import WEIGHTS, read_batch
 from tuning.mini.reader_rules import Seen, SeenObject, read
 from tuning.mini.reader_score import asked_of, judge, shares
 from tuning.mini.render import IMAGE_SIZE, render_boxes
@@ -27,14 +25,6 @@ def test_the_rule_reader_reads_other_sizes_too() -> None:
     larger = [Image.fromarray(p).resize((128, 128), Image.Resampling.BICUBIC) for p in to_bytes(pictures)]
     figures = shares(judge(asked_of(s), read(p)) for s, p in zip(scenes, larger, strict=True))
     assert figures["all"] >= 0.99
-
-
-@pytest.mark.skipif(not WEIGHTS.exists(), reason="the network reader is not trained yet")
-def test_the_network_reader_is_nearly_always_right_on_renders() -> None:
-    scenes, _, pictures = batch(500, "reader test", held=True)
-    figures = shares(judge(asked_of(s), r) for s, r in zip(scenes, read_batch(pictures), strict=True))
-    assert figures["all"] >= 0.98
-    assert WEIGHTS.stat().st_size < 2**20
 
 
 def test_boxes_are_where_the_pixels_are() -> None:
