@@ -1,9 +1,13 @@
 """Shares and intervals of what a reader finds in pictures."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.quality import emoji_grid
 from benchmarks.quality.emoji import main
 from benchmarks.quality.judge import MEASURES, Judge, difference, distances, shares, wilson
 from tuning.emoji.concepts import Pair
@@ -69,3 +73,30 @@ def test_pictures_that_are_further_off_are_further_off() -> None:
     close, far = distances(reader, 20 * real, [20 * near, 40 * near])
     assert far["frechet"] > 2 * close["frechet"] > 0
     assert far["kernel"] > 2 * abs(close["kernel"]) > 0
+
+
+def test_a_grid_has_every_style_and_marks_what_was_held_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    held = (Pair("cat", "noto"), Pair("dog", "twitter"))
+    judge = Judge(Fixed(7, 2, (4,), 4), ("cat", "dog"), ("noto", "twitter"), (Pair("dog", "noto"), Pair("cat", "twitter")), held)
+    asked: list[str] = []
+    drawn: list[Any] = []
+
+    def pictures(bundle: Path, prompts: list[str], **options: Any) -> list[int]:
+        asked.extend(prompts)
+        return list(range(len(prompts)))
+
+    monkeypatch.setattr(emoji_grid.Judge, "of", lambda model: judge)
+    monkeypatch.setattr(emoji_grid, "draw_prompts", pictures)
+    monkeypatch.setattr(emoji_grid, "draw", lambda *given: drawn.extend(given))
+    emoji_grid.main(["--concepts", "2", "--out", str(tmp_path / "grid.png")])
+    rows, columns, _, notes = drawn
+    assert rows == [("noto", [0, 1]), ("twitter", [2, 3])]
+    assert asked == [Pair(concept, style).prompt for style in ("noto", "twitter") for concept in columns]
+    marked = {
+        (concept, style)
+        for (style, _), line in zip(rows, notes, strict=True)
+        for concept, n in zip(columns, line, strict=True)
+        if n
+    }
+    assert marked == {(pair.concept, pair.style) for pair in held}
