@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality.other_rules`: the rules that others save steps by, and our plans, on the embedded model.
+"""`python -m benchmarks.quality.other_rules`: the rules that others save steps by, and our plans, on `mini`.
 
 T-GATE (arXiv 2404.02747) and the change of the first block (ParaAttention, WaveSpeed) are presets. AdaptiveDiffusion (arXiv
 2410.09873) and SADA (arXiv 2507.17135) decide by the latents from step to step whether the UNet is evaluated; they are followed
@@ -252,9 +252,7 @@ def main(arguments: Sequence[str]) -> None:
     options, console = _arguments(arguments), Console(highlight=False, width=120)
     pipeline = _Ruled(Bundle.open(options.bundle), make_engine("onnxruntime"))
     if read_prediction_type(pipeline.bundle.folder / "scheduler") != "v_prediction":
-        raise UserError(
-            f"{options.bundle} predicts no velocities, which SADA is written for here; take one of the embedded model"
-        )
+        raise UserError(f"{options.bundle} predicts no velocities, which SADA is written for here; take one of `mini`")
     timesteps = [1000 * (1 - step / options.steps) for step in range(options.steps)]
     for name in PRESETS:  # refused now rather than after minutes
         pipeline.schedule(find_plan(name), timesteps, guided=True)

@@ -1,6 +1,6 @@
 """`python -m benchmarks.speed.condconv`: what conditional convolutions cost, in every form that they can be exported in.
 
-One layer at Stable Diffusion 1.5's shapes, each form over a plain convolution; the embedded model's UNet, condconv over its
+One layer at Stable Diffusion 1.5's shapes, each form over a plain convolution; `mini`'s UNet, condconv over its
 assembled twin; and a UNet of Stable Diffusion 1.5's widths (random weights), block by block.
 ONNX Runtime on the CPU, everything in turns: medians of the ratios of one round, with lowest and highest. Also the ratios of
 MACs, and from how many layers of its own TensorRT-RTX builds the layer.
@@ -44,7 +44,6 @@ from tuning.surgery.changes import changes_of
 __all__ = ["main"]
 
 _MINI, _SD15 = Path("models/mini"), Path("models/sd15")
-_VARIANTS = Path("benchmarks/results/variants.json")
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def compare(
 
 
 def whole(rounds: int, threads: int, folder: Path) -> dict[str, Any]:
-    """The embedded model's UNet in one segment, at its own size; a turn is twenty steps."""
+    """`mini`'s UNet in one segment, at its own size; a turn is twenty steps."""
     unet = tuning.load_unet(_MINI / "unet")
     made, side = students(unet, text_length(_MINI)), unet.config.sample_size
     return {"side": side, "macs": macs(made), "time": compare(made, "", side, rounds, threads, folder, steps=20)}
@@ -177,7 +176,7 @@ PARTS = {"layers": layers, "whole": whole, "blocks": blocks}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure layers, the embedded UNet and blocks of Stable Diffusion 1.5's widths; print and write what was found."""
+    """Measure layers, `mini`'s UNet and blocks of Stable Diffusion 1.5's widths; print and write what was found."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.condconv", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime (default: 1)")
@@ -189,7 +188,7 @@ def main(arguments: Sequence[str]) -> None:
     found = measured_before(options.out) if options.page else _measure(options)
     _print(found)
     if options.page:
-        write_text(options.doc, update(options.doc.read_text(), found, measured_before(_VARIANTS)))
+        write_text(options.doc, update(options.doc.read_text(), found))
     Console().print(f"wrote {options.doc if options.page else options.out}", highlight=False)
 
 
@@ -214,7 +213,7 @@ def _kept(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _print(found: Mapping[str, Any]) -> None:
     rows = [(f"layer {r['side']}x{r['side']}", r["form"], r) for r in found.get("layers", ())]
     if "whole" in found:
-        rows += [("embedded UNet", r["router"], r) for r in found["whole"]["time"]]
+        rows += [("`mini`'s UNet", r["router"], r) for r in found["whole"]["time"]]
     for name, some in found.get("blocks", {}).get("time", {}).items():
         rows += [(f"SD 1.5's {name}", r["router"], r) for r in some if len(some) > 2]
     rows += [("SD 1.5's, all blocks", r["router"], r) for r in found.get("blocks", {}).get("sum", ())]

@@ -1,4 +1,4 @@
-"""The parts of docs/condconv.md that are figures: two tables and two paragraphs, from committed results alone."""
+"""The parts of docs/condconv.md that are figures: two tables and a paragraph, from committed results alone."""
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
@@ -17,7 +17,7 @@ _FORMS = {
 _FIXED = {"grouped": ", for a batch that is fixed at export"}
 _ROUTERS = ("timestep", "features")
 _SD15 = "a UNet of Stable Diffusion 1.5's widths"
-_MINI = "the embedded model's UNet"
+_MINI = "`mini`'s UNet"
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -56,34 +56,18 @@ def goals(found: Mapping[str, Any]) -> str:
     text = (
         f"The goal was at most {SLOWER} times the assembled twin's time, at any batch with the timestep router and at batch 1 "
         f"with the features router: {', '.join(words)}. MACs are {found['blocks']['macs']['timestep']:.3f} of the assembled "
-        f"UNet's at Stable Diffusion 1.5's widths and {found['whole']['macs']['timestep']:.2f} of the embedded model's."
+        f"UNet's at Stable Diffusion 1.5's widths and {found['whole']['macs']['timestep']:.2f} of `mini`'s."
     )
     return _filled(text)
 
 
-def beside_variants(found: Mapping[str, Any], variants: Mapping[str, Any]) -> str:
-    """Why the table of variants has another figure for the embedded model."""
-    rows = variants["rows"]
-    other = round(rows["condconv"]["time"]["median"] / rows["assembled"]["time"]["median"], 2)
-    here = _row(found["whole"]["time"], "timestep", 2)
-    text = (
-        f"[variants.md](variants.md) has `condconv` at {other:.2f} times the time of `assembled` at 64 px, where this table has "
-        f"{_cell(here)}: a picture with guidance is batch 2. They are measured differently. Here a session runs alone, twenty "
-        f"times in a row on the graph as it was traced, and its processor time counts, with {_threads(found)}. There whole "
-        "pictures are made: the engine's own graph, with attention as one operator, and its settings of memory and threads; the "
-        "clock on the wall, in which the runtime's work around the session counts for both UNets; and the quotient of two "
-        "medians, each over `original`. Of the few milliseconds of such a UNet these things are a part."
-    )
-    return _filled(text)
-
-
-def update(page: str, found: Mapping[str, Any], variants: Mapping[str, Any]) -> str:
+def update(page: str, found: Mapping[str, Any]) -> str:
     """The page with its figures as they were found; the rest of it stays.
 
     Raises:
         ValueError: the page has no such table or paragraph.
     """
-    for made in (forms(found), costs(found), goals(found), beside_variants(found, variants)):
+    for made in (forms(found), costs(found), goals(found)):
         start = made.partition("\n")[0][:24]
         parts = page.rstrip("\n").split("\n\n")
         places = [i for i, part in enumerate(parts) if part.startswith(start)]
@@ -121,11 +105,6 @@ def _met(rows: Rows) -> str:
     if len(met) == 1:
         return f"meets it with the {met[0]} router only"
     return "meets it with both" if met else "misses it with both"
-
-
-def _threads(found: Mapping[str, Any]) -> str:
-    count = found["settings"]["threads"]
-    return "one thread" if count == 1 else f"{count} threads"
 
 
 def _filled(text: str) -> str:

@@ -1,6 +1,6 @@
 """`python -m benchmarks.speed.start`: the CPU seconds of starts, each command in a process of its own, taking turns.
 
-`--help` of each command; the first picture of the embedded model, and diffusers' own; with ``--full``, a bundle of full size
+`--help` of each command; the first picture of `mini`, and diffusers' own; with ``--full``, a bundle of full size
 loaded, with and without the graphs that earlier starts kept. With ``--before``, an older checkout's folder, its figures stand
 beside these. One thread; medians. Writes a JSON file and prints a table.
 """
@@ -37,7 +37,7 @@ _UNKEPT = {"UNET_HEIRLOOM_GRAPHS_GIB": "0"}
 def main(arguments: Sequence[str]) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bundle", type=Path, required=True, help="of the embedded model")
+    parser.add_argument("--bundle", type=Path, required=True, help="of `mini`")
     parser.add_argument("--full", type=Path, help="a bundle of full size")
     parser.add_argument("--before", type=Path, help="an older checkout's folder")
     parser.add_argument("--rounds", type=int, default=5)

@@ -92,7 +92,7 @@ def _prompts(options: DistillOptions, teacher: Teacher, examples: Examples) -> l
 
 
 def _measure(options: DistillOptions, teacher: Teacher) -> Callable[[UNet2DConditionModel], dict[str, float]] | None:
-    """Reads pictures of held-back prompts with the rule reader, for the embedded model's data; None for other data."""
+    """Reads pictures of held-back prompts with the rule reader, for `mini`'s data; None for other data."""
     if options.data != "mini":
         return None
     from tuning.mini.reader_score import accuracy

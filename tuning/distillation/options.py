@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DistillOptions", "add_arguments", "number", "remember"]
 
-# The embedded model's data is small and plain: Muon and large steps suit it. Others start as in BK-SDM (arXiv 2305.15798).
+# `mini`'s data is small and plain: Muon and large steps suit it. Others start as in BK-SDM (arXiv 2305.15798).
 _MINI = {"batch": 64, "lr": 1e-3, "muon_lr": 0.01, "warmup": 100, "decay": 0.9, "guidance": 3.0}
 _OTHER = {"batch": 8, "lr": 5e-5, "muon_lr": 0.0, "warmup": 500, "decay": 0.0, "guidance": 7.5}
 # A run that is resumed with others of these would be another run.

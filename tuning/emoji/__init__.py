@@ -1,1 +1,1 @@
-"""The coming embedded model: emoji as training data, its training and its reader."""
+"""The embedded model: emoji as training data, its training and its reader."""

@@ -1,4 +1,4 @@
-"""The embedded model's networks: the classes of Stable Diffusion 1.5, only narrower; and their tokenizer.
+"""`mini`'s networks: the classes of Stable Diffusion 1.5, only narrower; and their tokenizer.
 
 Four attention heads in place of Stable Diffusion's eight: narrow ones cost a CPU more than they are worth. Mind that
 diffusers reads `attention_head_dim` of this UNet class as the number of heads (huggingface/diffusers issue 2011).

@@ -14,7 +14,7 @@ from tuning.training.teacher import Teacher
 
 __all__ = ["ATTRIBUTES", "GUIDANCE", "accuracy", "asked_of", "judge", "read_captions", "read_scenes", "shares"]
 
-GUIDANCE = 3.0  # what the embedded model's pictures look best with
+GUIDANCE = 3.0  # what `mini`'s pictures look best with
 
 ATTRIBUTES = ("count", "colour", "shape", "size", "place", "background")
 

@@ -1,4 +1,4 @@
-"""Settings of the embedded model's training; what ran is saved as JSON beside the weights."""
+"""Settings of `mini`'s training; what ran is saved as JSON beside the weights."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""`python -m tuning.mini.train`: trains the embedded model, stage by stage, and resumes what was killed.
+"""`python -m tuning.mini.train`: trains `mini`, stage by stage, and resumes what was killed.
 
 With several processes: `OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m tuning.mini.train`.
 """
