@@ -164,12 +164,12 @@ def test_the_doctor_lists_bundles_and_what_to_do_next(tmp_path: Path, capsys: py
     assert found["engines"]["onnxruntime"].startswith("can run: ")
     assert set(found["engines"]) >= {"openvino", "openvino-bf16", "torch", "tensorrt", "tensorrt-rtx"}
     assert found["bundles"] == {}
-    assert found["next"] == "python -m exporter build --source mini --variant original"
+    assert found["next"] == "python -m exporter build --variant original"
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "manifest.json").write_text("{")
     found = examine(tmp_path)
     assert found["bundles"][str(tmp_path / "broken")].startswith("damaged: ")
-    assert found["next"] == "python -m exporter build --source mini --variant original"
+    assert found["next"] == "python -m exporter build --variant original"
     assert json.loads(json.dumps(found)) == found
 
 

@@ -129,7 +129,7 @@ def test_a_bundle_keeps_the_partition_that_it_has(bundle: Bundle, changes: dict[
 @pytest.mark.parametrize(
     ("folder", "plan", "engine", "command"),
     [
-        (None, "full", "onnxruntime", "--source mini --variant original"),
+        (None, "full", "onnxruntime", "--source emoji --variant original"),
         ("bundles/mini-assembled", "deepcache:3", "onnxruntime", "--source mini --variant assembled"),
         (
             "bundles/mini-bk-tiny",

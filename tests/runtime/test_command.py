@@ -472,7 +472,7 @@ def test_plans_are_listed_all_or_explained(runtime: Command, here: Path) -> None
 
 
 def test_a_bundle_that_is_missing(runtime: Command, here: Path) -> None:
-    assert_refused(runtime(PROMPT), "no bundle in ./bundles; build it with: python -m exporter build --source mini")
+    assert_refused(runtime(PROMPT), "no bundle in ./bundles; build it with: python -m exporter build --source emoji")
     assert_refused(runtime(PROMPT, "--bundle", "nowhere"), "no bundle at nowhere", "--source CHECKPOINT", "--out nowhere")
     asked = runtime(PROMPT, "--bundle", "bundles/mini-bk-tiny", "--plan", "unit:3")
     assert_refused(asked, "--source mini --variant bk-tiny --granularity block --plan unit:3")
