@@ -41,7 +41,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("clone")
     for name in PACKAGES:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("mini", "sd15", "sd21"):
+    for name in ("emoji", "mini", "sd15", "sd21"):
         shutil.copytree(ROOT / "models" / name, copy / "models" / name)
     for name in FILES:
         shutil.copyfile(ROOT / name, copy / name)
@@ -108,7 +108,7 @@ print(exporter.__file__, runtime.__file__, tuning.__file__, unet_heirloom.__file
 from exporter.graph.checkpoint import open_source
 from tuning.checkpoints.find_source import RANDOM_CONFIGS
 for source, variant in [*((f"random:{name}", "original") for name in RANDOM_CONFIGS), ("sd15.safetensors", "original"),
-                        *(("mini", name) for name in ("original", "assembled", "bk-tiny", "condconv"))]:
+                        *((model, name) for model in ("emoji", "mini") for name in ("original", "assembled", "bk-tiny", "condconv"))]:
     checkpoint = open_source(source, variant)
     print(checkpoint.folder, checkpoint.skeleton("unet", variant).config.cross_attention_dim)
 """

@@ -175,7 +175,7 @@ def checked(folder: Path, *arguments: str) -> dict[str, Any]:
     with pytest.raises(SystemExit):
         main(["--device", "cpu", "--precision", "fp32", "--plans", "full", "--only", "plans", "--out", str(folder),
               "--work", str(folder / "work"), *arguments])  # fmt: skip
-    found: dict[str, Any] = json.loads((folder / "gpu-cpu-mini-original.json").read_text())
+    found: dict[str, Any] = json.loads((folder / "gpu-cpu-emoji-original.json").read_text())
     return found
 
 
@@ -202,7 +202,7 @@ def test_an_engine_that_cannot_be_had_is_found_before_anything_is_built(tmp_path
          "--precision", "fp16", "--work", str(tmp_path / "work")]
     )  # fmt: skip
     assert stand_ins.built == [("torch",)]
-    found = json.loads((tmp_path / "gpu-cpu-mini-original.json").read_text())
+    found = json.loads((tmp_path / "gpu-cpu-emoji-original.json").read_text())
     assert "runs on an NVIDIA GPU only" in found["skipped"]["tensorrt"]
 
 
