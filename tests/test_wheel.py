@@ -107,8 +107,9 @@ import exporter, runtime, tuning, unet_heirloom
 print(exporter.__file__, runtime.__file__, tuning.__file__, unet_heirloom.__file__)
 from exporter.graph.checkpoint import open_source
 from tuning.checkpoints.find_source import RANDOM_CONFIGS
+variants = ("original", "assembled", "bk-tiny", "condconv")
 for source, variant in [*((f"random:{name}", "original") for name in RANDOM_CONFIGS), ("sd15.safetensors", "original"),
-                        *((model, name) for model in ("emoji", "mini") for name in ("original", "assembled", "bk-tiny", "condconv"))]:
+                        *((model, name) for model in ("emoji", "mini") for name in variants)]:
     checkpoint = open_source(source, variant)
     print(checkpoint.folder, checkpoint.skeleton("unet", variant).config.cross_attention_dim)
 """
