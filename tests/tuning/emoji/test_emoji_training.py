@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from tests.support.emoji_sets import write_sets
+from tuning.emoji import samples
 from tuning.emoji import train as emoji_train
 from tuning.emoji.diffusion import train_unet
 from tuning.emoji.reader import READER, Reader, load_reader, right, save_reader
@@ -39,6 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "reader": functools.partial(train_reader, widths=(32, 32), settling=1),
     }
     monkeypatch.setattr(emoji_train, "_STAGES", stages)
+    monkeypatch.setattr(samples, "draw_pairs", functools.partial(samples.draw_pairs, steps=2))  # of grids that are only counted
 
 
 def train(sets: Path, out: Path, *stages: str, steps: int = 2, **options: Any) -> None:
