@@ -43,6 +43,8 @@ if "UNET_HEIRLOOM_CACHE" not in os.environ:  # test processes inherit it
 
 _BUILDERS = {"build", "build_shared"}
 """Functions that make a bundle."""
+_WAITING = {"test_ray.py"}
+"""Files whose tests wait for processes more than they compute: they come first, where mypy runs beside the tests."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -57,7 +59,8 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a whole build as slow, and skip the tests marked `gpu` on a machine without one."""
+    """Put files that mostly wait first, mark what needs a whole build as slow, and skip the tests marked `gpu` without one."""
+    items.sort(key=lambda item: item.path.name not in _WAITING)
     for item in items:
         if _is_built_for(item):
             item.add_marker(pytest.mark.slow)
