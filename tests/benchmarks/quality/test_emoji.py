@@ -86,7 +86,7 @@ def test_a_grid_has_every_style_and_marks_what_was_held_back(monkeypatch: pytest
         asked.extend(prompts)
         return list(range(len(prompts)))
 
-    monkeypatch.setattr(emoji_grid.Judge, "of", lambda model: judge)
+    monkeypatch.setattr(Judge, "of", lambda model: judge)
     monkeypatch.setattr(emoji_grid, "draw_prompts", pictures)
     monkeypatch.setattr(emoji_grid, "draw", lambda *given: drawn.extend(given))
     emoji_grid.main(["--concepts", "2", "--out", str(tmp_path / "grid.png")])
