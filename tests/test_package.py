@@ -92,7 +92,7 @@ def test_every_command_tells_its_version(package: str, capsys: pytest.CaptureFix
         (["build", "--no-such"], ["--no-such", "see: unet-heirloom --help"]),
         (["run", "--no-such"], ["--no-such", "see: unet-heirloom run --help"]),
         (["rank", "--no-such"], ["--no-such", "see: unet-heirloom --help"]),
-        (["bench", "no-such"], ["'no-such'", "attributes"]),
+        (["bench", "no-such"], ["'no-such'", "variants"]),
         (["doctor", "--no-such"], ["--no-such", "--json"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -111,7 +111,7 @@ def test_without_the_repository_bench_says_where_the_benchmarks_are(
     from unet_heirloom import bench
 
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    assert_refused(command(bench.main, capfd, monkeypatch)("attributes"), "no part of the installed package", "clone")
+    assert_refused(command(bench.main, capfd, monkeypatch)("variants"), "no part of the installed package", "clone")
 
 
 @pytest.mark.parametrize("package", ["engines", "exporter", "runtime", "tuning", "unet_heirloom"])
