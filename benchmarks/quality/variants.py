@@ -112,18 +112,26 @@ def measure_rows(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]]
     judge = Judge.of(MODEL)
     pairs = judge.asked(options.count)
     folders = {row.name: make_bundle(row, options.bundles) for row in ROWS}
-    engine = make_engine("onnxruntime")
-    pipelines = {name: runtime.Pipeline(Bundle.open(folder), engine) for name, folder in folders.items()}
-    rows: dict[str, dict[str, Any]] = {name: _costs(pipeline) for name, pipeline in pipelines.items()}
-    for key, pixels, steps in (("time", 128, options.steps), ("time_large", options.pixels, 2)):
-        for name, ratios in times(pipelines, steps, options.rounds, pixels).items():
-            rows[name][key] = _spread(ratios)
+    rows: dict[str, dict[str, Any]] = {name: {} for name in folders}
+    _measure_times(rows, options)
     pictures = {name: _draw(folder, pairs, options) for name, folder in folders.items()}
     answers = {name: judge.answers(tensor_of(some), pairs) for name, some in pictures.items()}
     for name, row in rows.items():
         row |= _worth(answers, name, pairs, judge) | {"likeness": likeness(pictures[name], pictures["original"])}
     titles = [judge.title(pair) for pair in pairs[:_COLUMNS]]
     return rows, [(name.replace(", ", "\n"), some[:_COLUMNS]) for name, some in pictures.items()], titles
+
+
+def _measure_times(rows: Mapping[str, dict[str, Any]], options: argparse.Namespace) -> None:
+    """Costs and times of every row, whose bundles are there or are built."""
+    engine = make_engine("onnxruntime")
+    bundles = {row.name: Bundle.open(make_bundle(row, options.bundles)) for row in ROWS}
+    pipelines = {name: runtime.Pipeline(bundle, engine) for name, bundle in bundles.items()}
+    for name, pipeline in pipelines.items():
+        rows[name] |= _costs(pipeline)
+    for key, pixels, steps in (("time", 128, options.steps), ("time_large", options.pixels, 2)):
+        for name, ratios in times(pipelines, steps, options.rounds, pixels).items():
+            rows[name][key] = _spread(ratios)
 
 
 def _draw(bundle: Path, pairs: Sequence[Pair], options: argparse.Namespace) -> list[Image.Image]:
@@ -155,17 +163,22 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=results_file, default="benchmarks/results/variants.json")
     parser.add_argument("--table", type=results_file, default="docs/variants.md")
     parser.add_argument("--pictures", type=results_file, default="docs/variants.png")
+    parser.add_argument("--times", action="store_true", help="measure the times alone: --out holds the rest")
     parser.add_argument("--page", action="store_true", help="measure nothing: write --table from what --out holds")
     options = parser.parse_args(arguments)
     if options.count < 2 * _COLUMNS or options.rounds < 1:
         raise UserError(f"--count {options.count} --rounds {options.rounds}: choose {2 * _COLUMNS} or more, and 1 or more")
-    if not options.page:  # before anything is measured
+    if not (options.page or options.times):  # before anything is measured
         need("torchmetrics", "PSNR of the pictures", "train")
         need("matplotlib", "the page's pictures")
-    result = measured_before(options.out) if options.page else _measure(options)
+    result = measured_before(options.out) if options.page or options.times else _measure(options)
+    if options.times:
+        _measure_times(result["rows"], options)
+        write_text(options.out, json.dumps(result, indent=2) + "\n")
     write_text(options.table, page(result))
     print(markdown(result), end="")
-    print(f"wrote {options.table}" if options.page else f"wrote {options.out}, {options.table} and {options.pictures}")
+    made = [options.out] * (not options.page) + [options.table] + [options.pictures] * (not (options.page or options.times))
+    print(f"wrote {' and '.join(map(str, made))}")
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:

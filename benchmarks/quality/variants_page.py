@@ -67,12 +67,12 @@ def _goals(rows: Mapping[str, Any], pixels: int) -> str:
     sentences = [
         f"`assembled` was to be at least {FASTER} times as fast as `original`:",
         f"at 128 px it is {1 / assembled['time']['median']:.2f} times as fast.",
-        f"It shows the concept in {_points(lost)} of the pictures than `original`.",
+        f"Against `original`, the pictures in which the reader finds the concept are {_points(lost)}.",
         f"`condconv` was to take at most {SLOWER} times as long as `assembled`",
         f"and to win back {100 * WON:g} % of what that lost:",
-        f"it takes {_longer(small)} at 128 px and {_longer(large)} at {pixels} px, and shows the concept in",
-        f"{_points(won)} than `assembled`: {_won(lost, won)}.",
-        f"Its pictures are {_decibels(condconv, assembled)} those of `original`.",
+        f"it takes {_longer(small)} at 128 px and {_longer(large)} at {pixels} px.",
+        f"Against `assembled`, its pictures with the concept are {_points(won)}: {_won(lost, won)}.",
+        f"They are {_decibels(condconv, assembled)} those of `original`.",
         *_worse(rows),
     ]
     return fill(" ".join(sentences), 130, break_long_words=False, break_on_hyphens=False)
@@ -83,24 +83,17 @@ def _worse(rows: Mapping[str, Any]) -> list[str]:
     pairs = [(before.partition(",")[0], rows[before]) for before in rows if before.endswith(BEFORE)]
     if not pairs:
         return []
-    fewer = [
-        f"`{name}` shows the concept of {100 * before['seen']['concept_top1']['share']:.0f} % of the pairs that training saw"
-        for name, before in pairs
-    ]
+    fewer = [f"`{name}` {_points(before['over_original'])}" for name, before in pairs]
     return [
         "Without distillation a pruned UNet has to be visibly worse, or these goals would prove nothing:",
-        f"without it {' and '.join(fewer)}.",
+        f"without it, against `original`, {' and '.join(fewer)}.",
     ]
 
 
 def _points(difference: Mapping[str, float]) -> str:
     """A difference of shares in points, with its interval."""
-    low, high = sorted(100 * abs(difference[end]) for end in ("low", "high"))
-    mean, word = 100 * difference["mean"], "more" if difference["mean"] > 0 else "fewer"
-    if difference["low"] <= 0 <= difference["high"]:
-        ends = f"{100 * difference['low']:+.1f} to {100 * difference['high']:+.1f}"
-        return f"as many, within the interval ({mean:+.1f} points, {ends}),"
-    return f"{abs(mean):.1f} points ({low:.1f} to {high:.1f}) {word}"
+    mean, low, high = (f"{100 * difference[name]:+.1f}" for name in ("mean", "low", "high"))
+    return f"{mean} points ({low} to {high})"
 
 
 def _longer(ratio: float) -> str:
