@@ -52,6 +52,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
         ("bash", "python -m no_such_module"),
         ("bash", 'pip install --editable ".[no-such-extra]"'),
         ("bash", "some-other-program --version"),
+        ("bash dry-run", "python docs/one_step.py bundles/mine anchor"),
         ("json", '{"name": "x", "rules": [{"units": [], "when": {"mode": "uniform", "every": 3}}]}'),
     ],
     ids=lambda block: block[1].replace(" ", "_")[:30],

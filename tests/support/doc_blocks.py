@@ -134,6 +134,7 @@ class Reader:
             assert words[1] in COMMANDS
             self._module("unet_heirloom", words[1:], dry=dry)
         elif words[0] == "python":
+            assert not dry, "a script would run here too: write python -m, whose arguments are parsed alone"
             self._script(Path(words[1]), words[2:])
         elif words[0] == "make":
             subprocess.run([*words, "--dry-run"], check=True, capture_output=True, timeout=60)
