@@ -151,7 +151,9 @@ def _next(found: dict[str, Any], folder: Path) -> str:
     whole = [name for name, what in found["bundles"].items() if not what.startswith("damaged")] if found["bundles"] else []
     if _failed(found["bundles"]) or not whole:
         return "python -m exporter build --variant original"
-    return f"python -m runtime 'anchor, twitter style' --bundle {whole[-1]} --plan deepcache:3"
+    from runtime.embedded import DEFAULT, EXAMPLES
+
+    return f"python -m runtime '{EXAMPLES[DEFAULT]}' --bundle {whole[-1]} --plan deepcache:3"
 
 
 def _text(found: dict[str, Any], width: int | None = None) -> str:

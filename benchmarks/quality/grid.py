@@ -10,15 +10,7 @@ from PIL import Image
 from engines.support.files import atomic_file
 from runtime.images.pictures import picture_psnr
 
-__all__ = ["PROMPTS", "draw", "draw_differences"]
-
-PROMPTS = (
-    "a red star on a blue background",
-    "a small green circle at the top left on a yellow background",
-    "a large white triangle on a black background",
-    "a yellow square on a green background",
-    "a blue star and a red circle on a white background",
-)
+__all__ = ["draw", "draw_differences"]
 
 
 def draw(

@@ -104,15 +104,13 @@ def tensor_of(pictures: Sequence[Image.Image]) -> Tensor:
     return to_tensor(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
 
 
-def draw_prompts(
-    bundle: Path, prompts: Sequence[str], *, plan: str = "full", steps: int, guidance: float, engine: str = "onnxruntime"
-) -> list[Image.Image]:
+def draw_prompts(bundle: Path, prompts: Sequence[str], *, plan: str = "full", steps: int, guidance: float) -> list[Image.Image]:
     """A picture of each prompt; the noise follows from its position, so that plans and variants start alike."""
     pictures: list[Image.Image] = []
     for at in range(0, len(prompts), _AT_A_TIME):
         made = runtime.generate(
             [*prompts[at : at + _AT_A_TIME]],
-            steps=steps, guidance_scale=guidance, seed=at, plan=plan, bundle=bundle, engine=engine,
+            steps=steps, guidance_scale=guidance, seed=at, plan=plan, bundle=bundle,
         )  # fmt: skip
         pictures += made.images
     return pictures

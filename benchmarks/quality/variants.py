@@ -82,6 +82,11 @@ def make_bundle(row: Row, bundles: Path) -> Path:
     return bundles / row.folder
 
 
+def _make_bundles(bundles: Path) -> dict[str, Path]:
+    """The folders of all rows' bundles, by the rows' names."""
+    return {row.name: make_bundle(row, bundles) for row in ROWS}
+
+
 def times(pipelines: Mapping[str, runtime.Pipeline], steps: int, rounds: int, pixels: int) -> dict[str, list[float]]:
     """UNet seconds of each row as ratios to the first one's in the same round; rows take turns. One picture with guidance."""
     first = next(iter(pipelines))
@@ -111,9 +116,9 @@ def measure_rows(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]]
     """Every figure of every row; their first pictures; and what those are of."""
     judge = Judge.of(MODEL)
     pairs = judge.asked(options.count)
-    folders = {row.name: make_bundle(row, options.bundles) for row in ROWS}
+    folders = _make_bundles(options.bundles)
     rows: dict[str, dict[str, Any]] = {name: {} for name in folders}
-    _measure_times(rows, options)
+    _measure_times(rows, folders, options)
     pictures = {name: _draw(folder, pairs, options) for name, folder in folders.items()}
     answers = {name: judge.answers(tensor_of(some), pairs) for name, some in pictures.items()}
     for name, row in rows.items():
@@ -122,11 +127,10 @@ def measure_rows(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]]
     return rows, [(name.replace(", ", "\n"), some[:_COLUMNS]) for name, some in pictures.items()], titles
 
 
-def _measure_times(rows: Mapping[str, dict[str, Any]], options: argparse.Namespace) -> None:
-    """Costs and times of every row, whose bundles are there or are built."""
+def _measure_times(rows: Mapping[str, dict[str, Any]], folders: Mapping[str, Path], options: argparse.Namespace) -> None:
+    """Costs and times of every row, whose bundles are in the folders."""
     engine = make_engine("onnxruntime")
-    bundles = {row.name: Bundle.open(make_bundle(row, options.bundles)) for row in ROWS}
-    pipelines = {name: runtime.Pipeline(bundle, engine) for name, bundle in bundles.items()}
+    pipelines = {name: runtime.Pipeline(Bundle.open(folder), engine) for name, folder in folders.items()}
     for name, pipeline in pipelines.items():
         rows[name] |= _costs(pipeline)
     for key, pixels, steps in (("time", 128, options.steps), ("time_large", options.pixels, 2)):
@@ -173,7 +177,7 @@ def main(arguments: Sequence[str]) -> None:
         need("matplotlib", "the page's pictures")
     result = measured_before(options.out) if options.page or options.times else _measure(options)
     if options.times:
-        _measure_times(result["rows"], options)
+        _measure_times(result["rows"], _make_bundles(options.bundles), options)
         write_text(options.out, json.dumps(result, indent=2) + "\n")
     write_text(options.table, page(result))
     print(markdown(result), end="")
