@@ -61,7 +61,7 @@ table: $(VENV)/.installed-train ## what every variant of the embedded model's UN
 plans: $(VENV)/.installed-train ## what plans cost and what they do to pictures, on bundles that are partitioned for all of them
 	for variant in original assembled; do \
 	  $(BIN)/python -m exporter build --variant $$variant --out bundles/plans/$$variant --force \
-	    --plan block:2 --plan layer:2 --plan deepcache:2 --plan unit:2 --plan encoder:2 --plan adaptive:0.2; \
+	    --plan block:2 --plan layer:2 --plan deepcache:2 --plan unit:2 --plan encoder:2 --plan adaptive:0.2 --plan tgate:0.4; \
 	done
 	$(BIN)/python -m benchmarks.quality.plans
 

@@ -88,12 +88,20 @@ class Judge:
         return f"{pair.prompt} (held back)" if pair in self.held else pair.prompt
 
     @torch.no_grad()
+    def _scores(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of concepts and of styles in pictures (n, 3, 128, 128) in [-1, 1]."""
+        scored = [self.reader(part) for part in pictures.split(_AT_A_TIME)]
+        return torch.cat([c for c, _ in scored]), torch.cat([s for _, s in scored])
+
+    def agrees(self, pictures: Tensor, others: Tensor) -> list[bool]:
+        """Whether the reader finds the same concept in each picture (n, 3, 128, 128) in [-1, 1] and in the other, right or not."""
+        return right(self._scores(pictures)[0], self._scores(others)[0].argmax(1))
+
     def answers(self, pictures: Tensor, pairs: Sequence[Pair]) -> Answers:
         """What is right in pictures (n, 3, 128, 128) in [-1, 1] of so many pairs."""
         concepts = torch.tensor([self.concepts.index(pair.concept) for pair in pairs])
         styles = torch.tensor([self.styles.index(pair.style) for pair in pairs])
-        scored = [self.reader(part) for part in pictures.split(_AT_A_TIME)]
-        found = torch.cat([c for c, _ in scored]), torch.cat([s for _, s in scored])
+        found = self._scores(pictures)
         first, style = right(found[0], concepts), right(found[1], styles)
         both = [a and b for a, b in zip(first, style, strict=True)]
         return dict(zip(MEASURES, (first, right(found[0], concepts, 5), style, both), strict=True))

@@ -1,10 +1,11 @@
 """`python -m benchmarks.quality.plans`: what plans cost and what they do to pictures, for the embedded model.
 
 For each plan: MACs and UNet time relative to `full`, as they were on one bundle that is partitioned for all of them; the share of
-pictures in which a reader finds the concept and the style that were asked for, half of them pairs that training never saw; and
-PSNR and SSIM to the pictures that `full` makes from the same noise. Controls are in the same table: `full` with fewer steps of
-the solver. Times are taken in turns, plan after plan, and the median of the ratios to `full` counts; shares and PSNR have 95 %
-intervals. Spearman's correlation says whether the reader finds less in pictures the further they are from those of `full`.
+pictures in which a reader finds the concept and the style that were asked for, half of them pairs that training never saw; the
+share in which it finds the concept that it finds in the picture that `full` makes from the same noise, right or not (`same`); and
+PSNR and SSIM to that picture. Controls are in the same table: `full` with fewer steps of the solver. Times are taken in turns,
+plan after plan, and the median of the ratios to `full` counts; shares and PSNR have 95 % intervals. Spearman's correlations say
+whether the reader's shares fall as pictures get further from those of `full`.
 Writes a CSV, a JSON beside it, a plot and a grid of pictures. A run that was broken off is resumed: what it has measured stays
 in --work until it is done.
 """
@@ -47,7 +48,7 @@ __all__ = ["CONTROLS", "GRID", "PLANS", "RunFolder", "costs", "likeness", "main"
 PLANS = (
     "full", "block:2", "block:3", "block:4", "block:6", "layer:2", "layer:3", "layer:5", "deepcache:2", "deepcache:3",
     "deepcache:4", "deepcache:6", "unit:2", "unit:3", "unit:5", "encoder:faster", "encoder:3", "quadratic:2", "quadratic:3",
-    "front:3", "back:3", "random:3", "adaptive:0.1", "adaptive:0.2", "switch:0.4", "switch:0.7", "switch:0.4+block:3",
+    "front:3", "back:3", "random:3", "adaptive:0.1", "adaptive:0.2", "tgate:0.4", "tgate:0.8", "switch:0.4", "switch:0.7", "switch:0.4+block:3",
     "switch:0.7+block:3", "switch:0.4+layer:3", "switch:0.7+deepcache:3", "block:3+unit:2", "forecast:2", "forecast:3",
     "forecast:4", "skip:2", "skip:3", "guide:2", "guide:3", "skip:2+forecast:3", "skip:2+guide:3", "forecast:2+guide:2",
 )  # fmt: skip
@@ -55,12 +56,13 @@ CONTROLS = ("6 steps", "7 steps", "8 steps", "10 steps", "12 steps", "14 steps")
 """`full`, with fewer steps of the solver."""
 GRID = ("full", "deepcache:3", "skip:2", "skip:3", "6 steps", "unit:5", "encoder:faster")
 COLUMNS = (
-    "plan", "macs", "time", "time_low", "time_high", "concept", "concept_low", "concept_high", "concept_top5", "style", "psnr",
-    "psnr_low", "psnr_high", "psnr_p10", "ssim",
+    "plan", "macs", "time", "time_low", "time_high", "concept", "concept_low", "concept_high", "concept_top5", "style", "same",
+    "same_low", "same_high", "psnr", "psnr_low", "psnr_high", "psnr_p10", "ssim",
 )  # fmt: skip
 PROMPT = EXAMPLES["emoji"]
 """Of the pictures that are timed."""
 _GRID_COLUMNS = 8
+_SHARES = ("concept", "same")
 
 PlanRow = dict[str, Any]
 
@@ -159,24 +161,28 @@ def _quality(name: str, judge: Judge, pairs: Sequence[Pair], options: argparse.N
     prompts = [pair.prompt for pair in pairs]
     pictures = draw_prompts(options.bundle, prompts, plan=plan, steps=steps, guidance=options.guidance)
     kept.put(name, pictures if name == "full" else pictures[:_GRID_COLUMNS])
-    found = shares(judge.answers(tensor_of(pictures), pairs))
-    first = found["concept_top1"]
-    row = {"plan": name, "concept": first["share"], "concept_low": first["low"], "concept_high": first["high"]}
+    full = kept.pictures("full")
+    found = shares(judge.answers(tensor_of(pictures), pairs) | {"same": judge.agrees(tensor_of(pictures), tensor_of(full))})
+    row: PlanRow = {"plan": name}
+    for column, measure in (("concept", "concept_top1"), ("same", "same")):
+        row |= {f"{column}{end}": found[measure][of] for end, of in (("", "share"), ("_low", "low"), ("_high", "high"))}
     row |= {"concept_top5": found["concept_top5"]["share"], "style": found["style"]["share"]}
-    return row | likeness(pictures, kept.pictures("full"))
+    if name == "full":  # by definition
+        row |= {"same_low": 1.0, "same_high": 1.0}
+    return row | likeness(pictures, full)
 
 
-def correlation(rows: Sequence[PlanRow]) -> float | None:
-    """Spearman's correlation, over the plans that change pictures, of the share of concepts found and the PSNR to `full`.
+def correlation(rows: Sequence[PlanRow], share: str) -> float | None:
+    """Spearman's correlation, over the plans that change pictures, of a share that a reader finds and the PSNR to `full`.
 
     None where either is the same for all.
     """
     from scipy.stats import spearmanr
 
-    concepts, psnrs = zip(*((row["concept"], row["psnr"]) for row in rows if row["psnr"] is not None), strict=True)
-    if len(set(concepts)) == 1 or len(set(psnrs)) == 1:
+    found, psnrs = zip(*((row[share], row["psnr"]) for row in rows if row["psnr"] is not None), strict=True)
+    if len(set(found)) == 1 or len(set(psnrs)) == 1:
         return None
-    return round(float(spearmanr(concepts, psnrs).statistic), 3)
+    return round(float(spearmanr(found, psnrs).statistic), 3)
 
 
 def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -234,7 +240,8 @@ def _write(rows: Sequence[PlanRow], settings: Mapping[str, object], options: arg
     writer.writeheader()
     writer.writerows(rows)
     write_text(options.out, table.getvalue())
-    described = {"settings": settings, "correlation of concept and psnr": correlation(rows)} | _fronts(rows) | machine()
+    correlations = {f"correlation of {share} and psnr": correlation(rows, share) for share in _SHARES}
+    described = {"settings": settings} | correlations | _fronts(rows) | machine()
     write_text(options.out.with_suffix(".json"), json.dumps(described, indent=2) + "\n")
     options.plot.parent.mkdir(parents=True, exist_ok=True)
     plot(rows, f"{options.count} emoji, half of them held back from training, {options.steps} steps of DPM++", options.plot)
@@ -242,7 +249,7 @@ def _write(rows: Sequence[PlanRow], settings: Mapping[str, object], options: arg
 
 def _fronts(rows: Sequence[PlanRow]) -> dict[str, list[str]]:
     """By time, which varies from run to run, and by MACs, which do not."""
-    pairs = product(("concept", "psnr"), ("time", "macs"))
+    pairs = product(("same", "psnr"), ("time", "macs"))
     return {f"front by {measure} and {cost}": front(rows, measure, cost) for measure, cost in pairs}
 
 
@@ -262,7 +269,8 @@ def _show(rows: Sequence[PlanRow], options: argparse.Namespace) -> None:
     console.print(table)
     for name, plans in _fronts(rows).items():
         console.print(f"Pareto {name}: {', '.join(plans)}")
-    console.print(f"Spearman's correlation of concept and psnr: {correlation(rows)}")
+    for share in _SHARES:
+        console.print(f"Spearman's correlation of {share} and psnr: {correlation(rows, share)}")
     console.print(f"wrote {options.out}, {options.out.with_suffix('.json')}, {options.plot} and {options.grid}")
 
 

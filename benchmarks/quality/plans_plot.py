@@ -1,4 +1,4 @@
-"""The plot of `benchmarks.quality.plans`: speed against what a reader finds, and speed against likeness to `full`."""
+"""The plot of `benchmarks.quality.plans`: speed against what a reader finds as in `full`, and speed against likeness to `full`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ __all__ = ["front", "plot"]
 _FRONT, _REST, _CONTROL = "#c8553d", "#2f6690", "#7d8790"
 _LINE = 0.175
 """Inches of a line in the list of plans."""
-_MEASURES = {"concept": "pictures whose concept a reader finds, %", "psnr": "PSNR to the pictures of full, dB"}
+_MEASURES = {"same": "pictures in which a reader finds what it finds in that of full, %", "psnr": "PSNR to the pictures of full, dB"}
 
 
 def front(rows: Sequence[dict[str, Any]], measure: str, cost: str = "time") -> list[str]:
@@ -39,7 +39,7 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Write a PNG of two panels and a list of all plans; points of a front bear its name, others their number in the list.
 
     Args:
-        rows: of each plan ``plan``, ``time`` (relative to `full`), ``concept`` (a share) and ``psnr`` (in dB, or None).
+        rows: of each plan ``plan``, ``time`` (relative to `full`), ``same`` (a share) and ``psnr`` (in dB, or None).
         title: of the whole.
         path: the file.
     """
@@ -65,7 +65,7 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 def _points(rows: Sequence[dict[str, Any]], measure: str) -> dict[int, tuple[float, float]]:
     """Where in a panel the plan of a row is; without those that no number says."""
-    scale = 100 if measure == "concept" else 1
+    scale = 100 if measure == "same" else 1
     shown = [number for number, row in enumerate(rows) if row[measure] is not None]
     return {number: (1 / float(rows[number]["time"]), scale * float(rows[number][measure])) for number in shown}
 
@@ -82,7 +82,7 @@ def _panel(axis: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
     axis.margins(x=0.16, y=0.12)
     axis.set_title(
         "Pareto front in red, fewer steps of full in grey"
-        + ("" if measure == "concept" else "; full itself would be at speed 1, infinitely high"),
+        + ("" if measure == "same" else "; full itself would be at speed 1, infinitely high"),
         fontsize=9,
     )
 
@@ -113,7 +113,7 @@ def _list(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     cells = []
     for number, row in enumerate(rows, start=1):
         psnr = "-" if row["psnr"] is None else f"{row['psnr']:.1f}"
-        cells.append([str(number), row["plan"], f"{1 / row['time']:.2f}", f"{100 * row['concept']:.1f}", psnr])
+        cells.append([str(number), row["plan"], f"{1 / row['time']:.2f}", f"{100 * row['same']:.1f}", psnr])
     table = axis.table(
         cells, colLabels=["no.", "plan", "speed", "%", "dB"], colWidths=[0.08, 0.5, 0.14, 0.14, 0.14], loc="center", edges="open"
     )
@@ -123,5 +123,5 @@ def _list(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
         cell.set_height(1 / (len(rows) + 2))
     for (line, column), cell in table.get_celld().items():
         cell.set_text_props(ha="left" if column == 1 else "right")
-        if line and rows[line - 1]["plan"] in fronts.get({3: "concept", 4: "psnr"}.get(column, ""), ()):
+        if line and rows[line - 1]["plan"] in fronts.get({3: "same", 4: "psnr"}.get(column, ""), ()):
             cell.set_text_props(color=_FRONT, weight="bold")

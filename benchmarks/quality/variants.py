@@ -177,12 +177,23 @@ def main(arguments: Sequence[str]) -> None:
         need("matplotlib", "the page's pictures")
     result = measured_before(options.out) if options.page or options.times else _measure(options)
     if options.times:
-        _measure_times(result["rows"], _make_bundles(options.bundles), options)
-        write_text(options.out, json.dumps(result, indent=2) + "\n")
+        _measure_times_again(result, options)
     write_text(options.table, page(result))
     print(markdown(result), end="")
     made = [options.out] * (not options.page) + [options.table] + [options.pictures] * (not (options.page or options.times))
     print(f"wrote {' and '.join(map(str, made))}")
+
+
+def _measure_times_again(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Measures the times alone, and writes them with what else the result holds.
+
+    Raises UserError for other steps than those of the pictures.
+    """
+    if options.steps != (steps := result["settings"]["steps"]):
+        raise UserError(f"--steps {options.steps}: {options.out} is of pictures in {steps}; leave out --times to make others")
+    _measure_times(result["rows"], _make_bundles(options.bundles), options)
+    result["settings"] |= {name: getattr(options, name) for name in ("rounds", "pixels")}
+    write_text(options.out, json.dumps(result | machine(), indent=2) + "\n")
 
 
 def _measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -42,6 +42,16 @@ def test_pictures_are_right_where_the_reader_finds_what_was_asked_for() -> None:
     assert all(each["of"] == 60 and each["low"] < each["share"] < each["high"] for each in figures.values() if each["right"] < 60)
 
 
+def test_readings_agree_whether_they_are_right_or_not() -> None:
+    pictures, others = torch.zeros(2, 60, 3, 128, 128)
+    pictures[:, 0, 0, 0] = torch.arange(60) % 7
+    others[:, 0, 0, 0] = torch.arange(60) % 7
+    others[40:, 0, 0, 0] = (torch.arange(40, 60) + 1) % 7
+    others[:, 0, 0, 1] = 1  # another style
+    judge = Judge(Fixed(7, 2, (4,), 4), tuple("abcdefg"), ("noto", "twitter"), (), ())
+    assert judge.agrees(pictures, others) == [True] * 40 + [False] * 20
+
+
 def test_differences_are_of_pairs() -> None:
     """McNemar's counts: 10 right by the one alone, 4 by the other alone, of 100."""
     one, other = ([True] * 10 + [False] * 4 + [True] * 86, [False] * 10 + [True] * 4 + [True] * 86)

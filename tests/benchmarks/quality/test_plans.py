@@ -20,16 +20,16 @@ from runtime.plans.presets import find_plan
 from tuning.ranking.labels import box_of
 
 ROWS: list[dict[str, Any]] = [
-    {"plan": "full", "time": 1.0, "concept": 1.0, "psnr": None},
-    {"plan": "a", "time": 0.5, "concept": 1.0, "psnr": 30.0},
-    {"plan": "b", "time": 0.5, "concept": 0.9, "psnr": 31.0},
-    {"plan": "c", "time": 0.7, "concept": 0.95, "psnr": 29.0},
-    {"plan": "d", "time": 0.3, "concept": 0.8, "psnr": 20.0},
+    {"plan": "full", "time": 1.0, "same": 1.0, "psnr": None},
+    {"plan": "a", "time": 0.5, "same": 1.0, "psnr": 30.0},
+    {"plan": "b", "time": 0.5, "same": 0.9, "psnr": 31.0},
+    {"plan": "c", "time": 0.7, "same": 0.95, "psnr": 29.0},
+    {"plan": "d", "time": 0.3, "same": 0.8, "psnr": 20.0},
 ]
 
 
 def test_the_front_is_what_no_plan_beats_in_both() -> None:
-    assert plans_plot.front(ROWS, "concept") == ["d", "a"]
+    assert plans_plot.front(ROWS, "same") == ["d", "a"]
     assert plans_plot.front(ROWS, "psnr") == ["d", "b", "full"]
 
 
@@ -67,11 +67,11 @@ def test_intervals_of_shares() -> None:
 
 def test_a_front_is_not_drawn_through_noise() -> None:
     rows = [
-        {"plan": "cheap", "time": 0.3, "concept": 0.95, "concept_low": 0.93, "concept_high": 0.97},
-        {"plan": "no better", "time": 0.4, "concept": 0.97, "concept_low": 0.95, "concept_high": 0.98},
-        {"plan": "better", "time": 0.5, "concept": 0.99, "concept_low": 0.98, "concept_high": 1.0},
+        {"plan": "cheap", "time": 0.3, "same": 0.95, "same_low": 0.93, "same_high": 0.97},
+        {"plan": "no better", "time": 0.4, "same": 0.97, "same_low": 0.95, "same_high": 0.98},
+        {"plan": "better", "time": 0.5, "same": 0.99, "same_low": 0.98, "same_high": 1.0},
     ]
-    assert plans_plot.front(rows, "concept") == ["cheap", "better"]
+    assert plans_plot.front(rows, "same") == ["cheap", "better"]
 
 
 def test_controls_run_all_with_fewer_steps() -> None:
@@ -85,7 +85,7 @@ def test_labels_cover_neither_each_other_nor_a_point(monkeypatch: pytest.MonkeyP
 
     generator = np.random.default_rng(0)
     rows = [
-        {"plan": name, "time": 1 / (1 + generator.integers(0, 8) / 4), "concept": 1 - generator.integers(0, 4) / 500}
+        {"plan": name, "time": 1 / (1 + generator.integers(0, 8) / 4), "same": 1 - generator.integers(0, 4) / 500}
         for name in plans.PLANS
     ]
     rows = [row | {"psnr": 20 + 10 * float(row["time"])} for row in rows]  # type: ignore[arg-type]
@@ -157,7 +157,9 @@ def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (rows[0]["time"], rows[0]["psnr"], rows[1]["time"], rows[1]["macs"]) == ("1.0", "", "0.5", "1.0")
     described = json.loads((tmp_path / "plans.json").read_text())
     assert described["settings"]["prompts"] == 8
-    assert described["front by concept and time"] == ["block:2"]
+    assert described["front by same and time"] == ["block:2"]
+    assert {"correlation of concept and psnr", "correlation of same and psnr"} <= set(described)
+    assert (rows[0]["same"], rows[0]["same_low"]) == ("1.0", "1.0")
     assert described["machine"]["cores"]
     assert Image.open(tmp_path / "grid.png").width > 1000
 

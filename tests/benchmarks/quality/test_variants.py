@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.quality import variants
 from benchmarks.quality.judge import Judge
 from benchmarks.quality.variants import ROWS, _worth, main
 from benchmarks.quality.variants_page import BEFORE, markdown, page
@@ -48,6 +49,24 @@ def test_pages_show_the_committed_figures(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out == f"{table}wrote {tmp_path / 'variants.md'}\n"
     with pytest.raises(UserError, match=r"none\.json holds no figures .*measure without --page"):
         main(["--page", "--out", str(tmp_path / "none.json")])
+
+
+def test_times_alone_say_how_they_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {name: tmp_path / name for name in json.loads(RESULTS.read_text())["rows"]}
+    measured = []
+    monkeypatch.setattr(variants, "_make_bundles", lambda _bundles: folders)
+    monkeypatch.setattr(variants, "_measure_times", lambda *given: measured.append(given))
+    out = tmp_path / "variants.json"
+    out.write_text(RESULTS.read_text())
+    where = ["--out", str(out), "--table", str(tmp_path / "variants.md")]
+    main(["--times", *where, "--rounds", "2", "--pixels", "384"])
+    before, after = json.loads(RESULTS.read_text()), json.loads(out.read_text())
+    assert after["settings"] == before["settings"] | {"rounds": 2, "pixels": 384}
+    assert after["rows"] == before["rows"]
+    assert "time at 384 px" in (tmp_path / "variants.md").read_text()
+    with pytest.raises(UserError, match=rf"--steps 9: .* is of pictures in {before['settings']['steps']}; leave out --times"):
+        main(["--times", *where, "--steps", "9"])
+    assert len(measured) == 1
 
 
 @pytest.mark.parametrize(
