@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.condconv.forms import ratios, session
 from benchmarks.machine import results_file, write_results
-from benchmarks.speed.condconv_forms import ratios, session
 from benchmarks.speed.full_size import random_inputs
 from engines import EngineError, Segment, Traced, make_engine
 from engines.ort.fuse_attention import fuse_attention

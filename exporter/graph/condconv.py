@@ -2,7 +2,7 @@
 
 A router that reads the timestep has one kernel for the whole batch, mixed in the branch that convolves with it: that is once per
 step, and the convolution reads it as it would any other. A router that reads features has a kernel for each sample, and ONNX has
-no convolution that takes several: `Form` names the ways round that. `python -m benchmarks.speed.condconv` measures them all.
+no convolution that takes several: `Form` names the ways round that. `python -m benchmarks.condconv.costs` measures them all.
 """
 
 import copy

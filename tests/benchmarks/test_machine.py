@@ -17,7 +17,7 @@ COMMANDS = {
     "quality.emoji": [],
     "quality.plans": [],
     "sizes.assemble": [],
-    "speed.condconv": [],
+    "condconv.costs": [],
     "speed.start": ["--bundle", "none"],
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tuning
-from benchmarks.speed import condconv, condconv_forms, condconv_page
+from benchmarks.condconv import costs, forms, page
 from exporter.graph.condconv import FORMS
 from tuning.surgery.condconv import CondConv2d
 
@@ -31,7 +31,7 @@ def test_ratios_are_taken_within_a_round(monkeypatch) -> None:
 
         return run
 
-    figures = condconv_forms.ratios({"plain": takes(2.0), "other": takes(3.0)}, "plain", 3)
+    figures = forms.ratios({"plain": takes(2.0), "other": takes(3.0)}, "plain", 3)
     assert figures["plain"] == {"ratio": 1, "low": 1, "high": 1, "ms": 2000}
     assert figures["other"] == {"ratio": 1.5, "low": 1.5, "high": 1.5, "ms": 3000}
 
@@ -40,7 +40,7 @@ def test_blocks_without_experts_count_as_the_twins() -> None:
     def rows(**ms):
         return [{"router": router, "batch": batch, "ms": batch * value} for batch in (1, 2) for router, value in ms.items()]
 
-    sums = condconv._sums({"down.0": rows(assembled=10, timestep=12), "mid": rows(assembled=30)}, ["assembled", "timestep"])
+    sums = costs._sums({"down.0": rows(assembled=10, timestep=12), "mid": rows(assembled=30)}, ["assembled", "timestep"])
     assert sums == [
         {"router": "assembled", "batch": 1, "ratio": 1, "ms": 40},
         {"router": "timestep", "batch": 1, "ratio": 1.05, "ms": 42},
@@ -51,7 +51,7 @@ def test_blocks_without_experts_count_as_the_twins() -> None:
 
 def test_macs_of_the_embedded_unet_are_those_of_its_own_text() -> None:
     """As in the table of variants, which bundles' manifests give."""
-    students = condconv.students(tuning.load_unet(Path("models/emoji/unet")), condconv.text_length(Path("models/emoji")))
+    students = costs.students(tuning.load_unet(Path("models/emoji/unet")), costs.text_length(Path("models/emoji")))
     counted = {name: sum(unit.macs for unit in student.units) for name, student in students.items()}
     rows = json.loads(Path("benchmarks/results/variants.json").read_text())["rows"]
     assert counted["assembled"] == rows["assembled"]["macs"]
@@ -60,7 +60,7 @@ def test_macs_of_the_embedded_unet_are_those_of_its_own_text() -> None:
 
 def test_without_tensorrt_rtx_there_is_no_count_of_its_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    assert condconv_forms.rtx_layers(tmp_path / "any.onnx") is None
+    assert forms.rtx_layers(tmp_path / "any.onnx") is None
 
 
 @pytest.mark.parametrize("form", ["scan", "slices", "experts", "grouped"])
@@ -72,16 +72,16 @@ def test_the_page_shows_the_committed_figures_of_a_form(form: str) -> None:
 
 
 def test_the_pages_figures_are_the_committed_ones(tmp_path: Path) -> None:
-    """And `python -m benchmarks.speed.condconv --page` puts them there, whatever was there before."""
-    page = tmp_path / "condconv.md"
+    """And `python -m benchmarks.condconv.costs --page` puts them there, whatever was there before."""
+    doc = tmp_path / "condconv.md"
     figures = [part for part in PAGE.split("\n\n") if part.startswith(("| form", "| what", "The goal was"))]
     assert len(figures) == 3
     old = PAGE
     for part in figures:
         old = old.replace(part, part[:30])
-    page.write_text(old)
-    condconv.main(["--page", "--doc", str(page)])
-    assert page.read_text() == PAGE
+    doc.write_text(old)
+    costs.main(["--page", "--doc", str(doc)])
+    assert doc.read_text() == PAGE
 
 
 def test_layers_in_the_pages_words_are_the_committed_ones() -> None:
@@ -118,7 +118,7 @@ def _found(mini: float, sd15: float) -> dict[str, Any]:
     ],
 )
 def test_goals_stand_beside_the_figures(mini: float, sd15: float, says: str) -> None:
-    assert says in " ".join(condconv_page.goals(_found(mini, sd15)).split())
+    assert says in " ".join(page.goals(_found(mini, sd15)).split())
 
 
 def test_the_features_routers_goal_is_for_batch_1() -> None:
@@ -126,8 +126,8 @@ def test_the_features_routers_goal_is_for_batch_1() -> None:
     for row in found["whole"]["time"]:
         if (row["router"], row["batch"]) == ("features", 1):
             row["ratio"] = 1.049
-    assert "UNet meets it with the features router only" in " ".join(condconv_page.goals(found).split())
-    lines = condconv_page.costs(found).splitlines()
+    assert "UNet meets it with the features router only" in " ".join(page.goals(found).split())
+    lines = page.costs(found).splitlines()
     assert lines[6] == "| `mini`'s UNet, 8 x 8 latents | timestep | 1.20 (1.10 to 1.30) | 1.20 (1.10 to 1.30) | missed |"
     assert lines[7] == "|  | features | 1.05 (1.10 to 1.30) | 1.20 (1.10 to 1.30) | met |"
     assert lines[8].endswith("sum of all blocks | timestep | 1.02 | 1.02 | met |")
@@ -153,13 +153,13 @@ def test_kernels_that_are_inherited_are_counted() -> None:
 
 def test_parts_that_are_not_measured_again_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "found.json"
-    for part in condconv.PARTS:
-        monkeypatch.setitem(condconv.PARTS, part, lambda rounds, threads, folder: [])
-    condconv.main(["--parts", "layers", "--out", str(out)])
+    for part in costs.PARTS:
+        monkeypatch.setitem(costs.PARTS, part, lambda rounds, threads, folder: [])
+    costs.main(["--parts", "layers", "--out", str(out)])
     row = {"side": 32, "form": "plain"}
     out.write_text(json.dumps(json.loads(out.read_text()) | {"layers": [row]}))
-    monkeypatch.setitem(condconv.PARTS, "whole", lambda rounds, threads, folder: {"macs": {}, "time": []})
-    condconv.main(["--parts", "whole", "--out", str(out)])
+    monkeypatch.setitem(costs.PARTS, "whole", lambda rounds, threads, folder: {"macs": {}, "time": []})
+    costs.main(["--parts", "whole", "--out", str(out)])
     assert json.loads(out.read_text())["layers"] == [row]
-    condconv.main(["--parts", "whole", "--rounds", "1", "--out", str(out)])
+    costs.main(["--parts", "whole", "--rounds", "1", "--out", str(out)])
     assert "layers" not in json.loads(out.read_text())

@@ -1,4 +1,4 @@
-"""One convolution at Stable Diffusion 1.5's shapes, plain and conditional in every form (see `benchmarks.speed.condconv`)."""
+"""One convolution at Stable Diffusion 1.5's shapes, plain and conditional in every form (see `benchmarks.condconv.costs`)."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.speed.condconv`: what conditional convolutions cost, in every form that they can be exported in.
+"""`python -m benchmarks.condconv.costs`: what conditional convolutions cost, in every form that they can be exported in.
 
 One layer at Stable Diffusion 1.5's shapes, each form over a plain convolution; `mini`'s UNet, condconv over its
 assembled twin; and a UNet of Stable Diffusion 1.5's widths (random weights), block by block.
@@ -23,10 +23,10 @@ from rich.table import Table
 from torch import nn
 
 import tuning
+from benchmarks.condconv.forms import CHANNELS, EXPERTS, layers, ratios, session
+from benchmarks.condconv.page import update
 from benchmarks.machine import results_file, write_results
 from benchmarks.quality.variants_page import measured_before
-from benchmarks.speed.condconv_forms import CHANNELS, EXPERTS, layers, ratios, session
-from benchmarks.speed.condconv_page import update
 from engines import Segment
 from engines.bundle.manifest import Feature, Unit
 from engines.bundle.names import SAMPLE, TEXT, TIMESTEP
@@ -177,7 +177,7 @@ PARTS = {"layers": layers, "whole": whole, "blocks": blocks}
 
 def main(arguments: Sequence[str]) -> None:
     """Measure layers, `mini`'s UNet and blocks of Stable Diffusion 1.5's widths; print and write what was found."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.condconv", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.condconv.costs", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime (default: 1)")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure (default: %(default)s); others stay")
