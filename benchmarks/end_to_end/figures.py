@@ -31,7 +31,8 @@ def figures_of(rows: Sequence[Row], samples: Sequence[Sample], known: Mapping[Ro
     by_row: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for sample in samples:
         by_row[sample["row"], sample["engine"]].append(sample)
-    found = [_figures(row, by_row[row.name, row.engine], samples) | known.get(row, {}) for row in rows]
+    loads = _loads(rows, by_row)
+    found = [_figures(row, by_row[row.name, row.engine], samples, loads) | known.get(row, {}) for row in rows]
     unet = {figures["engine"]: figures.get("unet_seconds") for figures in found if figures["name"] == "original full"}
     for figures in found:
         whole, own, macs = unet.get(figures["engine"]), figures.get("unet_seconds"), figures.get("macs_ratio")
@@ -39,7 +40,17 @@ def figures_of(rows: Sequence[Row], samples: Sequence[Sample], known: Mapping[Ro
     return found
 
 
-def _figures(row: Row, samples: Sequence[Sample], every: Sequence[Sample]) -> Figures:
+def _loads(rows: Sequence[Row], by_row: Mapping[tuple[str, str], Sequence[Sample]]) -> dict[tuple[str, str, str], list[float]]:
+    """Of each subject, whose rows share a process, the seconds of all times that it was loaded as such."""
+    loads: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        loads[row.subject] += [one["load_seconds"] for one in by_row[row.name, row.engine] if "load_seconds" in one]
+    return loads
+
+
+def _figures(
+    row: Row, samples: Sequence[Sample], every: Sequence[Sample], loads: Mapping[tuple[str, str, str], Sequence[float]]
+) -> Figures:
     figures: Figures = {"name": row.name, "engine": row.engine or row.name, "variant": row.variant, "plan": row.plan}
     reasons = [row.reason, *(sample["error"] for sample in samples if "error" in sample)]
     if reason := next(filter(None, reasons), ""):
@@ -59,7 +70,7 @@ def _figures(row: Row, samples: Sequence[Sample], every: Sequence[Sample]) -> Fi
         "high": max(seconds),
         "cpu_seconds": statistics.median(sample["cpu"] for sample in measured),
         "first_seconds": max(first, default=None),
-        "load_seconds": next((sample["load_seconds"] for sample in samples if "load_seconds" in sample), None),
+        "load_seconds": statistics.median(loads[row.subject]) if loads[row.subject] else None,
         "text_seconds": statistics.median(sample["text"] for sample in measured),
         "vae_seconds": statistics.median(sample["vae"] for sample in measured),
         "unet_seconds": statistics.median(sum(value for _, value in sample["unet"]) for sample in measured),
