@@ -94,7 +94,7 @@ class Judge:
         return torch.cat([c for c, _ in scored]), torch.cat([s for _, s in scored])
 
     def agrees(self, pictures: Tensor, others: Tensor) -> list[bool]:
-        """Whether the reader finds the same concept in each picture (n, 3, 128, 128) in [-1, 1] and in the other, right or not."""
+        """Whether the reader finds one concept in each picture (n, 3, 128, 128) in [-1, 1] and in its other, right or not."""
         return right(self._scores(pictures)[0], self._scores(others)[0].argmax(1))
 
     def answers(self, pictures: Tensor, pairs: Sequence[Pair]) -> Answers:

@@ -48,9 +48,10 @@ __all__ = ["CONTROLS", "GRID", "PLANS", "RunFolder", "costs", "likeness", "main"
 PLANS = (
     "full", "block:2", "block:3", "block:4", "block:6", "layer:2", "layer:3", "layer:5", "deepcache:2", "deepcache:3",
     "deepcache:4", "deepcache:6", "unit:2", "unit:3", "unit:5", "encoder:faster", "encoder:3", "quadratic:2", "quadratic:3",
-    "front:3", "back:3", "random:3", "adaptive:0.1", "adaptive:0.2", "tgate:0.4", "tgate:0.8", "switch:0.4", "switch:0.7", "switch:0.4+block:3",
-    "switch:0.7+block:3", "switch:0.4+layer:3", "switch:0.7+deepcache:3", "block:3+unit:2", "forecast:2", "forecast:3",
-    "forecast:4", "skip:2", "skip:3", "guide:2", "guide:3", "skip:2+forecast:3", "skip:2+guide:3", "forecast:2+guide:2",
+    "front:3", "back:3", "random:3", "adaptive:0.1", "adaptive:0.2", "tgate:0.4", "tgate:0.8", "switch:0.4", "switch:0.7",
+    "switch:0.4+block:3", "switch:0.7+block:3", "switch:0.4+layer:3", "switch:0.7+deepcache:3", "block:3+unit:2", "forecast:2",
+    "forecast:3", "forecast:4", "skip:2", "skip:3", "guide:2", "guide:3", "skip:2+forecast:3", "skip:2+guide:3",
+    "forecast:2+guide:2",
 )  # fmt: skip
 CONTROLS = ("6 steps", "7 steps", "8 steps", "10 steps", "12 steps", "14 steps")
 """`full`, with fewer steps of the solver."""

@@ -1,4 +1,4 @@
-"""The plot of `benchmarks.quality.plans`: speed against what a reader finds as in `full`, and speed against likeness to `full`."""
+"""The plot of `benchmarks.quality.plans`: speed against what a reader finds as in `full`, and against likeness to `full`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ __all__ = ["front", "plot"]
 _FRONT, _REST, _CONTROL = "#c8553d", "#2f6690", "#7d8790"
 _LINE = 0.175
 """Inches of a line in the list of plans."""
-_MEASURES = {"same": "pictures in which a reader finds what it finds in that of full, %", "psnr": "PSNR to the pictures of full, dB"}
+_MEASURES = {"same": "pictures in which a reader finds what it finds in that of full, %", "psnr": "PSNR to those of full, dB"}
 
 
 def front(rows: Sequence[dict[str, Any]], measure: str, cost: str = "time") -> list[str]:
