@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.end_to_end.figures import Figures
 from engines.support.extras import need
 from engines.support.files import atomic_file
+from tuning.ranking.labels import place_label
 
 __all__ = ["plot_all"]
 
@@ -22,11 +23,13 @@ def plot_all(found: Sequence[Figures], path: Path, title: str) -> None:
         UserError: matplotlib is not installed.
     """
     need("matplotlib", "the plots")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [figures for figures in found if "reason" not in figures]
     rows.sort(key=lambda figures: -figures["p50"])
     figure = Figure(figsize=(11, 1.6 + 0.32 * len(rows)), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
     bars, scatter = figure.subplots(1, 2, width_ratios=(3, 2))
     left = [0.0] * len(rows)
     names = [_label(figures) for figures in rows]
@@ -36,33 +39,50 @@ def plot_all(found: Sequence[Figures], path: Path, title: str) -> None:
         left = [a + b for a, b in zip(left, values, strict=True)]
     rest = [max(0.0, figures["p50"] - done) for figures, done in zip(rows, left, strict=True)]
     bars.barh(names, rest, left=left, label="the rest", color="lightgrey")
+    bars.margins(y=0.02)
     bars.set_xlabel("seconds a picture, median")
     figure.legend(*bars.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8)
-    _scatter(scatter, rows)
+    near = [figures for figures in rows if figures["psnr"] is not None and figures["variant"]]
+    _scatter(scatter, near)
     figure.suptitle(title, fontsize=9)
+    canvas.draw()  # where things are is known once they are laid out
+    figure.set_layout_engine("none")
+    _name_points(scatter, near)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
 
-def _scatter(axis: Any, rows: Sequence[Figures]) -> None:
-    """How many times as fast as full each plan is, against how near its picture is to that of full; an engine has one colour."""
-    near = [figures for figures in rows if figures["psnr"] is not None and figures["variant"]]
-    engines = list(dict.fromkeys(figures["engine"] for figures in near))
-    middle = sum(one["psnr"] for one in near) / max(1, len(near))
-    for index, figures in enumerate(sorted(near, key=lambda one: one["ratio"])):
-        point, right = (figures["psnr"], figures["ratio"]), figures["psnr"] > middle
-        axis.plot(*point, "o", color=f"C{engines.index(figures['engine'])}")
-        offset = (-5 if right else 5, 6 if index % 2 else -10)
-        text = _label(figures) if len(engines) > 1 else figures["name"]
-        axis.annotate(text, point, offset, textcoords="offset points", fontsize=7, ha="right" if right else "left")
+def _scatter(axis: Any, near: Sequence[Figures]) -> None:
+    """How many times as fast as full each plan is, against how near its picture is to that of full."""
+    for number, kind in enumerate(dict.fromkeys(map(_kind, near))):
+        own = [figures for figures in near if _kind(figures) == kind]
+        axis.scatter(*zip(*map(_point, own), strict=True), s=24, color=f"C{number}", label=kind)
     axis.set_xlabel("PSNR to original full, dB")
     axis.set_ylabel("times as fast as original full")
     axis.grid(alpha=0.3)
     axis.margins(0.2)
     low, high = axis.get_xlim()
     if high - low < _LEAST_SPAN:  # engines that make the same picture: no axis of a hundred-thousandth of a decibel
-        axis.set_xlim(middle - _LEAST_SPAN / 2, middle + _LEAST_SPAN / 2)
+        axis.set_xlim((low + high - _LEAST_SPAN) / 2, (low + high + _LEAST_SPAN) / 2)
+    if near:
+        axis.legend(loc="best", fontsize=7)
+
+
+def _name_points(axis: Any, near: Sequence[Figures]) -> None:
+    """Each point's plan, in the colour of its variant and engine; to be called when the figure is laid out."""
+    kinds = list(dict.fromkeys(map(_kind, near)))
+    points = list(map(_point, near))
+    for figures, point in zip(near, points, strict=True):
+        place_label(axis, figures["plan"], point, points, f"C{kinds.index(_kind(figures))}")
+
+
+def _point(figures: Figures) -> tuple[float, float]:
+    return figures["psnr"], figures["ratio"]
+
+
+def _kind(figures: Figures) -> str:
+    return f"{figures['variant']}, {figures['engine']}"
 
 
 def _label(figures: Figures) -> str:
