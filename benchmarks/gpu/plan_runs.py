@@ -12,6 +12,7 @@ from benchmarks.gpu.found import Ends, Row
 from engines import DTYPES, Runner
 from engines.bundle.names import TEXT
 from engines.bundle.shapes import resolve
+from engines.cuda.streams import wait_for
 from runtime import Executor, Pipeline, find_plan
 from runtime.execution.loaded_bundle import LoadedBundle
 from runtime.execution.swapping import free_bytes
@@ -107,17 +108,12 @@ def _median(work: Callable[[], object], device: torch.device, rounds: int) -> fl
     """Milliseconds until it is done on the device, once it has been done before."""
     times = []
     for _ in range(rounds + 1):
-        _synchronize(device)
+        wait_for(device)
         started = time.perf_counter()
         work()
-        _synchronize(device)
+        wait_for(device)
         times.append(1000 * (time.perf_counter() - started))
     return statistics.median(times[1:])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class _Steps:
@@ -150,11 +146,11 @@ def _kernels(pipeline: Pipeline) -> int | None:
 
     steps = _Steps(pipeline, "full", 2)
     steps.run(pipeline.networks, 1)
-    _synchronize(pipeline.engine.device)
+    wait_for(pipeline.engine.device)
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             steps.run(pipeline.networks, 1)
-            _synchronize(pipeline.engine.device)
+            wait_for(pipeline.engine.device)
         names = [event.name for event in profiler.events() if event.device_type.name == "CUDA"]
     except RuntimeError:  # the driver lets nobody look
         return None
@@ -186,8 +182,8 @@ def _memory(pipeline: Pipeline, plan: str, count: int) -> tuple[int, int | None,
     """Of the UNet's steps, run piece by piece: planned bytes of features, the most held between segments, and the most at all."""
     device, steps = pipeline.engine.device, _Steps(pipeline, plan, count)
     steps.run(pipeline.networks)  # contexts, scratch memory and the libraries' workspaces are made at first use
+    wait_for(device)
     if device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     before, held = allocated(device), list[int]()
     watched = {
