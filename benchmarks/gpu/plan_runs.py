@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.gpu.found import Ends, Row
 from engines import DTYPES, Runner
-from engines.bundle.names import TEXT
+from engines.bundle.names import LATENTS, SAMPLE, TEXT, VAE_DECODER
 from engines.bundle.shapes import resolve
 from engines.cuda.streams import wait_for
 from runtime import Executor, Pipeline, find_plan
@@ -97,10 +97,10 @@ def measure_ends(pipeline: Pipeline, settings: Settings) -> Ends:
     """Text encoder and VAE decoder apart, as the host waits for them, and the kernels of a full step of the UNet."""
     manifest, device = pipeline.manifest, pipeline.engine.device
     height, width = (side // manifest.vae_scale for side in manifest.sizes[0])
-    shape = resolve(manifest.features["latents"].shape, {"images": 1, "height": height, "width": width})
-    latents = torch.zeros(shape, dtype=DTYPES[manifest.features["latents"].dtype], device=device)
+    shape = resolve(manifest.features[LATENTS].shape, {"images": 1, "height": height, "width": width})
+    latents = torch.zeros(shape, dtype=DTYPES[manifest.features[LATENTS].dtype], device=device)
     text = _median(lambda: pipeline.encode([PROMPT]), device, settings.rounds)
-    vae = _median(lambda: pipeline.network.compute("vae_decoder", {"latents": latents}), device, settings.rounds)
+    vae = _median(lambda: pipeline.network.compute(VAE_DECODER, {LATENTS: latents}), device, settings.rounds)
     return Ends(round(text, 3), round(vae, 3), _kernels(pipeline))
 
 
@@ -126,8 +126,8 @@ class _Steps:
         self.schedule: Schedule = pipeline.schedule(find_plan(plan), timesteps)
         height, width = (side // manifest.vae_scale for side in manifest.sizes[0])
         self.sizes = {"batch": 2, "height": height, "width": width}
-        shapes = {name: resolve(manifest.features[name].shape, self.sizes) for name in ("sample", TEXT)}
-        self._samples = [torch.full(shapes["sample"], value, device=device) for value in (1.0, -1.0)]
+        shapes = {name: resolve(manifest.features[name].shape, self.sizes) for name in (SAMPLE, TEXT)}
+        self._samples = [torch.full(shapes[SAMPLE], value, device=device) for value in (1.0, -1.0)]
         self._text = torch.zeros(shapes[TEXT], dtype=DTYPES[manifest.features[TEXT].dtype], device=device)
         self._when = torch.tensor(timesteps, dtype=torch.float32, device=device)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engines import Bundle, Runner, Segment
 from engines.bundle.folder import MANIFEST_NAME, describe_file
+from engines.bundle.names import NOISE, STEM, TIME
 from engines.ort.engine import OnnxRuntime
 from engines.support.cli import quiet_logs
 from runtime.pipeline import Pipeline
@@ -28,7 +29,7 @@ __all__ = ["CONVOLUTIONS", "PRODUCTS", "VARIANTS", "Feeds", "Recording", "Varian
 CONVOLUTIONS, PRODUCTS = ("Conv",), ("MatMul", "Gemm")
 Feeds = dict[str, list[dict[str, np.ndarray]]]
 """By segment, what it was given: in each run an array for each of its inputs."""
-_ENDS = frozenset({"stem", "time", "head"})
+_ENDS = frozenset({STEM, TIME, NOISE})
 """The units at a UNet's ends; the time embedding is computed beside the stem."""
 
 
