@@ -1,4 +1,4 @@
-"""Commands for the user that build the bundle which a plan needs. Only here, where bundle and engine are both known."""
+"""Commands for the user that build the bundle which a plan or a call needs. Only here, where bundle and engine are known."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,15 @@ from runtime.embedded import DEFAULT, EXAMPLES
 from runtime.errors import NonFiniteError, PartitionError, SiblingError
 from runtime.plans.plan import Plan
 
-__all__ = ["add_precision_advice", "build_advice", "for_plan_too", "missing_bundle", "rebuild_advice", "wider_vae"]
+__all__ = [
+    "add_precision_advice",
+    "build_advice",
+    "for_plan_too",
+    "missing_bundle",
+    "rebuild_advice",
+    "wider_vae",
+    "with_clip_skip",
+]
 
 _BUILD = "python -m exporter build"
 _BY_DEFAULT = {"full", "block", "adaptive", "deepcache", "quadratic", "front", "back", "random"}
@@ -107,6 +115,12 @@ def add_precision_advice(error: NonFiniteError, bundle: Bundle, engine: str, pre
 def wider_vae(bundle: Bundle) -> Bundle:
     """The bundle with a VAE in single precision: what a VAE that overflows in half precision is to be built as."""
     return replace(bundle, manifest=bundle.manifest.model_copy(update={"vae_precision": "fp32"}))
+
+
+def with_clip_skip(bundle: Bundle, clip_skip: int, engine: str) -> str:
+    """The command that builds a bundle again, beside it, with a text encoder that leaves out another number of layers."""
+    other = bundle.manifest.model_copy(update={"clip_skip": clip_skip})
+    return f"{other.whole_build_command(engine)} --out {quote(f'{bundle.folder}-clip-skip-{clip_skip}')}"
 
 
 def _sibling_command(bundle: Bundle, variant: str, plan: Plan, engine: str) -> str:

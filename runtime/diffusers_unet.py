@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engines import DTYPES
 from engines.bundle.names import TEXT
+from engines.bundle.shapes import is_multiple
 from runtime.api import load
 from runtime.arguments.values import tensor_fault
 from runtime.errors import RequestError
@@ -245,12 +246,7 @@ class UNet:
                 raise RequestError(f"{name} {fault}; give a tensor of floating-point numbers")
         multiple = manifest.size_multiple // manifest.vae_scale
         shape = tuple(sample.shape)
-        if (
-            len(shape) != 4
-            or not shape[0]
-            or shape[1] != manifest.latent_channels
-            or any(side < 1 or side % multiple for side in shape[2:])
-        ):
+        if not (len(shape) == 4 and shape[0] and shape[1] == manifest.latent_channels and is_multiple(shape[2:], multiple)):
             raise RequestError(
                 f"sample has shape {shape}; expected (rows, {manifest.latent_channels}, height, width) with height and width of "
                 f"latents in multiples of {multiple} (pictures in multiples of {manifest.size_multiple} pixels)"

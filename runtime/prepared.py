@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from shlex import quote
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from engines import Bundle, Engine, Manifest
 from engines.bundle.names import TEXT
 from engines.bundle.shapes import size_fault
+from runtime.advice import with_clip_skip
 from runtime.arguments.values import shown
 from runtime.errors import RequestError
 from runtime.images.pictures import Original
@@ -72,11 +72,9 @@ def check_clip_skip(bundle: Bundle, engine: str, request: Request) -> None:
     given = request.prompt_embeds is not None and request.negative_prompt_embeds is not None
     if asked is None or asked == manifest.clip_skip or given:
         return
-    other = manifest.model_copy(update={"clip_skip": asked})
-    command = f"{other.whole_build_command(engine)} --out {quote(f'{bundle.folder}-clip-skip-{asked}')}"
     raise RequestError(
         f"clip_skip = {shown(asked)}, and the text encoder of {bundle.folder} was built for {manifest.clip_skip}; leave it out, "
-        f"or build another bundle: {command}"
+        f"or build another bundle: {with_clip_skip(bundle, asked, engine)}"
     )
 
 

@@ -10,11 +10,12 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from engines import Bundle, engine_class
 from engines.support.extras import need
 from engines.support.files import expanded, is_folder
+from engines.support.records import Record
 from runtime import load
 from serving.command.api_key import read_key
 from serving.errors import BusyError, ServingError, StoppingError
@@ -41,10 +42,8 @@ Answer = tuple[int, dict[str, str], bytes]
 """HTTP's number, headers and body."""
 
 
-class Arguments(BaseModel):
+class Arguments(Record):
     """What ``serve run serving.ray_app:app NAME=VALUE ...`` takes, or ``args`` in a configuration of Ray Serve."""
-
-    model_config = ConfigDict(extra="forbid")
 
     bundle: str
     """A folder that every machine sees, or where it is brought from once: see ``serving.fetching``."""

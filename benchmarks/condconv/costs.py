@@ -29,7 +29,7 @@ from benchmarks.machine import results_file, write_results
 from benchmarks.quality.variants_page import measured_before
 from engines import Segment
 from engines.bundle.manifest import Feature, Unit
-from engines.bundle.names import SAMPLE, TEXT, TIMESTEP
+from engines.bundle.names import NOISE, SAMPLE, STEM, TEXT, TIMESTEP
 from engines.bundle.shapes import resolve
 from engines.support.cli import run_command
 from engines.support.files import write_text
@@ -130,7 +130,7 @@ def blocks(rounds: int, threads: int, folder: Path) -> dict[str, Any]:
     assert experts is not None
     placed = {block_of(name) for name in experts.resnets}
     for block in dict.fromkeys(block_of(unit.name) for unit in made["assembled"].units):
-        if block in {"stem", "head"}:
+        if block in {STEM, NOISE}:
             continue  # a hundredth of the time
         timed = made if block in placed else {"assembled": made["assembled"]}
         modules = [student.unet.get_submodule(_path(block)) for student in timed.values()]

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from benchmarks.gpu.found import Ends, Row
 from engines import DTYPES, Runner
-from engines.bundle.names import TEXT
+from engines.bundle.names import LATENTS, SAMPLE, TEXT, VAE_DECODER
 from engines.bundle.shapes import resolve
+from engines.cuda.streams import wait_for
 from runtime import Executor, Pipeline, find_plan
 from runtime.execution.loaded_bundle import LoadedBundle
 from runtime.execution.swapping import free_bytes
@@ -96,10 +97,10 @@ def measure_ends(pipeline: Pipeline, settings: Settings) -> Ends:
     """Text encoder and VAE decoder apart, as the host waits for them, and the kernels of a full step of the UNet."""
     manifest, device = pipeline.manifest, pipeline.engine.device
     height, width = (side // manifest.vae_scale for side in manifest.sizes[0])
-    shape = resolve(manifest.features["latents"].shape, {"images": 1, "height": height, "width": width})
-    latents = torch.zeros(shape, dtype=DTYPES[manifest.features["latents"].dtype], device=device)
+    shape = resolve(manifest.features[LATENTS].shape, {"images": 1, "height": height, "width": width})
+    latents = torch.zeros(shape, dtype=DTYPES[manifest.features[LATENTS].dtype], device=device)
     text = _median(lambda: pipeline.encode([PROMPT]), device, settings.rounds)
-    vae = _median(lambda: pipeline.network.compute("vae_decoder", {"latents": latents}), device, settings.rounds)
+    vae = _median(lambda: pipeline.network.compute(VAE_DECODER, {LATENTS: latents}), device, settings.rounds)
     return Ends(round(text, 3), round(vae, 3), _kernels(pipeline))
 
 
@@ -107,17 +108,12 @@ def _median(work: Callable[[], object], device: torch.device, rounds: int) -> fl
     """Milliseconds until it is done on the device, once it has been done before."""
     times = []
     for _ in range(rounds + 1):
-        _synchronize(device)
+        wait_for(device)
         started = time.perf_counter()
         work()
-        _synchronize(device)
+        wait_for(device)
         times.append(1000 * (time.perf_counter() - started))
     return statistics.median(times[1:])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class _Steps:
@@ -130,8 +126,8 @@ class _Steps:
         self.schedule: Schedule = pipeline.schedule(find_plan(plan), timesteps)
         height, width = (side // manifest.vae_scale for side in manifest.sizes[0])
         self.sizes = {"batch": 2, "height": height, "width": width}
-        shapes = {name: resolve(manifest.features[name].shape, self.sizes) for name in ("sample", TEXT)}
-        self._samples = [torch.full(shapes["sample"], value, device=device) for value in (1.0, -1.0)]
+        shapes = {name: resolve(manifest.features[name].shape, self.sizes) for name in (SAMPLE, TEXT)}
+        self._samples = [torch.full(shapes[SAMPLE], value, device=device) for value in (1.0, -1.0)]
         self._text = torch.zeros(shapes[TEXT], dtype=DTYPES[manifest.features[TEXT].dtype], device=device)
         self._when = torch.tensor(timesteps, dtype=torch.float32, device=device)
 
@@ -150,11 +146,11 @@ def _kernels(pipeline: Pipeline) -> int | None:
 
     steps = _Steps(pipeline, "full", 2)
     steps.run(pipeline.networks, 1)
-    _synchronize(pipeline.engine.device)
+    wait_for(pipeline.engine.device)
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             steps.run(pipeline.networks, 1)
-            _synchronize(pipeline.engine.device)
+            wait_for(pipeline.engine.device)
         names = [event.name for event in profiler.events() if event.device_type.name == "CUDA"]
     except RuntimeError:  # the driver lets nobody look
         return None
@@ -186,8 +182,8 @@ def _memory(pipeline: Pipeline, plan: str, count: int) -> tuple[int, int | None,
     """Of the UNet's steps, run piece by piece: planned bytes of features, the most held between segments, and the most at all."""
     device, steps = pipeline.engine.device, _Steps(pipeline, plan, count)
     steps.run(pipeline.networks)  # contexts, scratch memory and the libraries' workspaces are made at first use
+    wait_for(device)
     if device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     before, held = allocated(device), list[int]()
     watched = {

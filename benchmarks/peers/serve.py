@@ -92,7 +92,7 @@ def _exported(adapter: ModuleType, folder: Path, work: Path) -> Path:
     """Where the files are that an adapter loads: they are written by a process of its own, whose memory is not the subject's."""
     exported = work / adapter.__name__.rpartition(".")[2]
     if not exported.exists():
-        unfinished = exported.with_suffix(".unfinished")
+        unfinished = exported.with_suffix(".unfinished")  # `engines`, which has a function for it, may not be there
         shutil.rmtree(unfinished, ignore_errors=True)
         with ProcessPoolExecutor(1, get_context("spawn"), _print_to_stderr) as pool:
             pool.submit(adapter.export, folder, unfinished).result()

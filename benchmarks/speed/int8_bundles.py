@@ -6,10 +6,8 @@ rounded of convolutions alone, for which ONNX Runtime has no int8 kernel that pu
 and sums stay in fp32, and so do text encoder and VAE.
 """
 
-import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,9 @@ from torch import Tensor
 
 from engines import Bundle, Runner, Segment
 from engines.bundle.folder import MANIFEST_NAME, describe_file
+from engines.bundle.names import NOISE, STEM, TIME
 from engines.ort.engine import OnnxRuntime
+from engines.support.cli import quiet_logs
 from runtime.pipeline import Pipeline
 
 __all__ = ["CONVOLUTIONS", "PRODUCTS", "VARIANTS", "Feeds", "Recording", "Variant", "counted", "graph_of", "quantised", "record"]
@@ -29,7 +29,7 @@ __all__ = ["CONVOLUTIONS", "PRODUCTS", "VARIANTS", "Feeds", "Recording", "Varian
 CONVOLUTIONS, PRODUCTS = ("Conv",), ("MatMul", "Gemm")
 Feeds = dict[str, list[dict[str, np.ndarray]]]
 """By segment, what it was given: in each run an array for each of its inputs."""
-_ENDS = frozenset({"stem", "time", "head"})
+_ENDS = frozenset({STEM, TIME, NOISE})
 """The units at a UNet's ends; the time embedding is computed beside the stem."""
 
 
@@ -142,7 +142,7 @@ def graph_of(bundle: Bundle, segment: Segment) -> Path:
 def _quantise(path: Path, target: Path, runs: Sequence[dict[str, np.ndarray]], operators: Sequence[str]) -> None:
     """Write an ONNX file in int8; ``runs`` are inputs of the segment, of which its graph may take fewer."""
     taken = [value.name for value in onnx.load(path, load_external_data=False).graph.input]
-    with _silent():
+    with quiet_logs():  # ONNX Runtime advises to have graphs optimised first, which the exporter has done
         quantize_static(
             path,
             target,
@@ -166,14 +166,3 @@ def counted(path: Path, operators: Sequence[str]) -> tuple[int, int]:
     made = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
     found = [node.input[0] in made and node.input[1] in made for node in nodes if node.op_type in operators]
     return sum(found), len(found) - sum(found)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the advice that ONNX Runtime logs to have graphs optimised first: the exporter has done so."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

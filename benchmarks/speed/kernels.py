@@ -19,6 +19,7 @@ from rich.table import Table
 
 from benchmarks.machine import machine, results_file
 from engines import Segment, Traced
+from engines.bundle.names import NOISE
 from engines.support.cli import Parser, parse_size, run_command
 from engines.support.files import write_text
 from engines.tensorrt.engine import TensorRTRTX
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     whole: dict[str, KernelCounts] = {}
     if options.whole:
-        (unet,) = [s for s in segments_of(graph, None) if "head" in s.units]
+        (unet,) = [s for s in segments_of(graph, None) if NOISE in s.units]
         whole = dict(measure(graph, unet, options.size, options.target, [BUILT]))
     rows = summary(graph, counts, whole)
     show(rows, console)

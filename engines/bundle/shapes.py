@@ -6,10 +6,10 @@ names in use are ``batch`` (rows of a UNet call: images, twice with guidance), `
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 
-__all__ = ["Dim", "Shape", "bind", "is_dim", "resolve", "size_fault"]
+__all__ = ["Dim", "Shape", "bind", "is_dim", "is_multiple", "resolve", "size_fault"]
 
 Dim = int | str
 Shape = tuple[Dim, ...]
@@ -33,6 +33,11 @@ def is_dim(dim: str, names: Collection[str], largest: int) -> bool:
     return found is not None and found[2] in names and all(1 <= int(found[at] or 1) <= largest for at in (1, 3, 4))
 
 
+def is_multiple(sides: Iterable[int], multiple: int) -> bool:
+    """Whether each side of a picture or of latents is a multiple of ``multiple``, and not 0."""
+    return all(side >= multiple and side % multiple == 0 for side in sides)
+
+
 def size_fault(size: tuple[int, int], multiple: int) -> str | None:
     """Say what is wrong with a picture's height and width in pixels; None where both are multiples.
 
@@ -40,7 +45,7 @@ def size_fault(size: tuple[int, int], multiple: int) -> str | None:
         size: height and width.
         multiple: what both must be multiples of.
     """
-    if all(side >= multiple and side % multiple == 0 for side in size):
+    if is_multiple(size, multiple):
         return None
     return f"{size[0]}x{size[1]}: height and width must be multiples of {multiple} pixels for this UNet"
 

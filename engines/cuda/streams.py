@@ -1,4 +1,7 @@
-"""Streams for calls: each call has one to itself, so that memory which it lets go is never another call's before it is read."""
+"""Streams of a GPU: how all are waited for, and those of calls.
+
+Each call has one to itself, so that memory which it lets go is never another call's before it is read.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -8,7 +11,13 @@ import torch
 
 from engines.cuda.graphs import on_stream
 
-__all__ = ["CallStreams"]
+__all__ = ["CallStreams", "wait_for"]
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until all streams of a device have finished; nothing to do on others than CUDA devices."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class CallStreams:

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import BaseModel
+from pydantic import Field
 
 from engines.bundle.digests import known_sha256, note_sha256
 from engines.support.caches import user_cache
 from engines.support.files import atomic_directory, write_text
+from engines.support.records import Record
 
 __all__ = ["KeptGraph"]
 
@@ -40,7 +41,7 @@ _LIMIT = "UNET_HEIRLOOM_GRAPHS_GIB"
 _GRAPH, _WEIGHTS, _ENTRY, _ALL = "graph.onnx", "weights.data", "entry.json", "all.data"
 
 
-class _Tensor(BaseModel):
+class _Tensor(Record):
     """A tensor in the file of weights: its type in NumPy's words, its shape, and its first byte."""
 
     dtype: str
@@ -48,12 +49,12 @@ class _Tensor(BaseModel):
     offset: int
 
 
-class _Entry(BaseModel):
+class _Entry(Record):
     """What an entry holds. One without a graph says that it does not pay, or that ONNX Runtime did not take what it wrote."""
 
     graph_sha256: str = ""
     weights_sha256: str = ""
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, _Tensor] = Field(default_factory=dict)
 
 
 class KeptGraph:

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import gc
+import logging
 import signal
 import sys
 import threading
@@ -14,7 +15,17 @@ from typing import NoReturn
 from engines.errors import UserError, in_one_line
 from engines.support.version import our_version
 
-__all__ = ["Parser", "interrupts_held", "parse_size", "print_warnings", "quiet_libraries", "resumable", "run_command", "starting"]
+__all__ = [
+    "Parser",
+    "interrupts_held",
+    "parse_size",
+    "print_warnings",
+    "quiet_libraries",
+    "quiet_logs",
+    "resumable",
+    "run_command",
+    "starting",
+]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BROKEN = {errno.EFBIG, errno.EIO}
@@ -95,9 +106,20 @@ def quiet_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+@contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Inside, nothing below an error is logged by anyone: for libraries that raise what matters."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

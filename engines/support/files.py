@@ -27,6 +27,7 @@ __all__ = [
     "is_file",
     "is_folder",
     "os_errors",
+    "partial_directory",
     "real_path",
     "remove_partials",
     "swap_in",
@@ -135,9 +136,17 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_directory(folder: Path) -> Iterator[Path]:
-    """A temporary folder that replaces ``folder`` at the end, and leaves no trace if anything fails.
+    """A temporary folder that replaces ``folder`` at the end, and leaves no trace if anything fails, as ``partial_directory``."""
+    with partial_directory(folder) as temporary:
+        yield temporary
+        swap_in(temporary, folder, _aside_of(temporary))
 
-    What writers of it that were killed have left goes first; others that are at work are let be.
+
+@contextmanager
+def partial_directory(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder``, for what is to be moved there; at the end it is gone.
+
+    What writers of ``folder`` that were killed have left goes first; others that are at work are let be.
     """
     from filelock import FileLock  # takes a while, and most commands write no folder
 
@@ -149,7 +158,6 @@ def atomic_directory(folder: Path) -> Iterator[Path]:
             try:
                 temporary.mkdir()
                 yield temporary
-                swap_in(temporary, folder, _aside_of(temporary))
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     finally:

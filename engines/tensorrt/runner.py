@@ -218,11 +218,6 @@ class EngineRunner(Runner):
             context.handle.set_device_memory(block.data_ptr(), block.numel())
             context.scratch = block
 
-    def synchronize(self) -> None:
-        """Wait until the current stream has finished."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
 
 def _text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))

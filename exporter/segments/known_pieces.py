@@ -8,18 +8,19 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from engines import Bundle
 from engines.bundle.manifest import File
 from engines.support.caches import user_cache
 from engines.support.files import write_text
+from engines.support.records import Record
 from exporter.segments.artifacts import Artifacts, pieces_of
 
 __all__ = ["note", "reuse"]
 
 
-class _Note(BaseModel):
+class _Note(Record):
     """Where a piece lies: a bundle's folder, and the files in it."""
 
     folder: Path

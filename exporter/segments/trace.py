@@ -4,7 +4,6 @@ Why opset 20, and attention as two matrix products and a softmax: docs/onnx.md.
 """
 
 import errno
-import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from engines import DTYPES, Segment, Traced
 from engines.bundle.manifest import Feature, VaePrecision
 from engines.bundle.shapes import resolve
+from engines.support.cli import quiet_logs
 from exporter.segments.precision import keep_in_float32, shrink_scores
 from exporter.segments.quick_export import quick_export, quick_trace
 
@@ -118,11 +118,5 @@ def _dynamic(feature: Feature, base: Mapping[str, object], depth: int) -> dict[i
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's own chatter out of the build's output; errors are raised, not logged."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+    with quiet_logs(), warnings.catch_warnings(action="ignore"):
+        yield

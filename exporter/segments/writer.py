@@ -10,7 +10,7 @@ from typing import Any
 
 from engines import Engine, Profile, Segment, Traced
 from engines.bundle.manifest import Compiled, Feature, Precision, VaePrecision
-from engines.bundle.names import TOKENS, VAE
+from engines.bundle.names import TEXT, TOKENS, VAE
 from engines.bundle.shapes import resolve
 from exporter.graph.components import part_of
 from exporter.graph.graph import Graph
@@ -85,7 +85,7 @@ class Writer:
             **shared,
             "weights": self.wanted.made_from["parts"][part],
             "changes": self.graph.parts.changes(segment.units),
-            "clip_skip": self.graph.parts.clip_skip if part == "text_encoder" else 0,
+            "clip_skip": self.graph.parts.clip_skip if TEXT in segment.units else 0,
             "segment": segment.name,
             "units": segment.units,
             "inputs": segment.inputs,

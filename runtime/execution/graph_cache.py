@@ -25,6 +25,8 @@ __all__ = ["CudaGraphCache", "GraphedNetwork"]
 
 _OWN = frozenset({SAMPLE, TIMESTEP, TEXT})
 """The inputs that come anew with every step, and are copied to where its recording reads them."""
+_LIMIT = 32
+_LIMIT_BYTES = 2**30
 
 Features = dict[str, Tensor]
 
@@ -51,10 +53,7 @@ class CudaGraphCache:
             whatever it has.
     """
 
-    LIMIT = 32
-    LIMIT_BYTES = 2**30
-
-    def __init__(self, recorder: Recorder, limit: int = LIMIT, limit_bytes: int = LIMIT_BYTES) -> None:
+    def __init__(self, recorder: Recorder, limit: int = _LIMIT, limit_bytes: int = _LIMIT_BYTES) -> None:
         self._recorder, self._limit, self._limit_bytes = recorder, limit, limit_bytes
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._taken = threading.Lock()
@@ -85,7 +84,7 @@ class CudaGraphCache:
         kind: Hashable,
         inputs: Mapping[str, Tensor],
         work: Callable[[Mapping[str, Tensor]], Features],
-        passing: frozenset[str] = frozenset(),
+        transient: frozenset[str] = frozenset(),
         elsewhere: frozenset[str] = frozenset(),
     ) -> Features:
         """``work`` on the inputs, replayed from the second time on.
@@ -94,17 +93,17 @@ class CudaGraphCache:
             kind: tells apart all that is done here to inputs of the same names, shapes and addresses.
             inputs: by name; those that are not a step's own must be outputs of earlier recordings, or be named in ``elsewhere``.
             work: makes the outputs from the inputs; all that it reads must be among them.
-            passing: the outputs with which the caller is done before anything else is replayed.
+            transient: the outputs with which the caller is done before anything else is replayed.
             elsewhere: the inputs that lie elsewhere every time, and are copied like a step's own.
 
         Returns:
-            The outputs, in memory that the same kind of work overwrites when it is done again; that of ``passing`` any may.
+            The outputs, in memory that the same kind of work overwrites when it is done again; that of ``transient`` any may.
         """
         if self._given_up or self._pausing:
             return work(inputs)
         try:
             with self._recorder.on_stream():
-                graph = self._find(kind, inputs, work, passing, _OWN | elsewhere)
+                graph = self._find(kind, inputs, work, transient, _OWN | elsewhere)
                 _fill(graph.inputs, inputs, _OWN | elsewhere)
                 graph.recording.replay()
                 return graph.recording.outputs
@@ -121,7 +120,7 @@ class CudaGraphCache:
         kind: Hashable,
         inputs: Mapping[str, Tensor],
         work: Callable[[Mapping[str, Tensor]], Features],
-        passing: frozenset[str],
+        transient: frozenset[str],
         copied: frozenset[str],
     ) -> _Graph:
         key = kind, tuple((name, None if name in copied else x.data_ptr(), x.shape, x.dtype) for name, x in inputs.items())
@@ -132,7 +131,7 @@ class CudaGraphCache:
         fixed = {name: memory.get(name, x) for name, x in inputs.items()}
         _fill(fixed, inputs, copied)
         lasting: Features = {}
-        recording = self._recorder.record(lambda: _outlasting(work(fixed), lasting, passing))
+        recording = self._recorder.record(lambda: _outlasting(work(fixed), lasting, transient))
         graph = _Graph(recording, fixed, sum(tensor.nbytes for tensor in (*memory.values(), *lasting.values())))
         self._graphs[key] = graph
         self._make_room()
@@ -173,8 +172,8 @@ class GraphedNetwork:
             return self.network.run(subgraph, given)
         inputs = {name: given[name] if name in given else made[name] for name in subgraph.inputs}
         kind = self.unet, subgraph.segment_names, subgraph.wanted
-        passing = frozenset({NOISE})
-        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(subgraph, fixed, dict(made)), passing, elsewhere)
+        transient = frozenset({NOISE})
+        result = self.graphs.run(kind, inputs, lambda fixed: self.network.run(subgraph, fixed, dict(made)), transient, elsewhere)
         # Before the next replay; and a scheduler may hold on to predictions.
         return result | {NOISE: result[NOISE].clone()} if NOISE in result else result
 
@@ -204,10 +203,10 @@ def _fill(fixed: Mapping[str, Tensor], inputs: Mapping[str, Tensor], copied: fro
         fixed[name].copy_(inputs[name])
 
 
-def _outlasting(outputs: Features, lasting: Features, passing: frozenset[str]) -> Features:
-    """Outputs that are not ``passing`` are copied to ``lasting``, which gets memory for them where it has none yet."""
+def _outlasting(outputs: Features, lasting: Features, transient: frozenset[str]) -> Features:
+    """Outputs that are not ``transient`` are copied to ``lasting``, which gets memory for them where it has none yet."""
     for name, x in outputs.items():
-        if name not in passing:
+        if name not in transient:
             if name not in lasting:
                 lasting[name] = torch.empty_like(x)
             lasting[name].copy_(x)

@@ -11,6 +11,7 @@ import torch
 from engines import Bundle, BundleError, Engine, Manifest, Runner
 from engines.bundle.digests import Digest, known_sha256
 from engines.bundle.manifest import File
+from engines.cuda.streams import wait_for
 from engines.errors import EngineMemoryError
 from runtime.execution.graph_cache import CudaGraphCache
 from runtime.execution.loaded_bundle import LoadedBundle, advice_of, load_runners
@@ -181,14 +182,14 @@ class Swapper:
             self._condition.wait_for(lambda: unet in self._here or not self._running)
         if unet in self._here:
             return 0.0
-        self._synchronize()
+        wait_for(self._engine.device)  # which may still be at work for steps that are over here
         started = time.perf_counter()
         if self.swaps:
             self._release_all()
         bundle = self._bundles[unet]
         self._runners[unet].update(load_runners(bundle, self._engine, bundle.manifest.unet_segments))
         self._here.add(unet)
-        self._synchronize()
+        wait_for(self._engine.device)
         return time.perf_counter() - started
 
     def _release_all(self) -> None:
@@ -201,8 +202,3 @@ class Swapper:
         self._here.clear()
         if self._engine.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _synchronize(self) -> None:
-        """The device may still be at work for steps that are over here."""
-        if self._engine.device.type == "cuda":
-            torch.cuda.synchronize(self._engine.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.bundle.names import TEXT
+from engines.bundle.shapes import is_multiple
 from runtime import Pipeline, RequestError, UNet
 
 __all__ = ["PLAN", "BundleModule"]
@@ -78,7 +79,7 @@ class BundleModule(nn.Module):
                 "channels come from conditions for inpainting models: use Set Latent Noise Mask instead; or from another model"
             )
         sides = [int(side) * manifest.vae_scale for side in x.shape[2:]]
-        if any(side % manifest.size_multiple for side in sides):
+        if not is_multiple(sides, manifest.size_multiple):
             raise RequestError(
                 f"a picture or an area of it (Conditioning Set Area) of {sides[0]}x{sides[1]} pixels, height first; this bundle "
                 f"takes heights and widths in multiples of {manifest.size_multiple}"

@@ -156,5 +156,5 @@ def test_a_full_disk_leaves_what_was_there(run: Command, folder: Path, tmp_path:
         patched.setattr("tuning.assemble_command.save_part", full)
         assert_refused(run("assemble", "--source", folder, "--recipe", "bk-small", "--out", out), "the disk is full")
     monkeypatch.setattr("safetensors.torch.save_file", full_says_safetensors)
-    assert_refused(run("assemble", "--source", folder, "--recipe", "bk-small", "--out", out), "the disk is full", "unet.partial")
+    assert_refused(run("assemble", "--source", folder, "--recipe", "bk-small", "--out", out), "the disk is full", "/.unet-")
     assert contents(tmp_path) == before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.bundle.folder import sha256
-from engines.support.files import os_errors
+from engines.support.files import os_errors, partial_directory
 from tuning.checkpoints.configs import Extent, check_extent, check_kinds
 from tuning.checkpoints.files import read_json
 from tuning.checkpoints.weight_files import find_weights
@@ -50,12 +49,10 @@ def save_part(model: Any, folder: Path, dtype: torch.dtype = torch.float16) -> N
 
     config.json comes last: a folder that has one has the weights too.
     """
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     # The copy takes these weights instead of copying its own: no second one in full precision, nor any in the dtype it has.
     cast = {id(w): nn.Parameter(w.detach().to(dtype), requires_grad=False) for w in model.parameters()}
     half: nn.Module = copy.deepcopy(model, cast).to(dtype)  # buffers are left to cast
-    try:
+    with partial_directory(folder) as temporary:
         with os_errors(temporary):
             half.save_pretrained(temporary, safe_serialization=True)  # type: ignore[operator]
         config = json.loads((temporary / "config.json").read_text())
@@ -64,8 +61,6 @@ def save_part(model: Any, folder: Path, dtype: torch.dtype = torch.float16) -> N
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_unet(folder: Path, variant: str | None = None) -> UNet2DConditionModel:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engines.bundle.shapes import size_fault
 from engines.support.files import expanded
 from tuning.distillation.latents import MANIFEST, LatentFolder
 from tuning.distillation.pictures import Pictures
@@ -62,8 +63,8 @@ def check_size(teacher: Teacher, size: int | None) -> int:
     """The side of training pictures in pixels. Raises TuningError for one that the UNet can't halve often enough."""
     wanted = size or teacher.size
     step = teacher.scale << (len(teacher.unet.config.block_out_channels) - 1)
-    if wanted % step:
-        raise TuningError(f"--size {wanted} doesn't fit this UNet: pictures' sides are multiples of {step} pixels")
+    if fault := size_fault((wanted, wanted), step):
+        raise TuningError(f"--size {fault}")
     return wanted
 
 

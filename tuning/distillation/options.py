@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from engines.support.files import write_text
+from engines.support.records import Record
 from tuning.errors import TuningError
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ _LOOP = ("steps", "minutes", "wall_minutes", "lr", "muon_lr", "warmup", "decay",
 _INTERVALS = ("log_every", "validate_minutes", "validate_every", "sample_every", "save_minutes")
 
 
-class DistillOptions(BaseModel):
+class DistillOptions(Record):
     """One distillation: which UNets, which data, how long and how; the arguments of the command under their names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     teacher: str = Field(min_length=1)
     student: str = Field(min_length=1)

@@ -6,6 +6,7 @@ from itertools import product
 import torch
 from diffusers import UNet2DConditionModel
 
+from engines.bundle.names import ATTENTION
 from tuning.errors import TuningError
 from tuning.surgery.assembly import assemble
 from tuning.surgery.changes import KEY, apply_changes, changes_of
@@ -36,8 +37,8 @@ def skeleton(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 def recipe_of(remove: tuple[str, ...], name: str = "assembled") -> Recipe:
     """A recipe that removes these, each once and in the order of their names; attentions of removed layers go with them."""
-    layers = {item for item in remove if ".layer." in item and not item.endswith(".attention")}
-    needed = {item for item in remove if item.removesuffix(".attention") not in layers or item in layers}
+    layers = {item for item in remove if ".layer." in item and not item.endswith(ATTENTION)}
+    needed = {item for item in remove if item.removesuffix(ATTENTION) not in layers or item in layers}
     return Recipe(name=name, remove=tuple(sorted(needed)))
 
 
@@ -66,7 +67,7 @@ def candidates(unet: UNet2DConditionModel) -> list[Candidate]:
     units, stages = list(unit_modules(bare)), len(bare.down_blocks)
     layers = [unit.removesuffix(".resnet") for unit in units if unit.endswith(".resnet")]
     wanted: list[tuple[str, ...]] = [("mid",), (f"down.{stages - 1}", "up.0")]
-    wanted += [(unit,) for unit in units if unit.endswith(".attention")]
+    wanted += [(unit,) for unit in units if unit.endswith(ATTENTION)]
     for stage in range(stages):
         down = [layer for layer in layers if layer.startswith(f"down.{stage}.")]
         up = [layer for layer in layers if layer.startswith(f"up.{stages - 1 - stage}.")]

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from engines.bundle.manifest import is_variant
+from engines.bundle.shapes import is_multiple
 from engines.support.files import check_writable, write_text
 from engines.support.tables import fit
 from runtime.embedded import DEFAULT
@@ -171,7 +172,7 @@ def _own_side(unet: UNet2DConditionModel) -> int:
 
 def _side(options: RankOptions, unet: UNet2DConditionModel) -> int:
     side, multiple = options.latents or min(_own_side(unet), 32), 1 << (len(unet.down_blocks) - 1)
-    if side % multiple:
+    if not is_multiple([side], multiple):
         raise TuningError(f"latents {side}: this UNet needs a multiple of {multiple}")
     return side
 

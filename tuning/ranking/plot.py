@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.bundle.names import ATTENTION
 from engines.support.files import atomic_file
 from tuning.ranking.labels import place_label
 from tuning.ranking.rank import NOTHING, Chosen, Ranked
@@ -21,7 +22,7 @@ _LEAST = 1e-10  # an error of 0 has no place on a logarithmic axis
 
 def _kind(each: Ranked) -> str:
     names = each.candidate.remove
-    if names[0].endswith(".attention"):
+    if names[0].endswith(ATTENTION):
         return "attention"
     if names == ("mid",):
         return "mid block"

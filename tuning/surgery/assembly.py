@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from engines.bundle.names import ATTENTION
 from tuning.errors import TuningError
 from tuning.surgery.changes import KEY, Changes, apply_changes, changes_of
 from tuning.surgery.experts import add_experts
@@ -103,7 +104,7 @@ def _configuration(unet: UNet2DConditionModel, kept: PruningPlan, name: str) -> 
                 types[i] = types[i].replace("CrossAttn", "")
                 bare -= layers
         config[f"{way}_block_types"] = tuple(types)
-    return config, Changes(removed=tuple(sorted(f"{layer}.attention" for layer in bare)))
+    return config, Changes(removed=tuple(sorted(f"{layer}{ATTENTION}" for layer in bare)))
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
@@ -120,11 +121,11 @@ def _without_attention(unet: UNet2DConditionModel, kept: PruningPlan) -> set[str
     for ours, (block, module) in blocks.items():
         for i, layer in enumerate(kept.layers[block]):
             name = f"{block}.layer.{layer}"
-            if hasattr(module, "attentions") and (name in kept.bare or f"{name}.attention" not in theirs):
+            if hasattr(module, "attentions") and (name in kept.bare or f"{name}{ATTENTION}" not in theirs):
                 bare.add(f"{ours}.layer.{i}")
     for i, _ in enumerate(getattr(unet.mid_block, "attentions", None) or [] if kept.mid else []):
         # A mid block without attention (UNetMidBlock2D) holds None in its place.
-        if f"mid.layer.{i}" in kept.bare or f"mid.layer.{i}.attention" not in theirs:
+        if f"mid.layer.{i}" in kept.bare or f"mid.layer.{i}{ATTENTION}" not in theirs:
             bare.add(f"mid.layer.{i}")
     return bare
 

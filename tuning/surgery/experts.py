@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from engines.bundle.names import ATTENTION
 from tuning.errors import TuningError
 from tuning.surgery.changes import Changes, PlacedExperts, apply_changes, changes_of
 from tuning.surgery.pruning import removed_units
@@ -94,7 +95,7 @@ def _layer(resnet: str) -> tuple[str, int]:
 def _lost_a_neighbour(resnet: str, removed: Collection[str]) -> bool:
     """Whether the layer before or after was removed, or the layer's own attention."""
     layers, number = _layer(resnet)
-    beside = (f"{layers}.{number - 1}.resnet", f"{layers}.{number + 1}.resnet", f"{layers}.{number}.attention")
+    beside = (f"{layers}.{number - 1}.resnet", f"{layers}.{number + 1}.resnet", f"{layers}.{number}{ATTENTION}")
     return any(unit in removed for unit in beside)
 
 

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from engines.bundle.names import ATTENTION, NOISE, STEM
 from tuning.errors import TuningError
 from tuning.surgery.recipes import Recipe
 from tuning.surgery.units import unit_modules
@@ -80,11 +81,11 @@ def resolve_removals(unet: nn.Module, recipe: Recipe) -> PruningPlan:
     left = stages - cut
     _check_skips(layers, stages, left, name)
     _check_ends(removed, stages, left, name)
-    bare = {u.removesuffix(".attention") for u in removed if u.endswith(".attention")}
+    bare = {u.removesuffix(ATTENTION) for u in removed if u.endswith(ATTENTION)}
     inside = {f"{block}.layer.{layer}" for block, numbers in layers.items() for layer in numbers}
     mid = _keeps_mid(units, removed, name)
     if mid:
-        inside |= {u.removesuffix(".attention") for u in units if u.startswith("mid.")}
+        inside |= {u.removesuffix(ATTENTION) for u in units if u.startswith("mid.")}
     gone = {f"down.{i}" for i in range(left, stages)} | {f"up.{i}" for i in range(cut)}
     return PruningPlan({b: n for b, n in layers.items() if b not in gone}, cut, mid, frozenset(bare & inside))
 
@@ -102,8 +103,8 @@ def _kept_layers(block: str, units: dict[str, str], removed: set[str], name: str
         layer = unit.removesuffix(".resnet")
         if unit not in removed:
             kept.append(int(layer.rsplit(".", 1)[1]))
-        elif f"{layer}.attention" in units and f"{layer}.attention" not in removed:
-            raise TuningError(f"recipe {name}: {unit} can't go alone; remove the whole {layer}, or only {layer}.attention")
+        elif f"{layer}{ATTENTION}" in units and f"{layer}{ATTENTION}" not in removed:
+            raise TuningError(f"recipe {name}: {unit} can't go alone; remove the whole {layer}, or only {layer}{ATTENTION}")
     return tuple(kept)
 
 
@@ -139,7 +140,7 @@ def _check_ends(removed: set[str], stages: int, left: int, name: str) -> None:
     """Stem and head stay; a sampler goes only with the stage that it leads to or comes from."""
     free = {f"down.{i}.sampler" for i in range(left - 1, stages)} | {f"up.{i}.sampler" for i in range(stages - left)}
     for unit in sorted(removed):
-        if unit in ("stem", "head") or (unit.endswith(".sampler") and (unit not in free or left == stages)):
+        if unit in (STEM, NOISE) or (unit.endswith(".sampler") and (unit not in free or left == stages)):
             raise TuningError(f"recipe {name}: {unit} can't be removed: nothing else changes the size or the channels there")
 
 

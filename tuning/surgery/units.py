@@ -6,6 +6,8 @@ here is a table: widths, layers per block, a missing mid block or a missing stag
 
 from torch import nn
 
+from engines.bundle.names import ATTENTION, NOISE, STEM
+
 __all__ = ["Removed", "unit_modules"]
 
 
@@ -20,7 +22,7 @@ def _block_units(name: str, path: str, block: nn.Module) -> dict[str, str]:
     for i, _ in enumerate(block.resnets):  # type: ignore[arg-type]
         units[f"{name}.layer.{i}.resnet"] = f"{path}.resnets.{i}"
         if i < len(attentions) and not isinstance(attentions[i], Removed):
-            units[f"{name}.layer.{i}.attention"] = f"{path}.attentions.{i}"
+            units[f"{name}.layer.{i}{ATTENTION}"] = f"{path}.attentions.{i}"
     for kind in ("downsamplers", "upsamplers"):
         if getattr(block, kind, None):
             units[f"{name}.sampler"] = f"{path}.{kind}.0"
@@ -33,7 +35,7 @@ def unit_modules(unet: nn.Module) -> dict[str, str]:
     The mid block starts with a ResNet of its own: its layer 0 is resnets[0] and attentions[0], which run in that order
     there, and layer 1 is resnets[1]. `head` names conv_out; the norm before it (conv_norm_out) belongs to it.
     """
-    units = {"stem": "conv_in"}
+    units = {STEM: "conv_in"}
     for i, block in enumerate(unet.down_blocks):  # type: ignore[arg-type]
         units |= _block_units(f"down.{i}", f"down_blocks.{i}", block)
     mid = getattr(unet, "mid_block", None)
@@ -41,4 +43,4 @@ def unit_modules(unet: nn.Module) -> dict[str, str]:
         units |= _block_units("mid", "mid_block", mid)
     for i, block in enumerate(unet.up_blocks):  # type: ignore[arg-type]
         units |= _block_units(f"up.{i}", f"up_blocks.{i}", block)
-    return units | {"head": "conv_out"}
+    return units | {NOISE: "conv_out"}

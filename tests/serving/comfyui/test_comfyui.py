@@ -24,7 +24,7 @@ from serving.comfyui.bundle_module import is_guided
 from tests.support.fake_comfyui import install
 
 pytestmark = pytest.mark.shared_pieces
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
