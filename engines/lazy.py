@@ -1,4 +1,4 @@
-"""What is imported late: a package's public names, and modules that others import at their head and hardly ever use.
+"""Late imports: a package's public names, and modules that others import at their head but hardly ever use.
 
 A command's ``--help`` waits for no library, and a picture for none that it does not take.
 """

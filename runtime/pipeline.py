@@ -144,7 +144,7 @@ class Pipeline:
         return Executor(self.networks, schedule, self.graphs, self.swapper, self._spaces_for(schedule))
 
     def _spaces_for(self, schedule: Schedule) -> PredictionSpaces | None:
-        """What predictions stand for, read when the first plan that carries them asks."""
+        """The meaning of predictions, read when the first plan that carries them asks; None for plans that do not."""
         return self._spaces if schedule.carries_predictions else None
 
     @cached_property

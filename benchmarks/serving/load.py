@@ -36,7 +36,7 @@ _PATIENCE = 120.0
 
 @dataclass(frozen=True)
 class Row:
-    """What so many clients saw: seconds of requests from sending to the whole answer, and pictures that were made at once."""
+    """The measurements of so many clients: seconds of requests from sending to the whole answer, and pictures made at once."""
 
     clients: int
     batches: bool

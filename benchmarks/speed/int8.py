@@ -50,7 +50,7 @@ def _operators(bundle: Bundle) -> dict[str, int]:
 
 
 def _quality(bundles: Mapping[str, Bundle], options: argparse.Namespace) -> dict[str, Any]:
-    """What the pictures of each bundle are worth, by `full` beside those of fp32; then fp32 and int8 by the last plan."""
+    """The worth of each bundle's pictures, by `full` beside those of fp32; then of fp32 and int8 by the last plan."""
     judge, plan = Judge.of(options.model), options.plans[-1]
     pairs = some_pairs(judge.held, options.pictures, "judged")
     first, whole = f"{FP32}, {plan}", VARIANTS[0].name

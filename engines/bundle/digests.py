@@ -76,7 +76,7 @@ def _place(path: Path) -> Path:
 
 
 def _read(place: Path) -> dict[str, list[object]]:
-    """What is remembered of a folder's files, by name: inode, size, both times and hash; nothing where it is damaged."""
+    """The notes on a folder's files, by name: inode, size, both times and hash. Empty where the notes are damaged."""
     with suppress(OSError, ValueError, RecursionError):
         known = json.loads(place.read_bytes())
         if isinstance(known, dict):

@@ -166,7 +166,7 @@ class Manifest(Record):
     loras: tuple[FusedLora, ...] = Field(default=(), exclude_if=_is_nothing)
     """LoRAs that were fused into the source's weights; written where there are any."""
     notes: tuple[str, ...] = Field(default=(), exclude_if=_is_nothing)
-    """What a person should know of how the weights were made; written where there are any."""
+    """Remarks on how the weights were made, for a person to read; written where there are any."""
     source_sha256: str
     """Hash of the weights and configurations that the bundle was made from."""
     distilled: bool = True

@@ -36,7 +36,7 @@ _INLINE = 1024
 _ALIGNMENT = 4096
 _GIB = 8.0
 _LIMIT = "UNET_HEIRLOOM_GRAPHS_GIB"
-"""What all entries together may take, ``_GIB`` where the variable is not set; with 0 no graph is kept."""
+"""The environment variable for the GiB that all entries together may take: ``_GIB`` if not set; with 0 no graph is kept."""
 _GRAPH, _WEIGHTS, _ENTRY, _ALL = "graph.onnx", "weights.data", "entry.json", "all.data"
 
 
@@ -49,7 +49,7 @@ class _Tensor(BaseModel):
 
 
 class _Entry(BaseModel):
-    """What an entry holds. One without a graph says that it does not pay, or that ONNX Runtime did not take what it wrote."""
+    """The contents of an entry. It has no graph where one does not pay, or where ONNX Runtime refuses the one that it wrote."""
 
     graph_sha256: str = ""
     weights_sha256: str = ""

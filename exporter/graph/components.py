@@ -66,7 +66,7 @@ class Components:
         return {unit: self._module(self.models, unit) for unit in units}
 
     def changes(self, units: Iterable[str]) -> list[str]:
-        """What is fused into the weights of units, with hashes. Raises SourceError as ``load`` does."""
+        """The changes that are fused into the weights of units, each with a hash. Raises SourceError as ``load`` does."""
         found: list[str] = []
         for unit in units if self.checkpoint.loras else ():
             part = part_of(unit)

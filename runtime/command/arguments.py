@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str], prog: str) -> Namespace:
 
 
 def file_of_prompts(arguments: Sequence[str]) -> list[str] | None:
-    """What the command for files of prompts is to be given where ``--prompts`` names one; None where it does not."""
+    """The arguments for the command for files of prompts where ``--prompts`` names one; None where it does not."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prompts")
     found, others = parser.parse_known_args(arguments)

@@ -1,4 +1,4 @@
-"""What ``python -m runtime`` does with its arguments: pictures, a plan explained, or the list of plans."""
+"""The work of ``python -m runtime`` once its arguments are read: pictures, a plan explained, or the list of plans."""
 
 import json
 from argparse import Namespace

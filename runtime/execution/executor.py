@@ -87,7 +87,7 @@ class Executor:
         self._release = weakref.finalize(self, self._graphs.release) if self._graphs else lambda: None
         self._cache = FeatureCache(schedule, overwritten=self._graphs is not None)
         self._difference: Tensor | None = None
-        """What guidance last made of the noise: that for the prompt less that for the negative prompt."""
+        """Of the last step with both halves of guidance: the noise for the prompt less that for the negative prompt."""
 
     def close(self) -> None:
         """Let another call have the graphs; nothing of this one may follow. A call that comes to its end needs no closing."""

@@ -49,7 +49,7 @@ class _Checked(Bundle):
 
 
 def _state_of(path: Path) -> tuple[int, ...]:
-    """What differs where a file is another, or was changed; nothing where there is none."""
+    """Numbers that change when a file is replaced or written to; none where there is no file."""
     try:
         status = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a plan says beside which units are inherited when: how features are forecast, and when guidance is evaluated.
+"""The fields of a plan beside its rules' units and key steps: how features are forecast, and when guidance is evaluated.
 
 A plan that a search found also says what it was found for.
 
@@ -47,7 +47,7 @@ class Guidance(Record):
 
 
 class Found(Record):
-    """What a plan was found for, and what it was worth there: ``cost`` relative to ``full``, ``psnr`` in dB to its pictures."""
+    """The settings that a plan was found for, and there its ``cost`` relative to ``full`` and ``psnr`` in dB to its pictures."""
 
     scheduler: Name
     steps: int = Field(ge=1)

@@ -39,7 +39,7 @@ DESCRIPTIONS = {
     "long_prompts": "chunks, or cut",
     "clip_skip": "layers that the text encoder leaves out, which the model must be built for",
 }
-"""What each field means, for the page of the interface."""
+"""The meaning of each field, for the page of the interface."""
 
 
 class Asked(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the page shows of a call, from its first step to its end: plain values, which ``app`` puts into the page's parts."""
+"""The views of a call from its first step to its end: plain values, which ``app`` puts into the page's parts."""
 
 import logging
 import tempfile
@@ -42,7 +42,7 @@ def status(kind: str, text: str, share: float | None = None) -> str:
 
 
 def fault(error: BaseException) -> str:
-    """What is said of an error: a visitor's mistake in one line; anything else is unexpected, and its traceback logged."""
+    """The text for an error: a visitor's mistake in one line. Anything else is unexpected, and its traceback is logged."""
     if isinstance(error, UserError):
         return error.line
     _LOG.error("a fault on the page", exc_info=error)
@@ -141,7 +141,7 @@ def _saved(made: Made, path: Path) -> Path:
 
 
 def _files(request: Request, place: Path) -> list[str] | None:
-    """What the texts read beside the bundle."""
+    """The pictures of a request as files, which the texts read beside the bundle; None where it has none."""
     pictures = [(name, picture) for name, picture in ((IMAGE, request.image), (MASK, request.mask)) if picture is not None]
     for name, picture in pictures:
         picture.save(place / name)  # type: ignore[union-attr]  # PIL images: see Asked
@@ -149,7 +149,7 @@ def _files(request: Request, place: Path) -> list[str] | None:
 
 
 def _notes(made: Made, plan: Plan, request: Request, guided: bool) -> list[str]:
-    """What a visitor should know of the picture."""
+    """Remarks for the visitor on a picture and its plan."""
     unread = [f"not read, for the prompt is too long: {words}" for words in made.generation.unread if words]
     told = found_for_others(plan, request.scheduler, request.steps), guidance_unread(plan, guided)
     return list(filter(None, [*told, *unread]))

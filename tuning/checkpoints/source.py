@@ -107,7 +107,7 @@ class Source(ABC):
         return positions if found is None else min(found, positions)
 
     def scheduler_changes(self) -> dict[str, Any]:
-        """What the weights ask of the scheduler that its configuration does not say."""
+        """Settings of the scheduler that the weights ask for and its configuration lacks."""
         return {}
 
     def scheduler_config(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Source(ABC):
             return read_json(self.folder / "scheduler" / "scheduler_config.json") | self.scheduler_changes()
 
     def notes(self) -> list[str]:
-        """What a person should know of how the source is read."""
+        """Remarks on how the source is read, for a person."""
         return []
 
     def check_fit(self) -> None:
@@ -204,7 +204,7 @@ class FileSource(Source):
         return {} if found is None or self.configured else found.scheduler_changes
 
     def notes(self) -> list[str]:
-        """What it predicts, where the file says so, and whether its weights are averaged ones."""
+        """Remarks: its prediction type, where the file names one, and whether its weights are averaged ones."""
         found, notes = read_prediction(self.path), []
         if found is not None:
             kept = " (the scheduler is that of --config)" if self.configured else ""

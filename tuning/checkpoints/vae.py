@@ -68,7 +68,7 @@ class Vae(ABC):
             )
 
     def note(self, own: Path) -> str | None:
-        """What a person should know of it: a scale of latents that is not that of the VAE configured in ``own``."""
+        """A warning if its scale of latents is not that of the VAE configured in ``own``; else None."""
         vae: Any = self.skeleton()
         config = _config_in(own)
         wanted = config.get("scaling_factor", vae.config.scaling_factor)

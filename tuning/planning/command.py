@@ -1,4 +1,4 @@
-"""What ``python -m tuning plan`` does, from its options to the plan file or the front."""
+"""The work of ``python -m tuning plan``, from its options to the plan file or the front."""
 
 import hashlib
 import json
@@ -135,7 +135,7 @@ def _least_images(pipeline: Pipeline) -> int:
 
 
 def _space(pipeline: Pipeline, bundles: Sequence[Bundle], first: Prepared) -> Space:
-    """What the bundles can run; raises TuningError where one is not where plans find it."""
+    """The choices that the bundles allow; raises TuningError where one is not where plans find it."""
     unets = tuple(bundle.manifest.variant for bundle in bundles)
     halves = first.guided and not pipeline.is_static
     space = Space(first.schedule.timesteps, (), unets, first.scheduler.config.num_train_timesteps, halves)

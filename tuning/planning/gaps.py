@@ -1,4 +1,4 @@
-"""What a single gap between key steps does to the final latents, all else being computed."""
+"""The error in the final latents from a single gap between key steps, all other steps being computed."""
 
 from collections.abc import Callable
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""What is said of found plans, with controls of the same cost beside them: as a table, and as a plot."""
+"""The report on found plans, with controls of the same cost beside them: as a table, and as a plot."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
