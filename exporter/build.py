@@ -108,7 +108,7 @@ def _make(job: BuildJob, progress: Progress) -> None:
         if not options.fresh:
             known_pieces.reuse(pieces, keys, options.folder)
         pieces.prune(keys)
-        reopen = partial(open_writer, options, job.made_from, pieces.place)
+        reopen = partial(open_writer, options, job.made_from, pieces.hidden)
         segments = write_all(writer, bare, progress, options.jobs, reopen)
         files = tuple(_copy_files(job, pieces.folder))
         manifest = _manifest(job, writer.graph, writer.wanted.sizes, segments, files)

@@ -215,7 +215,7 @@ class Pipeline:
 
         Args:
             prompt: a ``Request``; or a prompt or several, with the other fields of ``Request`` by name.
-            negative_prompt: likewise.
+            negative_prompt: one, or one for each prompt; not read where ``prompt`` is a ``Request``.
             options: other fields of ``Request``, by our names or diffusers'; ``callback`` and ``callback_on_step_end``.
 
         Raises:

@@ -2,8 +2,8 @@
 
 One bundle for each precision, with every engine that can be had. For each engine and precision: error and cosine of each segment
 against the diffusers model, in half precision also the PSNR of the latents after twenty steps; for each plan, the error of the
-final latents against the reference (the torch engine, piece by piece, in the first precision that it runs in); whether steps
-replayed as CUDA graphs give what they give piece by piece; memory; the time of a picture's UNet steps both ways, of the first
+final latents against the reference (the torch engine, segment by segment, in the first precision that it runs in); whether steps
+replayed as CUDA graphs give what they give segment by segment; memory; the time of a picture's UNet steps both ways, of the first
 call, and of a whole picture; text encoder and VAE apart; kernels; a second process's start; and diffusers' own pipeline on the
 same card. Of memory, the planned bytes of features are compared with those held between segments, which must be within a tenth;
 what segments need inside, weights, scratch and what the device has lost in all are only reported. An engine that breaks off,

@@ -48,7 +48,7 @@ def relative(made: Tensor, reference: Tensor) -> float:
 def measure_plan(
     pipeline: Pipeline, plan: str, reference: Tensor | None, settings: Settings, free: int | None
 ) -> tuple[Row, Tensor]:
-    """A plan run piece by piece and, where there are graphs, replayed; its row and its latents, piece by piece.
+    """A plan run segment by segment and, where there are graphs, replayed; its row and its latents, segment by segment.
 
     Args:
         pipeline: a loaded bundle.
@@ -183,7 +183,7 @@ def allocated(device: torch.device) -> int | None:
 
 
 def _memory(pipeline: Pipeline, plan: str, count: int) -> tuple[int, int | None, int | None]:
-    """Of the UNet's steps, run piece by piece: planned bytes of features, the most held between segments, and the most at all."""
+    """Of the UNet's steps run segment by segment: planned bytes of features, the most held between segments, and at all."""
     device, steps = pipeline.engine.device, _Steps(pipeline, plan, count)
     steps.run(pipeline.networks)  # contexts, scratch memory and the libraries' workspaces are made at first use
     if device.type == "cuda":

@@ -70,8 +70,8 @@ class Shallow(nn.Module):
 
 def make_bundles(source: str, side: int, folder: Path) -> tuple[Bundle, Bundle]:
     """The bundle partitioned for deepcache, and one of the two files in one piece; only what ``folder`` lacks is traced."""
-    places = folder / "fitted", folder / "pieces"
-    if not all((place / "manifest.json").is_file() for place in places):
+    folders = folder / "fitted", folder / "pieces"
+    if not all((target / "manifest.json").is_file() for target in folders):
         unet = random_unet(source)
         units, features, modules = measured_units(unet, side)
         segments = partition(units, None, [runtime.find_plan(PLAN)])
@@ -84,9 +84,9 @@ def make_bundles(source: str, side: int, folder: Path) -> tuple[Bundle, Bundle]:
             (Segment(name="whole", units=(), inputs=(SAMPLE, TIMESTEP, TEXT), outputs=(NOISE,)), Whole(unet)),
             (Segment(name="merged", units=(), inputs=(SAMPLE, TIMESTEP, TEXT, cached), outputs=(NOISE,)), Shallow(unet)),
         ]
-        for place, parts in zip(places, (fitted, pieces), strict=True):
-            export(place, unet, parts, units, features)
-    return exported(places[0]), exported(places[1])
+        for target, parts in zip(folders, (fitted, pieces), strict=True):
+            export(target, unet, parts, units, features)
+    return exported(folders[0]), exported(folders[1])
 
 
 class Cases:

@@ -18,7 +18,7 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Compiled, Segment
 from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.errors import EngineError, NeedsBuildError
-from engines.support.caches import cache_places, card_name
+from engines.support.caches import cache_paths, card_name
 from engines.tensorrt.compiling import Compiling
 from engines.tensorrt.diagnostics import refusal
 from engines.tensorrt.error_log import ErrorLog
@@ -114,8 +114,9 @@ class _TensorRTBase(Compiling):
         """Whether an engine was built for the GPU at hand."""
 
     def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
-        place, current = self._workspace_for(bundle, segment), self._is_up_to_date(segment.engines[self.name])
-        return EngineRunner(segment, bundle.manifest.features, loaded, self._create_context, self._log, self.name, place, current)
+        features, workspace = bundle.manifest.features, self._workspace_for(bundle, segment)
+        current = self._is_up_to_date(segment.engines[self.name])
+        return EngineRunner(segment, features, loaded, self._create_context, self._log, self.name, workspace, current)
 
     def _workspace_for(self, bundle: Bundle, segment: Segment) -> StreamWorkspace:
         return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._ends
@@ -276,9 +277,9 @@ class TensorRTRTX(_TensorRTBase):
             needs = config, cache.attach(config)
             return engine.create_execution_context(config), needs
 
-        features, place = bundle.manifest.features, self._workspace_for(bundle, segment)
+        features, workspace = bundle.manifest.features, self._workspace_for(bundle, segment)
         current = self._is_up_to_date(segment.engines[self.name])
-        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, current, cache.note)
+        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, workspace, current, cache.note)
 
     def flush(self) -> None:
         """Write the runtime caches that have grown."""
@@ -296,8 +297,8 @@ class TensorRTRTX(_TensorRTBase):
 
     def _cache(self, bundle: Bundle) -> RuntimeCache:
         if bundle.folder not in self._caches:
-            places = cache_places(bundle.folder, bundle.manifest.key, f"{self._cache_stem()}.bin")
-            self._caches[bundle.folder] = RuntimeCache(places)
+            paths = cache_paths(bundle.folder, bundle.manifest.key, f"{self._cache_stem()}.bin")
+            self._caches[bundle.folder] = RuntimeCache(paths)
         return self._caches[bundle.folder]
 
 

@@ -31,8 +31,8 @@ def note(bundle: Bundle) -> None:
     folder = bundle.folder.resolve()
     for key, files in pieces_of(bundle):
         with suppress(OSError):
-            _place(key).parent.mkdir(parents=True, exist_ok=True)
-            write_text(_place(key), _Note(folder=folder, files=files).model_dump_json() + "\n")
+            _path_of(key).parent.mkdir(parents=True, exist_ok=True)
+            write_text(_path_of(key), _Note(folder=folder, files=files).model_dump_json() + "\n")
 
 
 def reuse(pieces: Artifacts, wanted: Iterable[str], replaced: Path) -> None:
@@ -45,12 +45,12 @@ def reuse(pieces: Artifacts, wanted: Iterable[str], replaced: Path) -> None:
     """
     for key in wanted:
         with suppress(OSError, ValidationError):
-            found = _Note.model_validate_json(_place(key).read_bytes())
+            found = _Note.model_validate_json(_path_of(key).read_bytes())
             for folder in (found.folder, replaced):
                 pieces.reuse(key, folder, found.files)
             if pieces.find(key) is None:
-                _place(key).unlink()
+                _path_of(key).unlink()
 
 
-def _place(key: str) -> Path:
+def _path_of(key: str) -> Path:
     return user_cache() / "pieces" / f"{key}.json"

@@ -34,7 +34,7 @@ class CompileSpec:
         made_from: what all pieces depend on: weights, variant, versions, code.
         targets: compute capabilities by the name of the engine that compiles for them.
         sizes: picture sizes (height, width) in pixels, for engines with a profile.
-        max_images: images per call, likewise.
+        max_images: images per call, for engines with a profile.
         precision: of the UNet and the text encoder.
         vae_precision: of the VAE.
         static: whether such engines are for nothing but the first size and that many images, with guidance.
@@ -132,7 +132,7 @@ class Writer:
         for engine in todo:
             report(f"compiling for {engine.name}")
             stem = self.pieces.folder / "engines" / engine.name / segment.name
-            targets, cache_dir = self.wanted.targets[engine.name], self.pieces.place.parent
+            targets, cache_dir = self.wanted.targets[engine.name], self.pieces.hidden.parent
             paths = engine.compile(traced, stem, self._profile(segment), targets, cache_dir)
             self.pieces.add(keys[engine.name], paths)
         compiled = {engine.name: self._compiled(engine, keys[engine.name]) for engine in self.engines if engine.compiles}

@@ -69,7 +69,7 @@ class Executor:
         networks: loaded segments of each UNet, by the names that the schedule uses.
         schedule: a plan laid out for this call, which was checked with ``check_runs``.
         graphs: recordings of the UNets' steps, which this call has until its last step or ``close``. Where another call has them,
-            steps run piece by piece.
+            steps run segment by segment.
         swapper: sees to it that a step's UNet is on the device; without one, all are.
         spaces: turns predictions into noise or pictures; for plans that carry these from step to step.
     """

@@ -149,7 +149,7 @@ class CudaGraphCache:
     def _let_go(self, error: Exception) -> None:
         self.clear()
         reason = " ".join(str(error).split())
-        warnings.warn(f"steps run piece by piece, not as CUDA graphs, which costs time: {reason}", stacklevel=2)
+        warnings.warn(f"steps run segment by segment, not as CUDA graphs, which costs time: {reason}", stacklevel=2)
 
 
 @dataclass(frozen=True)

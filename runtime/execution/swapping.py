@@ -20,7 +20,7 @@ __all__ = ["Swapper", "free_bytes"]
 _GROWTH = 1.2
 """Bytes on the device for each byte of an engine's files: a choice of our own, for what execution contexts add."""
 _SPARE = 2**30
-"""Bytes that have to be left for features and for what engines do not tell: likewise."""
+"""Bytes to leave free, also a choice of our own: for features, and for memory that engines do not report."""
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -27,7 +27,7 @@ DESCRIPTIONS = {
     "guidance_scale": "of classifier-free guidance; null for the model's own, 1 or less turns it off",
     "seed": "of the first picture, picture i has seed + i; or a list of each picture's; null draws one",
     "height": "in pixels; null for the image's own, or the model's first size",
-    "width": "likewise",
+    "width": "in pixels; null for the image's own, or the model's first size",
     "num_images": "pictures of each prompt",
     "scheduler": "ddim, pndm, dpm++, euler, heun, euler a, unipc or another",
     "plan": "presets joined by +, such as deepcache:3, or a plan as an object (docs/plans.md)",

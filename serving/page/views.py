@@ -66,7 +66,7 @@ def views(service: Service, model: str, asked: Asked, stop: threading.Event) -> 
         yield from _call(service, model, asked, stop, Path(folder))
 
 
-def _call(service: Service, model: str, asked: Asked, stop: threading.Event, place: Path) -> Iterator[View]:
+def _call(service: Service, model: str, asked: Asked, stop: threading.Event, folder: Path) -> Iterator[View]:
     pipeline = service.pipelines[model]
     request = asked.request(pipeline.manifest)
     compare = bool(asked.compare) and request.found_plan.name != "full"
@@ -81,20 +81,20 @@ def _call(service: Service, model: str, asked: Asked, stop: threading.Event, pla
     made = yield from _steps(service, model, request, stop, every, total, strip)
     share = share_of_macs(schedule)
     yield {
-        "picture": _saved(made, place / "picture.png"),
+        "picture": _saved(made, folder / "picture.png"),
         "figures": figures(made, share),
         "python": as_python(made.generation, pipeline),
         "command": as_command(made.generation, pipeline),
-        "files": _files(request, place),
+        "files": _files(request, folder),
     }
     if compare:
         whole = replace(request, plan=find_plan("full"))
         full = yield from _steps(service, model, whole, stop, 0, total)
         apart = difference(made.generation.image, full.generation.image)
-        apart.save(place / "difference.png")
+        apart.save(folder / "difference.png")
         yield {
-            "full": _saved(full, place / "full.png"),
-            "difference": place / "difference.png",
+            "full": _saved(full, folder / "full.png"),
+            "difference": folder / "difference.png",
             "figures": figures(made, share, full),
             "status": status("running", "measuring", 1),
         }
@@ -140,12 +140,12 @@ def _saved(made: Made, path: Path) -> Path:
     return made.generation.save(path)[0]
 
 
-def _files(request: Request, place: Path) -> list[str] | None:
+def _files(request: Request, folder: Path) -> list[str] | None:
     """The pictures of a request as files, which the texts read beside the bundle; None where it has none."""
     pictures = [(name, picture) for name, picture in ((IMAGE, request.image), (MASK, request.mask)) if picture is not None]
     for name, picture in pictures:
-        picture.save(place / name)  # type: ignore[union-attr]  # PIL images: see Asked
-    return [str(place / name) for name, _ in pictures] or None
+        picture.save(folder / name)  # type: ignore[union-attr]  # PIL images: see Asked
+    return [str(folder / name) for name, _ in pictures] or None
 
 
 def _notes(made: Made, plan: Plan, request: Request, guided: bool) -> list[str]:

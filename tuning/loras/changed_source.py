@@ -87,7 +87,7 @@ def find_changed_source(source: str, variant: str | None = None, loras: Sequence
 
     Args:
         source: as ``find_source`` takes it.
-        variant: of its weight files, likewise.
+        variant: of its weight files, as ``find_source`` takes it.
         loras: in the order in which they are fused.
         vae: as ``find_vae`` takes it; then the source needs none.
 

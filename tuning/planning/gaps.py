@@ -46,7 +46,7 @@ class _From(Executor):
 
 
 class Trajectories:
-    """The trajectories of ``full``, which can be gone on with from every step under another plan.
+    """The trajectories of ``full``, which can be resumed from every step under another plan.
 
     Args:
         pictures: whose trajectories.
