@@ -1,4 +1,4 @@
-"""A bundle's UNet in the place of a diffusers pipeline's own, and back."""
+"""A bundle's UNet instead of a diffusers pipeline's own, and back."""
 
 import warnings
 from collections.abc import Iterator, Sequence

@@ -284,7 +284,7 @@ class Pipeline:
         return levels if kind == "pt" else levels.permute(0, 2, 3, 1).numpy()
 
     def can_share(self, request: Request) -> bool:
-        """Whether a request's pictures depend on nothing that those of others beside them in a call would change.
+        """Whether a request's pictures stay the same when pictures of other requests are made in the same call.
 
         Adaptive plans decide for a whole batch whether features have changed. Static engines take one number of pictures.
         """
@@ -292,7 +292,7 @@ class Pipeline:
         return all(each is None for each in own) and request.found_plan.adaptive is None and not self.is_static
 
     def reads_whole(self, request: Request) -> bool:
-        """Whether nothing of the request's prompts is cut off; of the negative ones neither, which guidance reads."""
+        """Whether the request's prompts are read to their ends, and so are the negative ones, which guidance reads."""
         length, (_, most) = self.manifest.text_length, tokens_taken([self.manifest], self.engine)
         most = length if request.long_prompts == "cut" else most
         texts = [*request.prompts, *request.negative_prompts]

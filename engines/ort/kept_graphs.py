@@ -166,7 +166,7 @@ def _compact(folder: Path, path: Path) -> _Entry:
             if same[2] == length and np.array_equal(data, files[same[0]][same[1] : same[1] + length]):
                 _refer(tensor, *same)
                 continue
-            # Its place in the graph has to be one of a file that is there; the tensor that is given takes its place.
+            # A location that exists has to stand in the graph; the tensor that is given to the session replaces it.
             largest = max(files, key=lambda name: len(files[name]), default="")
             if not largest or length > len(files[largest]):
                 return _nothing(folder)

@@ -57,7 +57,7 @@ def check_regular(path: Path) -> None:
 
 
 def expanded(name: str | Path) -> Path:
-    """A path with the user's folder in the place of ``~``; of a user that there is not, the name as it is."""
+    """A path with ``~`` replaced by the user's folder; for a user that does not exist, the name as it is."""
     return Path(os.path.expanduser(name))
 
 
@@ -101,7 +101,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """Raise OSError for what safetensors says in words: it tells the system's number of an error at the end of its message."""
+    """Raise safetensors' errors of the system as OSError: they have the system's number only in words, at a message's end."""
     try:
         yield
     except OSError:

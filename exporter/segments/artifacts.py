@@ -84,7 +84,7 @@ class Artifacts:
             self._note(key, files)
 
     def prune(self, keys: Iterable[str]) -> None:
-        """Remove every file that belongs to none of these pieces. What is written after that has no other name elsewhere."""
+        """Remove every file that belongs to none of these pieces, so that writing later changes no file of another bundle."""
         found = [self.find(key) for key in keys]
         wanted = {self.folder / file.path for files in found for file in files or ()}
         for path in self.folder.rglob("*"):

@@ -1,7 +1,8 @@
-"""Pieces of the bundles that this machine has built, by key: what one of them holds is not made again for another.
+"""An index of the pieces that builds on this machine have made: a piece that is in one bundle is not made again for another.
 
-A note names a bundle's files and their hashes; it lies with the user's caches, where only builds write. So a bundle that came
-from elsewhere can offer nothing, a piece whose files have changed is not taken, and what is gone costs no more than its note.
+By a piece's key, a note names a bundle's folder, the piece's files and their hashes. Notes lie with the user's caches, where only
+builds write, so a bundle that came from elsewhere is in none. A piece whose files have changed is not taken. The note of a piece
+that is gone is removed.
 """
 
 from collections.abc import Iterable

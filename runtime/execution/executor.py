@@ -32,7 +32,7 @@ class StepRecord:
 
     ``ran`` names the segments that ran, in order; ``inherited`` the features that they took from earlier steps. On a GPU the host
     goes ahead of the device: reading ``seconds`` waits until the step has been done there. Where the device cannot hold all UNets
-    at once, ``swap_seconds`` is what it took to put this one in the place of another before the step.
+    at once, ``swap_seconds`` is what it took to swap this one in for another before the step.
     """
 
     index: int
@@ -178,7 +178,7 @@ class Executor:
         return {name: tensor for name, (tensor, _) in read.items()}, elsewhere
 
     def _prediction(self, step: Step, sample: Tensor, result: Mapping[str, Tensor]) -> Tensor:
-        """The prediction for all rows: what the UNet gave, or what was carried stands for, and the half that is missing."""
+        """The prediction for all rows. A carried one is turned back into what the model predicts; a missing half is filled in."""
         prediction = result[NOISE]
         if NOISE in step.inherited:
             rows = prompt_half(sample) if self._schedule.guided else sample
@@ -204,7 +204,7 @@ class Executor:
         self._cache.write(step, name, self._in_space(step, tensor, sample), own=True)
 
     def _in_space(self, step: Step, prediction: Tensor, sample: Tensor, back: bool = False) -> Tensor:
-        """A prediction in the space in which a rule carries it, or one that was carried as the model would have it."""
+        """A prediction in the space in which its rule carries it; with ``back``, a carried one in the model's own space."""
         predict = self._schedule.predict(step.unet, NOISE)
         if predict is None or predict.space == "raw":
             return prediction

@@ -98,7 +98,8 @@ class CudaGraphCache:
             elsewhere: the inputs that lie elsewhere every time, and are copied like a step's own.
 
         Returns:
-            The outputs, in memory that the same kind of work overwrites when it is done again; that of ``passing`` any may.
+            The outputs. Work of the same kind overwrites their memory when it is done again. Any replay may overwrite the memory
+            of those in ``passing``.
         """
         if self._given_up or self._pausing:
             return work(inputs)

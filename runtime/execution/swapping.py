@@ -102,10 +102,10 @@ class Swapper:
         """Whether the UNets take turns on the device."""
 
     def add(self, bundle: Bundle) -> None:
-        """Load another bundle's UNet; where it does not fit beside those that are here, they make room for it.
+        """Load another bundle's UNet. If it does not fit on the device beside the others, these are released first.
 
-        Whether it fits is guessed from the size of its files, and known when it has been loaded: then the engine can tell what
-        memory its runners will work in.
+        Whether it fits is estimated from the size of its files. It is known once the UNet is loaded, as the engine then reports
+        the memory that its runners will work in.
 
         Raises:
             BundleError, EngineError: as ``Engine.load``.

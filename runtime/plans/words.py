@@ -38,8 +38,8 @@ class Predict(Record):
 class Guidance(Record):
     """The steps at which classifier-free guidance evaluates both of its halves; at the others only that of the prompt.
 
-    There the noise for the negative prompt is that for the prompt less ``scale`` times what it was less at the last step that had
-    both, whatever the model predicts.
+    At those, the noise for the negative prompt is the noise for the prompt less ``scale`` times the difference of the two at the
+    last step that had both. The difference is one of noise, whatever the model predicts.
     """
 
     when: FixedMode

@@ -16,7 +16,7 @@ from serving.limits import Limits
 __all__ = ["DESCRIPTIONS", "TRAVELS", "Asked", "optional_text", "plan_from", "read_plan", "request_from", "schema_of"]
 
 _STAYS = {"generator", "latents", "prompt_embeds", "negative_prompt_embeds", "output_type"}
-"""Fields that are tensors and objects of a process, and the form of what it gets."""
+"""Fields that cannot be sent: tensors and objects of a process, and the form in which it gets its pictures."""
 TRAVELS = tuple(each.name for each in fields(Request) if each.name not in _STAYS)
 """The fields of a request that can be sent."""
 _PICTURE = {"type": "string", "contentEncoding": "base64", "description": "a PNG, JPEG or WebP file in base64"}

@@ -1,4 +1,4 @@
-"""Another VAE in the place of a source's own: that of a diffusers folder, of a hub's repository, or of a single file."""
+"""Another VAE instead of a source's own: that of a diffusers folder, of a hub's repository, or of a single file."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

@@ -25,7 +25,7 @@ __all__ = ["find_changed_source", "open_changed_unet"]
 
 @dataclass(frozen=True)
 class _ChangedSource(Source):
-    """``plain`` with ``loras`` fused, in that order, and with ``vae`` in the place of its own."""
+    """``plain`` with ``loras`` fused, in that order, and with ``vae`` instead of its own."""
 
     plain: Source
     loras: tuple[Lora, ...] = ()

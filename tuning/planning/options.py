@@ -16,7 +16,7 @@ _MOST_DB = 100.0
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """One search: bundles, how pictures are made, what is wanted of the plan (one of ``budget``, ``psnr`` and ``front``).
+    """One search: bundles, how pictures are made, the aim of the plan (one of ``budget``, ``psnr`` and ``front``).
 
     ``budget`` is a share of the cost of ``full``; ``psnr`` is in dB; ``tries`` are plans of the local search; ``size`` is
     HEIGHTxWIDTH in pixels, None for the bundle's first; ``guidance_scale`` None is the bundle's.
