@@ -103,7 +103,7 @@ def _make(job: BuildJob, progress: Progress) -> None:
     with working_on(options.folder) as pieces:
         writer = job.writer(pieces)
         bare = segments_of(writer.graph, options.granularity, options.plans)
-        _check_result(_manifest(job, writer.graph, writer.wanted.sizes, bare, ()))
+        _check_result(_manifest(job, writer.graph, writer.spec.sizes, bare, ()))
         keys = {key for segment in bare for key in writer.keys(segment).values()}
         if not options.fresh:
             known_pieces.reuse(pieces, keys, options.folder)
@@ -111,7 +111,7 @@ def _make(job: BuildJob, progress: Progress) -> None:
         reopen = partial(open_writer, options, job.made_from, pieces.hidden)
         segments = write_all(writer, bare, progress, options.jobs, reopen)
         files = tuple(_copy_files(job, pieces.folder))
-        manifest = _manifest(job, writer.graph, writer.wanted.sizes, segments, files)
+        manifest = _manifest(job, writer.graph, writer.spec.sizes, segments, files)
         (pieces.folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
 
 

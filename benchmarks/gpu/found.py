@@ -7,7 +7,7 @@ from typing import Any
 from engines.bundle.manifest import VaePrecision
 from exporter.verification.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE
 
-__all__ = ["Ends", "Fit", "Found", "Memory", "Row"]
+__all__ = ["Fit", "Found", "Memory", "Row", "TextAndVae"]
 
 PLANNED = 0.1
 """How far, relative to what is planned, the memory of features may be off."""
@@ -57,7 +57,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Ends:
+class TextAndVae:
     """Times of the text encoder and the VAE decoder; and how many kernels one full step of the UNet is."""
 
     text_milliseconds: float
@@ -85,7 +85,7 @@ class Found:
     segments: dict[str, dict[str, Fit]] = field(default_factory=dict)
     psnr: dict[str, float] = field(default_factory=dict)
     """Of half precision's latents, in decibels."""
-    ends: dict[str, Ends] = field(default_factory=dict)
+    ends: dict[str, TextAndVae] = field(default_factory=dict)
     memory: dict[str, Memory] = field(default_factory=dict)
     starts: dict[str, Mapping[str, float]] = field(default_factory=dict)
     """Seconds of a second process, which finds what the first one has compiled."""

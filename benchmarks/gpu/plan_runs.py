@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.found import Ends, Row
+from benchmarks.gpu.found import Row, TextAndVae
 from engines import DTYPES, Runner
 from engines.bundle.names import TEXT
 from engines.bundle.shapes import resolve
@@ -19,7 +19,7 @@ from runtime.images.schedulers import make_scheduler
 from runtime.plans.schedule import Schedule
 from runtime.report.cost import peak_bytes
 
-__all__ = ["PROMPT", "Settings", "measure_ends", "measure_plan", "relative"]
+__all__ = ["PROMPT", "Settings", "measure_plan", "measure_text_and_vae", "relative"]
 
 PROMPT = "a red star on a blue background"
 
@@ -92,7 +92,7 @@ def _run(pipeline: Pipeline, plan: str, settings: Settings) -> _Run:
     return _Run(made.latents, whole[0], statistics.median(unet[1:]), statistics.median(whole[1:]))
 
 
-def measure_ends(pipeline: Pipeline, settings: Settings) -> Ends:
+def measure_text_and_vae(pipeline: Pipeline, settings: Settings) -> TextAndVae:
     """Text encoder and VAE decoder apart, as the host waits for them, and the kernels of a full step of the UNet."""
     manifest, device = pipeline.manifest, pipeline.engine.device
     height, width = (side // manifest.vae_scale for side in manifest.sizes[0])
@@ -100,7 +100,7 @@ def measure_ends(pipeline: Pipeline, settings: Settings) -> Ends:
     latents = torch.zeros(shape, dtype=DTYPES[manifest.features["latents"].dtype], device=device)
     text = _median(lambda: pipeline.encode([PROMPT]), device, settings.rounds)
     vae = _median(lambda: pipeline.network.compute("vae_decoder", {"latents": latents}), device, settings.rounds)
-    return Ends(round(text, 3), round(vae, 3), _kernels(pipeline))
+    return TextAndVae(round(text, 3), round(vae, 3), _kernels(pipeline))
 
 
 def _median(work: Callable[[], object], device: torch.device, rounds: int) -> float:

@@ -164,8 +164,8 @@ class OnnxRuntime(Engine):
             return ["CPUExecutionProvider"]
         gpu = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self._stream.cuda_stream)}
         # fp32 means fp32. The TensorRT provider has no such option (https://github.com/microsoft/onnxruntime/issues/26029).
-        exact = {"use_tf32": "0"} if bundle.manifest.precision_of(segment) == "fp32" else {}
-        providers: list[Any] = [(_CUDA, gpu | exact), "CPUExecutionProvider"]
+        tf32 = {"use_tf32": "0"} if bundle.manifest.precision_of(segment) == "fp32" else {}
+        providers: list[Any] = [(_CUDA, gpu | tf32), "CPUExecutionProvider"]
         return [(_TENSORRT, gpu | self._kept(bundle, segment)), *providers] if self._tensorrt else providers
 
     def _kept(self, bundle: Bundle, segment: Segment) -> dict[str, str]:

@@ -55,7 +55,7 @@ class _TensorRTBase(Compiling):
         self.device = device or torch.device("cuda")
         self._log = ErrorLog(self.trt)
         # The VAE works in more memory than the UNet, whose block is kept for each stream and as long as recordings refer to it.
-        self._unet, self._ends = StreamWorkspace(self.device), StreamWorkspace(self.device)
+        self._unet, self._text_and_vae = StreamWorkspace(self.device), StreamWorkspace(self.device)
 
     @classmethod
     def _import(cls) -> Any:
@@ -119,11 +119,11 @@ class _TensorRTBase(Compiling):
         return EngineRunner(segment, features, loaded, self._create_context, self._log, self.name, workspace, current)
 
     def _workspace_for(self, bundle: Bundle, segment: Segment) -> StreamWorkspace:
-        return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._ends
+        return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._text_and_vae
 
     def scratch_bytes(self) -> int:
         """Scratch memory, in bytes, that execution contexts have yet to take, as the engines state it when they are loaded."""
-        return self._unet.scratch.missing + self._ends.scratch.missing
+        return self._unet.scratch.missing + self._text_and_vae.scratch.missing
 
     def check_device(self) -> None:
         """Raise EngineError unless there is a GPU, with its driver."""
