@@ -38,7 +38,7 @@ from runtime.images.pictures import Original, read_original, to_pictures
 from runtime.images.prediction_spaces import PredictionSpaces
 from runtime.images.schedulers import make_scheduler, read_spaces, read_train_steps
 from runtime.plans.checks import check_runs
-from runtime.plans.found import found_for_others, guidance_unread
+from runtime.plans.notes import found_for_others, guidance_unread
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
 from runtime.prepared import Prepared, check_clip_skip, check_shape, check_tensors, latent_shape, sizes_of

@@ -20,7 +20,7 @@ from engines.bundle.manifest import Feature, File, Segment
 from engines.cuda.graphs import on_stream
 from engines.errors import EngineError, EngineMemoryError, NeedsBuildError
 from engines.onnx_file import check_names, checked_onnx
-from engines.ort.kept_graphs import KeptGraph
+from engines.ort.optimized_graphs import OptimizedGraph
 from engines.support.caches import cache_paths, card_name, first_writable
 from engines.support.records import one_line
 
@@ -136,9 +136,9 @@ class OnnxRuntime(Engine):
     def _kept_session(self, path: Path, files: Sequence[File]) -> Any | None:
         """A session on a graph that was optimised at an earlier start, or whose optimised form is kept for later ones."""
         size = sum(file.bytes for file in files)
-        if not KeptGraph.pays(size):
+        if not OptimizedGraph.pays(size):
             return None
-        kept = KeptGraph(self._ort, path, [file.sha256 for file in files])
+        kept = OptimizedGraph(self._ort, path, [file.sha256 for file in files])
         return kept.session(self._options()) or kept.made(self._options(), size)
 
     def _session(self, path: Path, segment: Segment, providers: Sequence[Any]) -> Any:

@@ -14,7 +14,7 @@ from runtime.command.comparison import Comparison, draw
 from runtime.command.output import announce, as_json, progress, show_kinds, show_steps
 from runtime.generation import Generation
 from runtime.pipeline import Pipeline
-from runtime.plans.found import described_find, guidance_unread
+from runtime.plans.notes import described_find, guidance_unread
 from runtime.plans.presets import PRESETS
 from runtime.report.cards import find_card
 from runtime.report.explain import explain, plot

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from runtime import Pipeline, Plan
 from serving.page.asked import size_names
 from serving.page.layout import Parts, gradio, lay_out
-from serving.page.look import CSS, theme
 from serving.page.site import Site
+from serving.page.theme import CSS, theme
 from serving.page.views import NOTHING_MADE, PARTS, View, status
 from serving.queueing.service import Service
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engines.support.records import one_line
 from runtime import PRESETS, Pipeline, Plan, PlanError, find_plan
-from runtime.plans.found import described_find
+from runtime.plans.notes import described_find
 from runtime.plans.schedule import Schedule
 from runtime.report.cost import from_to, relative_macs
 

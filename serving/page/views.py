@@ -12,10 +12,10 @@ from typing import Any
 
 from engines import UserError
 from runtime import Plan, Request, find_plan
-from runtime.plans.found import found_for_others, guidance_unread
+from runtime.plans.notes import found_for_others, guidance_unread
 from serving.page.asked import Asked
-from serving.page.beside import difference, figures
 from serving.page.calls import Made, StepDone, in_turns, run
+from serving.page.comparison import difference, figures
 from serving.page.plans import share_of_macs
 from serving.page.reproduce import IMAGE, MASK, as_command, as_python
 from serving.page.strip import Strip

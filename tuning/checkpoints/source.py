@@ -17,7 +17,7 @@ from engines.support.tokenizers import check_tokenizer, length_in, load_clip_tok
 from tuning.checkpoints.configs import Extent, check_fit
 from tuning.checkpoints.files import CONFIGURATIONS, check_file, read_json
 from tuning.checkpoints.folder import extent_of, meta_unet, unet_weights
-from tuning.checkpoints.parts import LOADERS, SKELETONS
+from tuning.checkpoints.part_loaders import LOADERS, SKELETONS
 from tuning.checkpoints.prediction import read_prediction
 from tuning.checkpoints.single_file import has_only_averages, misfit, shapes_in_file, single_file_weights
 from tuning.checkpoints.weight_files import PICKLES, find_weights

@@ -14,7 +14,7 @@ from tuning.checkpoints.configs import Extent
 from tuning.checkpoints.files import read_json
 from tuning.checkpoints.find_source import SD15, fetch, path_of
 from tuning.checkpoints.folder import extent_of
-from tuning.checkpoints.parts import SKELETONS, is_tiny
+from tuning.checkpoints.part_loaders import SKELETONS, is_tiny
 from tuning.checkpoints.single_file import check_converted, vae_tensors
 from tuning.checkpoints.source import check_part, library_weights, reading
 from tuning.checkpoints.weight_files import find_weights

@@ -23,8 +23,8 @@ from runtime.report.cost import full_macs
 from runtime.request import Request
 from tuning.errors import TuningError
 from tuning.planning.costs import Costs, MacCosts, TimeCosts
+from tuning.planning.evaluation import Pictures, choose_prompts, pictures_at_a_time
 from tuning.planning.options import PlanOptions
-from tuning.planning.pictures import Pictures, choose_prompts, pictures_at_a_time
 from tuning.planning.progress import SearchProgress, duration
 from tuning.planning.report import Row, controls, fewer_steps, judge, plot_front, table
 from tuning.planning.search import Search

@@ -16,7 +16,7 @@ from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from runtime.prepared import Prepared, latent_shape
 from runtime.request import Request
-from tuning.planning.pictures import Pictures, typical_error
+from tuning.planning.evaluation import Pictures, typical_error
 
 __all__ = ["Trajectories"]
 

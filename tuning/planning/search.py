@@ -9,9 +9,9 @@ from functools import partial
 from tuning.errors import TuningError
 from tuning.planning.costs import Costs
 from tuning.planning.estimate import INHERIT, SKIP, Errors, Estimate, gaps_of
+from tuning.planning.evaluation import Pictures
 from tuning.planning.gaps import Trajectories
 from tuning.planning.optimise import climb
-from tuning.planning.pictures import Pictures
 from tuning.planning.progress import SearchProgress
 from tuning.planning.space import COORDINATES, Coordinate, Point, Space, uniform
 from tuning.planning.state import State

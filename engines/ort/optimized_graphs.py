@@ -25,7 +25,7 @@ from engines.bundle.digests import known_sha256, note_sha256
 from engines.support.caches import user_cache
 from engines.support.files import atomic_directory, write_text
 
-__all__ = ["KeptGraph"]
+__all__ = ["OptimizedGraph"]
 
 _FORM = 1
 """Of an entry, and of the options that decide what optimising does; another number for another form."""
@@ -56,7 +56,7 @@ class _Entry(BaseModel):
     tensors: dict[str, _Tensor] = {}
 
 
-class KeptGraph:
+class OptimizedGraph:
     """The entry of one segment's optimised graph in the user's cache.
 
     Args:
