@@ -7,7 +7,7 @@ otherwise, with the same weights, scheduler, steps and seeds, in one run.
 
 Every row is a process of its own beside that of the base row, `original full`; they take turns, so that what slows the machine
 down slows both. The first round warms up. Results go to --out as JSON, CSV, Markdown and a plot, in files named after the
-card or the processor. A run that was stopped keeps what it has; --resume goes on with it.
+card or the processor. A run that was stopped keeps what it has, and --resume continues it.
 """
 
 import argparse

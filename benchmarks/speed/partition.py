@@ -147,8 +147,8 @@ def main(arguments: Sequence[str]) -> None:
     """Trace what is not there yet, check, time, print and write; raises UserError where predictions differ."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.partition", description=__doc__)
     parser.add_argument("--source", default="random:sd15", help="a UNet's configuration (default: %(default)s)")
-    parser.add_argument("--side", type=int, default=32, help="of the latents (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=2, help="of a UNet call: 2 is a picture with guidance (default: 2)")
+    parser.add_argument("--side", type=int, default=32, help="side of the latents (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=2, help="rows of a UNet call: 2 is a picture with guidance (default: 2)")
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/partition"),

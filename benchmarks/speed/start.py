@@ -37,7 +37,7 @@ _UNKEPT = {"UNET_HEIRLOOM_GRAPHS_GIB": "0"}
 def main(arguments: Sequence[str]) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bundle", type=Path, required=True, help="of `mini`")
+    parser.add_argument("--bundle", type=Path, required=True, help="bundle of `mini`")
     parser.add_argument("--full", type=Path, help="a bundle of full size")
     parser.add_argument("--before", type=Path, help="an older checkout's folder")
     parser.add_argument("--rounds", type=int, default=5)
