@@ -7,7 +7,7 @@ otherwise, with the same weights, scheduler, steps and seeds, in one run.
 
 Every row is a process of its own beside that of the base row, `original full`; they take turns, so that what slows the machine
 down slows both. The first round warms up. Results go to --out as JSON, CSV, Markdown and a plot, in files named after the
-card or the processor. A run that was stopped keeps what it has; --resume goes on with it.
+card or the processor. A run that was stopped keeps what it has, and --resume continues it.
 """
 
 import argparse
@@ -51,19 +51,19 @@ def _parser() -> Parser:
         help="default: full,block:3,layer:3,unit:3,encoder:faster,deepcache:3")  # fmt: skip
     add("--engine", "--engines", dest="engines", type=_names, help="default: onnxruntime; on a GPU torch,tensorrt-rtx")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where PyTorch finds one")
-    add("--precision", choices=["fp32", "fp16"], help="of the bundles (default: fp16 on a GPU, fp32 else)")
+    add("--precision", choices=["fp32", "fp16"], help="precision of the bundles (default: fp16 on a GPU, fp32 elsewhere)")
     add("--peers", default="all", help=f"all, none, or of: {', '.join(PEERS)} (default: all)")
     add("--size", type=parse_size, help="HEIGHTxWIDTH in pixels (default: the model's own)")
     add("--steps", type=int, default=20, help="default: %(default)s")
     add("--batch", type=int, default=1, help="pictures at a time (default: %(default)s)")
-    add("--rounds", type=int, default=5, help="that count, after one that warms up (default: %(default)s)")
-    add("--threads", type=int, default=1, help="of every process (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="rounds that count, after one that warms up (default: %(default)s)")
+    add("--threads", type=int, default=1, help="threads of every process (default: %(default)s)")
     add("--prompt", help="default: one that suits the source")
-    add("--quick", action="store_true", help="few rows of the embedded model, few rounds, unless others are named: two minutes")
+    add("--quick", action="store_true", help="few rows of the embedded model and few rounds, unless you name others: two minutes")
     add("--dry-run", action="store_true", help="print rows, sizes and expected minutes; nothing is built or measured")
-    add("--build-only", action="store_true", help="build the bundles and stop: for a card that is elsewhere, with --targets")
+    add("--build-only", action="store_true", help="build the bundles and stop; with --targets, for a card of another machine")
     add("--targets", type=_names, default=(), help="compute capabilities for tensorrt-rtx, such as sm89")
-    add("--resume", action="store_true", help="go on with a run of the same settings that was stopped")
+    add("--resume", action="store_true", help="resume a run of the same settings that was stopped")
     add("--work", type=Path, default=Path("runs/run_trt"), help="bundles, environments, logs (default: %(default)s)")
     add("--out", type=Path, default=OUT, help="the results (default: %(default)s)")
     return parser

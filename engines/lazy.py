@@ -1,4 +1,4 @@
-"""What is imported late: a package's public names, and modules that others import at their head and hardly ever use.
+"""Late imports: a package's public names, and modules that others import at their head but hardly ever use.
 
 A command's ``--help`` waits for no library, and a picture for none that it does not take.
 """
@@ -36,11 +36,11 @@ def lazy_names(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callab
 
 @contextmanager
 def postponed(name: str, *functions: str) -> Iterator[None]:
-    """Inside, an import of that module gives one that becomes the real one when something is read from it.
+    """Inside, an import of that module gives a stand-in, which imports the real module when an attribute of it is first read.
 
     Args:
-        name: of the module, whose package is imported as it is.
-        functions: names that are imported from it by name; a call of what they give imports the real module.
+        name: of the module. Its package is imported as it is.
+        functions: functions that are imported from it by name. They are stand-ins too, whose call imports the real module.
     """
     spec = None if name in sys.modules else _found(name)
     if spec is None:

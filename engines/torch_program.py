@@ -25,7 +25,8 @@ class ModuleRunner(Runner):
     """A live module as a runner: takes the segment's inputs and returns its outputs in the order of the manifest.
 
     Gradients are off. ``torch.inference_mode`` is not used: what it makes may not be changed in place outside it, and
-    these tensors go on to schedulers and callbacks that are not ours. Autocast is off. An ``exact`` one takes no TF32 on a GPU.
+    these tensors go on to schedulers and callbacks that are not ours. Autocast is off. With ``no_tf32`` a GPU computes float32 in
+    full precision.
     """
 
     def __init__(
@@ -34,15 +35,15 @@ class ModuleRunner(Runner):
         features: Mapping[str, Feature],
         module: nn.Module,
         device: torch.device | None = None,
-        exact: bool = False,
+        no_tf32: bool = False,
     ) -> None:
         super().__init__(segment, features)
-        self.module, self._exact = module, exact
+        self.module, self._no_tf32 = module, no_tf32
         self.device = device or _device_of(module)
 
     @torch.no_grad()
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-        with torch.autocast(self.device.type, enabled=False), without_tf32() if self._exact else nullcontext():
+        with torch.autocast(self.device.type, enabled=False), without_tf32() if self._no_tf32 else nullcontext():
             try:
                 result = self.module(*(inputs[name] for name in self.segment.inputs))
             except ProgramError as error:
@@ -115,5 +116,5 @@ class Torch(Engine):
                 f"{path} cannot be read by PyTorch {self.version()}: {error}; it was made by PyTorch "
                 f"{segment.engines[self.name].version}"
             ) from error
-        exact = self.device.type == "cuda" and bundle.manifest.precision_of(segment) == "fp32"
-        return ModuleRunner(segment, bundle.manifest.features, module, self.device, exact)
+        no_tf32 = self.device.type == "cuda" and bundle.manifest.precision_of(segment) == "fp32"
+        return ModuleRunner(segment, bundle.manifest.features, module, self.device, no_tf32)

@@ -21,7 +21,7 @@ from engines.bundle.shapes import size_fault
 from exporter.errors import BuildError
 from exporter.job import BuildJob, open_writer
 from exporter.options import BuildOptions, versions
-from exporter.segments import known_pieces
+from exporter.segments import artifact_index
 from exporter.segments.artifacts import tidy, working_on
 from exporter.segments.progress import Progress
 from runtime.plans.plan import inherited_features
@@ -52,7 +52,7 @@ def build(options: BuildOptions, progress: Progress = lambda step: None) -> tupl
         return existing, False
     _make(job, progress)
     bundle = Bundle.open(options.folder)
-    known_pieces.note(bundle)
+    artifact_index.note(bundle)
     for file in bundle.manifest.all_files:
         note_sha256(bundle.folder / file.path, file.sha256)
     return bundle, True
@@ -103,15 +103,15 @@ def _make(job: BuildJob, progress: Progress) -> None:
     with working_on(options.folder) as pieces:
         writer = job.writer(pieces)
         bare = segments_of(writer.graph, options.granularity, options.plans)
-        _check_result(_manifest(job, writer.graph, writer.wanted.sizes, bare, ()))
+        _check_result(_manifest(job, writer.graph, writer.spec.sizes, bare, ()))
         keys = {key for segment in bare for key in writer.keys(segment).values()}
         if not options.fresh:
-            known_pieces.reuse(pieces, keys, options.folder)
+            artifact_index.reuse(pieces, keys, options.folder)
         pieces.prune(keys)
-        reopen = partial(open_writer, options, job.made_from, pieces.place)
+        reopen = partial(open_writer, options, job.made_from, pieces.hidden)
         segments = write_all(writer, bare, progress, options.jobs, reopen)
         files = tuple(_copy_files(job, pieces.folder))
-        manifest = _manifest(job, writer.graph, writer.wanted.sizes, segments, files)
+        manifest = _manifest(job, writer.graph, writer.spec.sizes, segments, files)
         (pieces.folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
 
 

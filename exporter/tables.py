@@ -71,7 +71,7 @@ def show_segments(bundle: Bundle, console: Console) -> None:
 
 
 def _replaced(manifest: Manifest) -> Iterator[str]:
-    """What the weights are made from beside the source, and what there is to know of them, line by line."""
+    """The VAE and LoRAs that the weights are made from beside the source, and remarks on them, line by line."""
     if manifest.vae is not None:
         yield f"VAE of {manifest.vae}"
     for lora in manifest.loras:

@@ -118,7 +118,7 @@ def generate(
         seed: of the first picture's noise; picture i has seed + i, or a list has each picture's. None draws one, which the
             result has in ``seeds``.
         height: in pixels; None for the image's own, or the bundle's first size. An image of another size is resized.
-        width: likewise.
+        width: in pixels, with the same defaults as ``height``.
         num_images: pictures per prompt; 1 where it is not given.
         scheduler: ddim, pndm, dpm++, euler, heun, euler a, unipc, lcm or another, or the name of a class of diffusers.
         plan: a preset such as ``deepcache:3``, a JSON file, or a ``Plan``.

@@ -1,4 +1,4 @@
-"""A bundle's UNet in the place of a diffusers pipeline's own, and back."""
+"""A bundle's UNet instead of a diffusers pipeline's own, and back."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -142,7 +142,7 @@ _COMPARED = {
 
 
 def _unlike(pipe: Any, unet: UNet) -> Iterator[str]:
-    """What of a bundle a pipeline cannot know, as the pipeline encodes prompts itself and has a scheduler of its own."""
+    """The settings of a bundle that a pipeline cannot know, as it encodes prompts itself and has a scheduler of its own."""
     folder, manifest = unet.pipeline.bundle.folder, unet.pipeline.manifest
     if loras := ", ".join(lora.option for lora in manifest.loras if lora.scale):
         yield (

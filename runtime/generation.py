@@ -88,8 +88,8 @@ class Generation:
         if not self._are_pictures:
             raise RequestError("the pictures of this call are no PIL pictures; leave output_type out to have such")
         paths = numbered(path, len(self.images))
-        for number, (place, image) in enumerate(zip(paths, self.images, strict=True)):
-            write_png(place, image, self.metadata(number))
+        for number, (each, image) in enumerate(zip(paths, self.images, strict=True)):
+            write_png(each, image, self.metadata(number))
         return paths
 
     def __repr__(self) -> str:

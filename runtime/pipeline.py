@@ -38,7 +38,7 @@ from runtime.images.pictures import Original, read_original, to_pictures
 from runtime.images.prediction_spaces import PredictionSpaces
 from runtime.images.schedulers import make_scheduler, read_spaces, read_train_steps
 from runtime.plans.checks import check_runs
-from runtime.plans.found import found_for_others, guidance_unread
+from runtime.plans.notes import found_for_others, guidance_unread
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
 from runtime.prepared import Prepared, check_clip_skip, check_shape, check_tensors, latent_shape, sizes_of
@@ -144,7 +144,7 @@ class Pipeline:
         return Executor(self.networks, schedule, self.graphs, self.swapper, self._spaces_for(schedule))
 
     def _spaces_for(self, schedule: Schedule) -> PredictionSpaces | None:
-        """What predictions stand for, read when the first plan that carries them asks."""
+        """The meaning of predictions, read when the first plan that carries them asks; None for plans that do not."""
         return self._spaces if schedule.carries_predictions else None
 
     @cached_property
@@ -215,7 +215,7 @@ class Pipeline:
 
         Args:
             prompt: a ``Request``; or a prompt or several, with the other fields of ``Request`` by name.
-            negative_prompt: likewise.
+            negative_prompt: one, or one for each prompt; not read where ``prompt`` is a ``Request``.
             options: other fields of ``Request``, by our names or diffusers'; ``callback`` and ``callback_on_step_end``.
 
         Raises:
@@ -284,7 +284,7 @@ class Pipeline:
         return levels if kind == "pt" else levels.permute(0, 2, 3, 1).numpy()
 
     def can_share(self, request: Request) -> bool:
-        """Whether a request's pictures depend on nothing that those of others beside them in a call would change.
+        """Whether a request's pictures stay the same when pictures of other requests are made in the same call.
 
         Adaptive plans decide for a whole batch whether features have changed. Static engines take one number of pictures.
         """
@@ -292,7 +292,7 @@ class Pipeline:
         return all(each is None for each in own) and request.found_plan.adaptive is None and not self.is_static
 
     def reads_whole(self, request: Request) -> bool:
-        """Whether nothing of the request's prompts is cut off; of the negative ones neither, which guidance reads."""
+        """Whether the request's prompts are read to their ends, and so are the negative ones, which guidance reads."""
         length, (_, most) = self.manifest.text_length, tokens_taken([self.manifest], self.engine)
         most = length if request.long_prompts == "cut" else most
         texts = [*request.prompts, *request.negative_prompts]

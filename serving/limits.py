@@ -1,4 +1,4 @@
-"""What one request may ask for, and how many may wait."""
+"""The bounds of one request, and of how many may wait."""
 
 from dataclasses import dataclass
 

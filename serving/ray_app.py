@@ -43,12 +43,12 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class Arguments(Record):
-    """What ``serve run serving.ray_app:app NAME=VALUE ...`` takes, or ``args`` in a configuration of Ray Serve."""
+    """The arguments of ``serve run serving.ray_app:app NAME=VALUE ...``, or ``args`` in a configuration of Ray Serve."""
 
     bundle: str
     """A folder that every machine sees, or where it is brought from once: see ``serving.fetching``."""
     name: str = "model"
-    """What requests call it."""
+    """The model's name in requests."""
     engine: str = "onnxruntime"
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
@@ -150,7 +150,7 @@ class Pictures:
 
     @property
     def service(self) -> Service:
-        """What makes the pictures now."""
+        """The service that makes the pictures now; raises StoppingError while there is none."""
         if self._service is None:
             raise StoppingError("no bundle is loaded yet; ask again in a while")
         return self._service
@@ -243,7 +243,7 @@ class Front:
             check_key(given if kind.lower() == "bearer" else None, self._key)
 
     async def _retried(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        """What a replica gives. A request says all that its pictures are made from, so it may be made twice."""
+        """The answer of a replica. A request holds all that its pictures are made from, so they may be made twice."""
         from ray.exceptions import RayActorError, WorkerCrashedError
         from ray.serve.exceptions import BackPressureError
 

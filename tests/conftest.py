@@ -137,7 +137,7 @@ def build_shared(bundles: Path, name: str, **options: object) -> Bundle:
 
 @pytest.fixture(scope="session")
 def mini_bundle(bundles: Path) -> Bundle:
-    """The small model, original UNet, ONNX Runtime, cut as every bundle is by default. Not to be changed."""
+    """The small model, original UNet, ONNX Runtime, partitioned as every bundle is by default. Not to be changed."""
     return build_shared(bundles, "mini-original")
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tuning.loras.lora import Lora
 
 _SOURCE = "emoji, mini, a diffusers folder (of a checkpoint or a UNet), a hub id, a .safetensors file, or random:CONFIG"
-_VARIANT_FILES = "which weight files of the source's folder or hub id, such as fp16 (default: those without)"
+_VARIANT_FILES = "variant of the source's weight files to read, such as fp16 (default: those without)"
 
 
 def _parser(prog: str = "python -m tuning") -> Parser:
@@ -45,7 +45,7 @@ def _parser(prog: str = "python -m tuning") -> Parser:
     rank.add_argument(
         "--device", choices=("cpu", "cuda"), help="where to measure (default: the NVIDIA GPU that torch sees, or cpu)"
     )
-    rank.add_argument("--name", default="ranked", help="of the recipe, and of its file in --out (default: %(default)s)")
+    rank.add_argument("--name", default="ranked", help="name of the recipe, and of its file in --out (default: %(default)s)")
     rank.add_argument("--out", type=Path, default=Path("runs/rank"), help="folder for the results (default: %(default)s)")
     add_distill_arguments(commands.add_parser("distill", help="teach a smaller UNet to predict what its original does"))
     add_latents_arguments(commands.add_parser("latents", help="encode pictures once, for many passes of distillation"))

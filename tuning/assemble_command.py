@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from engines.support.files import atomic_directory
-from tuning.checkpoints.find_source import check_apart, place_of
+from tuning.checkpoints.find_source import check_apart, named_path
 from tuning.checkpoints.folder import ASSEMBLY_NOTE, save_part, weights_sha256
 from tuning.errors import TuningError
 from tuning.loras.changed_source import open_changed_unet
@@ -22,7 +22,7 @@ from tuning.surgery.pruning import removed_units
 from tuning.surgery.recipes import Recipe, recipe
 from tuning.surgery.units import unit_modules
 
-__all__ = ["PRECISIONS", "assemble_command", "check_place"]
+__all__ = ["PRECISIONS", "assemble_command", "check_replaceable"]
 
 PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -43,8 +43,8 @@ def assemble_command(
     if precision not in PRECISIONS:
         raise TuningError(f"unknown precision {precision!r}; choose from: {', '.join(PRECISIONS)}")
     wanted = recipe(name)
-    check_apart(out, place_of(source), "source")
-    check_place(out)
+    check_apart(out, named_path(source), "source")
+    check_replaceable(out)
     found = open_changed_unet(source, variant_files, loras)
     teacher = found.unet()
     table = _table(teacher, wanted)
@@ -69,7 +69,7 @@ def assemble_command(
         console.print(words, highlight=False, markup=False, soft_wrap=True)
 
 
-def check_place(out: Path) -> None:
+def check_replaceable(out: Path) -> None:
     """Raise TuningError unless ``out`` is free, empty, or a UNet's folder, which may be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return

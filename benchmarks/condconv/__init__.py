@@ -1,1 +1,1 @@
-"""What conditional convolutions cost."""
+"""The cost of conditional convolutions."""

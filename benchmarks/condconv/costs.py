@@ -179,7 +179,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure layers, `mini`'s UNet and blocks of Stable Diffusion 1.5's widths; print and write what was found."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.condconv.costs", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing (default: 15)")
-    parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of ONNX Runtime (default: 1)")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure (default: %(default)s); others stay")
     parser.add_argument("--out", type=results_file, default="benchmarks/results/condconv.json")
     parser.add_argument("--doc", type=results_file, default="docs/condconv.md", help="the page with the figures")

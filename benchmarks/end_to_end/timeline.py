@@ -1,4 +1,4 @@
-"""What runs when in one picture: a line for each plan, a piece for each segment, in the colour of its block.
+"""The timeline of one picture: a line for each plan, a bar for each segment, in the colour of its block.
 
 Every segment is waited for and timed by itself, so the pictures of the table are made without it. On CUDA whole steps are graphs:
 there is no timeline there.

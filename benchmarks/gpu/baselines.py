@@ -142,7 +142,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--source", default="random:sd15")
     parser.add_argument("--variant", default="original")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--size", type=parse_size, help="of the picture (default: the model's own)")
+    parser.add_argument("--size", type=parse_size, help="size of the picture (default: the model's own)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

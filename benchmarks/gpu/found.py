@@ -7,7 +7,7 @@ from typing import Any
 from engines.bundle.manifest import VaePrecision
 from exporter.verification.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE
 
-__all__ = ["Ends", "Fit", "Found", "Memory", "Row"]
+__all__ = ["Fit", "Found", "Memory", "Row", "TextAndVae"]
 
 PLANNED = 0.1
 """How far, relative to what is planned, the memory of features may be off."""
@@ -21,11 +21,11 @@ class Row:
     precision: str
     plan: str
     error: float | None
-    """Of the final latents, run piece by piece, against the reference; None of the reference itself."""
+    """Of the final latents, run segment by segment, against the reference; None of the reference itself."""
     graphs_error: float | None
-    """Of the final latents with steps replayed, against the same piece by piece."""
+    """Of the final latents with steps replayed, against the same segment by segment."""
     milliseconds: float
-    """Of a picture's UNet steps, piece by piece; the median of the rounds."""
+    """Of a picture's UNet steps, segment by segment; the median of the rounds."""
     graphs_milliseconds: float | None
     planned_bytes: int
     """Of features at once, between segments; compared with the next."""
@@ -34,7 +34,7 @@ class Row:
     peak_bytes: int | None
     """As it has them at any time: what PyTorch itself needs inside a segment is in it, but no other library's own memory."""
     first_seconds: float | None = None
-    """Of the plan's first call, piece by piece: whatever is made at first use is made in it."""
+    """Of the plan's first call, segment by segment: whatever is made at first use is made in it."""
     graphs_first_seconds: float | None = None
     """Of its first call with graphs: every kind of step is recorded in it."""
     picture_seconds: float | None = None
@@ -57,7 +57,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Ends:
+class TextAndVae:
     """Times of the text encoder and the VAE decoder; and how many kernels one full step of the UNet is."""
 
     text_milliseconds: float
@@ -85,7 +85,7 @@ class Found:
     segments: dict[str, dict[str, Fit]] = field(default_factory=dict)
     psnr: dict[str, float] = field(default_factory=dict)
     """Of half precision's latents, in decibels."""
-    ends: dict[str, Ends] = field(default_factory=dict)
+    ends: dict[str, TextAndVae] = field(default_factory=dict)
     memory: dict[str, Memory] = field(default_factory=dict)
     starts: dict[str, Mapping[str, float]] = field(default_factory=dict)
     """Seconds of a second process, which finds what the first one has compiled."""

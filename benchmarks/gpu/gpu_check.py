@@ -2,8 +2,8 @@
 
 One bundle for each precision, with every engine that can be had. For each engine and precision: error and cosine of each segment
 against the diffusers model, in half precision also the PSNR of the latents after twenty steps; for each plan, the error of the
-final latents against the reference (the torch engine, piece by piece, in the first precision that it runs in); whether steps
-replayed as CUDA graphs give what they give piece by piece; memory; the time of a picture's UNet steps both ways, of the first
+final latents against the reference (the torch engine, segment by segment, in the first precision that it runs in); whether steps
+replayed as CUDA graphs give what they give segment by segment; memory; the time of a picture's UNet steps both ways, of the first
 call, and of a whole picture; text encoder and VAE apart; kernels; a second process's start; and diffusers' own pipeline on the
 same card. Of memory, the planned bytes of features are compared with those held between segments, which must be within a tenth;
 what segments need inside, weights, scratch and what the device has lost in all are only reported. An engine that breaks off,
@@ -32,8 +32,8 @@ from benchmarks.gpu.card import card_state, check_engines, device_named, engine_
 from benchmarks.gpu.dry_run import show_plan
 from benchmarks.gpu.found import Fit, Found, Memory
 from benchmarks.gpu.options import parse
-from benchmarks.gpu.plan_runs import Settings, measure_ends, measure_plan
-from benchmarks.gpu.tables import show_baselines, show_ends, show_memory, show_rows
+from benchmarks.gpu.plan_runs import Settings, measure_plan, measure_text_and_vae
+from benchmarks.gpu.tables import show_baselines, show_memory, show_rows, show_text_and_vae
 from benchmarks.machine import machine
 from engines import Bundle, Engine, EngineError
 from engines.errors import UserError
@@ -183,7 +183,7 @@ def _run_plans(check: _Check, pipeline: Pipeline, name: str, free: int | None) -
         if pipeline.engine.name == "torch":
             check.reference(plan, latents)
         _write(check)
-    check.found.ends[name] = measure_ends(pipeline, settings)
+    check.found.ends[name] = measure_text_and_vae(pipeline, settings)
 
 
 def _start_again(check: _Check, name: str, precision: str) -> None:
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str]) -> None:
 def _report(check: _Check) -> None:
     found, console = check.found, check.console
     show_rows(console, found.rows)
-    show_ends(console, found.ends)
+    show_text_and_vae(console, found.ends)
     show_memory(console, found.memory)
     show_baselines(console, found.baselines)
     for name, reason in found.skipped.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.found import Ends, Row
+from benchmarks.gpu.found import Row, TextAndVae
 from engines import DTYPES, Runner
 from engines.bundle.names import LATENTS, SAMPLE, TEXT, VAE_DECODER
 from engines.bundle.shapes import resolve
@@ -20,7 +20,7 @@ from runtime.images.schedulers import make_scheduler
 from runtime.plans.schedule import Schedule
 from runtime.report.cost import peak_bytes
 
-__all__ = ["PROMPT", "Settings", "measure_ends", "measure_plan", "relative"]
+__all__ = ["PROMPT", "Settings", "measure_plan", "measure_text_and_vae", "relative"]
 
 PROMPT = "a red star on a blue background"
 
@@ -49,7 +49,7 @@ def relative(made: Tensor, reference: Tensor) -> float:
 def measure_plan(
     pipeline: Pipeline, plan: str, reference: Tensor | None, settings: Settings, free: int | None
 ) -> tuple[Row, Tensor]:
-    """A plan run piece by piece and, where there are graphs, replayed; its row and its latents, piece by piece.
+    """A plan run segment by segment and, where there are graphs, replayed; its row and its latents, segment by segment.
 
     Args:
         pipeline: a loaded bundle.
@@ -93,7 +93,7 @@ def _run(pipeline: Pipeline, plan: str, settings: Settings) -> _Run:
     return _Run(made.latents, whole[0], statistics.median(unet[1:]), statistics.median(whole[1:]))
 
 
-def measure_ends(pipeline: Pipeline, settings: Settings) -> Ends:
+def measure_text_and_vae(pipeline: Pipeline, settings: Settings) -> TextAndVae:
     """Text encoder and VAE decoder apart, as the host waits for them, and the kernels of a full step of the UNet."""
     manifest, device = pipeline.manifest, pipeline.engine.device
     height, width = (side // manifest.vae_scale for side in manifest.sizes[0])
@@ -101,7 +101,7 @@ def measure_ends(pipeline: Pipeline, settings: Settings) -> Ends:
     latents = torch.zeros(shape, dtype=DTYPES[manifest.features[LATENTS].dtype], device=device)
     text = _median(lambda: pipeline.encode([PROMPT]), device, settings.rounds)
     vae = _median(lambda: pipeline.network.compute(VAE_DECODER, {LATENTS: latents}), device, settings.rounds)
-    return Ends(round(text, 3), round(vae, 3), _kernels(pipeline))
+    return TextAndVae(round(text, 3), round(vae, 3), _kernels(pipeline))
 
 
 def _median(work: Callable[[], object], device: torch.device, rounds: int) -> float:
@@ -179,7 +179,7 @@ def allocated(device: torch.device) -> int | None:
 
 
 def _memory(pipeline: Pipeline, plan: str, count: int) -> tuple[int, int | None, int | None]:
-    """Of the UNet's steps, run piece by piece: planned bytes of features, the most held between segments, and the most at all."""
+    """Of the UNet's steps run segment by segment: planned bytes of features, the most held between segments, and at all."""
     device, steps = pipeline.engine.device, _Steps(pipeline, plan, count)
     steps.run(pipeline.networks)  # contexts, scratch memory and the libraries' workspaces are made at first use
     wait_for(device)

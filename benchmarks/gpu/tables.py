@@ -7,9 +7,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu.found import Ends, Memory, Row
+from benchmarks.gpu.found import Memory, Row, TextAndVae
 
-__all__ = ["show_baselines", "show_ends", "show_memory", "show_rows"]
+__all__ = ["show_baselines", "show_memory", "show_rows", "show_text_and_vae"]
 
 
 def _text(value: float | None, form: str = ".2f", scale: float = 1.0) -> str:
@@ -32,10 +32,10 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
     console.print(table)
 
 
-def show_ends(console: Console, ends: Mapping[str, Ends]) -> None:
+def show_text_and_vae(console: Console, times: Mapping[str, TextAndVae]) -> None:
     """Print the times of text encoder and VAE decoder, and the kernels of a full step."""
     table = Table("engine", "text encoder ms", "VAE decoder ms", "kernels of a full step", box=SIMPLE)
-    for name, one in ends.items():
+    for name, one in times.items():
         table.add_row(name, _text(one.text_milliseconds), _text(one.vae_milliseconds), _text(one.kernels, ".0f"))
     console.print(table)
 

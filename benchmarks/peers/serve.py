@@ -111,9 +111,9 @@ def main(module: str, folder: str, options: str) -> None:
         settings = json.loads(options)
         try:
             adapter = importlib.import_module(f"benchmarks.peers.{module}")
-            place = _exported(adapter, Path(folder), Path(settings["work"])) if hasattr(adapter, "export") else Path(folder)
+            path = _exported(adapter, Path(folder), Path(settings["work"])) if hasattr(adapter, "export") else Path(folder)
             started = time.perf_counter()
-            make = adapter.load(place, settings)
+            make = adapter.load(path, settings)
         except Exception as error:
             traceback.print_exc()
             print(json.dumps(_told(error)), file=out, flush=True)

@@ -27,10 +27,10 @@ def rows_of(judge: Judge, concepts: int) -> dict[str, list[Pair]]:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.quality.emoji_grid", description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path("models/emoji"), help="whose pairs (default: %(default)s)")
-    parser.add_argument("--bundle", type=Path, default=Path("bundles/emoji-original"), help="that draws (default: %(default)s)")
+    parser.add_argument("--model", type=Path, default=Path("models/emoji"), help="model of the pairs (default: %(default)s)")
+    parser.add_argument("--bundle", type=Path, default=Path("bundles/emoji-original"), help="draws them (default: %(default)s)")
     parser.add_argument("--concepts", type=int, default=10, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of DPM++ (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="(default: %(default)s)")
     parser.add_argument("--out", type=results_file, default="docs/emoji.png", help="(default: %(default)s)")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""What pictures of the emoji model are worth: does its reader find what was asked for, and how far do sets of pictures lie apart.
+"""The worth of the emoji model's pictures: whether its reader finds what was asked for, and how far sets of pictures lie apart.
 
 The reader learnt from real pictures of training pairs alone. Distances are taken in its pooled features, which tell emoji apart;
 they compare with each other, not with published ones.
@@ -98,7 +98,7 @@ class Judge:
         return right(self._scores(pictures)[0], self._scores(others)[0].argmax(1))
 
     def answers(self, pictures: Tensor, pairs: Sequence[Pair]) -> Answers:
-        """What is right in pictures (n, 3, 128, 128) in [-1, 1] of so many pairs."""
+        """By measure, whether each of the pictures (n, 3, 128, 128) in [-1, 1] is right; they were asked for by these pairs."""
         concepts = torch.tensor([self.concepts.index(pair.concept) for pair in pairs])
         styles = torch.tensor([self.styles.index(pair.style) for pair in pairs])
         found = self._scores(pictures)

@@ -237,7 +237,7 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.other_rules", description=__doc__)
     parser.add_argument("--bundle", type=Path, default=Path("bundles/other-rules"), help="default: %(default)s")
     parser.add_argument("--count", type=int, default=48, help="prompts, 2 or more (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of DPM++ (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="above 1 (default: %(default)s)")
     parser.add_argument("--out", type=results_file, default="benchmarks/results/other_rules.json", help="default: %(default)s")
     options = parser.parse_args(arguments)

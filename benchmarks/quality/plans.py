@@ -191,9 +191,9 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--bundle", type=Path, default=Path("bundles/plans/original"), help="partitioned for all plans, as make plans builds it"
     )
-    parser.add_argument("--model", type=Path, default=Path("models/emoji"), help="whose reader judges (default: %(default)s)")
+    parser.add_argument("--model", type=Path, default=Path("models/emoji"), help="the reader's model (default: %(default)s)")
     parser.add_argument("--count", type=int, default=200, help="prompts, 8 or more (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of DPM++ (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing (default: %(default)s)")
     parser.add_argument("--out", type=results_file, default="benchmarks/results/plans.csv", help="default: %(default)s")

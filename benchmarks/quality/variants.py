@@ -160,7 +160,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.variants", description=__doc__)
     parser.add_argument("--bundles", type=Path, default=Path("bundles/variants"), help="default: bundles/variants")
     parser.add_argument("--count", type=int, default=300, help="prompts, 16 or more (default: 300)")
-    parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: 20)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of DPM++ (default: 20)")
     parser.add_argument("--guidance", type=float, default=3.0, help="default: 3")
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing (default: 9)")
     parser.add_argument("--pixels", type=int, default=256, help="the larger size to time at (default: 256)")

@@ -1,1 +1,1 @@
-"""What the HTTP service does under load."""
+"""The HTTP service under load."""

@@ -36,7 +36,7 @@ _PATIENCE = 120.0
 
 @dataclass(frozen=True)
 class Row:
-    """What so many clients saw: seconds of requests from sending to the whole answer, and pictures that were made at once."""
+    """The measurements of so many clients: seconds of requests from sending to the whole answer, and pictures made at once."""
 
     clients: int
     batches: bool
@@ -202,9 +202,9 @@ def markdown(rows: Sequence[Row], memory: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bundle", type=Path, default=Path("bundles/mini-original"), help="of `mini`")
+    parser.add_argument("--bundle", type=Path, default=Path("bundles/mini-original"), help="bundle of `mini`")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--requests", type=int, default=160, help="of each number of clients")
+    parser.add_argument("--requests", type=int, default=160, help="requests of each number of clients")
     parser.add_argument("--flat", type=int, default=1000, help="requests during which memory is watched")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving.json"))

@@ -41,8 +41,8 @@ def written(source: str, folder: Path) -> Iterator[str]:
     if kind not in WRITERS:
         raise UserError(f"source {source!r}: unknown kind {kind!r}; choose from: {', '.join(WRITERS)}")
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as place:
-        yield str(WRITERS[kind](find_source(other), Path(place)))
+    with TemporaryDirectory(dir=folder) as parent:
+        yield str(WRITERS[kind](find_source(other), Path(parent)))
 
 
 def measure(source: str, engine: str, folder: Path, config: Path | None = None) -> list[dict[str, Any]]:

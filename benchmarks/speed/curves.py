@@ -75,7 +75,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--source", default="random:sd15", help="as for python -m exporter build (default: %(default)s)")
     add("--sizes", type=_numbers, default="256,384,512,768", help="sides in pixels (default: %(default)s)")
-    add("--pictures", type=_numbers, default="1,2,4,8", help="of a call (default: %(default)s)")
+    add("--pictures", type=_numbers, default="1,2,4,8", help="pictures of a call (default: %(default)s)")
     add("--steps", type=_numbers, default="10,20,30,50", help="(default: %(default)s)")
     add("--every", type=_numbers, default="1,2,3,4,6,8", help="N of deepcache:N, at the most steps (default: %(default)s)")
     add("--guidance", type=float, default=7.5, help="(default: %(default)s)")

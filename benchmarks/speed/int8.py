@@ -50,7 +50,7 @@ def _operators(bundle: Bundle) -> dict[str, int]:
 
 
 def _quality(bundles: Mapping[str, Bundle], options: argparse.Namespace) -> dict[str, Any]:
-    """What the pictures of each bundle are worth, by `full` beside those of fp32; then fp32 and int8 by the last plan."""
+    """The worth of each bundle's pictures, by `full` beside those of fp32; then of fp32 and int8 by the last plan."""
     judge, plan = Judge.of(options.model), options.plans[-1]
     pairs = some_pairs(judge.held, options.pictures, "judged")
     first, whole = f"{FP32}, {plan}", VARIANTS[0].name
@@ -89,17 +89,17 @@ def _calibration(options: argparse.Namespace) -> dict[str, Any]:
 
 def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.int8", description=__doc__)
-    parser.add_argument("--bundle", type=Path, default=Path("bundles/emoji-original"), help="in fp32 (default: %(default)s)")
-    parser.add_argument("--model", type=Path, default=Path("models/emoji"), help="whose reader judges (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=150, help="of pairs held back, at most (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of DPM++ (default: %(default)s)")
+    parser.add_argument("--bundle", type=Path, default=Path("bundles/emoji-original"), help="fp32 bundle (default: %(default)s)")
+    parser.add_argument("--model", type=Path, default=Path("models/emoji"), help="the reader's model (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=150, help="pictures of pairs held back, at most (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of DPM++ (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="default: %(default)s")
     parser.add_argument("--calibration", type=int, default=8, help="prompts to calibrate with (default: %(default)s)")
-    parser.add_argument("--calibration-steps", type=int, default=20, help="of each of their pictures (default: %(default)s)")
+    parser.add_argument("--calibration-steps", type=int, default=20, help="steps of these pictures (default: %(default)s)")
     parser.add_argument(
-        "--plans", nargs="+", default=["full", "deepcache:3"], help="to calibrate with (default: full deepcache:3)"
+        "--plans", nargs="+", default=["full", "deepcache:3"], help="plans to calibrate with (default: full deepcache:3)"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="of timing (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of timing (default: %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure (default: %(default)s); others stay")
     parser.add_argument("--out", type=results_file, default="benchmarks/results/int8.json", help="default: %(default)s")
     options = parser.parse_args(arguments)

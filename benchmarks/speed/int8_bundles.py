@@ -84,7 +84,7 @@ class Recording(OnnxRuntime):
 
 
 def record(bundle: Bundle, prompts: Sequence[str], plans: Sequence[str], *, steps: int, guidance: float) -> Feeds:
-    """What every segment is given while pictures of the prompts are drawn, all at once, by one plan after another.
+    """The inputs of every segment while pictures of the prompts are drawn, all at once, by one plan after another.
 
     The noise is that of seeds from 1,000,000 on, which no picture that is judged starts from.
 

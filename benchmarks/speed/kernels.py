@@ -100,7 +100,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Measure, print and write what was found."""
     parser = Parser(prog="python -m benchmarks.speed.kernels", description=__doc__)
-    parser.add_argument("--source", default="random:sd15", help="whose segments (default: %(default)s)")
+    parser.add_argument("--source", default="random:sd15", help="source of the segments (default: %(default)s)")
     parser.add_argument("--size", type=parse_size, default=(512, 512), help="HEIGHTxWIDTH (default: 512x512)")
     parser.add_argument("--target", default=DEFAULT_TARGET, help="compute capability (default: %(default)s)")
     parser.add_argument("--precision", default="fp16", choices=PRECISIONS, help="(default: %(default)s)")

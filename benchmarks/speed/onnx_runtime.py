@@ -137,9 +137,9 @@ def main(arguments: Sequence[str]) -> None:
     """Measure every setting at 32x32 latents, and those with one thread at 64x64 without the whole file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.onnx_runtime", description=__doc__)
     parser.add_argument("--source", default="random:sd15", help="a UNet's configuration (default: %(default)s)")
-    parser.add_argument("--side", type=int, default=32, help="of the latents; twice that is measured too (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of each process (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="of each setting (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=32, help="side of the latents; twice that too (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each process (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="processes of each setting (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/partition"), help="as for benchmarks.speed.partition")
     parser.add_argument("--out", type=results_file, default="benchmarks/results/onnxruntime.json", help="default: %(default)s")
     parser.add_argument("--only", choices=SETTINGS, help=argparse.SUPPRESS)  # what the processes are started with

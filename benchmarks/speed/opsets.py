@@ -108,11 +108,11 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Measure, print and write what was found."""
     parser = Parser(prog="python -m benchmarks.speed.opsets", description=__doc__)
-    parser.add_argument("--source", default="random:sd15", help="whose UNet (default: %(default)s)")
-    parser.add_argument("--block", default="down.0", help="a segment of its cut by block (default: %(default)s)")
+    parser.add_argument("--source", default="random:sd15", help="source of the UNet (default: %(default)s)")
+    parser.add_argument("--block", default="down.0", help="a segment of its partition by blocks (default: %(default)s)")
     parser.add_argument("--side", type=int, default=32, help="latents' height and width in ONNX Runtime (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of ONNX Runtime (default: %(default)s)")
     parser.add_argument("--out", type=results_file, default="benchmarks/results/opsets.json")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

@@ -70,8 +70,8 @@ class Shallow(nn.Module):
 
 def make_bundles(source: str, side: int, folder: Path) -> tuple[Bundle, Bundle]:
     """The bundle partitioned for deepcache, and one of the two files in one piece; only what ``folder`` lacks is traced."""
-    places = folder / "fitted", folder / "pieces"
-    if not all((place / "manifest.json").is_file() for place in places):
+    folders = folder / "fitted", folder / "pieces"
+    if not all((target / "manifest.json").is_file() for target in folders):
         unet = random_unet(source)
         units, features, modules = measured_units(unet, side)
         segments = partition(units, None, [runtime.find_plan(PLAN)])
@@ -84,9 +84,9 @@ def make_bundles(source: str, side: int, folder: Path) -> tuple[Bundle, Bundle]:
             (Segment(name="whole", units=(), inputs=(SAMPLE, TIMESTEP, TEXT), outputs=(NOISE,)), Whole(unet)),
             (Segment(name="merged", units=(), inputs=(SAMPLE, TIMESTEP, TEXT, cached), outputs=(NOISE,)), Shallow(unet)),
         ]
-        for place, parts in zip(places, (fitted, pieces), strict=True):
-            export(place, unet, parts, units, features)
-    return exported(places[0]), exported(places[1])
+        for target, parts in zip(folders, (fitted, pieces), strict=True):
+            export(target, unet, parts, units, features)
+    return exported(folders[0]), exported(folders[1])
 
 
 class Cases:
@@ -147,8 +147,8 @@ def main(arguments: Sequence[str]) -> None:
     """Trace what is not there yet, check, time, print and write; raises UserError where predictions differ."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.partition", description=__doc__)
     parser.add_argument("--source", default="random:sd15", help="a UNet's configuration (default: %(default)s)")
-    parser.add_argument("--side", type=int, default=32, help="of the latents (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=2, help="of a UNet call: 2 is a picture with guidance (default: 2)")
+    parser.add_argument("--side", type=int, default=32, help="side of the latents (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=2, help="rows of a UNet call: 2 is a picture with guidance (default: 2)")
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/partition"),

@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure at each size, print the shares and write them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.prompt_reuse", description=__doc__)
     parser.add_argument("--source", default="random:sd15", help="a UNet's configuration (default: %(default)s)")
-    parser.add_argument("--sides", type=int, nargs="+", default=[64, 32], help="of latents (default: 64 32)")
+    parser.add_argument("--sides", type=int, nargs="+", default=[64, 32], help="sides of latents (default: 64 32)")
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--out", type=results_file, default="benchmarks/results/prompt_reuse.json")
     options = parser.parse_args(arguments)

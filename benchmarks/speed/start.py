@@ -37,7 +37,7 @@ _UNKEPT = {"UNET_HEIRLOOM_GRAPHS_GIB": "0"}
 def main(arguments: Sequence[str]) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bundle", type=Path, required=True, help="of `mini`")
+    parser.add_argument("--bundle", type=Path, required=True, help="bundle of `mini`")
     parser.add_argument("--full", type=Path, help="a bundle of full size")
     parser.add_argument("--before", type=Path, help="an older checkout's folder")
     parser.add_argument("--rounds", type=int, default=5)
@@ -46,14 +46,14 @@ def main(arguments: Sequence[str]) -> None:
     with TemporaryDirectory() as folder:
         subjects = _subjects(options.bundle.resolve(), options.full and options.full.resolve(), f"{folder}/picture.png")
         if options.before:
-            ours = {name: words for name, (words, more, place) in subjects.items() if place and not more}
+            ours = {name: words for name, (words, more, directory) in subjects.items() if directory and not more}
             subjects |= {f"{name}, before": (words, {}, options.before) for name, words in ours.items()}
-        for words, environment, place in subjects.values():  # caches are filled
-            _cpu_seconds(words, environment, place)
+        for words, environment, directory in subjects.values():  # caches are filled
+            _cpu_seconds(words, environment, directory)
         found: dict[str, list[float]] = {name: [] for name in subjects}
         for _ in range(options.rounds):
-            for name, (words, environment, place) in subjects.items():
-                found[name].append(_cpu_seconds(words, environment, place))
+            for name, (words, environment, directory) in subjects.items():
+                found[name].append(_cpu_seconds(words, environment, directory))
     write_results(options.out, {"cpu_seconds": found})
     _show({name: statistics.median(seconds) for name, seconds in found.items()})
 
@@ -75,11 +75,11 @@ def _subjects(bundle: Path, full: Path | None, picture: str) -> dict[str, Subjec
     return found
 
 
-def _cpu_seconds(words: Sequence[str], environment: Mapping[str, str], place: Path | None) -> float:
+def _cpu_seconds(words: Sequence[str], environment: Mapping[str, str], directory: Path | None) -> float:
     """CPU seconds of a process, user's and system's."""
     process = os.posix_spawn(
         "/usr/bin/env",
-        ["env", "-C", str(place or _ROOT), sys.executable, *words],
+        ["env", "-C", str(directory or _ROOT), sys.executable, *words],
         {**os.environ, "OMP_NUM_THREADS": "1", **environment},
         file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
     )

@@ -67,7 +67,7 @@ def show(rows: Sequence[Scratch], console: Console) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Measure, print and write what was found."""
     parser = Parser(prog="python -m benchmarks.speed.vae_scratch", description=__doc__)
-    parser.add_argument("--source", default="random:sd15", help="whose VAE (default: %(default)s)")
+    parser.add_argument("--source", default="random:sd15", help="source of the VAE (default: %(default)s)")
     parser.add_argument("--size", type=parse_size, default=(512, 512), help="HEIGHTxWIDTH (default: 512x512)")
     parser.add_argument("--images", default="1,4", help="images of a call (default: %(default)s)")
     parser.add_argument("--target", default=DEFAULT_TARGET, help="compute capability (default: %(default)s)")

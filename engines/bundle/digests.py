@@ -39,7 +39,7 @@ def known_sha256(path: Path) -> str:
     before = _state(path)
     if before[1] < _SMALL:
         return sha256(path)
-    known = _read(_place(path)).get(real_path(path).name)
+    known = _read(_note_of(path)).get(real_path(path).name)
     return str(known[-1]) if known is not None and known[:-1] == before else fresh_sha256(path)
 
 
@@ -57,28 +57,28 @@ def note_sha256(path: Path, digest: str, *, settled: bool = False) -> None:
 
     Whoever knows that no program will change the file soon says that it is ``settled``.
     """
-    state, place = _state(path), _place(path)
+    state, note = _state(path), _note_of(path)
     if state[1] < _SMALL:
         return
     folder, name = real_path(path).parent, real_path(path).name
-    known = {other: entry for other, entry in _read(place).items() if other != name and (folder / other).exists()}
+    known = {other: entry for other, entry in _read(note).items() if other != name and (folder / other).exists()}
     if settled or time.time_ns() - max(state[2:]) > _SETTLED:
         known[name] = [*state, digest]
     with suppress(OSError):
-        write_text(place, json.dumps(known, indent=1, sort_keys=True) + "\n")
-        prune(place.parent, _MOST_FOLDERS)
+        write_text(note, json.dumps(known, indent=1, sort_keys=True) + "\n")
+        prune(note.parent, _MOST_FOLDERS)
 
 
-def _place(path: Path) -> Path:
+def _note_of(path: Path) -> Path:
     """The file in which a folder's hashes are remembered."""
     folder = str(real_path(path).parent).encode("utf-8", "surrogateescape")
     return user_cache() / "digests" / f"{hashlib.sha256(folder).hexdigest()[:32]}.json"
 
 
-def _read(place: Path) -> dict[str, list[object]]:
-    """What is remembered of a folder's files, by name: inode, size, both times and hash; nothing where it is damaged."""
+def _read(note: Path) -> dict[str, list[object]]:
+    """The notes on a folder's files, by name: inode, size, both times and hash. Empty where the notes are damaged."""
     with suppress(OSError, ValueError, RecursionError):
-        known = json.loads(place.read_bytes())
+        known = json.loads(note.read_bytes())
         if isinstance(known, dict):
             return {name: entry for name, entry in known.items() if isinstance(entry, list) and len(entry) == 5}
     return {}

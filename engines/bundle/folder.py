@@ -60,7 +60,7 @@ class Bundle:
             error = BundleError(f"no bundle at {folder} ({reason})")
             error.add_note(f"make one with: python -m exporter build --variant assembled --out {quote(str(folder))}")
             raise error
-        _check_place(folder, path)
+        _check_inside(folder, path)
         try:
             data = _parsed(path)
             version = data.get("version") if isinstance(data, dict) else None
@@ -108,7 +108,7 @@ class Bundle:
         path = self.folder / file.path
         if not is_file(path):
             raise damaged(self.folder, f"{file.path} is missing")
-        _check_place(self.folder, path)
+        _check_inside(self.folder, path)
         if not is_intact(self.folder, file, digest):
             raise damaged(self.folder, f"{file.path} is not the file that was built")
         return path
@@ -129,13 +129,13 @@ class Bundle:
             shutil.copyfile(self.folder / name, target / name)
 
 
-def _check_place(folder: Path, path: Path) -> None:
+def _check_inside(folder: Path, path: Path) -> None:
     """Raise BundleError where a link leads out of the bundle, but for the hub's cache: there all files are links to its blobs."""
     real, inside = path.resolve(), [folder.resolve()]
     snapshots = next((parent for parent in folder.absolute().parents if parent.name == "snapshots"), None)
     if snapshots is not None:
         inside.append((snapshots.parent / "blobs").resolve())
-    if not any(real.is_relative_to(place) for place in inside):
+    if not any(real.is_relative_to(root) for root in inside):
         raise BundleError(
             f"bundle {folder}: {path.relative_to(folder)} is a link that leads out of the bundle; put the file in its place"
         )

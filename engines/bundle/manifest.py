@@ -156,17 +156,17 @@ class Manifest(Record):
     unet: str | None = Field(default=None, exclude_if=_is_nothing)
     """Folder of the UNet, where it is not one of the source's; not written where it is."""
     recipe: str | None = Field(default=None, exclude_if=_is_nothing)
-    """The .json file of the recipe by which the UNet was made, where that was the user's; likewise."""
+    """The .json file of the recipe by which the UNet was made, if that was the user's; written if it was."""
     config: str | None = Field(default=None, exclude_if=_is_nothing)
-    """Folder of configurations, where the source has none and was not SD 1.x/2.x; likewise."""
+    """Folder of configurations, if the source has none and was not SD 1.x/2.x; written if so."""
     variant_files: str | None = Field(default=None, exclude_if=_is_nothing)
-    """Which variant of the source's weight files was asked for, such as fp16; likewise."""
+    """Which variant of the source's weight files was asked for, such as fp16; written if one was."""
     vae: str | None = Field(default=None, exclude_if=_is_nothing)
     """The VAE, as it was given to the build, where it is not the source's; written where it is not."""
     loras: tuple[FusedLora, ...] = Field(default=(), exclude_if=_is_nothing)
     """LoRAs that were fused into the source's weights; written where there are any."""
     notes: tuple[str, ...] = Field(default=(), exclude_if=_is_nothing)
-    """What a person should know of how the weights were made; written where there are any."""
+    """Remarks on how the weights were made, for a person to read; written where there are any."""
     source_sha256: str
     """Hash of the weights and configurations that the bundle was made from."""
     distilled: bool = True

@@ -105,7 +105,7 @@ class CudaRecorder(Recorder):
         self._stream.synchronize()
 
     def forget(self) -> None:
-        """The next recordings share another pool: PyTorch takes none back into use whose graphs are gone but not all memory."""
+        """Give the next recordings another pool: PyTorch does not reuse one without graphs while memory of it is still in use."""
         self._pool = torch.cuda.graph_pool_handle()
 
     def _capture(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:

@@ -49,7 +49,7 @@ class CallStreams:
             self.give_back(stream)
 
     def take(self) -> "torch.cuda.Stream | None":
-        """A stream for a call that is made piece by piece, until it is given back; None where the current one is to stay."""
+        """A stream for a call that is made step by step, until it is given back; None where the current one is to stay."""
         if self._device.type != "cuda" or torch.cuda.current_stream(self._device) != torch.cuda.default_stream(self._device):
             return None
         with self._lock:

@@ -32,9 +32,9 @@ def _enter() -> None:
     global _inside  # noqa: PLW0603 - it counts for the whole process, as what it guards does
     with _LOCK:
         if not _inside:
-            _before[:] = [place.fp32_precision for place in _places()]
-            for place in _places():
-                place.fp32_precision = "ieee"
+            _before[:] = [backend.fp32_precision for backend in _backends()]
+            for backend in _backends():
+                backend.fp32_precision = "ieee"
         _inside += 1
 
 
@@ -43,10 +43,10 @@ def _leave() -> None:
     with _LOCK:
         _inside -= 1
         if not _inside:
-            for place, precision in zip(_places(), _before, strict=True):
-                place.fp32_precision = precision
+            for backend, precision in zip(_backends(), _before, strict=True):
+                backend.fp32_precision = precision
 
 
-def _places() -> tuple[Any, ...]:
+def _backends() -> tuple[Any, ...]:
     cudnn: Any = torch.backends.cudnn  # its attributes are made when it is imported, which no type checker sees
     return cudnn.conv, torch.backends.cuda.matmul

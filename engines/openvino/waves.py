@@ -1,4 +1,4 @@
-"""What a graph computes in float32 though the rest of it is in bfloat16: the waves of the timestep's embedding.
+"""The waves of the timestep's embedding, which a graph computes in float32 though the rest of it is in bfloat16.
 
 A timestep of 501 is 502 in bfloat16, and its sine and cosine are another angle's: everything after them would be of another
 step. The waves themselves, numbers from -1 to 1, may be rounded.

@@ -20,8 +20,8 @@ from engines.bundle.manifest import Feature, File, Segment
 from engines.cuda.graphs import on_stream
 from engines.errors import EngineError, EngineMemoryError, NeedsBuildError
 from engines.onnx_file import check_names, checked_onnx
-from engines.ort.kept_graphs import KeptGraph
-from engines.support.caches import cache_places, card_name, first_writable
+from engines.ort.optimized_graphs import OptimizedGraph
+from engines.support.caches import cache_paths, card_name, first_writable
 from engines.support.records import one_line
 
 __all__ = ["OnnxRuntime"]
@@ -136,9 +136,9 @@ class OnnxRuntime(Engine):
     def _kept_session(self, path: Path, files: Sequence[File]) -> Any | None:
         """A session on a graph that was optimised at an earlier start, or whose optimised form is kept for later ones."""
         size = sum(file.bytes for file in files)
-        if not KeptGraph.pays(size):
+        if not OptimizedGraph.pays(size):
             return None
-        kept = KeptGraph(self._ort, path, [file.sha256 for file in files])
+        kept = OptimizedGraph(self._ort, path, [file.sha256 for file in files])
         return kept.session(self._options()) or kept.made(self._options(), size)
 
     def _session(self, path: Path, segment: Segment, providers: Sequence[Any]) -> Any:
@@ -162,11 +162,11 @@ class OnnxRuntime(Engine):
         """The execution providers for a segment, in order of preference, with their options."""
         if self._stream is None:
             return ["CPUExecutionProvider"]
-        place = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self._stream.cuda_stream)}
+        gpu = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self._stream.cuda_stream)}
         # fp32 means fp32. The TensorRT provider has no such option (https://github.com/microsoft/onnxruntime/issues/26029).
-        exact = {"use_tf32": "0"} if bundle.manifest.precision_of(segment) == "fp32" else {}
-        providers: list[Any] = [(_CUDA, place | exact), "CPUExecutionProvider"]
-        return [(_TENSORRT, place | self._kept(bundle, segment)), *providers] if self._tensorrt else providers
+        tf32 = {"use_tf32": "0"} if bundle.manifest.precision_of(segment) == "fp32" else {}
+        providers: list[Any] = [(_CUDA, gpu | tf32), "CPUExecutionProvider"]
+        return [(_TENSORRT, gpu | self._kept(bundle, segment)), *providers] if self._tensorrt else providers
 
     def _kept(self, bundle: Bundle, segment: Segment) -> dict[str, str]:
         """Where the TensorRT provider keeps its engines, and what it measured to build them.
@@ -174,7 +174,7 @@ class OnnxRuntime(Engine):
         It tells engines apart by the graph, not by the weights: each segment of each bundle has a folder of its own.
         """
         name = f"onnxruntime-{self.version()}-{card_name(self.device)}/{segment.name}"
-        folder = first_writable(cache_places(bundle.folder, bundle.manifest.key, name))
+        folder = first_writable(cache_paths(bundle.folder, bundle.manifest.key, name))
         if folder is None:
             return {}
         return {
@@ -227,8 +227,8 @@ def _share_arena() -> None:
     """
     import onnxruntime
 
-    place = onnxruntime.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT)
-    onnxruntime.create_and_register_allocator(place, None)  # it grows by doubling: by what is asked for, it would grow to more
+    memory = onnxruntime.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT)
+    onnxruntime.create_and_register_allocator(memory, None)  # it grows by doubling: by what is asked for, it would grow to more
 
 
 class _ArrayRunner(Runner):
@@ -278,9 +278,9 @@ class _BoundRunner(Runner):
             }
             binding = self._session.io_binding()
             for name, tensor in taken.items():
-                binding.bind_input(name, *self._place(tensor))
+                binding.bind_input(name, *self._address(tensor))
             for name, tensor in outputs.items():
-                binding.bind_output(name, *self._place(tensor))
+                binding.bind_output(name, *self._address(tensor))
             with self._running, _explaining(self.segment):
                 self._session.run_with_iobinding(binding, self._options)
         return outputs
@@ -288,7 +288,7 @@ class _BoundRunner(Runner):
     def _turn(self) -> AbstractContextManager[None]:
         return nullcontext() if self._stream is None else on_stream(self._stream)
 
-    def _place(self, tensor: torch.Tensor) -> tuple[str, int, Any, list[int], int]:
+    def _address(self, tensor: torch.Tensor) -> tuple[str, int, Any, list[int], int]:
         """Device, element type, shape and address of a tensor, in the order in which the bindings take them."""
         element = torch.empty(0, dtype=tensor.dtype).numpy().dtype
         return self.device.type, self.device.index or 0, element, list(tensor.shape), tensor.data_ptr()

@@ -11,7 +11,7 @@ from platformdirs import user_cache_path
 
 from engines.support.files import expanded
 
-__all__ = ["cache_places", "card_name", "first_writable", "prune", "user_cache"]
+__all__ = ["cache_paths", "card_name", "first_writable", "prune", "user_cache"]
 
 
 def user_cache() -> Path:
@@ -24,7 +24,7 @@ def user_cache() -> Path:
     return user_cache_path("unet-heirloom", appauthor=False)
 
 
-def cache_places(bundle: Path, key: str, name: str) -> tuple[Path, ...]:
+def cache_paths(bundle: Path, key: str, name: str) -> tuple[Path, ...]:
     """The paths at which a bundle's cache may lie: beside its engines, or with the user's caches.
 
     Args:

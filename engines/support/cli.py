@@ -29,7 +29,7 @@ __all__ = [
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _BROKEN = {errno.EFBIG, errno.EIO}
-"""What writing ends with on disks that take no file so large, or are damaged or gone; such errors name no file."""
+"""Error numbers of writing to a disk that takes no file so large, or is damaged or gone; such errors name no file."""
 
 _MOST_SHOWN = 300
 """Characters of an argument that a message shows."""

@@ -42,12 +42,12 @@ _EXCHANGE = 2  # RENAME_EXCHANGE
 
 def check_writable(folder: Path) -> None:
     """Raise OSError where nothing can be written into a folder, or into the one that it would be made in; leaves no trace."""
-    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        with TemporaryFile(dir=place):
+        with TemporaryFile(dir=there):
             pass
     except OSError as error:
-        error.filename = str(place)  # not a name that nobody knows
+        error.filename = str(there)  # not a name that nobody knows
         raise
 
 
@@ -58,27 +58,27 @@ def check_regular(path: Path) -> None:
 
 
 def expanded(name: str | Path) -> Path:
-    """A path with the user's folder in the place of ``~``; of a user that there is not, the name as it is."""
+    """A path with ``~`` replaced by the user's folder; for a user that does not exist, the name as it is."""
     return Path(os.path.expanduser(name))
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something at a path; of one that no file system takes, or that may not be looked at, False."""
+    """Whether there is something at a path. False for a path that no file system takes, or that may not be looked at."""
     return os.path.exists(path)  # pathlib's raises OSError
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a regular file at a path; likewise."""
+    """Whether there is a regular file at a path; False where ``exists`` is."""
     return os.path.isfile(path)
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder at a path; likewise."""
+    """Whether there is a folder at a path; False where ``exists`` is."""
     return os.path.isdir(path)
 
 
 def real_path(path: Path) -> Path:
-    """The place that a path leads to; links that lead round in circles end somewhere in them."""
+    """The path with every link in it resolved; links that lead round in circles are left."""
     return Path(os.path.realpath(path))  # pathlib's raises RuntimeError
 
 
@@ -102,7 +102,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """Raise OSError for what safetensors says in words: it tells the system's number of an error at the end of its message."""
+    """Raise safetensors' errors of the system as OSError: they have the system's number only in words, at a message's end."""
     try:
         yield
     except OSError:

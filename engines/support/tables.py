@@ -45,5 +45,5 @@ def _share(table: Table, console: Console) -> None:
 
 
 def _lines(column: Column) -> list[str]:
-    """What a column has in its rows, its head among them."""
+    """The lines of a column's cells, its header first."""
     return [line for cell in (column.header, *column.cells) for line in str(cell).splitlines() or [""]]

@@ -18,7 +18,7 @@ from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Compiled, Segment
 from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.errors import EngineError, NeedsBuildError
-from engines.support.caches import cache_places, card_name
+from engines.support.caches import cache_paths, card_name
 from engines.tensorrt.compiling import Compiling
 from engines.tensorrt.diagnostics import refusal
 from engines.tensorrt.error_log import ErrorLog
@@ -55,7 +55,7 @@ class _TensorRTBase(Compiling):
         self.device = device or torch.device("cuda")
         self._log = ErrorLog(self.trt)
         # The VAE works in more memory than the UNet, whose block is kept for each stream and as long as recordings refer to it.
-        self._unet, self._ends = StreamWorkspace(self.device), StreamWorkspace(self.device)
+        self._unet, self._text_and_vae = StreamWorkspace(self.device), StreamWorkspace(self.device)
 
     @classmethod
     def _import(cls) -> Any:
@@ -114,15 +114,16 @@ class _TensorRTBase(Compiling):
         """Whether an engine was built for the GPU at hand."""
 
     def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
-        place, current = self._workspace_for(bundle, segment), self._is_up_to_date(segment.engines[self.name])
-        return EngineRunner(segment, bundle.manifest.features, loaded, self._create_context, self._log, self.name, place, current)
+        features, workspace = bundle.manifest.features, self._workspace_for(bundle, segment)
+        current = self._is_up_to_date(segment.engines[self.name])
+        return EngineRunner(segment, features, loaded, self._create_context, self._log, self.name, workspace, current)
 
     def _workspace_for(self, bundle: Bundle, segment: Segment) -> StreamWorkspace:
-        return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._ends
+        return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._text_and_vae
 
     def scratch_bytes(self) -> int:
         """Scratch memory, in bytes, that execution contexts have yet to take, as the engines state it when they are loaded."""
-        return self._unet.scratch.missing + self._ends.scratch.missing
+        return self._unet.scratch.missing + self._text_and_vae.scratch.missing
 
     def check_device(self) -> None:
         """Raise EngineError unless there is a GPU, with its driver."""
@@ -276,9 +277,9 @@ class TensorRTRTX(_TensorRTBase):
             needs = config, cache.attach(config)
             return engine.create_execution_context(config), needs
 
-        features, place = bundle.manifest.features, self._workspace_for(bundle, segment)
+        features, workspace = bundle.manifest.features, self._workspace_for(bundle, segment)
         current = self._is_up_to_date(segment.engines[self.name])
-        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, place, current, cache.note)
+        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, workspace, current, cache.note)
 
     def flush(self) -> None:
         """Write the runtime caches that have grown."""
@@ -296,8 +297,8 @@ class TensorRTRTX(_TensorRTBase):
 
     def _cache(self, bundle: Bundle) -> RuntimeCache:
         if bundle.folder not in self._caches:
-            places = cache_places(bundle.folder, bundle.manifest.key, f"{self._cache_stem()}.bin")
-            self._caches[bundle.folder] = RuntimeCache(places)
+            paths = cache_paths(bundle.folder, bundle.manifest.key, f"{self._cache_stem()}.bin")
+            self._caches[bundle.folder] = RuntimeCache(paths)
         return self._caches[bundle.folder]
 
 

@@ -19,8 +19,8 @@ class RuntimeCache:
     kernels are compiled as if there were none.
     """
 
-    def __init__(self, places: Sequence[Path]) -> None:
-        self._places = tuple(places)
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = tuple(paths)
         self._cache: Any = None
         self._stored = 0
         self._grown = False
@@ -50,18 +50,18 @@ class RuntimeCache:
             if len(data) <= self._stored:
                 return
             self._stored = len(data)
-            for place in self._places:
+            for path in self._paths:
                 with contextlib.suppress(OSError):
-                    write_bytes(place, data)
+                    write_bytes(path, data)
                     return
 
     def _read(self) -> None:
-        for place in self._places:
+        for path in self._paths:
             try:
-                data = place.read_bytes()
+                data = path.read_bytes()
             except OSError:
                 continue
             if self._cache.deserialize(data):
                 self._stored = len(data)
                 return
-            warnings.warn(f"{place} is damaged or of another driver; kernels are compiled again", stacklevel=2)
+            warnings.warn(f"{path} is damaged or of another driver; kernels are compiled again", stacklevel=2)

@@ -15,11 +15,11 @@ class TimingCache:
     The library checks what it is given: what is damaged, or of another card or version, counts as empty.
 
     Args:
-        place: the file's path; its name has the version of TensorRT and the card.
+        path: of the file; its name has the version of TensorRT and the card.
     """
 
-    def __init__(self, place: Path) -> None:
-        self._path = place
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
     def attach(self, config: Any) -> Any:
         """Let a builder's configuration use the cache as it is on disk; returns it, to be kept until the engine is built."""

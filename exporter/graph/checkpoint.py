@@ -183,7 +183,7 @@ class Checkpoint:
         )
 
     def notes(self, variant: str) -> Iterator[str]:
-        """What a person should know of how the weights were made. Raises SourceError as ``weights`` does."""
+        """Remarks on how the weights were made, for a person to read. Raises SourceError as ``weights`` does."""
         yield from self.source.notes()
         if self.own_vae is not None and (note := self.own_vae.note(self.folder / "vae")):
             yield note

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Components", "part_of"]
 
-_ENDS = {TEXT: ("text_encoder", TextEncoder), VAE_DECODER: ("vae", VaeDecoder), VAE_ENCODER: ("vae", VaeEncoder)}
+_TEXT_AND_VAE = {TEXT: ("text_encoder", TextEncoder), VAE_DECODER: ("vae", VaeDecoder), VAE_ENCODER: ("vae", VaeEncoder)}
 """The units outside the UNet: the checkpoint's part that they belong to, and their module."""
 _VAE_PATHS = {VAE_DECODER: ("post_quant_conv", "decoder"), VAE_ENCODER: ("quant_conv", "encoder")}
 
@@ -66,7 +66,7 @@ class Components:
         return {unit: self._module(self.models, unit) for unit in units}
 
     def changes(self, units: Iterable[str]) -> list[str]:
-        """What is fused into the weights of units, with hashes. Raises SourceError as ``load`` does."""
+        """The changes that are fused into the weights of units, each with a hash. Raises SourceError as ``load`` does."""
         found: list[str] = []
         for unit in units if self.checkpoint.loras else ():
             part = part_of(unit)
@@ -105,8 +105,8 @@ class Components:
         return tuple(f"{path}." for path in inside)
 
     def _module(self, models: Mapping[str, nn.Module], unit: str) -> nn.Module:
-        if unit in _ENDS:
-            part, kind = _ENDS[unit]
+        if unit in _TEXT_AND_VAE:
+            part, kind = _TEXT_AND_VAE[unit]
             return kind(models[part])
         return unit_module(models["unet"], unit, self.in_parts)
 
@@ -124,4 +124,4 @@ def _is_on(name: str, paths: Sequence[str]) -> bool:
 
 def part_of(unit: str) -> str:
     """The checkpoint's part that a unit belongs to."""
-    return _ENDS[unit][0] if unit in _ENDS else "unet"
+    return _TEXT_AND_VAE[unit][0] if unit in _TEXT_AND_VAE else "unet"

@@ -74,7 +74,7 @@ class _ByFeatures(nn.Module):
 
 
 class _WeightedSum(nn.Module):
-    """Likewise, from every expert's convolution."""
+    """Feature (n, in, h, w) -> (n, out, h, w), the weighted sum of every expert's convolution; the time embedding is not read."""
 
     def __init__(self, conditional: CondConv2d) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.errors import BuildError
-from tuning.checkpoints.parts import is_tiny
+from tuning.checkpoints.part_loaders import is_tiny
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -69,7 +69,7 @@ class ResnetBranch(nn.Module):
 
 
 class CondConvBranch(ResnetBranch):
-    """Likewise, of a ResNet with conditional convolutions: they read the time embedding too."""
+    """The branch of a ResNet with conditional convolutions, which read the time embedding too; in and out as ``ResnetBranch``."""
 
     def __init__(self, resnet: CondConvResnet, form: Form = FORM) -> None:
         super().__init__(resnet)

@@ -48,8 +48,8 @@ def pieces_of(bundle: Bundle) -> Iterator[tuple[str, tuple[File, ...]]]:
 class Artifacts:
     """A folder that is to become a bundle, and beside it the records of what in it is finished."""
 
-    def __init__(self, place: Path) -> None:
-        self.place, self.folder, self._records = place, place / "bundle", place / "pieces"
+    def __init__(self, hidden: Path) -> None:
+        self.hidden, self.folder, self._records = hidden, hidden / "bundle", hidden / "pieces"
         self._found: dict[str, tuple[File, ...]] = {}
         for folder in (self.folder, self._records):
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class Artifacts:
             self._note(key, files)
 
     def prune(self, keys: Iterable[str]) -> None:
-        """Remove every file that belongs to none of these pieces. What is written after that has no other name elsewhere."""
+        """Remove every file that belongs to none of these pieces, so that writing later changes no file of another bundle."""
         found = [self.find(key) for key in keys]
         wanted = {self.folder / file.path for files in found for file in files or ()}
         for path in self.folder.rglob("*"):
@@ -109,50 +109,51 @@ def working_on(folder: Path) -> Iterator[Artifacts]:
     Raises:
         BuildError: another build is at work there.
     """
-    place = _place(folder)
+    hidden = _hidden(folder)
     is_new = not folder.parent.exists()
-    place.mkdir(parents=True, exist_ok=True)
-    with _lock(place, folder):
-        _recover(place, folder)
-        pieces = Artifacts(place)
+    hidden.mkdir(parents=True, exist_ok=True)
+    with _lock(hidden, folder):
+        _recover(hidden, folder)
+        pieces = Artifacts(hidden)
         done = False
         try:
             yield pieces
-            write_text(place / _WHOLE, _manifest_hash(pieces.folder))
-            swap_in(pieces.folder, folder, place / _OLD)
+            write_text(hidden / _WHOLE, _manifest_hash(pieces.folder))
+            swap_in(pieces.folder, folder, hidden / _OLD)
             done = True
         finally:
             if done or not len(pieces):
-                shutil.rmtree(place)
+                shutil.rmtree(hidden)
             if is_new and not any(folder.parent.iterdir()):
                 folder.parent.rmdir()
 
 
 def tidy(folder: Path) -> None:
     """Finish what a build that was killed in its last moves has left beside its bundle; others keep what they have finished."""
-    place = _place(folder)
-    if not place.is_dir():
+    hidden = _hidden(folder)
+    if not hidden.is_dir():
         return
-    with suppress(BuildError, OSError), _lock(place, folder):  # another build is at work there, or nothing can be written
-        _recover(place, folder)
-        if _is_in_place(place, folder):
-            shutil.rmtree(place)
+    with suppress(BuildError, OSError), _lock(hidden, folder):  # another build is at work there, or nothing can be written
+        _recover(hidden, folder)
+        if _is_in_place(hidden, folder):
+            shutil.rmtree(hidden)
 
 
-def _place(folder: Path) -> Path:
+def _hidden(folder: Path) -> Path:
+    """The hidden folder beside ``folder`` in which its bundle is built."""
     return folder.parent / f".{folder.name}.building"
 
 
-def _recover(place: Path, folder: Path) -> None:
+def _recover(hidden: Path, folder: Path) -> None:
     """Where two moves were needed and a build was killed between them, the old bundle is put back."""
-    aside = place / _OLD
+    aside = hidden / _OLD
     if aside.exists():
         shutil.rmtree(aside) if folder.exists() else aside.rename(folder)
 
 
-def _is_in_place(place: Path, folder: Path) -> bool:
-    """Whether the bundle that was built in the hidden folder ``place`` is the one at ``folder``."""
-    whole = place / _WHOLE
+def _is_in_place(hidden: Path, folder: Path) -> bool:
+    """Whether the bundle that was built in the hidden folder ``hidden`` is the one at ``folder``."""
+    whole = hidden / _WHOLE
     return whole.is_file() and whole.read_text("utf-8") == _manifest_hash(folder) != ""
 
 
@@ -163,9 +164,9 @@ def _manifest_hash(folder: Path) -> str:
 
 
 @contextmanager
-def _lock(place: Path, folder: Path) -> Iterator[None]:
-    """Lock the hidden folder ``place``; the lock ends with its process, however that ends."""
-    lock = FileLock(place / "lock")
+def _lock(hidden: Path, folder: Path) -> Iterator[None]:
+    """Lock the hidden folder ``hidden``; the lock ends with its process, however that ends."""
+    lock = FileLock(hidden / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

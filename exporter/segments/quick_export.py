@@ -43,13 +43,13 @@ _LEFT = {*_TO, *_CHECKS}
 def _group_norm(
     x: Tensor, weight: object, bias: object, rows: int, channels: int, positions: int, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the results of a norm over groups look like: its input, in order, and two numbers for each group."""
+    """Tensors shaped as a group norm's results: its input, contiguous, and two numbers for each group."""
     numbers = x.new_empty((rows, groups))
     return torch.empty_like(x, memory_format=torch.contiguous_format), numbers, numbers
 
 
 def _layer_norm(x: Tensor, shape: Sequence[int], *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    """Likewise of a norm over the last dimensions: its input, and two numbers for all that is normalised together."""
+    """Tensors shaped as a layer norm's results: its input, and two numbers for each set normalised together."""
     numbers = x.new_empty((*x.shape[: x.ndim - len(shape)], *(1 for _ in shape)))
     return torch.empty_like(x), numbers, numbers
 

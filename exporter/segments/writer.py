@@ -34,7 +34,7 @@ class CompileSpec:
         made_from: what all pieces depend on: weights, variant, versions, code.
         targets: compute capabilities by the name of the engine that compiles for them.
         sizes: picture sizes (height, width) in pixels, for engines with a profile.
-        max_images: images per call, likewise.
+        max_images: images per call, for engines with a profile.
         precision: of the UNet and the text encoder.
         vae_precision: of the VAE.
         static: whether such engines are for nothing but the first size and that many images, with guidance.
@@ -61,17 +61,17 @@ class Writer:
 
     graph: Graph
     engines: Sequence[Engine]
-    wanted: CompileSpec
+    spec: CompileSpec
     pieces: Artifacts
 
     def keys(self, segment: Segment) -> dict[str, str]:
         """The keys of a segment's pieces, by piece: ``onnx``, and the name of each engine that compiles."""
-        precision = self.wanted.precision_of(segment)
+        precision = self.spec.precision_of(segment)
         keys = {"onnx": key_of({**self._made_from(segment), "precision": precision, "opset": opset_of(precision)})}
         for engine in self.engines:
             if engine.compiles:
                 profile = vars(self._profile(segment)) if engine.has_profile else None
-                made_by = {"engine": engine.name, "version": engine.version(), "targets": self.wanted.targets[engine.name]}
+                made_by = {"engine": engine.name, "version": engine.version(), "targets": self.spec.targets[engine.name]}
                 keys[engine.name] = key_of({"onnx": keys["onnx"], **made_by, "profile": profile})
         return keys
 
@@ -79,11 +79,11 @@ class Writer:
         """All that a segment's graph and weights depend on. Text encoder and VAE are the same beside whichever UNet."""
         part = part_of(segment.units[0])
         apart = {"source", "parts", "loras"} if part == "unet" else {"source", "parts", "loras", "variant"}
-        shared = {name: value for name, value in self.wanted.made_from.items() if name not in apart}
+        shared = {name: value for name, value in self.spec.made_from.items() if name not in apart}
         names = (*segment.inputs, *segment.outputs)
         return {
             **shared,
-            "weights": self.wanted.made_from["parts"][part],
+            "weights": self.spec.made_from["parts"][part],
             "changes": self.graph.parts.changes(segment.units),
             "clip_skip": self.graph.parts.clip_skip if TEXT in segment.units else 0,
             "segment": segment.name,
@@ -123,7 +123,7 @@ class Writer:
         if onnx is None:
             assert program is not None
             path.parent.mkdir(exist_ok=True)
-            opset = opset_of(self.wanted.precision_of(segment))
+            opset = opset_of(self.spec.precision_of(segment))
             onnx = self.pieces.add(keys["onnx"], write_onnx(program, segment, path, opset))
         traced = Traced(segment, path, program if any(engine.wants_program for engine in todo) else None)
         del program
@@ -132,7 +132,7 @@ class Writer:
         for engine in todo:
             report(f"compiling for {engine.name}")
             stem = self.pieces.folder / "engines" / engine.name / segment.name
-            targets, cache_dir = self.wanted.targets[engine.name], self.pieces.place.parent
+            targets, cache_dir = self.spec.targets[engine.name], self.pieces.hidden.parent
             paths = engine.compile(traced, stem, self._profile(segment), targets, cache_dir)
             self.pieces.add(keys[engine.name], paths)
         compiled = {engine.name: self._compiled(engine, keys[engine.name]) for engine in self.engines if engine.compiles}
@@ -142,12 +142,12 @@ class Writer:
     def _compiled(self, engine: Engine, key: str) -> Compiled:
         files = self.pieces.find(key)
         assert files is not None
-        return Compiled(files=files, version=engine.version(), targets=tuple(self.wanted.targets[engine.name]), key=key)
+        return Compiled(files=files, version=engine.version(), targets=tuple(self.spec.targets[engine.name]), key=key)
 
     def _profile(self, segment: Segment) -> Profile:
-        wanted, graph = self.wanted, self.graph
-        scale, chunks = graph.vae_scale, wanted.text_chunks
-        return profile_of(segment, graph.features, wanted.sizes, wanted.max_images, scale, wanted.static, chunks)
+        spec, graph = self.spec, self.graph
+        scale, chunks = graph.vae_scale, spec.text_chunks
+        return profile_of(segment, graph.features, spec.sizes, spec.max_images, scale, spec.static, chunks)
 
 
 def _let_go() -> None:

@@ -20,7 +20,7 @@ _NUMBERS = {"STEPS": int, "HEIGHT": int, "WIDTH": int, "GUIDANCE_SCALE": float}
 
 
 class TritonPythonModel:
-    """What Triton loads, calls and ends; an object for each instance, in a process of its own."""
+    """The model that Triton loads, calls and ends; an object for each instance, in a process of its own."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the bundle on the instance's device."""

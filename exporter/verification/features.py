@@ -43,7 +43,7 @@ def _keep(features: dict[str, Tensor], name: str) -> Callable[..., None]:
 
 
 def _parts(features: dict[str, Tensor], name: str, transformer: nn.Module, made: Tensor) -> dict[str, Tensor]:
-    """What is between the parts of a transformer, as pictures; nothing of one that is not cut."""
+    """The features between the parts of a transformer, as pictures; none where the transformer is not cut."""
     inner = [_picture(features.pop(_noted(inside)), made) for inside in _inner(transformer)]
     if not inner:
         return {}

@@ -27,7 +27,7 @@ from exporter.verification.metrics import cosine, psnr, relative_error
 from runtime.execution.executor import LoadedBundle
 from runtime.images.schedulers import make_scheduler
 from runtime.text.tokenizer import load_tokenizer
-from tuning.checkpoints.parts import is_tiny
+from tuning.checkpoints.part_loaders import is_tiny
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

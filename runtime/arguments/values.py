@@ -20,7 +20,7 @@ __all__ = ["CHECKS", "LONG_PROMPTS", "OUTPUTS", "shown", "tensor_fault"]
 OUTPUTS = ("pil", "np", "pt", "latent")
 """The forms that diffusers' pipelines give pictures in."""
 LONG_PROMPTS = ("chunks", "cut")
-"""What becomes of words that the text encoder does not read at once."""
+"""The ways to treat words that the text encoder does not read at once."""
 _MOST_CHARACTERS = 20_000
 """Of a prompt: a hundred times what any text encoder reads."""
 _MOST_SHOWN = 40
@@ -184,7 +184,7 @@ def _generators(name: str, value: Any) -> torch.Generator | tuple[torch.Generato
 
 
 def tensor_fault(value: Any, *, numbers: bool = True) -> str | None:
-    """What keeps a value from being a plain tensor of floating-point numbers, in words; None where nothing does.
+    """The reason why a value is no plain tensor of floating-point numbers, in words; None where it is one.
 
     Args:
         value: anything.

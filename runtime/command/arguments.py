@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str], prog: str) -> Namespace:
 
 
 def file_of_prompts(arguments: Sequence[str]) -> list[str] | None:
-    """What the command for files of prompts is to be given where ``--prompts`` names one; None where it does not."""
+    """The arguments for the command for files of prompts where ``--prompts`` names one; None where it does not."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prompts")
     found, others = parser.parse_known_args(arguments)
@@ -58,7 +58,7 @@ def _parser(prog: str) -> Parser:
     parser.add_version()
     add("prompt", nargs="?", help="what the picture shows, or the word `plans`")
     add(
-        "--prompts", metavar="FILE", help="a picture for each line of a file, as python -m serving.prompts, whose options go here"
+        "--prompts", metavar="FILE", help="make a picture for each line of a file, with the options of python -m serving.prompts"
     )
     add("--negative", default="", help="what it should not show")
     add("--bundle", type=Path, help="a bundle's folder (default: the one in ./bundles that was built last)")
@@ -67,13 +67,13 @@ def _parser(prog: str) -> Parser:
     add("--scheduler", default="dpm++", help="ddim, pndm, dpm++, euler, heun, or another of diffusers (default: %(default)s)")
     add("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     add("--guidance", type=float, help="classifier-free guidance scale (default: the bundle's, 7.5 or less)")
-    add("--seed", help="of the first picture, or the word `random` (default: 0)")
-    add("--seeds", help="a picture for each of them, such as 1,5,7 or 1..4")
+    add("--seed", help="seed of the first picture, or the word `random` (default: 0)")
+    add("--seeds", help="seeds, with a picture for each of them, such as 1,5,7 or 1..4")
     add("--size", help="HEIGHTxWIDTH in pixels (default: the bundle's first size)")
     add("--image", type=Path, help="a picture to start from instead of noise")
     add("--strength", type=float, default=0.6, help="share of the steps that run on --image, above 0 to 1 (default: %(default)s)")
     add("--mask", type=Path, help="what to repaint of --image: a picture of its size, white where to repaint")
-    add("--long-prompts", default="chunks", help="words beyond what is read at once: in chunks or cut off (default: %(default)s)")
+    add("--long-prompts", default="chunks", help="chunks to read all words of long prompts, or cut (default: %(default)s)")
     add("--clip-skip", type=int, help="layers that the text encoder leaves out, which the bundle must be built for")
     add("--images", type=int, default=1, help="number of pictures (default: %(default)s)")
     add("--compare", metavar="PLAN", help="make the same pictures with another plan, such as full, and say how they differ")
@@ -83,10 +83,10 @@ def _parser(prog: str) -> Parser:
     add(
         "--check",
         action="store_true",
-        help="read every file of the bundle, also those known by their times, to see that it is whole",
+        help="read every file of the bundle to see that it is whole, even files that have not changed since the last time",
     )
     add("--allow-nonfinite", action="store_true", help="write the picture, with a warning, where numbers became infinite or NaN")
-    add("--every-step", action="store_true", help="list all steps, and not their kinds")
+    add("--every-step", action="store_true", help="list every step, not only the kinds of step")
     add("--json", action="store_true", help="print the result as JSON, and nothing else")
     add("--quiet", action="store_true", help="print nothing but warnings and errors")
     add("-o", "--out", type=Path, default=Path("out.png"), help="the PNG file to write (default: %(default)s)")

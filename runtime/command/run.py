@@ -1,4 +1,4 @@
-"""What ``python -m runtime`` does with its arguments: pictures, a plan explained, or the list of plans."""
+"""The work of ``python -m runtime`` once its arguments are read: pictures, a plan explained, or the list of plans."""
 
 import json
 from argparse import Namespace
@@ -14,7 +14,7 @@ from runtime.command.comparison import Comparison, draw
 from runtime.command.output import announce, as_json, progress, show_kinds, show_steps
 from runtime.generation import Generation
 from runtime.pipeline import Pipeline
-from runtime.plans.found import described_find, guidance_unread
+from runtime.plans.notes import described_find, guidance_unread
 from runtime.plans.presets import PRESETS
 from runtime.report.cards import find_card
 from runtime.report.explain import explain, plot

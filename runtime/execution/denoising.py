@@ -39,7 +39,7 @@ def denoise(
         start: the first latents, and what inpainting keeps.
         device: where the UNet runs.
         callback: called after every step; what it raises ends the loop.
-        step_end: likewise, before ``callback``; the next step begins with the latents that it returns.
+        step_end: called after every step, before ``callback``; the next step begins with the latents that it returns.
 
     Raises:
         RequestError: the scheduler stumbles over its configuration.

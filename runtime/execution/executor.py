@@ -32,7 +32,7 @@ class StepRecord:
 
     ``ran`` names the segments that ran, in order; ``inherited`` the features that they took from earlier steps. On a GPU the host
     goes ahead of the device: reading ``seconds`` waits until the step has been done there. Where the device cannot hold all UNets
-    at once, ``swap_seconds`` is what it took to put this one in the place of another before the step.
+    at once, ``swap_seconds`` is what it took to swap this one in for another before the step.
     """
 
     index: int
@@ -69,7 +69,7 @@ class Executor:
         networks: loaded segments of each UNet, by the names that the schedule uses.
         schedule: a plan laid out for this call, which was checked with ``check_runs``.
         graphs: recordings of the UNets' steps, which this call has until its last step or ``close``. Where another call has them,
-            steps run piece by piece.
+            steps run segment by segment.
         swapper: sees to it that a step's UNet is on the device; without one, all are.
         spaces: turns predictions into noise or pictures; for plans that carry these from step to step.
     """
@@ -87,7 +87,7 @@ class Executor:
         self._release = weakref.finalize(self, self._graphs.release) if self._graphs else lambda: None
         self._cache = FeatureCache(schedule, overwritten=self._graphs is not None)
         self._difference: Tensor | None = None
-        """What guidance last made of the noise: that for the prompt less that for the negative prompt."""
+        """Of the last step with both halves of guidance: the noise for the prompt less that for the negative prompt."""
 
     def close(self) -> None:
         """Let another call have the graphs; nothing of this one may follow. A call that comes to its end needs no closing."""
@@ -178,7 +178,7 @@ class Executor:
         return {name: tensor for name, (tensor, _) in read.items()}, elsewhere
 
     def _prediction(self, step: Step, sample: Tensor, result: Mapping[str, Tensor]) -> Tensor:
-        """The prediction for all rows: what the UNet gave, or what was carried stands for, and the half that is missing."""
+        """The prediction for all rows. A carried one is turned back into what the model predicts; a missing half is filled in."""
         prediction = result[NOISE]
         if NOISE in step.inherited:
             rows = prompt_half(sample) if self._schedule.guided else sample
@@ -204,7 +204,7 @@ class Executor:
         self._cache.write(step, name, self._in_space(step, tensor, sample), own=True)
 
     def _in_space(self, step: Step, prediction: Tensor, sample: Tensor, back: bool = False) -> Tensor:
-        """A prediction in the space in which a rule carries it, or one that was carried as the model would have it."""
+        """A prediction in the space in which its rule carries it; with ``back``, a carried one in the model's own space."""
         predict = self._schedule.predict(step.unet, NOISE)
         if predict is None or predict.space == "raw":
             return prediction

@@ -97,7 +97,8 @@ class CudaGraphCache:
             elsewhere: the inputs that lie elsewhere every time, and are copied like a step's own.
 
         Returns:
-            The outputs, in memory that the same kind of work overwrites when it is done again; that of ``transient`` any may.
+            The outputs. Work of the same kind overwrites their memory when it is done again. Any replay may overwrite the memory
+            of those in ``transient``.
         """
         if self._given_up or self._pausing:
             return work(inputs)
@@ -148,7 +149,7 @@ class CudaGraphCache:
     def _let_go(self, error: Exception) -> None:
         self.clear()
         reason = " ".join(str(error).split())
-        warnings.warn(f"steps run piece by piece, not as CUDA graphs, which costs time: {reason}", stacklevel=2)
+        warnings.warn(f"steps run segment by segment, not as CUDA graphs, which costs time: {reason}", stacklevel=2)
 
 
 @dataclass(frozen=True)

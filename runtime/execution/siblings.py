@@ -66,7 +66,7 @@ def _beside(bundle: Bundle) -> list[Bundle]:
 
 
 def _difference(one: Bundle, other: Bundle) -> str | None:
-    """What keeps two bundles from taking turns, if anything does."""
+    """The reason why two bundles cannot take turns; None where they can."""
     for field in ("latent_channels", "vae_scale", "text_length", "clip_skip", "precision"):
         here, there = getattr(one.manifest, field), getattr(other.manifest, field)
         if here != there:

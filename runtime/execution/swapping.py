@@ -21,7 +21,7 @@ __all__ = ["Swapper", "free_bytes"]
 _GROWTH = 1.2
 """Bytes on the device for each byte of an engine's files: a choice of our own, for what execution contexts add."""
 _SPARE = 2**30
-"""Bytes that have to be left for features and for what engines do not tell: likewise."""
+"""Bytes to leave free, also a choice of our own: for features, and for memory that engines do not report."""
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -50,7 +50,7 @@ class _Checked(Bundle):
 
 
 def _state_of(path: Path) -> tuple[int, ...]:
-    """What differs where a file is another, or was changed; nothing where there is none."""
+    """Numbers that change when a file is replaced or written to; none where there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -103,10 +103,10 @@ class Swapper:
         """Whether the UNets take turns on the device."""
 
     def add(self, bundle: Bundle) -> None:
-        """Load another bundle's UNet; where it does not fit beside those that are here, they make room for it.
+        """Load another bundle's UNet. If it does not fit on the device beside the others, these are released first.
 
-        Whether it fits is guessed from the size of its files, and known when it has been loaded: then the engine can tell what
-        memory its runners will work in.
+        Whether it fits is estimated from the size of its files. It is known once the UNet is loaded, as the engine then reports
+        the memory that its runners will work in.
 
         Raises:
             BundleError, EngineError: as ``Engine.load``.

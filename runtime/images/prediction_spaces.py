@@ -51,7 +51,7 @@ class PredictionSpaces:
         return _other(PREDICTION_TYPES[self._type], value, sample, alpha, sigma)
 
     def noise_scale(self, timestep: float) -> float:
-        """What turns the difference of two predictions for one sample into the difference of the noises that they stand for."""
+        """The factor from the difference of two predictions for one sample to that of the noises that they stand for."""
         alpha, sigma = self._scales(timestep)
         return {"eps": 1.0, "v": alpha, "x0": -alpha / sigma}[PREDICTION_TYPES[self._type]]
 

@@ -130,12 +130,12 @@ def read_train_steps(folder: Path) -> int:
 
 
 def read_prediction_type(folder: Path) -> str:
-    """What the model predicts, in diffusers' words: ``epsilon``, ``v_prediction`` or ``sample``; raises BundleError."""
+    """The model's prediction type, in diffusers' words: ``epsilon``, ``v_prediction`` or ``sample``; raises BundleError."""
     return _read_predictions(folder)[1]
 
 
 def read_spaces(folder: Path) -> "PredictionSpaces":
-    """What the model's predictions stand for at each timestep; raises BundleError."""
+    """The conversions of the model's predictions to noise and picture at each timestep; raises BundleError."""
     from runtime.images.prediction_spaces import PredictionSpaces
 
     return PredictionSpaces(*_read_predictions(folder))

@@ -94,7 +94,7 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
     guidance: Guidance | None = Field(default=None, exclude_if=lambda value: value is None)
     """When guidance evaluates both of its halves; without it, at every step."""
     found: Found | None = Field(default=None, exclude_if=lambda value: value is None)
-    """What the plan was found for, where a search found it."""
+    """The settings that the plan was found for, where a search found it."""
     _path: Path | None = PrivateAttr(default=None)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a plan says beside which units are inherited when: how features are forecast, and when guidance is evaluated.
+"""The fields of a plan beside its rules' units and key steps: how features are forecast, and when guidance is evaluated.
 
 A plan that a search found also says what it was found for.
 
@@ -38,8 +38,8 @@ class Predict(Record):
 class Guidance(Record):
     """The steps at which classifier-free guidance evaluates both of its halves; at the others only that of the prompt.
 
-    There the noise for the negative prompt is that for the prompt less ``scale`` times what it was less at the last step that had
-    both, whatever the model predicts.
+    At those, the noise for the negative prompt is the noise for the prompt less ``scale`` times the difference of the two at the
+    last step that had both. The difference is one of noise, whatever the model predicts.
     """
 
     when: FixedMode
@@ -47,7 +47,7 @@ class Guidance(Record):
 
 
 class Found(Record):
-    """What a plan was found for, and what it was worth there: ``cost`` relative to ``full``, ``psnr`` in dB to its pictures."""
+    """The settings that a plan was found for, and there its ``cost`` relative to ``full`` and ``psnr`` in dB to its pictures."""
 
     scheduler: Name
     steps: int = Field(ge=1)

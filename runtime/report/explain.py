@@ -53,7 +53,7 @@ def explain(
     swapper: Swapper | None = None,
     console: Console | None = None,
 ) -> tuple[Table, str]:
-    """The table of steps, with MACs and time relative to running the last UNet whole, and lines that sum it up likewise.
+    """The table of steps, with MACs and time relative to running the last UNet whole, and lines with the sums of these.
 
     Steps that are decided while they run are shown as computing afresh, and summed up from the least to the most.
 

@@ -110,8 +110,8 @@ def least_time(
     for (unet, kind, _), (count, bound) in _kinds(schedule, bounds).items():
         numbers = (f"{1000 * seconds:.3f}" for seconds in (bound.arithmetic, bound.memory, bound.seconds))
         table.add_row(unet, kind, str(count), *numbers, f"{bound.seconds / full.seconds:.3f}", bound.by)
-    ends = _ends(last, bounds, images)
-    return table, [*_sums(schedule, bounds, full, ends), *_others(schedule, bounds, full), _how(card, last, sizes, counted)]
+    rest = _text_and_vae(last, bounds, images)
+    return table, [*_sums(schedule, bounds, full, rest), *_others(schedule, bounds, full), _how(card, last, sizes, counted)]
 
 
 def _kinds(schedule: Schedule, bounds: _Bounds) -> dict[tuple[str, str, tuple[str, ...]], tuple[int, Bound]]:
@@ -126,7 +126,7 @@ def _kinds(schedule: Schedule, bounds: _Bounds) -> dict[tuple[str, str, tuple[st
     }
 
 
-def _ends(manifest: Manifest, bounds: _Bounds, images: int) -> Bound:
+def _text_and_vae(manifest: Manifest, bounds: _Bounds, images: int) -> Bound:
     """The text encoder, once, and the VAE's decoder, picture by picture."""
     there = {name for segment in manifest.segments for name in segment.units}
     names = [segment.name for segment in manifest.segments if TEXT in segment.units]
@@ -139,14 +139,14 @@ def _unet_time(schedule: Schedule, bounds: _Bounds, changed: bool) -> float:
     return sum(bounds.of(schedule.unets[step.unet], schedule.subgraph(step).segment_names, step.half).seconds for step in steps)
 
 
-def _sums(schedule: Schedule, bounds: _Bounds, full: Bound, ends: Bound) -> Iterator[str]:
+def _sums(schedule: Schedule, bounds: _Bounds, full: Bound, rest: Bound) -> Iterator[str]:
     least, most = (_unet_time(schedule, bounds, changed) for changed in (False, True))
     whole = full.seconds * schedule.steps
-    picture, unet = (from_to(1e3 * (least + more), 1e3 * (most + more), digits=2) for more in (ends.seconds, 0.0))
-    slower, faster = ((whole + ends.seconds) / (seconds + ends.seconds) for seconds in (most, least))
+    picture, unet = (from_to(1e3 * (least + more), 1e3 * (most + more), digits=2) for more in (rest.seconds, 0.0))
+    slower, faster = ((whole + rest.seconds) / (seconds + rest.seconds) for seconds in (most, least))
     yield (
         f"at best {picture} ms in all: the UNet's steps {unet} ms (full: {1e3 * whole:.2f}), text encoder and VAE "
-        f"{1e3 * ends.seconds:.2f} ms; {from_to(slower, faster, digits=2)} times as fast as full"
+        f"{1e3 * rest.seconds:.2f} ms; {from_to(slower, faster, digits=2)} times as fast as full"
     )
 
 

@@ -66,7 +66,7 @@ class Prompts:
             return [self.tokenizer(expand_words(prompt, self.tokenizer), verbose=False).input_ids for prompt in prompts]
 
     def _advice(self, chunks: int, needed: int) -> str:
-        """What would have a prompt read whole, where the engines' profile is what keeps it from that."""
+        """Advice to build for more chunks, where only the engines' profile keeps a prompt from being read whole; else empty."""
         by_profile = self._engine.has_profile and takes_chunks(self._manifest) and chunks == self._manifest.text_chunks
         return f" (engines built with --text-chunks {needed} read all)" if by_profile else ""
 

@@ -1,4 +1,4 @@
-"""What stands in the place of ComfyUI's UNet: takes its calls, and has a bundle's UNet run them by a plan."""
+"""The module that replaces ComfyUI's UNet: it takes the same calls, and runs a bundle's UNet by a plan."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace

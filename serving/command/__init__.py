@@ -1,1 +1,1 @@
-"""What ``unet-heirloom serve`` takes and does."""
+"""The command ``unet-heirloom serve``: its arguments, and how it starts and stops."""

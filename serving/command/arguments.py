@@ -46,7 +46,7 @@ def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description="Serve pictures over HTTP: OpenAI's image API, /generate, and a page. The key, where there is one, is in a "
-        "file or in UNET_HEIRLOOM_API_KEY, for what is on a command line others can read.",
+        "file or in UNET_HEIRLOOM_API_KEY, because others can read what is on a command line.",
     )
     add = parser.add_argument
     parser.add_version()
@@ -59,15 +59,15 @@ def _parser(prog: str) -> Parser:
     )
     add("--engine", default="onnxruntime", help="what runs the segments (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all of this machine (default: %(default)s)")
-    add("--port", type=int, default=7860, help="0 for any that is free (default: %(default)s)")
-    add("--api-key-file", type=Path, metavar="FILE", help="its first line is the key that requests must carry")
+    add("--port", type=int, default=7860, help="port to listen at; 0 for any that is free (default: %(default)s)")
+    add("--api-key-file", type=Path, metavar="FILE", help="a file whose first line is the key that requests must carry")
     add("--no-page", action="store_true", help="serve no page for browsers")
-    add("--max-queue", type=int, help="pictures that wait for each bundle; more are answered 429 (default: 64)")
+    add("--max-queue", type=int, help="pictures that may wait for each bundle; beyond that the answer is 429 (default: 64)")
     add("--max-batch", type=int, help="pictures made at once, where engine and memory allow it (default: 8)")
-    add("--batch-wait-ms", type=float, default=5.0, help="time to wait for others of a kind (default: %(default)g)")
-    add("--timeout", type=float, help="seconds that a request may wait and run, then 504 (default: 300)")
+    add("--batch-wait-ms", type=float, default=5.0, help="milliseconds to wait for requests of one kind (default: %(default)g)")
+    add("--timeout", type=float, help="seconds that a request may wait and run; then the answer is 504 (default: 300)")
     add("--stop-timeout", type=float, default=60.0, help="seconds to finish what was taken when stopped (default: %(default)g)")
-    add("--max-pixels", type=int, help="of a picture (default: 1048576)")
+    add("--max-pixels", type=int, help="pixels of a picture (default: 1048576)")
     add("--max-images", type=int, help="pictures of a request (default: 8)")
     add("--max-steps", type=int, help="denoising steps (default: 150)")
     add("--max-prompt", type=int, help="characters of a prompt (default: 2000)")

@@ -1,4 +1,4 @@
-"""What ``unet-heirloom serve`` does with its arguments."""
+"""The work of ``unet-heirloom serve`` once its arguments are read."""
 
 import logging
 import sys

@@ -93,7 +93,7 @@ def _pictures(calls: Calls, key: str | None) -> "APIRouter":
 
 
 def _about(service: Service, metrics: Metrics, key: str | None) -> "APIRouter":
-    """What is served, and how it goes."""
+    """The addresses that say which models are served, and how the service fares."""
     from fastapi import APIRouter
     from prometheus_client import CONTENT_TYPE_LATEST
     from starlette.responses import Response
@@ -119,7 +119,7 @@ def _about(service: Service, metrics: Metrics, key: str | None) -> "APIRouter":
 
 
 def _health(service: Service) -> "APIRouter":
-    """What a load balancer asks, without a key."""
+    """The addresses that a load balancer asks, without a key."""
     from fastapi import APIRouter
     from starlette.responses import JSONResponse
 

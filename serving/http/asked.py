@@ -16,7 +16,7 @@ from serving.limits import Limits
 __all__ = ["DESCRIPTIONS", "TRAVELS", "Asked", "optional_text", "plan_from", "read_plan", "request_from", "schema_of"]
 
 _STAYS = {"generator", "latents", "prompt_embeds", "negative_prompt_embeds", "output_type"}
-"""Fields that are tensors and objects of a process, and the form of what it gets."""
+"""Fields that cannot be sent: tensors and objects of a process, and the form in which it gets its pictures."""
 TRAVELS = tuple(each.name for each in fields(Request) if each.name not in _STAYS)
 """The fields of a request that can be sent."""
 _PICTURE = {"type": "string", "contentEncoding": "base64", "description": "a PNG, JPEG or WebP file in base64"}
@@ -27,7 +27,7 @@ DESCRIPTIONS = {
     "guidance_scale": "of classifier-free guidance; null for the model's own, 1 or less turns it off",
     "seed": "of the first picture, picture i has seed + i; or a list of each picture's; null draws one",
     "height": "in pixels; null for the image's own, or the model's first size",
-    "width": "likewise",
+    "width": "in pixels; null for the image's own, or the model's first size",
     "num_images": "pictures of each prompt",
     "scheduler": "ddim, pndm, dpm++, euler, heun, euler a, unipc or another",
     "plan": "presets joined by +, such as deepcache:3, or a plan as an object (docs/plans.md)",
@@ -39,7 +39,7 @@ DESCRIPTIONS = {
     "long_prompts": "chunks, or cut",
     "clip_skip": "layers that the text encoder leaves out, which the model must be built for",
 }
-"""What each field means, for the page of the interface."""
+"""The meaning of each field, for the page of the interface."""
 
 
 class Asked(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a caller is told of an error: OpenAI's form, one line of ours, and nothing of this machine."""
+"""The answers for errors: in OpenAI's form, one line of ours, and nothing of this machine."""
 
 import logging
 import re

@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["HEADERS", "interface_page"]
 
 HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-"""What a browser is told of it: to ask nobody for anything."""
+"""The headers of the page, by which a browser asks no server for anything."""
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.3rem .6rem;"
@@ -49,7 +49,7 @@ def _fields(schema: Mapping[str, Any]) -> str:
 
 
 def _kind(field: Mapping[str, Any]) -> str:
-    """What a field's value is, in words."""
+    """The kind of a field's value, in words."""
     if "enum" in field:
         return " or ".join(json.dumps(value) for value in field["enum"])
     if "anyOf" in field:

@@ -1,4 +1,4 @@
-"""What the service counts, in Prometheus' form."""
+"""The service's counters, in Prometheus' form."""
 
 from http import HTTPStatus
 

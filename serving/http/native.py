@@ -17,7 +17,7 @@ _OURS = {"source", "vae", "loras"}
 
 
 def read(given: Mapping[str, Any], limits: Limits) -> Asked:
-    """What is asked for; raises RequestError and PlanError for what cannot be."""
+    """The request that fields make; raises RequestError and PlanError for what cannot be made."""
     fields = {name: value for name, value in given.items() if name != "model"}
     return Asked(optional_text(given, "model"), request_from(fields, limits))
 

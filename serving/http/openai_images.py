@@ -45,7 +45,7 @@ SCHEMA["properties"]["seed"]["default"] = None
 
 
 def read(given: Mapping[str, Any], limits: Limits) -> Asked:
-    """What is asked for; raises RequestError and PlanError for what cannot be."""
+    """The request that fields make; raises RequestError and PlanError for what cannot be made."""
     for name in given:
         if name not in SCHEMA["properties"]:
             raise RequestError(f"unknown parameter {name!r:.60}; {did_you_mean(name, SCHEMA['properties'])}/docs lists them")

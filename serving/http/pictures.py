@@ -15,7 +15,7 @@ from serving.limits import Limits
 __all__ = ["decode_picture", "encode_picture"]
 
 _FORMATS = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff", "WEBP": b"RIFF"}
-"""What is read, and the first bytes of such files: Pillow knows many more formats, and some of them start programs."""
+"""The formats that are read, by their first bytes. Pillow knows many more, and starts programs for some of them."""
 _GIVE = "give a PNG, JPEG or WebP file in base64"
 
 

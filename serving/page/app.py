@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from runtime import Pipeline, Plan
 from serving.page.asked import size_names
 from serving.page.layout import Parts, gradio, lay_out
-from serving.page.look import CSS, theme
 from serving.page.site import Site
+from serving.page.theme import CSS, theme
 from serving.page.views import NOTHING_MADE, PARTS, View, status
 from serving.queueing.service import Service
 
@@ -107,7 +107,7 @@ def mount_page(
 
 
 def _tie(page: Any, site: Site, parts: Parts, at_once: int) -> None:
-    """What happens when a part is touched. None of it is an endpoint that other programs are offered."""
+    """Tie each part to the function that is called when it is touched. None of these is an endpoint for other programs."""
     gr = gradio()
     quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     told = [parts["bundle"], parts["plan"], parts["steps"], parts["uploaded"]]
@@ -164,7 +164,7 @@ def _tie_calls(page: Any, site: Site, parts: Parts, at_once: int, quick: dict[st
         site.calls.forget(_visitor(request))
 
     def end(told: str) -> tuple[Any, Any, Any]:
-        """Whatever happened: also where Gradio turned the call away, so that nothing began."""
+        """Free the buttons, however the call ended. If Gradio turned it away, nothing began, and the status says so."""
         lost = gr.update(value=status("wrong", NOTHING_MADE)) if "status running" in told else gr.skip()
         return lost, gr.update(interactive=True), gr.update(interactive=False)
 
@@ -225,7 +225,7 @@ def _uploaded(gr: Any, site: Site, bundle: str, path: str | None) -> tuple[Plan 
 
 
 def _of_bundle(gr: Any, site: Site, bundle: str) -> tuple[Any, Any, Any, Any, None]:
-    """What changes with the bundle: the way from quality to speed, plans, sizes, guidance; an uploaded plan is let go."""
+    """New values of the controls that depend on the bundle: speed, plan, sizes and guidance. An uploaded plan is dropped."""
     manifest, at = site.pipeline(bundle).manifest, site.first_rung(bundle)
     sizes = size_names(manifest)
     return (

@@ -1,4 +1,4 @@
-"""What a visitor asked for on the page, as a request. Whatever a browser sends is checked here or by ``Request``."""
+"""The controls that a visitor set, as a request. Whatever a browser sends is checked here or by ``Request``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -96,7 +96,7 @@ def _ask(gr: Any, site: Site, cost: str) -> dict[str, Any]:
 
 
 def _more(gr: Any, manifest: Any) -> dict[str, Any]:
-    """What most visitors leave as it is."""
+    """Controls that most visitors leave as they are."""
     sizes, made = size_names(manifest), dict[str, Any]()
     with gr.Accordion("Settings", open=True, elem_id="settings"):
         made["negative"] = gr.Textbox(label="negative prompt", elem_id="negative")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engines.support.records import one_line
 from runtime import PRESETS, Pipeline, Plan, PlanError, find_plan
-from runtime.plans.found import described_find
+from runtime.plans.notes import described_find
 from runtime.plans.schedule import Schedule
 from runtime.report.cost import from_to, relative_macs
 
@@ -70,13 +70,13 @@ def lay_out(pipeline: Pipeline, plan: Plan, steps: int, guided: bool = True) -> 
 
 
 def share_of_macs(schedule: Schedule) -> str:
-    """What a schedule costs of ``full``, such as ``42 %``; a range where steps are decided while running."""
+    """The cost of a schedule as a share of ``full``'s, such as ``42 %``; a range where steps are decided while running."""
     least, most = (100 * relative_macs(schedule, changed=changed) for changed in (False, True))
     return f"{from_to(least, most, digits=0)} %"
 
 
 def described(schedule: Schedule) -> str:
-    """What a plan costs and what it was found for, in words."""
+    """The cost of a plan and the settings that it was found for, in words."""
     cost = f"{share_of_macs(schedule)} of the multiply-accumulates of full"
     return "; ".join(filter(None, [cost, described_find(schedule.plan)]))
 

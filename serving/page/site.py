@@ -1,4 +1,4 @@
-"""What the page does when something on it is touched: functions of plain values, which ``app`` ties to its parts."""
+"""Reactions of the page when something on it is touched: functions of plain values, which ``app`` ties to its parts."""
 
 import math
 import secrets
@@ -75,7 +75,7 @@ class Site:
         return names.index(str(plan)) if plan in names else None
 
     def describe(self, bundle: object, plan: object, steps: object, uploaded: Plan | None = None) -> tuple[str, str]:
-        """What a plan costs, and its strip, both as HTML; in the place of the first what is wrong with it."""
+        """The cost of a plan and its strip, both as HTML. If something is wrong, the first says what, and the second is empty."""
         try:
             pipeline = self.pipeline(bundle)
             found = chosen_plan(plan, self.rungs[str(bundle)], uploaded)
@@ -118,7 +118,7 @@ class Site:
                 yield {"status": status("wrong", self.said(error))}
 
     def said(self, error: Exception) -> str:
-        """What a visitor is told of an error: one line, in which bundles have the names that the page gives them."""
+        """The line that a visitor reads of an error; bundles have the names in it that the page gives them."""
         line = fault(error)
         if isinstance(error, UserError):
             for pipeline in self.pipelines.values():

@@ -22,7 +22,7 @@ _LEAST_LABELLED = 3
 
 
 class Strip:
-    """What a schedule computes and inherits at every step; steps that were decided while running become what they were."""
+    """The units that a schedule computes and inherits at every step; steps decided while running are filled in later."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule

@@ -1,4 +1,4 @@
-"""What the page shows of a call, from its first step to its end: plain values, which ``app`` puts into the page's parts."""
+"""The views of a call from its first step to its end: plain values, which ``app`` puts into the page's parts."""
 
 import logging
 import tempfile
@@ -12,10 +12,10 @@ from typing import Any
 
 from engines import UserError
 from runtime import Plan, Request, find_plan
-from runtime.plans.found import found_for_others, guidance_unread
+from runtime.plans.notes import found_for_others, guidance_unread
 from serving.page.asked import Asked
-from serving.page.beside import difference, figures
 from serving.page.calls import Made, StepDone, in_turns, run
+from serving.page.comparison import difference, figures
 from serving.page.plans import share_of_macs
 from serving.page.reproduce import IMAGE, MASK, as_command, as_python
 from serving.page.strip import Strip
@@ -42,7 +42,7 @@ def status(kind: str, text: str, share: float | None = None) -> str:
 
 
 def fault(error: BaseException) -> str:
-    """What is said of an error: a visitor's mistake in one line; anything else is unexpected, and its traceback logged."""
+    """The text for an error: a visitor's mistake in one line. Anything else is unexpected, and its traceback is logged."""
     if isinstance(error, UserError):
         return error.line
     _LOG.error("a fault on the page", exc_info=error)
@@ -66,7 +66,7 @@ def views(service: Service, model: str, asked: Asked, stop: threading.Event) -> 
         yield from _call(service, model, asked, stop, Path(folder))
 
 
-def _call(service: Service, model: str, asked: Asked, stop: threading.Event, place: Path) -> Iterator[View]:
+def _call(service: Service, model: str, asked: Asked, stop: threading.Event, folder: Path) -> Iterator[View]:
     pipeline = service.pipelines[model]
     request = asked.request(pipeline.manifest)
     compare = bool(asked.compare) and request.found_plan.name != "full"
@@ -81,20 +81,20 @@ def _call(service: Service, model: str, asked: Asked, stop: threading.Event, pla
     made = yield from _steps(service, model, request, stop, every, total, strip)
     share = share_of_macs(schedule)
     yield {
-        "picture": _saved(made, place / "picture.png"),
+        "picture": _saved(made, folder / "picture.png"),
         "figures": figures(made, share),
         "python": as_python(made.generation, pipeline),
         "command": as_command(made.generation, pipeline),
-        "files": _files(request, place),
+        "files": _files(request, folder),
     }
     if compare:
         whole = replace(request, plan=find_plan("full"))
         full = yield from _steps(service, model, whole, stop, 0, total)
         apart = difference(made.generation.image, full.generation.image)
-        apart.save(place / "difference.png")
+        apart.save(folder / "difference.png")
         yield {
-            "full": _saved(full, place / "full.png"),
-            "difference": place / "difference.png",
+            "full": _saved(full, folder / "full.png"),
+            "difference": folder / "difference.png",
             "figures": figures(made, share, full),
             "status": status("running", "measuring", 1),
         }
@@ -140,16 +140,16 @@ def _saved(made: Made, path: Path) -> Path:
     return made.generation.save(path)[0]
 
 
-def _files(request: Request, place: Path) -> list[str] | None:
-    """What the texts read beside the bundle."""
+def _files(request: Request, folder: Path) -> list[str] | None:
+    """The pictures of a request as files, which the texts read beside the bundle; None where it has none."""
     pictures = [(name, picture) for name, picture in ((IMAGE, request.image), (MASK, request.mask)) if picture is not None]
     for name, picture in pictures:
-        picture.save(place / name)  # type: ignore[union-attr]  # PIL images: see Asked
-    return [str(place / name) for name, _ in pictures] or None
+        picture.save(folder / name)  # type: ignore[union-attr]  # PIL images: see Asked
+    return [str(folder / name) for name, _ in pictures] or None
 
 
 def _notes(made: Made, plan: Plan, request: Request, guided: bool) -> list[str]:
-    """What a visitor should know of the picture."""
+    """Remarks for the visitor on a picture and its plan."""
     unread = [f"not read, for the prompt is too long: {words}" for words in made.generation.unread if words]
     told = found_for_others(plan, request.scheduler, request.steps), guidance_unread(plan, guided)
     return list(filter(None, [*told, *unread]))

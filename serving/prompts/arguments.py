@@ -30,24 +30,24 @@ def _parser(prog: str) -> Parser:
     parser = Parser(
         prog=prog,
         description="Make a picture for each line of a file: a prompt, or in a .jsonl file an object with fields of "
-        "runtime.Request. What is there already, made from the same line by the same bundle, is not made again.",
+        "runtime.Request. A picture that is there already, made from the same line by the same bundle, is not made again.",
     )
     add = parser.add_argument
     parser.add_version()
     add("file", type=Path, help="the prompts: a text file, or .jsonl; empty lines are skipped")
-    add("--bundle", help="a bundle's folder, or where one is brought from (default: the one in ./bundles that was built last)")
+    add("--bundle", help="a bundle's folder, or an address to fetch one from (default: the one in ./bundles that was built last)")
     add("--engine", default="onnxruntime", help="what runs the segments (default: %(default)s)")
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("-o", "--out", type=Path, metavar="DIR", help="for PNG files named by line (default: pictures)")
-    target.add_argument("--shards", type=Path, metavar="DIR", help="for .tar files in webdataset's form instead")
-    add("--shard-size", type=int, default=1000, help="lines in each of them (default: %(default)s)")
+    target.add_argument("-o", "--out", type=Path, metavar="DIR", help="folder for PNG files named by line (default: pictures)")
+    target.add_argument("--shards", type=Path, metavar="DIR", help="folder for .tar files in webdataset's form instead")
+    add("--shard-size", type=int, default=1000, help="lines in each shard (default: %(default)s)")
     add("--batch", type=int, default=8, help="pictures made at once, where engine and memory allow it (default: %(default)s)")
     add("--stop-at-error", action="store_true", help="stop at the first line of which no picture can be made")
     add("--quiet", action="store_true", help="print nothing but warnings and errors")
     add("--workers", type=int, metavar="N", help="run N processes with Ray Data, on one machine or a cluster")
-    add("--cpus-per-worker", type=float, metavar="N", help="cores of each (default: 1)")
-    add("--gpus-per-worker", type=float, metavar="N", help="GPUs of each, or parts of one (default: 0)")
-    add("--ray-address", metavar="ADDRESS", help="of a cluster that runs, or `auto` (default: one for this call, here)")
+    add("--cpus-per-worker", type=float, metavar="N", help="cores of each worker (default: 1)")
+    add("--gpus-per-worker", type=float, metavar="N", help="GPUs of each worker, or parts of one (default: 0)")
+    add("--ray-address", metavar="ADDRESS", help="address of a running cluster, or `auto` (default: a new one, here)")
     _add_fields(parser)
     return parser
 
@@ -61,7 +61,7 @@ def _add_fields(parser: Parser) -> None:
     add("--guidance", type=float, help="classifier-free guidance scale (default: the bundle's)")
     add("--negative", default="", help="what pictures should not show")
     add("--size", help="HEIGHTxWIDTH in pixels (default: the bundle's first size)")
-    add("--seed", type=int, default=0, help="of line 1; line N has this and N - 1 more (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of line 1; that of line N is N - 1 more (default: %(default)s)")
 
 
 def fields_of(options: Namespace) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def is_there(folder: Path, asked: Asked, marks: Mapping[str, str]) -> bool:
 
 
 def mark_in(picture: Path | IO[bytes]) -> str | None:
-    """What a PNG file tells of the line that it was made from; its pixels are not read."""
+    """The fingerprint in a PNG file of the line that it was made from; its pixels are not read."""
     try:
         with Image.open(picture, formats=["PNG"]) as image:
             found = image.info.get(_MARK)

@@ -1,4 +1,4 @@
-"""What a call makes of a file: where pictures go, which are there already, and when a shard is whole."""
+"""The work on a file of prompts: where pictures go, which are there already, and when a shard is whole."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

@@ -139,5 +139,5 @@ def _digest(name: str, path: Path) -> str:
 
 
 def in_words(number: int, error: UserError) -> str:
-    """What is said of a line of which no picture was made."""
+    """The message for a line of which no picture was made."""
     return f"line {number}: {error.line}"

@@ -25,7 +25,7 @@ class Shown:
         """So many lines are done."""
 
     def line(self, done: int, there: int) -> str | None:
-        """What is told now; None where something was told a short while ago."""
+        """The line to print now; None where one was printed a short while ago."""
         now = time.monotonic()
         if now - self._told < _EVERY:
             return None

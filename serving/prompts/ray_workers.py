@@ -37,7 +37,7 @@ class Painter:
         self._job, self._pipeline = job, load(job.bundle, job.engine)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
-        """What became of lines: their numbers, how many pictures each has, and why it has none."""
+        """The outcome of lines: their numbers, how many pictures each has, and why one has none."""
         asked: list[Asked] = []
         faults: dict[int, str] = {}
 

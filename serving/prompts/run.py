@@ -1,4 +1,4 @@
-"""What ``python -m serving.prompts`` does with its arguments."""
+"""The work of ``python -m serving.prompts`` once its arguments are read."""
 
 import sys
 from argparse import Namespace
@@ -58,7 +58,7 @@ def run(options: Namespace) -> int:
 
 
 class _Told:
-    """What became of lines, counted; those of which no picture can be made are told of."""
+    """The outcome of lines, counted. Those of which no picture can be made are warned of."""
 
     def __init__(self, stop: bool) -> None:
         self.made = self.not_made = 0

@@ -27,7 +27,7 @@ _SETTINGS = "shards.json"
 
 
 class _Settings(Record):
-    """What a folder of shards says of them."""
+    """The settings that a folder of shards was begun with."""
 
     lines: int
 

@@ -28,7 +28,7 @@ class Single:
 
 @dataclass(frozen=True)
 class Kind:
-    """What pictures must have in common to be made at once, so that each is the one that it would be alone.
+    """The values that pictures must share to be made at once, so that each is the one that it would be alone.
 
     ``common`` is a request with the sizes and guidance that hold, and with prompts and seeds that mean nothing. ``tokens`` are
     those of its text features: a longer prompt beside it would lengthen them. ``most`` pictures of it are made at once.
@@ -50,7 +50,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Made:
-    """What a request gets: its pictures and, where they were made in several batches, the steps of the first of these."""
+    """The answer to a request: its pictures and, where they were made in several batches, the steps of the first of these."""
 
     images: tuple[Image.Image, ...]
     made_from: tuple[Mapping[str, Any], ...]

@@ -36,7 +36,7 @@ HARMLESS = {
     "runtime/embedded.py",
     # which pieces are kept, in which order they are made and what is told of it
     "exporter/segments/artifacts.py",
-    "exporter/segments/known_pieces.py",
+    "exporter/segments/artifact_index.py",
     "exporter/segments/pool.py",
     "exporter/segments/progress.py",
 }

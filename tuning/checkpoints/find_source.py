@@ -29,9 +29,9 @@ __all__ = [
     "check_apart",
     "fetch",
     "find_source",
+    "named_path",
     "open_unet",
     "path_of",
-    "place_of",
     "random_unet",
 ]
 
@@ -148,8 +148,8 @@ def _check_variant(source: str, variant: str | None) -> None:
 def _check_has(source: str, folder: Path, variant: str | None) -> None:
     """Raise TuningError where no part has weights of the variant: a name that was misspelt would be without effect."""
     found: set[str | None] = set()
-    for place in (folder, *(folder / part for part, has_weights in PARTS.items() if has_weights)):
-        names = [path.name for path in place.iterdir()] if place.is_dir() else []
+    for each in (folder, *(folder / part for part, has_weights in PARTS.items() if has_weights)):
+        names = [path.name for path in each.iterdir()] if each.is_dir() else []
         found |= {name for stem in ("model", stem_of("unet")) for name in variants_in(names, stem)}
     if variant is not None and variant not in found:
         others = ", ".join(sorted(name for name in found if name)) or "none"
@@ -159,14 +159,14 @@ def _check_has(source: str, folder: Path, variant: str | None) -> None:
         )
 
 
-def place_of(source: str) -> Path:
+def named_path(source: str) -> Path:
     """The folder or the file that a source's name means, whether it is there or not."""
     return EMBEDDED.get(source) or expanded(source)
 
 
 def check_apart(out: Path, read: Path, what: str) -> None:
     """Raise TuningError where ``out`` is the folder ``read``, or that of a part of it: what is read may not be written over."""
-    if read.is_dir() and real_path(expanded(out)) in {real_path(place) for place in (read, *(read / part for part in PARTS))}:
+    if read.is_dir() and real_path(expanded(out)) in {real_path(path) for path in (read, *(read / part for part in PARTS))}:
         raise TuningError(f"--out {out} is where the {what} is read from; choose another folder")
 
 
@@ -176,7 +176,7 @@ def path_of(source: str) -> Path:
     Raises:
         TuningError: it is a pickle, or a file that is missing.
     """
-    path = place_of(source)
+    path = named_path(source)
     if path.suffix in {*PICKLES, ".safetensors"} and not exists(path):
         raise TuningError(f"source {path}: no such file; {_CHOICES}")
     if is_file(path) and path.suffix in PICKLES:

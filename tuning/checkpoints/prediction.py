@@ -1,4 +1,4 @@
-"""What a single file says that its UNet predicts: the noise, or v (Salimans and Ho, arXiv 2202.00512).
+"""The prediction type that a single file names for its UNet: the noise, or v (Salimans and Ho, arXiv 2202.00512).
 
 Stability AI's ModelSpec has ``modelspec.prediction_type`` in the header for it; ComfyUI writes ``modelspec.predict_key`` there,
 and a tensor ``v_pred``, with ``ztsnr`` beside it where noise went up to a signal of zero (Lin et al., arXiv 2305.08891).
@@ -20,8 +20,8 @@ _WORDS: dict[str, Literal["epsilon", "v_prediction"]] = {
 
 
 class Prediction(NamedTuple):
-    """What is predicted, in diffusers' word (None where the file's word is not known), by what the file says it, and how far its
-    noise goes.
+    """A prediction type in diffusers' word (None where the file's word is not known), the entry of the file that names it, and
+    whether the noise went up to a signal of zero.
     """
 
     kind: Literal["epsilon", "v_prediction"] | None
@@ -30,7 +30,7 @@ class Prediction(NamedTuple):
 
     @property
     def scheduler_changes(self) -> dict[str, Any]:
-        """What a scheduler's configuration has to say for it, as diffusers' documents advise."""
+        """The settings that a scheduler needs for it, as diffusers' documentation advises."""
         changes: dict[str, Any] = {} if self.kind is None else {"prediction_type": self.kind}
         return changes | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if self.zero_snr else {})
 
@@ -45,7 +45,7 @@ class Prediction(NamedTuple):
 
 
 def read_prediction(path: Path) -> Prediction | None:
-    """What a file says of it; None where it says nothing. Raises TuningError where the file cannot be read."""
+    """The prediction type that a file names; None where it names none. Raises TuningError where the file cannot be read."""
     names, header = mmap_safetensors(path).keys(), metadata_of(path)
     if _V in names:
         return Prediction("v_prediction", f"it has a tensor {_V}", _ZERO_SNR in names)

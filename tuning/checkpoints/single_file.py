@@ -59,7 +59,7 @@ def has_only_averages(names: Iterable[str]) -> bool:
 
 
 def _of_part(named: Mapping[str, Named], part: str) -> dict[str, Named]:
-    """What belongs to a part, by the names of tensors."""
+    """The tensors of a part, chosen by their names."""
     prefix = _AVERAGED if part == "unet" and has_only_averages(named) else _PREFIX[part]
     return {name: value for name, value in named.items() if name.startswith(prefix)}
 

@@ -17,7 +17,7 @@ from engines.support.tokenizers import check_tokenizer, length_in, load_clip_tok
 from tuning.checkpoints.configs import Extent, check_fit
 from tuning.checkpoints.files import CONFIGURATIONS, check_file, read_json
 from tuning.checkpoints.folder import extent_of, meta_unet, unet_weights
-from tuning.checkpoints.parts import LOADERS, SKELETONS
+from tuning.checkpoints.part_loaders import LOADERS, SKELETONS
 from tuning.checkpoints.prediction import read_prediction
 from tuning.checkpoints.single_file import has_only_averages, misfit, shapes_in_file, single_file_weights
 from tuning.checkpoints.weight_files import PICKLES, find_weights
@@ -107,7 +107,7 @@ class Source(ABC):
         return positions if found is None else min(found, positions)
 
     def scheduler_changes(self) -> dict[str, Any]:
-        """What the weights ask of the scheduler that its configuration does not say."""
+        """Settings of the scheduler that the weights ask for and its configuration lacks."""
         return {}
 
     def scheduler_config(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Source(ABC):
             return read_json(self.folder / "scheduler" / "scheduler_config.json") | self.scheduler_changes()
 
     def notes(self) -> list[str]:
-        """What a person should know of how the source is read."""
+        """Remarks on how the source is read, for a person."""
         return []
 
     def check_fit(self) -> None:
@@ -204,7 +204,7 @@ class FileSource(Source):
         return {} if found is None or self.configured else found.scheduler_changes
 
     def notes(self) -> list[str]:
-        """What it predicts, where the file says so, and whether its weights are averaged ones."""
+        """Remarks: its prediction type, where the file names one, and whether its weights are averaged ones."""
         found, notes = read_prediction(self.path), []
         if found is not None:
             kept = " (the scheduler is that of --config)" if self.configured else ""

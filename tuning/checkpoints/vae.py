@@ -1,4 +1,4 @@
-"""Another VAE in the place of a source's own: that of a diffusers folder, of a hub's repository, or of a single file."""
+"""Another VAE instead of a source's own: that of a diffusers folder, of a hub's repository, or of a single file."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from tuning.checkpoints.configs import Extent
 from tuning.checkpoints.files import read_json
 from tuning.checkpoints.find_source import SD15, fetch, path_of
 from tuning.checkpoints.folder import extent_of
-from tuning.checkpoints.parts import SKELETONS, is_tiny
+from tuning.checkpoints.part_loaders import SKELETONS, is_tiny
 from tuning.checkpoints.single_file import check_converted, vae_tensors
 from tuning.checkpoints.source import check_part, library_weights, reading
 from tuning.checkpoints.weight_files import find_weights
@@ -68,7 +68,7 @@ class Vae(ABC):
             )
 
     def note(self, own: Path) -> str | None:
-        """What a person should know of it: a scale of latents that is not that of the VAE configured in ``own``."""
+        """A warning if its scale of latents is not that of the VAE configured in ``own``; else None."""
         vae: Any = self.skeleton()
         config = _config_in(own)
         wanted = config.get("scaling_factor", vae.config.scaling_factor)

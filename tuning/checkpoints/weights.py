@@ -62,7 +62,7 @@ class Weights(ABC):
     def _take(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]: ...
 
     def changes(self, names: Iterable[str]) -> list[str]:
-        """What was added to tensors of these names since their files were written, each as a line of text with a hash."""
+        """The changes to tensors of these names since their files were written, each as a line of text with a hash."""
         return []
 
     def check(self, shapes: Mapping[str, Size]) -> None:

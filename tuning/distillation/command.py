@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from engines.support.files import expanded, remove_partials
-from tuning.checkpoints.find_source import check_apart, place_of
+from tuning.checkpoints.find_source import check_apart, named_path
 from tuning.checkpoints.folder import load_unet, save_part
 from tuning.distillation.losses import check_pair
 from tuning.distillation.options import DistillOptions, remember
@@ -102,7 +102,7 @@ def _measure(options: DistillOptions, teacher: Teacher) -> Callable[[UNet2DCondi
 
 def _check_out(options: DistillOptions) -> None:
     """Nothing that is read may be written over."""
-    check_apart(options.out, place_of(options.teacher), "teacher")
+    check_apart(options.out, named_path(options.teacher), "teacher")
     for name in ("student", "data"):
         check_apart(options.out, expanded(getattr(options, name)), name)
 

@@ -26,9 +26,9 @@ class LatentsOptions:
 def add_arguments(parser: Parser) -> None:
     """Adds the arguments of `latents`."""
     add, whole = parser.add_argument, number(int, 1)
-    add("--source", required=True, help="whose autoencoder and tokenizer are used: mini, a diffusers folder, a hub id, a file")
-    add("--variant-files", help="which weight files of a folder or hub id, such as fp16 (default: those without)")
-    add("--vae", help="a VAE in the place of the source's, as distill is given it")
+    add("--source", required=True, help="model whose autoencoder and tokenizer to use: mini, a diffusers folder, hub id or file")
+    add("--variant-files", help="variant of the weight files to read, such as fp16 (default: those without)")
+    add("--vae", help="a VAE instead of the source's; give distill the same")
     parser.refuse("--lora", "it changes neither latents nor tokens; leave it out here, and give it to distill")
     add("--data", required=True, help="a folder of pictures and metadata.jsonl, or .tar shards")
     add("--out", type=Path, required=True, help="folder for the latents")

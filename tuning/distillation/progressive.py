@@ -25,9 +25,9 @@ def next_removal(original: nn.Module, student: nn.Module, recipe: Recipe, stage:
     Raises:
         TuningError: the portions up to this one are no removal that leaves a whole UNet.
     """
-    kept = resolve_removals(original, _up_to(recipe, stage))
+    pruning = resolve_removals(original, _up_to(recipe, stage))
     now = removed_units(original, _up_to(recipe, stage + 1))
-    gone = tuple(unit for unit in unit_modules(student) if kept.origin(unit) in now)
+    gone = tuple(unit for unit in unit_modules(student) if pruning.origin(unit) in now)
     experts = recipe.experts if stages_of(recipe) == 1 else None
     return Recipe(name=recipe.name, remove=gone, experts=experts, loss=recipe.loss)
 

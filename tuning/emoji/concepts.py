@@ -130,7 +130,7 @@ class Pair:
 
     @property
     def prompt(self) -> str:
-        """What asks for its picture."""
+        """The prompt for its picture."""
         return f"{self.concept}, {self.style} style"
 
 

@@ -1,4 +1,4 @@
-"""What the reader trains on: emoji at the size that it looks at, turned, stretched, tinted, covered, noisy and blurred.
+"""The pictures that the reader trains on: emoji at its size, turned, stretched, tinted, covered, noisy and blurred.
 
 Sets draw the same concept in other colours, proportions and directions; a reader that has seen four of them is to read a fifth.
 """

@@ -25,7 +25,7 @@ __all__ = ["find_changed_source", "open_changed_unet"]
 
 @dataclass(frozen=True)
 class _ChangedSource(Source):
-    """``plain`` with ``loras`` fused, in that order, and with ``vae`` in the place of its own."""
+    """``plain`` with ``loras`` fused, in that order, and with ``vae`` instead of its own."""
 
     plain: Source
     loras: tuple[Lora, ...] = ()
@@ -87,7 +87,7 @@ def find_changed_source(source: str, variant: str | None = None, loras: Sequence
 
     Args:
         source: as ``find_source`` takes it.
-        variant: of its weight files, likewise.
+        variant: of its weight files, as ``find_source`` takes it.
         loras: in the order in which they are fused.
         vae: as ``find_vae`` takes it; then the source needs none.
 

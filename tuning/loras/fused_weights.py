@@ -21,7 +21,7 @@ _AT_ONCE = 1 << 26
 
 @dataclass(frozen=True)
 class _Addition:
-    """What one LoRA adds to one weight: ``factor`` times a product of two tensors of its file."""
+    """The change of one weight by one LoRA: ``factor`` times a product of two tensors of its file."""
 
     path: Path
     layer: LoraLayer

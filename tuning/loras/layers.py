@@ -30,7 +30,7 @@ _KINDS = {
 """Other kinds of adapters, by what the names of their tensors have in them."""
 _TENSOR = re.compile(r"(unet|text_encoder)\.(.+)\.lora_([AB])\.weight")
 _STEM = re.compile(r"[._]lora(_linear_layer)?[._](down|A)[._]")
-"""What ends a layer's own name in the name of its down tensor, whichever program wrote it."""
+"""The text that follows a layer's own name in the name of its down tensor, whichever program wrote it."""
 _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 """By the width of the text that a UNet's cross attentions read."""
 _READS_TEXT = re.compile(r"attn2\.to_[kv]$")
@@ -38,7 +38,7 @@ _READS_TEXT = re.compile(r"attn2\.to_[kv]$")
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """What a file adds to one weight: ``factor`` times the product of its tensors of these names."""
+    """The change of one weight by a file: ``factor`` times the product of its tensors of these names."""
 
     up: str
     down: str
@@ -262,5 +262,5 @@ def _strangers(names: list[str], count: int, what: str = "tensors") -> str:
 
 
 def _give(width: int | None) -> str:
-    """What to give instead."""
+    """Advice on which LoRA to give instead."""
     return f"give one for {_FAMILIES.get(width, 'the source') if width else 'the model that the source is made from'}"

@@ -1,4 +1,4 @@
-"""What a UNet's folder says of LoRAs that were in the UNet which it was made of: a build then fuses them into text alone."""
+"""The note in a UNet's folder of LoRAs that its weights contain already: a build fuses these into the text encoder alone."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What ``python -m tuning plan`` does, from its options to the plan file or the front."""
+"""The work of ``python -m tuning plan``, from its options to the plan file or the front."""
 
 import hashlib
 import json
@@ -23,8 +23,8 @@ from runtime.report.cost import full_macs
 from runtime.request import Request
 from tuning.errors import TuningError
 from tuning.planning.costs import Costs, MacCosts, TimeCosts
+from tuning.planning.evaluation import Pictures, choose_prompts, pictures_at_a_time
 from tuning.planning.options import PlanOptions
-from tuning.planning.pictures import Pictures, choose_prompts, pictures_at_a_time
 from tuning.planning.progress import SearchProgress, duration
 from tuning.planning.report import Row, controls, fewer_steps, judge, plot_front, table
 from tuning.planning.search import Search
@@ -135,7 +135,7 @@ def _least_images(pipeline: Pipeline) -> int:
 
 
 def _space(pipeline: Pipeline, bundles: Sequence[Bundle], first: Prepared) -> Space:
-    """What the bundles can run; raises TuningError where one is not where plans find it."""
+    """The choices that the bundles allow; raises TuningError where one is not where plans find it."""
     unets = tuple(bundle.manifest.variant for bundle in bundles)
     halves = first.guided and not pipeline.is_static
     space = Space(first.schedule.timesteps, (), unets, first.scheduler.config.num_train_timesteps, halves)
@@ -192,10 +192,10 @@ def _write_plan(job: _Job) -> None:
     found = _judged(job, point)
     rows = [found, *_same_cost(job, point)]
     job.console.print(table(rows, [len(each.prompts) for each in job.pictures]))
-    _write(job, options.place, point, found)
-    given = f"--bundle {quote(str(job.pictures[0].pipeline.bundle.folder))} --plan {quote(str(options.place))}"
+    _write(job, options.path, point, found)
+    given = f"--bundle {quote(str(job.pictures[0].pipeline.bundle.folder))} --plan {quote(str(options.path))}"
     given += f" --scheduler {quote(options.scheduler)} --steps {options.steps}"
-    job.progress.say(f"written: {options.place}; python -m runtime PROMPT {given} runs it")
+    job.progress.say(f"written: {options.path}; python -m runtime PROMPT {given} runs it")
 
 
 def _write_front(job: _Job) -> None:
@@ -205,13 +205,13 @@ def _write_front(job: _Job) -> None:
     series = {"found": [_judged(job, point) for point in points]} | _control_series(job, chosen)
     job.console.print(table([row for rows in series.values() for row in rows], [len(each.prompts) for each in job.pictures]))
     for point, row in zip(points, series["found"], strict=True):
-        _write(job, options.place / f"{row.name}.json", point, row)
+        _write(job, options.path / f"{row.name}.json", point, row)
     figures = {name: [asdict(row) for row in rows] for name, rows in series.items()}
-    write_text(options.place / "front.json", json.dumps(figures, indent=1) + "\n")
+    write_text(options.path / "front.json", json.dumps(figures, indent=1) + "\n")
     title = f"{options.steps} steps of {options.scheduler}, {job.pictures[0].pipeline.manifest.source}"
     measure = f"mean of {len(job.pictures[-1].prompts)} prompts" + (" not used to find them" if len(job.pictures) > 1 else "")
-    plot_front(series, options.place / "front.png", title, measure)
-    job.progress.say(f"written: {len(points)} plans, front.json and front.png in {options.place}")
+    plot_front(series, options.path / "front.png", title, measure)
+    job.progress.say(f"written: {len(points)} plans, front.json and front.png in {options.path}")
 
 
 def _budgets(search: Search) -> list[float]:

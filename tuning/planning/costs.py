@@ -1,4 +1,4 @@
-"""What a plan costs, as a share of ``full``: known before it is run, from MACs or from the time of each kind of step here."""
+"""The cost of a plan as a share of ``full``: known before it runs, from MACs or from the time of each kind of step here."""
 
 import statistics
 from collections.abc import Mapping, Sequence

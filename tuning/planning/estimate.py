@@ -1,4 +1,4 @@
-"""What the errors of single gaps say of whole plans, as far as they add up: where to begin, and what to try first."""
+"""The errors of whole plans estimated from those of single gaps: where to begin a search, and what to try first."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

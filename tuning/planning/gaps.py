@@ -1,4 +1,4 @@
-"""What a single gap between key steps does to the final latents, all else being computed."""
+"""The error in the final latents from a single gap between key steps, all other steps being computed."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -16,7 +16,7 @@ from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from runtime.prepared import Prepared, latent_shape
 from runtime.request import Request
-from tuning.planning.pictures import Pictures, typical_error
+from tuning.planning.evaluation import Pictures, typical_error
 
 __all__ = ["Trajectories"]
 
@@ -46,7 +46,7 @@ class _From(Executor):
 
 
 class Trajectories:
-    """The trajectories of ``full``, which can be gone on with from every step under another plan.
+    """The trajectories of ``full``, which can be resumed from every step under another plan.
 
     Args:
         pictures: whose trajectories.

@@ -11,7 +11,7 @@ _ROUNDING = 1e-9
 
 
 class Gap(NamedTuple):
-    """What the steps from a key step up to the next do in between, the error that this makes, and what they cost together."""
+    """The steps from a key step up to the next: the kind of those in between, the error from them, and the cost of all."""
 
     kind: str
     error: float

@@ -16,7 +16,7 @@ _MOST_DB = 100.0
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """One search: bundles, how pictures are made, what is wanted of the plan (one of ``budget``, ``psnr`` and ``front``).
+    """One search: bundles, how pictures are made, the aim of the plan (one of ``budget``, ``psnr`` and ``front``).
 
     ``budget`` is a share of the cost of ``full``; ``psnr`` is in dB; ``tries`` are plans of the local search; ``size`` is
     HEIGHTxWIDTH in pixels, None for the bundle's first; ``guidance_scale`` None is the bundle's.
@@ -38,14 +38,14 @@ class PlanOptions:
     out: Path | None = None
 
     @property
-    def place(self) -> Path:
+    def path(self) -> Path:
         """Where the result is written: a .json file, or with ``front`` a folder."""
         return self.out or Path("plans" if self.front else "plan.json")
 
     @property
     def state(self) -> Path:
         """The file that keeps what was measured until the search is done."""
-        return self.place.with_name(f"{self.place.name.removesuffix('.json')}.search.json")
+        return self.path.with_name(f"{self.path.name.removesuffix('.json')}.search.json")
 
     @property
     def height_and_width(self) -> tuple[int, int] | None:
@@ -57,7 +57,7 @@ class PlanOptions:
 
         Raises:
             UserError: an option is out of its range, or the result could not be written.
-            OSError: there is no place to write to.
+            OSError: the result could not be written.
         """
         self._check_wanted()
         if self.engine == "null":
@@ -72,7 +72,7 @@ class PlanOptions:
 
         check_scheduler(self.scheduler)
         _ = self.height_and_width
-        self._check_place()
+        self._check_path()
 
     def _check_wanted(self) -> None:
         if sum((self.budget is not None, self.psnr is not None, self.front)) != 1:
@@ -82,13 +82,13 @@ class PlanOptions:
         if self.psnr is not None and not 0 < self.psnr <= _MOST_DB:
             raise TuningError(f"--psnr {self.psnr:g}: must be in dB, above 0 and up to {_MOST_DB:g}, such as 50")
 
-    def _check_place(self) -> None:
-        place = self.place
-        if self.front and place.exists() and not place.is_dir():
-            raise TuningError(f"--out {place} is a file; with --front choose a folder, for a plan file for each cost")
-        if not self.front and (place.suffix != ".json" or place.is_dir()):
-            raise TuningError(f"--out {place}: choose the name of a .json file, such as plan.json")
-        check_writable(place if self.front else place.parent)
+    def _check_path(self) -> None:
+        path = self.path
+        if self.front and path.exists() and not path.is_dir():
+            raise TuningError(f"--out {path} is a file; with --front choose a folder, for a plan file for each cost")
+        if not self.front and (path.suffix != ".json" or path.is_dir()):
+            raise TuningError(f"--out {path}: choose the name of a .json file, such as plan.json")
+        check_writable(path if self.front else path.parent)
 
 
 def add_arguments(parser: Parser) -> None:

@@ -1,4 +1,4 @@
-"""What is said of found plans, with controls of the same cost beside them: as a table, and as a plot."""
+"""The report on found plans, with controls of the same cost beside them: as a table, and as a plot."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from runtime.errors import PlanError
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from tuning.planning.costs import Costs
-from tuning.planning.pictures import Pictures
+from tuning.planning.evaluation import Pictures
 
 __all__ = ["Row", "controls", "fewer_steps", "judge", "plot_front", "table"]
 

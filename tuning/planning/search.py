@@ -9,9 +9,9 @@ from functools import partial
 from tuning.errors import TuningError
 from tuning.planning.costs import Costs
 from tuning.planning.estimate import INHERIT, SKIP, Errors, Estimate, gaps_of
+from tuning.planning.evaluation import Pictures
 from tuning.planning.gaps import Trajectories
 from tuning.planning.optimise import climb
-from tuning.planning.pictures import Pictures
 from tuning.planning.progress import SearchProgress
 from tuning.planning.space import COORDINATES, Coordinate, Point, Space, uniform
 from tuning.planning.state import State
@@ -164,7 +164,7 @@ class Search:
         return self.space.steps - max(0, gap[0] - 1) - inside * (1 - self._step_cost(kind, self._templates()[0]))
 
     def _step_cost(self, kind: str, template: Point) -> float:
-        """What a step that inherits, or is skipped, costs as a share of a key step."""
+        """The cost of a step that inherits, or is skipped, as a share of a key step's."""
         if self.space.steps < 3 and kind == SKIP:
             return 0.0
         others = tuple(step for step in range(self.space.steps) if step != 1)
@@ -242,7 +242,7 @@ class Search:
 
 
 def _alike(point: Point) -> object:
-    """What the cost of a point depends on: without a switch, how many steps there are of each sort."""
+    """The part of a point that its cost depends on: without a switch, how many steps there are of each sort."""
     if point.switch:
         return point
     whole = len({*point.halves}.intersection(point.keys)), len({*point.halves}.difference(point.keys))

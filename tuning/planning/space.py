@@ -38,7 +38,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Space:
-    """What can be chosen.
+    """The choices that a search has.
 
     Args:
         timesteps: of each model evaluation.

@@ -1,4 +1,4 @@
-"""What a search has measured so far, in a small file beside its result: the same search does not measure it again.
+"""The measurements of a search, in a small file beside its result: the same search does not measure them again.
 
 A search is a function of what it measures, so that one which was stopped comes to the same plan.
 """

@@ -44,8 +44,8 @@ def recipe_of(remove: tuple[str, ...], name: str = "assembled") -> Recipe:
 
 def gone_units(unet: UNet2DConditionModel, recipe: Recipe) -> frozenset[str]:
     """The units that this recipe leaves out, a sampler that loses its stage among them. Raises TuningError if it does not fit."""
-    kept = resolve_removals(unet, recipe)
-    stays = {kept.origin(unit) for unit in unit_modules(assemble(unet, recipe, share=True))}
+    pruning = resolve_removals(unet, recipe)
+    stays = {pruning.origin(unit) for unit in unit_modules(assemble(unet, recipe, share=True))}
     return frozenset(unit for unit in unit_modules(unet) if unit not in stays)
 
 

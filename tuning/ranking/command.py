@@ -39,10 +39,10 @@ __all__ = ["RankOptions", "rank_command"]
 
 @dataclass(frozen=True)
 class RankOptions:
-    """The UNet to rank, in which files its source has it, with which LoRAs, the one to time, and how thoroughly.
+    """A ranking: the UNet whose errors count with its files and LoRAs, the UNet to time (`times`), and how much is measured.
 
-    `latents` is a side, 0 for the UNet's own, at most 32; `device` is "cpu" or "cuda", None for CUDA where torch sees it;
-    `name` is that of the recipe, and of its file in `out`.
+    `latents` is the side of the latents for timing; 0 stands for the UNet's own, at most 32. `device` is "cpu" or "cuda"; None
+    stands for CUDA where torch sees it. `name` is that of the recipe, and of its file in `out`.
     """
 
     source: str = DEFAULT

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tuning.checkpoints.configs import latent_size
-from tuning.checkpoints.parts import is_tiny
+from tuning.checkpoints.part_loaders import is_tiny
 from tuning.checkpoints.source import reading
 from tuning.loras.changed_source import find_changed_source
 from tuning.loras.lora import Lora

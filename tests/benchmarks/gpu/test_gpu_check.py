@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.found import Ends, Fit, Found, Row
+from benchmarks.gpu.found import Fit, Found, Row, TextAndVae
 from benchmarks.gpu.gpu_check import main
 from engines import Runner, UserError
 from engines.errors import EngineMemoryError
@@ -122,7 +122,7 @@ BREAKS = {
     "engine_named": RuntimeError("CUDA driver error"),
     "Pipeline": EngineMemoryError("segment mid: out of memory"),
     "measure_plan": torch.OutOfMemoryError("CUDA out of memory"),
-    "measure_ends": RuntimeError("an illegal memory access"),
+    "measure_text_and_vae": RuntimeError("an illegal memory access"),
 }
 """Where the first of two engines breaks off, after both were found and built for."""
 
@@ -156,16 +156,16 @@ class StandIns:
         self.at("measure_plan", pipeline.engine.name)
         return Row(pipeline.engine.name, "fp32", "full", None, None, 1.0, None, 1, None, None), torch.zeros(1)
 
-    def measure_ends(self, pipeline: Any, *rest: object) -> Ends:
-        self.at("measure_ends", pipeline.engine.name)
-        return Ends(1.0, 1.0, None)
+    def measure_text_and_vae(self, pipeline: Any, *rest: object) -> TextAndVae:
+        self.at("measure_text_and_vae", pipeline.engine.name)
+        return TextAndVae(1.0, 1.0, None)
 
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> StandIns:
     """In the place of what builds, loads and runs."""
     made = StandIns(getattr(request, "param", "nowhere"))
-    for name in ("_build", "engine_named", "Pipeline", "Bundle", "measure_plan", "measure_ends"):
+    for name in ("_build", "engine_named", "Pipeline", "Bundle", "measure_plan", "measure_text_and_vae"):
         monkeypatch.setattr(f"benchmarks.gpu.gpu_check.{name}", getattr(made, name))
     return made
 
@@ -185,7 +185,7 @@ def test_an_engine_that_breaks_off_does_not_lose_the_others(tmp_path: Path, stan
     error = BREAKS[stand_ins.place]
     found = checked(tmp_path, "--engines", "torch,onnxruntime")
     assert found["faults"] == [f"torch fp32: broke off: {type(error).__name__}: {error}"]
-    assert [one["engine"] for one in found["rows"]] == ["torch"] * (stand_ins.place == "measure_ends") + ["onnxruntime"]
+    assert [one["engine"] for one in found["rows"]] == ["torch"] * (stand_ins.place == "measure_text_and_vae") + ["onnxruntime"]
 
 
 @no_gpu

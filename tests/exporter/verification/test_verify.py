@@ -24,7 +24,7 @@ from tests.support.unets import small_unet
 FP32 = 1e-4
 """What `verify` allows at float32: sums in another order give 1e-6 to 5e-6, a wrong feature or weight far above 1e-3."""
 FP16 = 5e-3
-"""Likewise for half precision against float32: ten bits of mantissa are 1e-3, and a deep segment adds some."""
+"""What `verify` allows at half precision against float32: ten bits of mantissa are 1e-3, and a deep segment adds some."""
 
 pytestmark = pytest.mark.shared_pieces
 

@@ -1,4 +1,4 @@
-"""Recorded steps give what steps run piece by piece give: on a stand-in for CUDA graphs, where a wrong address shows."""
+"""Recorded steps give what steps run segment by segment give: on a stand-in for CUDA graphs, where a wrong address shows."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def latents(pipeline: Pipeline, plan: str, seed: int = 1) -> torch.Tensor:
 
 
 def check_plan(recording: Pipeline, plain: Pipeline, cpu: Pipeline, plan: str) -> None:
-    """Replayed steps give what steps run piece by piece give, to the bit or nearly; both are near the CPU's."""
+    """Replayed steps give what steps run segment by segment give, to the bit or nearly; both are near the CPU's."""
     precision = recording.manifest.precision
     expected = latents(plain, plan)
     for _ in range(3):

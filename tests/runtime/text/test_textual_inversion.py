@@ -78,7 +78,7 @@ def test_words_are_expanded_as_diffusers_does(folder: Path, prompt: str) -> None
     assert expand_words(prompt, pipeline.tokenizer) == pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer)
 
 
-def test_captions_of_a_training_are_expanded_likewise(folder: Path) -> None:
+def test_captions_of_a_training_are_expanded_as_prompts_are(folder: Path) -> None:
     pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     wanted = [
         pipeline.tokenizer(pipeline.maybe_convert_prompt(text, pipeline.tokenizer)).input_ids for text in (PROMPT, NEGATIVE)

@@ -25,8 +25,8 @@ from serving import Limits
 from serving.errors import BusyError, ServingError
 from serving.page import make_page
 from serving.page.asked import MOST_STEPS, Asked, image_and_mask
-from serving.page.beside import GAIN, difference, figures
 from serving.page.calls import Calls, Cancelled, Made, StepDone, in_turns, run
+from serving.page.comparison import GAIN, difference, figures
 from serving.page.plans import chosen_plan, ladder
 from serving.page.reproduce import as_command, as_python
 from serving.page.site import Site

@@ -16,8 +16,8 @@ from runtime import Pipeline
 from runtime.images.schedulers import make_scheduler
 from runtime.plans.plan import Plan
 from tests.support.commands import Command, assert_refused
+from tuning.planning.evaluation import Pictures, choose_prompts
 from tuning.planning.gaps import Trajectories
-from tuning.planning.pictures import Pictures, choose_prompts
 from tuning.planning.space import Point, Space
 
 STEPS = 6

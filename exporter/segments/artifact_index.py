@@ -1,7 +1,8 @@
-"""Pieces of the bundles that this machine has built, by key: what one of them holds is not made again for another.
+"""An index of the pieces that builds on this machine have made: a piece that is in one bundle is not made again for another.
 
-A note names a bundle's files and their hashes; it lies with the user's caches, where only builds write. So a bundle that came
-from elsewhere can offer nothing, a piece whose files have changed is not taken, and what is gone costs no more than its note.
+By a piece's key, a note names a bundle's folder, the piece's files and their hashes. Notes lie with the user's caches, where only
+builds write, so a bundle that came from elsewhere is in none. A piece whose files have changed is not taken. The note of a piece
+that is gone is removed.
 """
 
 from collections.abc import Iterable
@@ -32,8 +33,8 @@ def note(bundle: Bundle) -> None:
     folder = bundle.folder.resolve()
     for key, files in pieces_of(bundle):
         with suppress(OSError):
-            _place(key).parent.mkdir(parents=True, exist_ok=True)
-            write_text(_place(key), _Note(folder=folder, files=files).model_dump_json() + "\n")
+            _path_of(key).parent.mkdir(parents=True, exist_ok=True)
+            write_text(_path_of(key), _Note(folder=folder, files=files).model_dump_json() + "\n")
 
 
 def reuse(pieces: Artifacts, wanted: Iterable[str], replaced: Path) -> None:
@@ -46,12 +47,12 @@ def reuse(pieces: Artifacts, wanted: Iterable[str], replaced: Path) -> None:
     """
     for key in wanted:
         with suppress(OSError, ValidationError):
-            found = _Note.model_validate_json(_place(key).read_bytes())
+            found = _Note.model_validate_json(_path_of(key).read_bytes())
             for folder in (found.folder, replaced):
                 pieces.reuse(key, folder, found.files)
             if pieces.find(key) is None:
-                _place(key).unlink()
+                _path_of(key).unlink()
 
 
-def _place(key: str) -> Path:
+def _path_of(key: str) -> Path:
     return user_cache() / "pieces" / f"{key}.json"

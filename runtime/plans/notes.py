@@ -1,4 +1,4 @@
-"""What a plan says that it was found for, in words, and whether a call is of a kind that the plan has something to say of."""
+"""Sentences on the settings that a plan was found for, and on whether a call has others."""
 
 from runtime.plans.plan import Plan
 
@@ -6,7 +6,7 @@ __all__ = ["described_find", "found_for_others", "guidance_unread"]
 
 
 def described_find(plan: Plan) -> str:
-    """What a plan was found for and worth there, as one line; nothing for plans that no search found."""
+    """The settings that a plan was found for and its worth there, as one line; empty for plans that no search found."""
     found = plan.found
     if found is None:
         return ""

@@ -1,4 +1,4 @@
-"""How the page looks: a few lines of CSS over Gradio's own, and a theme that asks no other server for fonts."""
+"""The look of the page: a few lines of CSS over Gradio's own, and a theme that asks no other server for fonts."""
 
 from typing import Any
 

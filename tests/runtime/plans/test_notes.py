@@ -11,7 +11,7 @@ import torch
 
 from engines import Bundle
 from runtime import Pipeline, find_plan
-from runtime.plans.found import described_find, found_for_others
+from runtime.plans.notes import described_find, found_for_others
 from runtime.plans.words import Found
 from tests.support.commands import Command
 

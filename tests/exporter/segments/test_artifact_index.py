@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from exporter import BuildOptions, build
-from exporter.segments import known_pieces
+from exporter.segments import artifact_index
 
 FakeTrace = Callable[..., list[str]]
 ENDS = ["text_encoder", "vae_decoder", "vae_encoder"]
@@ -110,4 +110,4 @@ def test_where_nothing_can_be_noted_a_build_goes_on(
     monkeypatch.setenv("UNET_HEIRLOOM_CACHE", "/dev/null/none")
     options = BuildOptions(source=str(tiny_source), out=tmp_path / "first")
     assert len(traced_for(options, fake_trace)) == 12
-    known_pieces.note(build(options)[0])
+    artifact_index.note(build(options)[0])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engines import Bundle
 from engines.bundle.names import LATENTS
-from engines.ort import kept_graphs
+from engines.ort import optimized_graphs
 from engines.ort.engine import OnnxRuntime
 
 ROOT = Path(__file__).parents[3]
@@ -28,8 +28,8 @@ SEGMENT = "vae_decoder"
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept at full size only is kept of small models too."""
-    monkeypatch.setattr(kept_graphs, "_LEAST_FILES", 0)
-    monkeypatch.setattr(kept_graphs, "_LEAST_MADE", 1)
+    monkeypatch.setattr(optimized_graphs, "_LEAST_FILES", 0)
+    monkeypatch.setattr(optimized_graphs, "_LEAST_MADE", 1)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_another_processor_or_form_has_an_entry_of_its_own(
     mini_bundle: Bundle, opened: list[bool], monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     outputs(mini_bundle)
-    monkeypatch.setattr(kept_graphs, changed, (lambda: "another") if changed == "_processor" else -1)
+    monkeypatch.setattr(optimized_graphs, changed, (lambda: "another") if changed == "_processor" else -1)
     outputs(mini_bundle)
     assert opened == [False, False]
 
@@ -113,7 +113,7 @@ def test_another_processor_or_form_has_an_entry_of_its_own(
 def test_segments_that_gain_nothing_are_not_kept(
     mini_bundle: Bundle, caches: Path, opened: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept_graphs, "_LEAST_MADE", 2**40)
+    monkeypatch.setattr(optimized_graphs, "_LEAST_MADE", 2**40)
     assert alike(outputs(mini_bundle), outputs(mini_bundle))
     assert opened == [False, False]
     assert [path.name for path in entry(caches).iterdir()] == ["entry.json"]
@@ -123,8 +123,8 @@ def test_entries_that_were_used_longest_ago_go_first(mini_bundle: Bundle, caches
     outputs(mini_bundle)
     first = entry(caches)
     size = sum(path.stat().st_size for path in first.iterdir())
-    monkeypatch.setattr(kept_graphs, "_limit", lambda: 1.5 * size)
-    monkeypatch.setattr(kept_graphs, "_processor", lambda: "another")
+    monkeypatch.setattr(optimized_graphs, "_limit", lambda: 1.5 * size)
+    monkeypatch.setattr(optimized_graphs, "_processor", lambda: "another")
     outputs(mini_bundle)
     assert entry(caches) != first
 
@@ -144,8 +144,8 @@ def test_without_a_place_it_starts_as_ever(
 @pytest.mark.usefixtures("warm_commands")
 def test_two_processes_may_start_at_once(mini_bundle: Bundle, caches: Path, opened: list[bool]) -> None:
     code = (
-        "import sys; from engines import Bundle, make_engine; from engines.ort import kept_graphs\n"
-        "kept_graphs._LEAST_FILES, kept_graphs._LEAST_MADE = 0, 1; bundle = Bundle.open(sys.argv[1])\n"
+        "import sys; from engines import Bundle, make_engine; from engines.ort import optimized_graphs\n"
+        "optimized_graphs._LEAST_FILES, optimized_graphs._LEAST_MADE = 0, 1; bundle = Bundle.open(sys.argv[1])\n"
         f"for _ in range(5): make_engine('onnxruntime').load(bundle, bundle.manifest.segment({SEGMENT!r}))"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code, str(mini_bundle.folder)], cwd=ROOT) for _ in range(2)]

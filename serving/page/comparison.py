@@ -1,4 +1,4 @@
-"""What stands beside a picture: its figures, the same picture in full, and where the two differ."""
+"""A picture compared with the same in full: the figures of both as HTML, and where the two differ as a picture."""
 
 import math
 from html import escape

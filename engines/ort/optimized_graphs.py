@@ -26,7 +26,7 @@ from engines.support.caches import user_cache
 from engines.support.files import atomic_directory, write_text
 from engines.support.records import Record
 
-__all__ = ["KeptGraph"]
+__all__ = ["OptimizedGraph"]
 
 _FORM = 1
 """Of an entry, and of the options that decide what optimising does; another number for another form."""
@@ -37,7 +37,7 @@ _INLINE = 1024
 _ALIGNMENT = 4096
 _GIB = 8.0
 _LIMIT = "UNET_HEIRLOOM_GRAPHS_GIB"
-"""What all entries together may take, ``_GIB`` where the variable is not set; with 0 no graph is kept."""
+"""The environment variable for the GiB that all entries together may take: ``_GIB`` if not set; with 0 no graph is kept."""
 _GRAPH, _WEIGHTS, _ENTRY, _ALL = "graph.onnx", "weights.data", "entry.json", "all.data"
 
 
@@ -50,15 +50,15 @@ class _Tensor(Record):
 
 
 class _Entry(Record):
-    """What an entry holds. One without a graph says that it does not pay, or that ONNX Runtime did not take what it wrote."""
+    """The contents of an entry. It has no graph where one does not pay, or where ONNX Runtime refuses the one that it wrote."""
 
     graph_sha256: str = ""
     weights_sha256: str = ""
     tensors: dict[str, _Tensor] = Field(default_factory=dict)
 
 
-class KeptGraph:
-    """The place of one segment's optimised graph in the user's cache.
+class OptimizedGraph:
+    """The entry of one segment's optimised graph in the user's cache.
 
     Args:
         ort: the module onnxruntime.
@@ -69,7 +69,7 @@ class KeptGraph:
     def __init__(self, ort: Any, path: Path, hashes: Sequence[str]) -> None:
         self._ort, self._path = ort, path
         made_from = [_FORM, ort.__version__, _processor(), *hashes]
-        self._place = _root() / sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+        self._folder = _root() / sha256(json.dumps(made_from).encode()).hexdigest()[:32]
 
     @staticmethod
     def pays(size: int) -> bool:
@@ -83,17 +83,17 @@ class KeptGraph:
             options: the session's, which are changed.
         """
         try:
-            entry = _read_entry(self._place)
+            entry = _read_entry(self._folder)
             if not entry.graph_sha256:
                 return None
-            graph = (self._place / _GRAPH).read_bytes()
+            graph = (self._folder / _GRAPH).read_bytes()
             whole = sha256(graph).hexdigest() == entry.graph_sha256
-            if not whole or known_sha256(self._place / _WEIGHTS) != entry.weights_sha256:
+            if not whole or known_sha256(self._folder / _WEIGHTS) != entry.weights_sha256:
                 raise ValueError("damaged")
-            weights = _map(self._place / _WEIGHTS, entry.tensors)
-            os.utime(self._place / _ENTRY)  # used last: others go first
+            weights = _map(self._folder / _WEIGHTS, entry.tensors)
+            os.utime(self._folder / _ENTRY)  # used last: others go first
         except (OSError, ValueError):  # it is not there, or not whole
-            shutil.rmtree(self._place, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
             return None
         return self._loaded(graph, weights, options)
 
@@ -106,8 +106,8 @@ class KeptGraph:
                 options.add_initializer(name, value)
             session = self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception:  # of no base class: what it wrote itself it does not take, and would not take the next time
-            shutil.rmtree(self._place, ignore_errors=True)
-            _write_entry(self._place, _Entry())
+            shutil.rmtree(self._folder, ignore_errors=True)
+            _write_entry(self._folder, _Entry())
             return None
         session.kept = values, weights  # it reads their memory
         return session
@@ -121,15 +121,15 @@ class KeptGraph:
         """
         try:
             with _alone() as root:
-                if (self._place / _ENTRY).exists() or shutil.disk_usage(root).free < 3 * size:
+                if (self._folder / _ENTRY).exists() or shutil.disk_usage(root).free < 3 * size:
                     return None
-                with atomic_directory(self._place) as folder:
+                with atomic_directory(self._folder) as folder:
                     session = self._optimized(folder, options)
                     _write_entry(folder, _compact(folder, self._path))
-                if (self._place / _WEIGHTS).exists():
-                    note_sha256(self._place / _WEIGHTS, _read_entry(self._place).weights_sha256, settled=True)
-                _prune(root, self._place)
-        except (OSError, Timeout):  # no place, or another process is at it
+                if (self._folder / _WEIGHTS).exists():
+                    note_sha256(self._folder / _WEIGHTS, _read_entry(self._folder).weights_sha256, settled=True)
+                _prune(root, self._folder)
+        except (OSError, Timeout):  # the disk is full, or another process is at it
             return None
         return session
 
@@ -167,7 +167,7 @@ def _compact(folder: Path, path: Path) -> _Entry:
             if same[2] == length and np.array_equal(data, files[same[0]][same[1] : same[1] + length]):
                 _refer(tensor, *same)
                 continue
-            # Its place in the graph has to be one of a file that is there; the tensor that is given takes its place.
+            # A location that exists has to stand in the graph; the tensor that is given to the session replaces it.
             largest = max(files, key=lambda name: len(files[name]), default="")
             if not largest or length > len(files[largest]):
                 return _nothing(folder)
@@ -255,10 +255,10 @@ def _prune(root: Path, keep: Path) -> None:
     """Remove the entries that were used longest ago, until all together are within the limit."""
     found = sorted((path / _ENTRY for path in root.iterdir() if (path / _ENTRY).is_file()), key=lambda path: path.stat().st_mtime)
     sizes = {entry.parent: sum(path.stat().st_size for path in entry.parent.iterdir()) for entry in found}
-    for place in sizes:
-        if sum(sizes.values()) > _limit() and place != keep:
-            shutil.rmtree(place, ignore_errors=True)
-            sizes[place] = 0
+    for folder in sizes:
+        if sum(sizes.values()) > _limit() and folder != keep:
+            shutil.rmtree(folder, ignore_errors=True)
+            sizes[folder] = 0
 
 
 @cache

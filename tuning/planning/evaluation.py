@@ -1,4 +1,4 @@
-"""Pictures of a few prompts under one plan after another, always from the same noise; and which prompts."""
+"""The evaluation of plans: pictures of a few prompts, from the same noise under every plan, compared with those of ``full``."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
