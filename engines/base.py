@@ -6,7 +6,8 @@ reads and what the cache keeps, without a copy.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -186,6 +187,22 @@ class Engine(ABC):
 
     def flush(self) -> None:  # noqa: B027 - most learn nothing
         """Write down what runs have compiled, for the next start to find; called at the end of every call."""
+
+    @contextmanager
+    def flushing(self, *, at_end: bool = True) -> Iterator[None]:
+        """``flush`` at the end of the block, and where it raises: that error goes on, whatever becomes of the flush.
+
+        Args:
+            at_end: whether it is to be done where nothing is raised.
+        """
+        try:
+            yield
+        except BaseException:  # an interrupt, too: the process may end
+            with suppress(Exception):
+                self.flush()
+            raise
+        if at_end:
+            self.flush()
 
     def scratch_bytes(self) -> int:
         """Device memory that the runners loaded so far will take beside their weights when they run; 0 where nobody can tell."""

@@ -12,6 +12,7 @@ from torch import nn
 from engines.base import Engine, Profile, Runner, Traced
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Feature, Segment
+from engines.cuda.gpu import missing_gpu
 from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.cuda.tf32 import without_tf32
 from engines.errors import EngineError, EngineMemoryError, NeedsBuildError
@@ -65,7 +66,11 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 class Torch(Engine):
-    """Saves a segment's exported program and runs it with PyTorch, on the GPU where PyTorch finds one."""
+    """Saves a segment's exported program and runs it with PyTorch, on the GPU where PyTorch finds one.
+
+    Args:
+        device: where to run; by default the GPU, or the CPU where there is none.
+    """
 
     name = "torch"
     compiles = True
@@ -97,6 +102,14 @@ class Torch(Engine):
             without_pickles(saved, path)
         return [path]
 
+    def check_device(self) -> None:
+        """Raise EngineError where it is to run on a GPU and PyTorch reaches none."""
+        if self.device.type == "cuda" and (missing := missing_gpu()):
+            raise EngineError(
+                f"engine {self.name} cannot run on {self.device} here: that needs an NVIDIA GPU and driver, and a PyTorch built "
+                f"for CUDA ({missing}); install them, or leave the device out to run on the CPU"
+            )
+
     def recorder(self) -> Recorder | None:
         """CUDA graphs, on a GPU."""
         return CudaRecorder(self.device) if self.device.type == "cuda" else None
@@ -105,9 +118,11 @@ class Torch(Engine):
         """The segment's program as a runner on this engine's device.
 
         Raises:
-            EngineError: the bundle has no program for the segment, or this PyTorch cannot read it.
+            EngineError: there is no GPU where it is to run on one, the bundle has no program for the segment, or this PyTorch
+                cannot read it.
             BundleError: the file is damaged.
         """
+        self.check_device()
         path, *_ = self.compiled_files(bundle, segment)
         try:
             module = read_program(path, self.device)

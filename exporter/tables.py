@@ -3,12 +3,15 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from shlex import quote
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from engines import ON_ONNX, Bundle, Manifest, Segment
+from engines.bundle.names import VAE
 from engines.support.tables import fit
 from runtime.advice import for_plan_too
 from runtime.errors import PartitionError, PlanError
@@ -21,18 +24,21 @@ from runtime.report.cost import from_to, relative_macs
 __all__ = ["show_built", "show_bundle", "show_segments"]
 
 _MIB = 2**20
+_FUSING_HALVES = ("tensorrt", "tensorrt-rtx")
+"""The engines that fuse in half precision what they do not in single (docs/onnx.md)."""
 _MOST_NAMED = 3
 _TIMESTEPS = tuple(range(950, -1, -50))
 """Of 20 steps, as many as are run by default, to show costs for."""
 
 
 def show_built(bundle: Bundle, built: bool, console: Console, *, as_json: bool = False) -> None:
-    """Print what a build made, with a warning on the error stream where its pictures will suffer."""
-    manifest = bundle.manifest
+    """Print what a build made, with warnings on the error stream: where its pictures will suffer, or where it will be slow."""
+    manifest, advice, check = bundle.manifest, _precision_advice(bundle), _vae_check(bundle)
     if as_json:
         sizes = {segment.name: sum(file.bytes for file in segment.onnx) for segment in manifest.segments}
         told = {"bundle": str(bundle.folder), "built": built, "distilled": manifest.distilled, "onnx_bytes": sizes}
-        console.out(json.dumps(told | ({"notes": manifest.notes} if manifest.notes else {})), highlight=False)
+        further = {"notes": manifest.notes, "advice": advice, "vae_check": check}
+        console.out(json.dumps(told | {name: value for name, value in further.items() if value}), highlight=False)
     else:
         show_segments(bundle, console)
     if not manifest.distilled:
@@ -41,8 +47,38 @@ def show_built(bundle: Bundle, built: bool, console: Console, *, as_json: bool =
             "so pictures suffer",
             file=sys.stderr,
         )
+    if advice:
+        print(f"warning: {advice}", file=sys.stderr)
     if not as_json:
+        if check:
+            console.print(f"whether the VAE's numbers fit into half precision: {check}", highlight=False, soft_wrap=True)
         console.print(f"{'built' if built else 'up to date:'} {bundle.folder}", highlight=False, soft_wrap=True)
+
+
+def _precision_advice(bundle: Bundle) -> str:
+    """What engines make of single precision that half would spare them, and the build that does; empty where there is nothing."""
+    manifest = bundle.manifest
+    engines = [name for name in _engines(manifest) if name in _FUSING_HALVES]
+    if manifest.precision != "fp32" or not engines:
+        return ""
+    half = replace(bundle, manifest=manifest.model_copy(update={"precision": "fp16"}))
+    return (
+        f"in fp32 {' and '.join(engines)} fuse no attention and no group norm, so that what lies inside them goes through the "
+        f"GPU's memory; unless the last digits count, build in fp16: {half.rebuild_command(engines[0])}"
+    )
+
+
+def _vae_check(bundle: Bundle) -> str:
+    """The command that finds out whether the VAE overflows in half precision; empty where it is in none.
+
+    Engines compute the same numbers there, so any that runs here will do: ONNX Runtime, where the bundle has ONNX files.
+    """
+    manifest = bundle.manifest
+    halves = [segment for segment in manifest.segments if VAE.issuperset(segment.units)]
+    if not any(manifest.precision_of(segment) == "fp16" for segment in halves):
+        return ""
+    engine = "" if all(segment.onnx for segment in manifest.segments) else f" --engine {next(iter(halves[0].engines))}"
+    return f"python -m exporter verify {quote(str(bundle.folder))}{engine}"
 
 
 def show_segments(bundle: Bundle, console: Console) -> None:

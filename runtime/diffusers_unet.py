@@ -222,20 +222,19 @@ class UNet:
         self._check_inputs(sample, encoder_hidden_states)
         call, index = self._turn(sample, timestep)
         device, streams = self.device, self.pipeline.streams
-        with streams.use(call.stream):
-            prediction, record = call.executor.step(
-                index,
-                sample.to(device, torch.float32),
-                timestep.reshape(-1)[:1].to(device, torch.float32),
-                encoder_hidden_states.to(device, self.dtype),
-            )
-            prediction = prediction.to(sample.device, sample.dtype)
-            if call.stream is not None:
-                streams.hand_over(prediction)
-        call.records.append(record)
-        call.next += 1
-        if call.next == len(call.timesteps):
-            self.pipeline.engine.flush()
+        with self.pipeline.engine.flushing(at_end=call.next + 1 == len(call.timesteps)):
+            with streams.use(call.stream):
+                prediction, record = call.executor.step(
+                    index,
+                    sample.to(device, torch.float32),
+                    timestep.reshape(-1)[:1].to(device, torch.float32),
+                    encoder_hidden_states.to(device, self.dtype),
+                )
+                prediction = prediction.to(sample.device, sample.dtype)
+                if call.stream is not None:
+                    streams.hand_over(prediction)
+            call.records.append(record)
+            call.next += 1
         return Prediction(prediction) if return_dict else (prediction,)
 
     def _check_inputs(self, sample: Tensor, text: Tensor) -> None:

@@ -230,7 +230,7 @@ class Pipeline:
         with plain_settings():
             prepared = self.prepare(request)
             self._warn(prepared)
-            with self.streams.one():
+            with self.engine.flushing(), self.streams.one():
                 text, unread = self._text(prepared)
                 start = self._initial_state(prepared)
                 latents, records = self._denoise(self.executor(prepared.schedule), prepared, text, start, callback, step_end)
@@ -238,7 +238,6 @@ class Pipeline:
                 if not (is_finite(latents) and (pixels is None or is_finite(pixels))):
                     self._report_nonfinite(again)
                 self.streams.hand_over(latents)
-            self.engine.flush()
             images: Any = latents if pixels is None else self._output(prepared, pixels)
         return Generation(
             images,

@@ -77,6 +77,9 @@ class Recorder(ABC):
             _CURRENT.reset(token)
         return recording
 
+    def hand_over(self) -> None:  # noqa: B027 - where work is done at once it is over
+        """What the last caller of ``on_stream`` has put on its stream since, another caller's replay comes after."""
+
     def wait(self) -> None:  # noqa: B027 - where replays are done at once there is nothing to wait for
         """Wait until no replay is under way: what one reads and writes may be freed then."""
 
@@ -95,10 +98,21 @@ class CudaRecorder(Recorder):
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._caller: torch.cuda.Stream | None = None
 
     def on_stream(self) -> AbstractContextManager[None]:
         """Inside it, work goes to the recorder's own stream, in its turn (see ``on_stream``)."""
+        self._caller = torch.cuda.current_stream(self._stream.device)
         return on_stream(self._stream)
+
+    def hand_over(self) -> None:
+        """The recorder's own stream waits for the last caller's, which may still read what was replayed.
+
+        For that one and not the current one: a call that was dropped is let go by whatever thread collects it.
+        """
+        if self._caller is not None:
+            self._stream.wait_stream(self._caller)
+            self._caller = None
 
     def wait(self) -> None:
         """Wait for the recorder's own stream, on which all replays run."""

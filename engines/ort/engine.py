@@ -269,20 +269,20 @@ class _BoundRunner(Runner):
         self.device = device
 
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-        with self._turn():
-            # The contiguous copies are kept in a dictionary of their own, so that they live until the run has started.
-            taken = {name: inputs[name].detach().contiguous() for name in self._taken}
-            outputs = {
-                name: torch.empty(shape, dtype=DTYPES[self.features[name].dtype], device=self.device)
-                for name, shape in self.output_shapes(sizes).items()
-            }
-            binding = self._session.io_binding()
-            for name, tensor in taken.items():
-                binding.bind_input(name, *self._address(tensor))
-            for name, tensor in outputs.items():
-                binding.bind_output(name, *self._address(tensor))
-            with self._running, _explaining(self.segment):
-                self._session.run_with_iobinding(binding, self._options)
+        # Memory is taken on the call's own stream. That of the shared one goes, once it is free, to the next run there, which may
+        # be another call's and would write before this one has read. The contiguous copies live until the run has started.
+        taken = {name: inputs[name].detach().contiguous() for name in self._taken}
+        outputs = {
+            name: torch.empty(shape, dtype=DTYPES[self.features[name].dtype], device=self.device)
+            for name, shape in self.output_shapes(sizes).items()
+        }
+        binding = self._session.io_binding()
+        for name, tensor in taken.items():
+            binding.bind_input(name, *self._address(tensor))
+        for name, tensor in outputs.items():
+            binding.bind_output(name, *self._address(tensor))
+        with self._turn(), self._running, _explaining(self.segment):
+            self._session.run_with_iobinding(binding, self._options)
         return outputs
 
     def _turn(self) -> AbstractContextManager[None]:

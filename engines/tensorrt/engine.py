@@ -16,6 +16,7 @@ import torch
 from engines.base import Profile, Runner
 from engines.bundle.folder import Bundle
 from engines.bundle.manifest import Compiled, Segment
+from engines.cuda.gpu import missing_gpu
 from engines.cuda.graphs import CudaRecorder, Recorder
 from engines.errors import EngineError, NeedsBuildError
 from engines.support.caches import cache_paths, card_name
@@ -134,13 +135,11 @@ class _TensorRTBase(Compiling):
         return CudaRecorder(self.device) if self.device.type == "cuda" else None
 
     def _require_gpu(self, purpose: str) -> None:
-        if self.device.type != "cuda" or torch.cuda.is_available():
-            return
-        found = "PyTorch finds none" if torch.version.cuda else f"PyTorch {torch.__version__} is built without CUDA"
-        raise EngineError(
-            f"engine {self.name} needs an NVIDIA GPU and driver {purpose}, and a PyTorch built for CUDA ({found}); "
-            f"install them, or choose {_FALLBACK}"
-        )
+        if self.device.type == "cuda" and (missing := missing_gpu()):
+            raise EngineError(
+                f"engine {self.name} needs an NVIDIA GPU and driver {purpose}, and a PyTorch built for CUDA ({missing}); "
+                f"install them, or choose {_FALLBACK}"
+            )
 
     def _invalid(self, runtime: Any, data: bytes) -> list[str]:
         """Return TensorRT-RTX's reasons why an engine is invalid on this machine, in words; empty where it cannot tell."""

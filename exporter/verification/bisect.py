@@ -18,9 +18,10 @@ from engines import DTYPES, Bundle, Engine, Segment, UserError
 from engines.onnx_file import checked_onnx
 from exporter.graph.graph import check_size
 from exporter.verification.backends import Deviation, check_polygraphy, compare, run_reference
+from exporter.verification.inputs import counts_to_compare, images_at_a_time, random_inputs, sizes_to_compare
 from exporter.verification.layers import Layer, LayeredSegment
 from exporter.verification.metrics import relative_error
-from exporter.verification.verify import TOLERANCE, Reference, counts_to_compare, random_inputs, sizes_to_compare
+from exporter.verification.verify import TOLERANCE, Reference
 
 __all__ = ["Bisection", "Culprit", "LayerSearch", "Setting", "bisect"]
 
@@ -86,12 +87,12 @@ def bisect(
         EngineError: the engine cannot be bisected, or refuses the segment.
     """
     segment, manifest = _segment(bundle, name), bundle.manifest
-    check_polygraphy(engine)
     engine.check_device()
+    check_polygraphy(engine)
     if size is not None:
         check_size(size, manifest.size_multiple)
     height, width = size or min(sizes_to_compare(manifest, engine), key=lambda side: side[0] * side[1])
-    images = counts_to_compare(manifest, engine)[0]
+    images = images_at_a_time(manifest, engine, segment) or counts_to_compare(manifest, engine)[0]
     setting = Setting(name, engine.name, height, width, images, TOLERANCE[manifest.precision_of(segment)])
     features = (reference or Reference.load(bundle)).features(random_inputs(manifest, engine, images, height, width))
     given = {key: features[key].to(DTYPES[manifest.features[key].dtype]) for key in segment.inputs}

@@ -39,6 +39,7 @@ def verify_command(folder: Path, engine: str, sizes: Sequence[tuple[int, int]], 
         console: where to print.
     """
     bundle, runs = Bundle.open(folder), make_engine(engine)
+    runs.check_device()
     bundle.check_complete()
     bundle.check()
     reference = Reference.load(bundle)

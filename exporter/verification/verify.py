@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from engines import DTYPES, Bundle, Engine
-from engines.bundle.manifest import Manifest
 from engines.bundle.names import IMAGE, LATENTS, NOISE, SAMPLE, TEXT, TIMESTEP, TOKENS, VAE_DECODER, VAE_ENCODER
-from engines.bundle.shapes import resolve
 from exporter.errors import BuildError
 from exporter.graph.graph import check_size
 from exporter.graph.text_vae import TextEncoder
 from exporter.verification.features import kept_features
+from exporter.verification.inputs import counts_to_compare, images_at_a_time, random_inputs, run_in_parts, sizes_to_compare
 from exporter.verification.metrics import cosine, psnr, relative_error
 from runtime.execution.executor import LoadedBundle
 from runtime.images.schedulers import make_scheduler
@@ -44,9 +43,6 @@ __all__ = [
     "Peak",
     "Reference",
     "compare_latents",
-    "counts_to_compare",
-    "random_inputs",
-    "sizes_to_compare",
     "verify",
 ]
 
@@ -227,21 +223,24 @@ def verify(
         BuildError: the source's weights, tokenizer or scheduler are others than the bundle's, or a size is none that the UNet
             takes.
         BundleError: the tokenizer does not work.
+        EngineError: there is no device for the engine here, or it cannot run the bundle.
     """
+    engine.check_device()
     manifest = bundle.manifest
     for size in sizes:
         check_size(size, manifest.size_multiple)
     reference = reference or Reference.load(bundle)
     network = LoadedBundle.load(bundle, engine)
-    for height, width in sizes or sizes_to_compare(manifest, engine):
-        for images in counts_to_compare(manifest, engine):
-            inputs = random_inputs(manifest, engine, images, height, width)
-            features = reference.features(inputs)
-            for segment, error, angle in _errors(network, engine, inputs, features):
-                built = manifest.precision if segment == CHAIN else manifest.precision_of(manifest.segment(segment))
-                precision = engine.name if engine.computes_in else built
-                yield Comparison(segment, images, height, width, precision, error, angle, reference.peaks.get(segment))
-    engine.flush()
+    with engine.flushing():
+        for height, width in sizes or sizes_to_compare(manifest, engine):
+            for images in counts_to_compare(manifest, engine):
+                inputs = random_inputs(manifest, engine, images, height, width)
+                features = reference.features(inputs)
+                for segment, error, angle in _errors(network, engine, inputs, features):
+                    built = manifest.precision if segment == CHAIN else manifest.precision_of(manifest.segment(segment))
+                    precision = engine.name if engine.computes_in else built
+                    peak = reference.peaks.get(segment)
+                    yield Comparison(segment, images, height, width, precision, error, angle, peak)
 
 
 def compare_latents(
@@ -272,8 +271,8 @@ def compare_latents(
     def whole(sample: Tensor, timestep: Tensor) -> Tensor:
         return reference.unet(sample, timestep, text).sample  # type: ignore[no-any-return]
 
-    made, wanted = (_denoised(bundle, predict, inputs[SAMPLE], steps) for predict in (chain, whole))
-    engine.flush()
+    with engine.flushing():
+        made, wanted = (_denoised(bundle, predict, inputs[SAMPLE], steps) for predict in (chain, whole))
     return psnr(made, wanted)
 
 
@@ -286,36 +285,6 @@ def _denoised(bundle: Bundle, predict: Callable[[Tensor, Tensor], Tensor], laten
     return latents
 
 
-def sizes_to_compare(manifest: Manifest, engine: Engine) -> list[tuple[int, int]]:
-    """Picture sizes (height, width) in pixels: the bundle's own and one other."""
-    first = manifest.sizes[0]
-    if engine.has_profile:
-        return list(dict.fromkeys([first, manifest.sizes[-1]]))
-    return [first, (manifest.size_multiple, 2 * manifest.size_multiple)]
-
-
-def _is_static(manifest: Manifest, engine: Engine) -> bool:
-    return engine.has_profile and manifest.static
-
-
-def counts_to_compare(manifest: Manifest, engine: Engine) -> list[int]:
-    """Numbers of images to compare with: one and, where they can be had, three."""
-    if _is_static(manifest, engine):
-        return [manifest.max_images]
-    return sorted({1, min(3, manifest.max_images) if engine.has_profile else 3})
-
-
-def random_inputs(manifest: Manifest, engine: Engine, images: int, height: int, width: int) -> dict[str, Tensor]:
-    """Random inputs. One row of the UNet per image, as guidance only means more rows; but static engines take no fewer."""
-    rows = 2 * images if _is_static(manifest, engine) else images
-    dims = {"batch": rows, "images": images, "height": height // manifest.vae_scale, "width": width // manifest.vae_scale}
-    generator = torch.Generator().manual_seed(images * 1000003 + height * 1009 + width)
-    shapes = {name: resolve(manifest.features[name].shape, dims) for name in (SAMPLE, LATENTS, IMAGE, TOKENS)}
-    inputs = {name: torch.randn(shapes[name], generator=generator) for name in (SAMPLE, LATENTS, IMAGE)}
-    inputs[TIMESTEP] = torch.tensor([501.0])
-    return inputs | {TOKENS: torch.randint(0, manifest.vocabulary, shapes[TOKENS], generator=generator)}
-
-
 def _errors(
     network: LoadedBundle, engine: Engine, inputs: Mapping[str, Tensor], features: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, float, float]]:
@@ -323,7 +292,8 @@ def _errors(
     known = {name: tensor for name, tensor in features.items() if name in manifest.features}  # parts of attention often are not
     on_device = {name: tensor.to(engine.device, DTYPES[manifest.features[name].dtype]) for name, tensor in known.items()}
     for segment in manifest.segments:
-        made = network.runners[segment.name].run(on_device)
+        part = images_at_a_time(manifest, engine, segment)
+        made = run_in_parts(network.runners[segment.name], on_device, part)
         pairs = [(made[name], features[name]) for name in segment.outputs]
         yield segment.name, max(relative_error(*pair) for pair in pairs), min(cosine(*pair) for pair in pairs)
     given = {name: on_device[name] for name in inputs}

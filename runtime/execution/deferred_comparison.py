@@ -9,14 +9,16 @@ __all__ = ["DeferredComparison"]
 class DeferredComparison:
     """Whether ``now`` differs from ``before`` by more than ``above``: the norm of the difference over the norm of ``before``.
 
-    Norms are taken in float32 at least: that of a large feature in half precision would be infinite.
+    All is computed in float32 at least: in half precision the norm of a large feature would be infinite, and so would the
+    difference of two large numbers of opposite signs.
 
     On a GPU the comparison is only put in the stream here, and its answer copied into pinned memory behind it. What is put in the
     stream afterwards does not wait for the host, and the host waits (in ``bool``) for the answer alone.
     """
 
     def __init__(self, before: Tensor, now: Tensor, above: float) -> None:
-        answer = _norm(now - before) > above * _norm(before)
+        wide = torch.promote_types(before.dtype, torch.float32)
+        answer = _norm(now.to(wide) - before) > above * _norm(before)
         self._event: torch.cuda.Event | None = None
         if answer.is_cuda:
             self._answer = torch.empty((), dtype=torch.bool, pin_memory=True)

@@ -65,9 +65,12 @@ class CudaGraphCache:
         return not self._given_up and self._taken.acquire(blocking=False)
 
     def release(self) -> None:
-        """Let the next call have them."""
+        """Let the next call have them, once the device has done what this one has been given."""
         self._pausing = False
-        self._taken.release()
+        try:
+            self._recorder.hand_over()
+        finally:
+            self._taken.release()
 
     def clear(self) -> None:
         """Let go all recordings, as when the engines that they refer to are about to go; nobody may be in a step."""

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from engines import Bundle, make_engine
-from runtime import Pipeline, StepRecord
+from engines.ort.engine import OnnxRuntime
+from engines.ort.engine import _ArrayRunner as OnnxRuntimeRunner
+from runtime import Pipeline, StepRecord, UNet, diffusers_unet
 from tests.support.diffusers_pipelines import PROMPT, mask, picture
 
 
@@ -29,6 +31,51 @@ def test_what_a_callback_raises_ends_the_call_and_nothing_else(mini_pipeline: Pi
     with pytest.raises(error, match="enough"):
         mini_pipeline.generate("a green ring", callback=stop, **options)
     assert torch.equal(mini_pipeline.generate(PROMPT, **options).latents, before.latents)
+
+
+class Learning(OnnxRuntime):
+    """What it has compiled is lost unless it is written down, which may fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = 0
+        self.disk_is_full = False
+
+    def flush(self) -> None:
+        self.written += 1
+        if self.disk_is_full:
+            raise OSError("no space left")
+
+
+@pytest.mark.parametrize("disk_is_full", [False, True])
+def test_what_was_compiled_is_kept_where_a_call_breaks_off(mini_bundle: Bundle, disk_is_full: bool) -> None:
+    """The process may end with it. What is raised is the call's own error, whatever becomes of the rest."""
+    engine = Learning()
+    pipeline = Pipeline(mini_bundle, engine)
+
+    def stop(record: StepRecord, latents: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    pipeline.generate(PROMPT, steps=2)
+    assert engine.written == 1, "once for a call"
+    engine.disk_is_full = disk_is_full
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.generate(PROMPT, steps=2, callback=stop)
+    assert engine.written == 2
+
+
+def test_a_step_of_a_loop_of_ones_own_that_fails(mini_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Learning()
+    monkeypatch.setattr(diffusers_unet, "load", lambda *given: Pipeline(mini_bundle, engine))
+    unet = UNet()
+    sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, 32, unet.config.cross_attention_dim)
+    first, second, *_ = torch.tensor([900.0, 500.0, 100.0])
+    unet(sample, first, text)
+    assert engine.written == 0
+    monkeypatch.setattr(OnnxRuntimeRunner, "_run_impl", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        unet(sample, second, text)
+    assert engine.written == 1
 
 
 def usage() -> tuple[int, int, int]:

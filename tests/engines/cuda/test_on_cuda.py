@@ -154,6 +154,7 @@ def test_an_exact_module_that_fails_leaves_all_as_it_was():
 )
 def test_single_precision_on_a_gpu_is_exact(damageable, monkeypatch, device, precision, exact):
     monkeypatch.setattr("engines.torch_program.read_program", lambda path, device: torch.nn.Identity())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     bundle = replace(damageable, manifest=damageable.manifest.model_copy(update={"precision": precision}))
     runner: Any = Torch(device).load(bundle, bundle.manifest.segment("front"))
     assert runner._exact is exact

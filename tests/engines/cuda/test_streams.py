@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -10,9 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engines.cuda.graphs import CannotRecord, CudaRecorder
 from engines.cuda.streams import CallStreams
+from engines.ort.engine import _BoundRunner
+from runtime.execution.graph_cache import CudaGraphCache
+from tests.engines.conftest import FEATURES, SEGMENTS, random_inputs
 
 CUDA = torch.device("cuda")
 
@@ -142,3 +147,59 @@ def test_all_recordings_share_one_pool_of_memory(streams: SimpleNamespace, monke
         recorder.forget()
         recorder.record(lambda: None)
     assert pools == [(0, 1), (0, 1), (0, 2)]
+
+
+class Work(TorchDispatchMode):
+    """Notes on which stream PyTorch made memory, and a session ran."""
+
+    def __init__(self, streams: SimpleNamespace) -> None:
+        super().__init__()
+        self.streams, self.made, self.ran = streams, list[FakeStream](), list[FakeStream]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made.append(self.streams.current)
+        return func(*args, **(kwargs or {}))
+
+    def session(self) -> SimpleNamespace:
+        """One of ONNX Runtime's, with the front's inputs, that computes nothing."""
+        names = [SimpleNamespace(name=name) for name in SEGMENTS[0].inputs]
+        binding = SimpleNamespace(bind_input=lambda *given: None, bind_output=lambda *given: None)
+        return SimpleNamespace(
+            get_inputs=lambda: names,
+            io_binding=lambda: binding,
+            run_with_iobinding=lambda *given: self.ran.append(self.streams.current),
+        )
+
+
+def test_onnxruntimes_outputs_belong_to_the_stream_of_the_call(streams: SimpleNamespace) -> None:
+    """Of the stream that all calls share, PyTorch would give what one has let go to the next before it was read."""
+    shared: Any = FakeStream(CUDA)
+    work, inputs = Work(streams), random_inputs(1, 8, 16)
+    inputs["sample"] = inputs["sample"].transpose(2, 3)  # has to be copied
+    runner = _BoundRunner(SEGMENTS[0], FEATURES, work.session(), torch.device("cpu"), None, shared, threading.Lock())
+    with CallStreams(CUDA).one():
+        call = streams.current
+        with work:
+            outputs = runner.run(inputs)
+    assert outputs.keys() == set(SEGMENTS[0].outputs)
+    assert set(map(id, work.made)) == {id(call)}
+    assert work.ran == [shared]
+    assert (shared.waited, call.waited) == ([call], [streams.default, shared])
+
+
+def test_the_next_call_replays_after_what_the_last_one_still_reads(
+    streams: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call copies its prediction on its own stream, after the replay, and hands the graphs over when that is only queued."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    recorder = CudaRecorder(CUDA)
+    graphs, pool = CudaGraphCache(recorder), CallStreams(CUDA)
+    with pool.one():
+        call = streams.current
+        assert graphs.take()
+        with recorder.on_stream():
+            own = streams.current
+        assert own.waited == [call]
+    graphs.release()  # wherever that is: a call that was dropped is let go by whoever collects it
+    assert own.waited == [call, call]
+    assert graphs.take()

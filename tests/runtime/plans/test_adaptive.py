@@ -263,6 +263,16 @@ def test_norms_of_half_precision_are_taken_in_single() -> None:
     assert not bool(DeferredComparison(before, before * 1.5, 0.6))
 
 
+def test_differences_of_half_precision_are_taken_in_single() -> None:
+    """60,000 less -60,000 is no number of half precision."""
+    before = torch.tensor([-60000.0, 1.0], dtype=torch.float16)
+    now = torch.tensor([60000.0, 1.0], dtype=torch.float16)
+    assert (now - before).isinf().any()
+    assert bool(DeferredComparison(before, now, 1.99))
+    assert not bool(DeferredComparison(before, now, 2.01))
+    assert not bool(DeferredComparison(now, before, 2.01))
+
+
 @pytest.mark.gpu
 def test_the_host_waits_for_the_answer_alone() -> None:
     """What was put in the stream behind the comparison goes on while the answer is read."""
