@@ -92,7 +92,7 @@ class EngineRuns:
     console: Console
     kept: KeptLatents
     found: Found
-    save: Callable[[], None]
+    save: Callable[[], object]
     measured: set[tuple[str, str, str, bool]]
     model: Reference | None = None
 

@@ -208,7 +208,7 @@ def _made_by(check: _Check, stage: Stage) -> dict[str, Any]:
     source = stage.source(check.options)
     settings = {name: getattr(check.options, name) for name in _SETTINGS}
     made_by = {"source": source, "weights": check.digests.get(source, ""), "settings": settings}
-    return json.loads(json.dumps(made_by))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(made_by))
 
 
 def _earlier(check: _Check, path: Path, report: dict[str, Any]) -> Iterator[tuple[str, Found, Found]]:

@@ -145,10 +145,10 @@ def test_graphs_are_let_go_while_replays_are_under_way(torch_bundle: Bundle) -> 
 class Counting(CudaRecorder):
     """Counts what it records."""
 
-    recorded = 0
+    count = 0
 
     def record(self, work: Callable[[], Any]) -> Recording[Any]:
-        self.recorded += 1
+        self.count += 1
         return super().record(work)
 
 
@@ -161,12 +161,12 @@ def test_forty_kinds_of_step(torch_bundle: Bundle) -> None:
     held = []
     for _ in range(2):
         for height, width in SIZES:
-            call = {"steps": 3, "seed": 1, "plan": "deepcache:3", "height": height, "width": width}
+            call: dict[str, Any] = {"steps": 3, "seed": 1, "plan": "deepcache:3", "height": height, "width": width}
             made, expected = (one.generate(PROMPT, **call).latents for one in (pipeline, plain))
             assert relative_error(made, expected) < 1e-3, (height, width)
             assert len(graphs._graphs) <= CudaGraphCache.LIMIT
         held.append(torch.cuda.memory_reserved())
-    assert recorder.recorded == 80, "all of a round have gone before the next comes to them"
+    assert recorder.count == 80, "all of a round have gone before the next comes to them"
     assert held[1] <= 2 * held[0], "those that went keep no memory"
 
 
