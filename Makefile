@@ -68,7 +68,15 @@ plans: $(VENV)/.installed-train ## what plans cost and what they do to pictures,
 bench-trt: $(VENV)/.installed-train ## this project and its peers, a picture from prompt to pixels
 	$(BIN)/python benchmarks/run_trt.py
 
-gpu-check: $(VENV)/.installed-test ## errors, memory and times of every engine on the NVIDIA GPU at hand
+# TensorRT and TensorRT-RTX are of use where there is a GPU only; one that cannot be had (its libraries may come from an index of
+# NVIDIA's own) is said, and left out by the check itself.
+gpu-check: $(VENV)/.installed-test ## errors, memory and times of every engine on the NVIDIA GPU at hand, in ten minutes
+	@if nvidia-smi > /dev/null 2>&1 && [[ "$(GPU_ARGS)" != *--dry-run* ]]; then \
+	  for extra in tensorrt-rtx tensorrt; do \
+	    $(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable ".[$$extra]" \
+	      || echo "make: the extra $$extra could not be installed; the check leaves its engine out" >&2; \
+	  done; \
+	fi
 	$(BIN)/python -m benchmarks.gpu.gpu_check $(GPU_ARGS)
 
 clean: ## remove bundles and tool caches; .venv, training runs and the committed model stay

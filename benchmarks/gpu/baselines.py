@@ -7,6 +7,8 @@ again after each way, so that one which takes too long loses nothing.
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +24,7 @@ from engines.support.files import write_text
 from exporter.graph.checkpoint import open_source
 from runtime.images.schedulers import make_scheduler
 
-__all__ = ["WAYS", "main", "source_pipeline"]
+__all__ = ["WAYS", "main", "measure_apart", "source_pipeline"]
 
 DEEPCACHE_EVERY = 3
 """As the plan deepcache:3."""
@@ -128,6 +130,31 @@ def _measure(name: str, pipeline: Any, clock: _Clock, options: argparse.Namespac
         "picture_seconds": round(statistics.median(whole[1:]), 5),
         "steps": options.steps,
     }
+
+
+def measure_apart(check: argparse.Namespace, source: str, compiled: bool, found: list[Any]) -> None:
+    """Measure in a process of its own, for the GPU check: all ways but the compiled one, or that.
+
+    Args:
+        check: the check's options.
+        source: whose weights.
+        compiled: which.
+        found: what is measured is added to it, also where the process then fails.
+
+    Raises:
+        subprocess.SubprocessError: it took too long, or failed.
+    """
+    out = Path(check.work) / f"baselines{'-compiled' * compiled}.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.baselines", "--source", source, "--variant", check.variant]
+    command += ["--device", check.device, "--steps", str(check.steps), "--rounds", str(check.rounds), "--out", str(out)]
+    command += ["--size", "x".join(map(str, check.size))] if check.size else []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)
+    try:
+        subprocess.run([*command, *(["--compiled"] if compiled else [])], timeout=300, check=True)
+    finally:
+        if out.exists():
+            found += json.loads(out.read_text())
 
 
 def _wait_for(path: Path, most: float = 240) -> None:

@@ -2,14 +2,22 @@
 
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
-from engines import ON_ONNX, Engine, EngineError, UserError, make_engine
+from engines import ON_ONNX, Engine, EngineError, Profile, Segment, Traced, UserError, make_engine
 from engines.ort.engine import OnnxRuntime
 from engines.torch_program import Torch
 
-__all__ = ["card_state", "check_engines", "device_named", "engine_named"]
+__all__ = ["card_state", "check_engines", "device_named", "engine_named", "probe"]
+
+_PROBE = "probe"
+"""The name of the small network that tells whether an engine's engines run here."""
+_COMPILED = ("tensorrt", "tensorrt-rtx")
+"""Engines that say only of what they have built whether it runs here."""
 
 _FIELDS = (
     "name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "temperature.gpu",
@@ -65,13 +73,66 @@ def engine_named(name: str, device: torch.device) -> Engine:
     return engine
 
 
-def check_engines(names: Sequence[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The engines that can be had, and of the others why not: found before anything is built for them."""
+def check_engines(names: Sequence[str], device: torch.device, targets: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """The engines that can be had, and of the others why not: found before anything is built for them.
+
+    Args:
+        names: of engines.
+        device: to run on.
+        targets: what TensorRT-RTX is to build for; none for what it builds for where none is named.
+    """
     found, missing = [], {}
     for name in names:
         try:
-            engine_named(name, device)
+            engine = engine_named(name, device)
+            if name in _COMPILED:
+                probe(engine, targets if engine.targets_allowed else ())
             found.append(name)
         except EngineError as error:
             missing[name] = error.line
     return found, missing
+
+
+def probe(engine: Any, targets: Sequence[str] = ()) -> None:
+    """Build a network of one product, as segments are built, and ask the library whether it runs here: a matter of seconds.
+
+    TensorRT-RTX builds for any card, also for those that it then refuses to run on, such as an H100.
+
+    Args:
+        engine: TensorRT or TensorRT-RTX.
+        targets: as for a build.
+
+    Raises:
+        EngineError: nothing can be built, or what is built cannot be loaded here.
+    """
+    with TemporaryDirectory() as folder:
+        onnx, shapes = _write_probe(Path(folder)), {"x": (16, 16)}
+        segment = Segment(name=_PROBE, units=(_PROBE,), inputs=("x",), outputs=("y",))
+        try:
+            (path,) = engine.compile(Traced(segment, onnx), Path(folder) / _PROBE, Profile(shapes, shapes, shapes), targets)
+            reasons = _refused(engine, path.read_bytes())
+        except (RuntimeError, TypeError) as error:  # the bindings' own, as where there is no driver
+            raise EngineError(f"engine {engine.name} {engine.version()} cannot be used here: {error}") from error
+    if reasons:
+        raise EngineError(f"engine {engine.name} {engine.version()} cannot run here what it builds here: {', '.join(reasons)}")
+
+
+def _refused(engine: Any, data: bytes) -> list[str]:
+    """Why an engine that was just built cannot be loaded here; nothing where it can."""
+    runtime = engine.trt.Runtime(engine._log.logger)
+    with engine._log.collect() as errors:
+        reasons: list[str] = engine._invalid(runtime, data)
+        if not reasons and runtime.deserialize_cuda_engine(data) is None:
+            reasons = errors[:1] or ["it gives no reason"]
+    return reasons
+
+
+def _write_probe(folder: Path) -> Path:
+    """A product of two matrices in half precision, which every card has that engines are built for."""
+    from onnx import TensorProto, helper, save
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT16, [16, 16]) for name in ("x", "y"))
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["y"])], _PROBE, [x], [y])
+    path = folder / f"{_PROBE}.onnx"
+    save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)]), str(path))
+    return path

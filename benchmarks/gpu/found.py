@@ -1,13 +1,13 @@
 """Findings of the GPU check, and the faults among them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from engines.bundle.manifest import VaePrecision
 from exporter.verification.verify import LEAST_COSINE, LEAST_PSNR, TOLERANCE
 
-__all__ = ["Fit", "Found", "Memory", "Row", "TextAndVae"]
+__all__ = ["Fit", "Found", "Memory", "PytestResult", "Row", "TextAndVae"]
 
 PLANNED = 0.1
 """How far, relative to what is planned, the memory of features may be off."""
@@ -41,6 +41,8 @@ class Row:
     """Of a picture from prompt to pixels, as the host sees it, with graphs where there are any; the median of the rounds."""
     device_bytes: int | None = None
     """Free memory of the whole device before the engine less that after the plan, as its driver reports both."""
+    reference: str | None = None
+    """The engine and the precision of the latents that its own are compared with."""
 
     @property
     def name(self) -> str:
@@ -77,9 +79,21 @@ class Memory:
     """Free memory of the whole device at the beginning less that at the end, by its driver: with all that libraries keep."""
 
 
+@dataclass(frozen=True)
+class PytestResult:
+    """Tests that were run on the card."""
+
+    passed: int
+    skipped: Mapping[str, str]
+    """Why, by the test's name."""
+    failed: Mapping[str, str]
+    """The first line of what was wrong, by the test's name."""
+    seconds: float
+
+
 @dataclass
 class Found:
-    """Findings of the check, by engine and precision."""
+    """Findings of a stage of the check, by engine and precision."""
 
     rows: list[Row] = field(default_factory=list)
     segments: dict[str, dict[str, Fit]] = field(default_factory=dict)
@@ -91,6 +105,8 @@ class Found:
     """Seconds of a second process, which finds what the first one has compiled."""
     baselines: list[Mapping[str, Any]] = field(default_factory=list)
     """Diffusers' own pipeline on the same card."""
+    tests: dict[str, PytestResult] = field(default_factory=dict)
+    """By the marks that chose them."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds that each part took."""
     build_seconds: dict[str, float] = field(default_factory=dict)
@@ -101,9 +117,45 @@ class Found:
     ended: dict[str, str] = field(default_factory=dict)
     """How an engine broke off in the middle."""
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Found":
+        """What was written; raises TypeError or KeyError for what another version of the check has written."""
+        names = {one.name for one in fields(cls)}
+        given = {name: value for name, value in values.items() if name in names}
+        given["rows"] = [Row(**row) for row in given["rows"]]
+        for name, kind in (("ends", TextAndVae), ("memory", Memory), ("tests", PytestResult)):
+            given[name] = {key: kind(**value) for key, value in given[name].items()}
+        given["segments"] = {
+            key: {segment: Fit(**fit) for segment, fit in fits.items()} for key, fits in given["segments"].items()
+        }
+        return cls(**given)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was measured."""
+        return not (self.rows or self.segments or self.starts or self.baselines or self.tests)
+
+    def beside(self, earlier: "Found") -> "Found":
+        """These findings, and those of an earlier run of which there are no newer ones."""
+        done = {*self.seconds, *self.skipped}
+        names = {row.name for row in self.rows}
+        ways = {way["name"] for way in self.baselines}
+        merged = Found(
+            rows=[row for row in earlier.rows if row.name not in names] + self.rows,
+            baselines=[way for way in earlier.baselines if way["name"] not in ways] + self.baselines,
+        )
+        for one in fields(self):
+            old, new = getattr(earlier, one.name), getattr(self, one.name)
+            if one.name in {"ended", "skipped"}:  # what was tried again has ended as it has now
+                old = {name: reason for name, reason in old.items() if name not in done}
+            if isinstance(new, dict):
+                setattr(merged, one.name, old | new)
+        return merged
+
     def faults(self) -> list[str]:
         """List what fails the check. Errors of final latents depend on the plan and the model, and are only reported."""
         faults = [f"{name}: broke off: {reason}" for name, reason in self.ended.items()]
+        faults += [f"{name}: {reason}" for tests in self.tests.values() for name, reason in tests.failed.items()]
         for name, fits in self.segments.items():
             precision: VaePrecision = "fp16" if name.endswith("fp16") else "fp32"
             for segment, fit in fits.items():

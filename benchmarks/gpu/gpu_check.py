@@ -1,281 +1,239 @@
 """`make gpu-check`: the whole of what runs on an NVIDIA GPU, on the one at hand: right, and how fast.
 
-One bundle for each precision, with every engine that can be had. For each engine and precision: error and cosine of each segment
-against the diffusers model, in half precision also the PSNR of the latents after twenty steps; for each plan, the error of the
-final latents against the reference (the torch engine, segment by segment, in the first precision that it runs in); whether steps
-replayed as CUDA graphs give what they give segment by segment; memory; the time of a picture's UNet steps both ways, of the first
-call, and of a whole picture; text encoder and VAE apart; kernels; a second process's start; and diffusers' own pipeline on the
-same card. Of memory, the planned bytes of features are compared with those held between segments, which must be within a tenth;
-what segments need inside, weights, scratch and what the device has lost in all are only reported. An engine that breaks off,
-while it is built, loaded or run, is a fault; the others go on. Writes benchmarks/results/gpu-CARD-SOURCE-VARIANT.json after each
-part, so that what is cut off leaves what was done.
+In stages, in the order of a first session on a card; one that does not fit into what is left of ``--budget`` is left out. The
+tests marked ``gpu``. A small model on every engine that can be had, each with its segments against the diffusers model, in half
+precision also the PSNR of the latents after twenty steps, and plans with and without CUDA graphs. Stable Diffusion's full size
+for speed, on TensorRT-RTX as segments are built now and with the casts that they once had, and on TensorRT; and diffusers' own
+pipeline on the same card. Drills: what is provoked to go wrong.
+
+For each plan, the error of the final latents against the reference (engine torch segment by segment, in the most precise of its
+precisions); whether steps replayed as CUDA graphs give what they give segment by segment; memory; the time of a picture's UNet
+steps both ways, of the first call, and of a whole picture; text encoder and VAE apart; kernels; a second process' start. Of memory, the
+planned bytes of features are compared with those held between segments, which must be within a tenth; what segments need inside,
+weights, scratch and what the device has lost in all are only reported. An engine that breaks off, while it is built, loaded or
+run, is a fault; the others go on.
+
+Writes benchmarks/results/gpu-CARD-VARIANT.json (with a --source, gpu-CARD-SOURCE-VARIANT.json) after each part, so that what is
+cut off leaves what was done. What is in the file of other stages and parts stays there, if it is of the same driver, versions,
+weights and settings.
 """
 
 import argparse
 import gc
-import hashlib
+import importlib.metadata
 import json
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from benchmarks.gpu.card import card_state, check_engines, device_named, engine_named
-from benchmarks.gpu.dry_run import show_plan
-from benchmarks.gpu.found import Fit, Found, Memory
+from benchmarks.gpu.baselines import measure_apart
+from benchmarks.gpu.card import card_state, check_engines, device_named
+from benchmarks.gpu.engine_runs import EngineRuns, KeptLatents
+from benchmarks.gpu.found import Found
+from benchmarks.gpu.gpu_tests import DRILLS, REST, run_tests
 from benchmarks.gpu.options import parse
-from benchmarks.gpu.plan_runs import Settings, measure_plan, measure_text_and_vae
-from benchmarks.gpu.tables import show_baselines, show_memory, show_rows, show_text_and_vae
+from benchmarks.gpu.stages import STAGES, Stage, show_stages, too_long
+from benchmarks.gpu.tables import show_found
 from benchmarks.machine import machine
-from engines import Bundle, Engine, EngineError
+from engines import EngineError
+from engines.bundle.digests import known_sha256
 from engines.errors import UserError
 from engines.support.cli import run_command
 from engines.support.files import check_writable, write_text
-from exporter import BuildOptions, build
-from exporter.verification.command import FP16_STEPS
-from exporter.verification.verify import Reference, compare_latents, verify
-from runtime import Pipeline
-from runtime.execution.swapping import free_bytes
+from exporter.graph.checkpoint import open_source
 
 __all__ = ["main"]
+
+_PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime-gpu", "DeepCache")
+_SETTINGS = ("variant", "steps", "rounds", "size", "plans", "granularity")
+_LONGEST = 600.0
+"""Seconds that tests may take where the budget has no end."""
 
 
 @dataclass
 class _Check:
-    """A run of the check: what was asked, what is found, and what engines share."""
+    """A run of the check: what was asked, what is found by stage, and what stages share."""
 
     options: argparse.Namespace
     device: torch.device
     console: Console
-    found: Found = field(default_factory=Found)
+    digests: dict[str, str]
+    """Of the weights, by source."""
+    engines: list[str] = field(default_factory=list)
+    """Those that can be had."""
+    found: dict[str, Found] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Why an engine could not be had, or a stage was left out."""
+    measured: set[tuple[str, str, str, bool]] = field(default_factory=set)
     began: float = field(default_factory=time.monotonic)
-    model: Reference | None = None
 
-    def has_time(self, name: str) -> bool:
-        """Whether the budget allows another part; noted where it does not."""
-        budget = self.options.budget
-        if budget is None or time.monotonic() - self.began < 60 * budget:
-            return True
-        self.found.skipped[name] = f"the budget of {budget:g} minutes is used up"
-        return False
+    def minutes(self) -> float:
+        """Since it began."""
+        return (time.monotonic() - self.began) / 60
 
-    def reference(self, plan: str, own: Tensor | None = None) -> Tensor | None:
-        """The latents that a plan's are compared with: the torch engine's first ones, which are kept with the bundles.
+    def run(self, stage: Stage) -> None:
+        """Do the parts of a stage one after another, unless there is a reason not to."""
+        reason = self._unfit(stage) or too_long(stage, self.options, self.minutes())
+        if reason:
+            self.skipped[stage.name] = reason
+            self._say(f"left out: {stage.name}: {reason}")
+            return
+        found = self.found[stage.name] = Found()
+        self._say(f"{stage.name}: {stage.words(self.options)}; about {stage.takes(self.options):g} minutes")
+        for name, work in self._parts(stage, found):
+            self._part(found, name, work)
+        show_found(self.console, f"{stage.name} {stage.source(self.options)}", found)
 
-        Args:
-            plan: the plan.
-            own: the torch engine's latents, to be kept where there are none.
-        """
-        options = self.options
-        asked = [options.source, options.variant, options.size, options.steps, plan, options.precision[0]]
-        path = Path(options.work) / f"reference-{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}.pt"
-        if own is not None and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(own.cpu(), path)
-        return torch.load(path) if path.exists() else None
+    def _unfit(self, stage: Stage) -> str:
+        """Why none of a stage's engines can run; nothing where one can."""
+        if not stage.engines or set(stage.engines) & set(self.engines):
+            return ""
+        return "; ".join(f"{name}: {self.skipped.get(name, 'not among --engines')}" for name in stage.engines)
 
-    def part(self, name: str, work: Callable[[], None]) -> None:
+    def _parts(self, stage: Stage, found: Found) -> Iterator[tuple[str, Callable[[], None]]]:
+        source, options = stage.source(self.options), self.options
+        if stage.engines:
+            kept, save = KeptLatents(options, self.device, self.digests[source]), partial(_write, self)
+            yield from EngineRuns(
+                options, stage, self.engines, self.device, self.console, kept, found, save, self.measured
+            ).parts()
+        elif stage.of:
+            for compiled in (False, True):
+                name = "baselines, compiled" if compiled else "baselines"
+                yield name, partial(measure_apart, options, source, compiled, found.baselines)
+        else:
+            marks = DRILLS if stage.name == "drills" else REST
+            yield f"tests marked {marks}", partial(self._run_tests, found, marks)
+
+    def _run_tests(self, found: Found, marks: str) -> None:
+        """Within the budget: what hangs does not take the other stages' time."""
+        left = 60 * (self.options.budget - self.minutes())
+        found.tests[marks] = run_tests(marks, min(_LONGEST, left))
+
+    def _part(self, found: Found, name: str, work: Callable[[], None]) -> None:
         """Do a part of the work; whatever becomes of it, what the others do is worth knowing, and what was found is written."""
-        if not self.has_time(name):
+        if self.minutes() >= self.options.budget:
+            found.skipped[name] = f"the budget of {self.options.budget:g} minutes is used up"
             return
         started = time.monotonic()
-        self.console.print(f"[{started - self.began:.0f} s] {name}", highlight=False, markup=False)
+        self._say(f"[{started - self.began:.0f} s] {name}")
         try:
             work()
         except Exception as error:
             if isinstance(error, UserError) and not isinstance(error, EngineError):
                 raise
             self.console.print_exception()
-            self.found.ended[name] = f"{type(error).__name__}: {error}"
+            found.ended[name] = f"{type(error).__name__}: {error}"
         gc.collect()  # what an exception has held, and an engine's memory with it
-        self.found.cards[name] = card_state()
-        self.found.seconds[name] = round(time.monotonic() - started, 1)
+        found.cards[name] = card_state()
+        found.seconds[name] = round(time.monotonic() - started, 1)
         _write(self)
 
-
-def _folder(options: argparse.Namespace, precision: str) -> Path:
-    name = f"{Path(options.source).name}-{options.variant}-{precision}".replace(":", "-")
-    return Path(options.work) / name
-
-
-def _bundle(options: argparse.Namespace, engines: Sequence[str], precision: str) -> Bundle:
-    wanted = BuildOptions(
-        variant=options.variant,
-        source=options.source,
-        engines=tuple(engines),
-        granularity=options.granularity,
-        plans=tuple(options.plans),
-        precision=precision,  # type: ignore[arg-type]
-        sizes=(options.size,) if options.size else (),
-        max_images=1,
-        targets=tuple(options.targets) if "tensorrt-rtx" in engines else (),
-        out=_folder(options, precision),
-        force=True,
-        jobs=options.jobs,
-    )
-    return build(wanted)[0]
-
-
-def _build(check: _Check, engines: Sequence[str], precision: str) -> None:
-    """One bundle for all engines; those that cannot be built for are left out of it."""
-    kept: list[str] = []
-    started = time.monotonic()
-    try:
-        _bundle(check.options, engines, precision)
-        kept = list(engines)
-    except EngineError as error:
-        check.console.print(f"not for all engines at once: {error.line}", highlight=False, markup=False, soft_wrap=True)
-        for name in engines:  # each adds what it needs to what is there
-            try:
-                _bundle(check.options, [*kept, name], precision)
-                kept.append(name)
-            except EngineError as error:
-                check.found.skipped[f"{name} {precision}"] = error.line
-    check.found.build_seconds[precision] = round(time.monotonic() - started, 1)
-
-
-def _check_engine(check: _Check, name: str, precision: str) -> None:
-    """Everything about one engine at one precision, unless its bundle could not be built."""
-    if f"build {precision}" in check.found.ended:
-        return
-    free = free_bytes(check.device)
-    bundle = Bundle.open(_folder(check.options, precision))
-    if name not in bundle.manifest.segments[0].engines and name != "onnxruntime":
-        return  # noted when it was built
-    pipeline = Pipeline(bundle, engine_named(name, check.device))
-    scratch = pipeline.engine.scratch_bytes()
-    if "segments" in check.options.only:
-        _compare(check, bundle, pipeline.engine, f"{name} {precision}")
-    if "plans" in check.options.only:
-        _run_plans(check, pipeline, f"{name} {precision}", free)
-    left = free_bytes(check.device)
-    weights = pipeline.swapper.bytes_of(bundle.manifest.variant)
-    taken = None if free is None or left is None else free - left
-    check.found.memory[f"{name} {precision}"] = Memory(weights, scratch, taken)
-
-
-def _compare(check: _Check, bundle: Bundle, engine: Engine, name: str) -> None:
-    """How near each segment, and the chain, comes to the diffusers model."""
-    check.model = check.model or Reference.load(bundle)
-    fits: dict[str, Fit] = {}
-    for one in verify(bundle, engine, bundle.manifest.sizes[:1], check.model):
-        fit = fits.get(one.segment, Fit(0.0, 1.0))
-        fits[one.segment] = Fit(max(one.error, fit.error), min(one.cosine, fit.cosine))
-    check.found.segments[name] = fits
-    if bundle.manifest.precision == "fp16":
-        found = compare_latents(bundle, engine, bundle.manifest.sizes[0], FP16_STEPS, check.model)
-        check.found.psnr[name] = round(found, 1)
-
-
-def _run_plans(check: _Check, pipeline: Pipeline, name: str, free: int | None) -> None:
-    settings = Settings(check.options.steps, check.options.rounds)
-    for plan in check.options.plans:
-        row, latents = measure_plan(pipeline, plan, check.reference(plan), settings, free)
-        check.found.rows.append(row)
-        if pipeline.engine.name == "torch":
-            check.reference(plan, latents)
-        _write(check)
-    check.found.ends[name] = measure_text_and_vae(pipeline, settings)
-
-
-def _start_again(check: _Check, name: str, precision: str) -> None:
-    """A second process on the bundle that the first one has run."""
-    folder = _folder(check.options, precision)
-    if f"{name} {precision}" not in check.found.memory:
-        return
-    command = [sys.executable, "-m", "benchmarks.gpu.start", str(folder), "--engine", name, "--device", check.device.type]
-    done = subprocess.run(
-        [*command, "--steps", str(check.options.steps)], capture_output=True, text=True, timeout=300, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    check.found.starts[f"{name} {precision}"] = json.loads(done.stdout.splitlines()[-1])
-
-
-def _baselines(check: _Check, compiled: bool) -> None:
-    options, out = check.options, Path(check.options.work) / "baselines.json"
-    command = [sys.executable, "-m", "benchmarks.gpu.baselines", "--source", options.source, "--variant", options.variant]
-    command += ["--device", check.device.type, "--steps", str(options.steps), "--rounds", str(options.rounds), "--out", str(out)]
-    command += ["--size", "x".join(map(str, options.size))] if options.size else []
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        subprocess.run([*command, *(["--compiled"] if compiled else [])], timeout=300, check=True)
-    finally:
-        if out.exists():
-            check.found.baselines += json.loads(out.read_text())
-            out.unlink()
-
-
-def _parts(options: argparse.Namespace, engines: Sequence[str]) -> list[tuple[str, Callable[[_Check], None]]]:
-    """The parts of the check, in order: the name of each part, and its work."""
-    parts: list[tuple[str, Callable[[_Check], None]]] = [
-        (f"build {precision}", partial(_build, engines=engines, precision=precision)) for precision in options.precision
-    ]
-    if not {"plans", "segments"}.isdisjoint(options.only):
-        parts += [
-            (f"{name} {precision}", partial(_check_engine, name=name, precision=precision))
-            for precision in options.precision
-            for name in engines
-        ]
-    last = options.precision[-1]
-    if "start" in options.only:
-        parts += [(f"start {name} {last}", partial(_start_again, name=name, precision=last)) for name in engines]
-    if "baselines" in options.only:
-        parts += [("baselines", partial(_baselines, compiled=False)), ("baselines, compiled", partial(_baselines, compiled=True))]
-    return parts
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Check what runs on the GPU; raises UserError without one, exits with 1 where something is wrong."""
     options = parse(arguments, __doc__ or "")
     if options.dry_run:
-        show_plan(Console(width=80), options, [name for name, _ in _parts(options, options.engines)])
+        show_stages(Console(width=80), options, options.stages)
         return
     check_writable(options.out)
-    check = _Check(options, device_named(options.device), Console(width=150))
-    engines, missing = check_engines(options.engines, check.device)
-    check.found.skipped |= missing
-    for name, work in _parts(options, engines):
-        check.part(name, partial(work, check))
+    device = device_named(options.device)
+    sources = dict.fromkeys(source for stage in STAGES.values() if (source := stage.source(options)))
+    digests = {source: open_source(source, options.variant).fingerprint(options.variant, known_sha256) for source in sources}
+    check = _Check(options, device, Console(width=150), digests)
+    if any(stage.engines for stage in options.stages):
+        check.engines, check.skipped = check_engines(options.engines, device, options.targets)
+    for stage in options.stages:
+        check.run(stage)
     _report(check)
 
 
 def _report(check: _Check) -> None:
-    found, console = check.found, check.console
-    show_rows(console, found.rows)
-    show_text_and_vae(console, found.ends)
-    show_memory(console, found.memory)
-    show_baselines(console, found.baselines)
-    for name, reason in found.skipped.items():
-        console.print(f"left out: {name}: {reason}", highlight=False, soft_wrap=True, markup=False)
-    for name, seconds in found.starts.items():
-        console.print(f"second start: {name}: {json.dumps(seconds)}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"wrote {_write(check)}", highlight=False)
-    faults = found.faults()
+    """Say what was left out and what is wrong; exits with 1 for the latter, or where nothing was measured."""
+    for name, reason in check.skipped.items():
+        check._say(f"left out: {name}: {reason}")
+    for stage, found in check.found.items():
+        for name, reason in found.skipped.items():
+            check._say(f"left out: {stage}: {name}: {reason}")
+    check._say(f"wrote {_write(check)}")
+    faults = _faults(check.found)
     for fault in faults:
-        console.print(f"WRONG: {fault}", highlight=False, markup=False, soft_wrap=True)
-    if faults or not (found.rows or found.baselines):
+        check._say(f"WRONG: {fault}")
+    if faults or all(found.is_empty for found in check.found.values()):
         raise SystemExit(1)
 
 
+def _faults(found: dict[str, Found]) -> list[str]:
+    return [f"{stage}: {fault}" for stage, one in found.items() for fault in one.faults()]
+
+
 def _write(check: _Check) -> Path:
-    """Write what has been found so far; returns the file."""
-    options, found = check.options, check.found
+    """Write what has been found so far, beside what of the file still holds; returns the file."""
+    options = check.options
     card = torch.cuda.get_device_name() if check.device.type == "cuda" else "cpu"
-    settings = {name: getattr(options, name) for name in ("source", "variant", "steps", "rounds", "size", "plans", "granularity")}
-    report = {"card": card, "cuda": torch.version.cuda, "driver": card_state(), "settings": settings, "faults": found.faults()}
-    name = f"gpu-{card}-{Path(options.source).stem}-{options.variant}".lower()
-    path = Path(options.out) / f"{re.sub('[^a-z0-9-]', '-', name)}.json"
-    write_text(path, json.dumps(machine() | report | asdict(replace(found)), indent=2) + "\n")
+    words = ["gpu", card, *([Path(options.source).stem] if options.source else []), options.variant]
+    path = Path(options.out) / f"{re.sub('[^a-z0-9-]', '-', '-'.join(words).lower())}.json"
+    report = machine() | {"card": card, "cuda": torch.version.cuda, "driver": card_state()}
+    report["versions"] = {**report["versions"], **_versions()}  # type: ignore[dict-item]
+    found = {name: one.beside(earlier) for name, one, earlier in _earlier(check, path, report)}
+    stages = {name: _made_by(check, STAGES[name]) | asdict(found[name]) for name in STAGES if name in found}
+    report |= {"skipped": check.skipped, "faults": _faults(found), "stages": stages}
+    write_text(path, json.dumps(report, indent=2) + "\n")
     return path
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that matter here only."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _made_by(check: _Check, stage: Stage) -> dict[str, Any]:
+    """What a stage's findings are of."""
+    source = stage.source(check.options)
+    settings = {name: getattr(check.options, name) for name in _SETTINGS}
+    made_by = {"source": source, "weights": check.digests.get(source, ""), "settings": settings}
+    return json.loads(json.dumps(made_by))
+
+
+def _earlier(check: _Check, path: Path, report: dict[str, Any]) -> Iterator[tuple[str, Found, Found]]:
+    """The findings of each stage: of this run, and of an earlier one where they are of the same things."""
+    try:
+        written = json.loads(path.read_text("utf-8"))
+        same = written["versions"] == report["versions"] and _driver(written) == _driver(report)
+        stages = written["stages"] if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        stages = {}
+    for name, stage in STAGES.items():
+        made_by, earlier = _made_by(check, stage), Found()
+        try:
+            values = stages.get(name, {})
+            if values and all(values[key] == value for key, value in made_by.items()):
+                earlier = Found.from_json(values)
+        except (KeyError, TypeError, AttributeError):
+            earlier = Found()  # another version of the check wrote it
+        if name in check.found or not earlier.is_empty:
+            yield name, check.found.get(name, Found()), earlier
+
+
+def _driver(report: dict[str, Any]) -> str | None:
+    version: str | None = report["driver"].get("driver_version")
+    return version
 
 
 if __name__ == "__main__":

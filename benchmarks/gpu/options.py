@@ -2,36 +2,68 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.gpu.stages import PARTS, SPEED_SOURCE, STAGES, Stage
 from engines import ENGINES
 from engines.errors import UserError
 from engines.support.cli import Parser, parse_size
 from exporter.options import PRECISIONS
 from runtime.embedded import DEFAULT
 
-__all__ = ["PARTS", "parse"]
+__all__ = ["BUDGET", "parse"]
 
-PARTS = {
-    "plans": "time, memory and latents of each plan",
-    "segments": "each segment against the diffusers model",
-    "start": "a second process",
-    "baselines": "diffusers itself",
-}
-"""The parts that ``--only`` chooses from."""
+BUDGET = 10.0
+"""Minutes, where none are named."""
 
 
 def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
-    """The options of a command line; raises UserError for a word that is none of those allowed."""
+    """The options of a command line, and the stages that they choose.
+
+    Raises:
+        UserError: a word is none of those allowed, or the words choose nothing.
+    """
+    options = _parser(description).parse_args(arguments)
+    options.targets = [target for target in options.targets.split(",") if target]
+    words = {**STAGES, **PARTS}
+    for name, allowed in (("engines", ENGINES), ("precision", PRECISIONS), ("only", words), ("plans", None)):
+        chosen = getattr(options, name).split(",")
+        for one in chosen:
+            if allowed is not None and one not in allowed:
+                raise UserError(f"--{name}: unknown {one!r}; choose from: {', '.join(allowed)}")
+        setattr(options, name, chosen)
+    if not options.budget >= 0:
+        raise UserError(f"--budget: {options.budget:g} is no number of minutes; give 0 or more, or inf for no end")
+    options.stages = _stages(options.only)
+    if not options.stages:
+        chosen = ",".join(options.only)
+        raise UserError(f"--only {chosen}: these stages measure nothing of the kind; choose from: {', '.join(words)}")
+    return options
+
+
+def _parser(description: str) -> Parser:
     parser = Parser(prog="python -m benchmarks.gpu.gpu_check", description=description)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the program itself; no graphs")
-    parser.add_argument("--source", default=DEFAULT, help="as for python -m exporter build (default: %(default)s)")
+    parser.add_argument(
+        "--source",
+        help="as for python -m exporter build, for correctness and for speed "
+        f"(default: {DEFAULT} for correctness, {SPEED_SOURCE} for speed)",
+    )
     parser.add_argument("--variant", default="original")
     parser.add_argument("--engines", default="torch,tensorrt-rtx,tensorrt,onnxruntime", help="torch comes first: the reference")
-    parser.add_argument("--precision", default="fp32,fp16")
+    parser.add_argument("--precision", default="fp32,fp16", help="speed is measured in the last (default: %(default)s)")
     parser.add_argument("--plans", default="full,deepcache:3,adaptive:0.2")
-    parser.add_argument("--only", default="plans,segments,start,baselines", help="parts, of: %(default)s")
-    parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin nothing new after so long")
+    parser.add_argument(
+        "--only",
+        default=",".join(STAGES),
+        metavar="WORDS",
+        help=f"stages, of: {', '.join(STAGES)}; and what these measure of engines, of: {', '.join(PARTS)} (default: everything)",
+    )
+    parser.add_argument(
+        "--budget", type=float, metavar="MINUTES", default=BUDGET,
+        help="leave out a stage that does not fit what is left, and begin nothing after it; inf: no end (default: %(default)g)",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, in which order and time; needs no GPU")
     parser.add_argument("--granularity", help="largest segment of the bundle (default: as large as the plans allow)")
     parser.add_argument("--targets", default="", help="targets of tensorrt-rtx, as for python -m exporter build")
@@ -41,12 +73,18 @@ def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("bundles/gpu-check"), help="where bundles are built")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args(arguments)
-    options.targets = [target for target in options.targets.split(",") if target]
-    for name, allowed in (("engines", ENGINES), ("precision", PRECISIONS), ("only", PARTS), ("plans", None)):
-        chosen = getattr(options, name).split(",")
-        for one in chosen:
-            if allowed is not None and one not in allowed:
-                raise UserError(f"--{name}: unknown {one!r}; choose from: {', '.join(allowed)}")
-        setattr(options, name, chosen)
-    return options
+    return parser
+
+
+def _stages(only: Sequence[str]) -> list[Stage]:
+    """The stages that are named, in their order, with the parts that are named; a kind of which none is named is there whole."""
+    parts = [part for part in PARTS if part in only]
+    named = [stage for stage in STAGES.values() if stage.name in only]
+    if not parts:
+        return named
+    chosen = [
+        replace(stage, parts=tuple(part for part in stage.parts if part in parts)) if stage.parts else stage
+        for stage in named or STAGES.values()
+        if named or stage.parts
+    ]
+    return [stage for stage in chosen if stage.parts or not STAGES[stage.name].parts]

@@ -2,13 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engines.support.cli import Parser, run_command
 
-__all__ = ["main"]
+__all__ = ["main", "start_process"]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,6 +42,16 @@ def main(arguments: Sequence[str]) -> None:
         mark()
     names = "import_seconds", "load_seconds", "first_seconds", "second_seconds"
     print(json.dumps({name: round(b - a, 3) for name, a, b in zip(names, marks[:-1], marks[1:], strict=True)}))
+
+
+def start_process(bundle: Path, engine: str, device: str, steps: int) -> Mapping[str, float]:
+    """The seconds that a new process prints; raises RuntimeError with the end of what it says where it fails."""
+    command = [sys.executable, "-m", "benchmarks.gpu.start", str(bundle), "--engine", engine, "--device", device]
+    done = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    seconds: Mapping[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
 
 
 def _seconds_of_process() -> float:
