@@ -7,6 +7,7 @@ before each replay. So is all that was made by later recordings: it may lie wher
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.launches: list[Callable[[], None]] = []
         self._aliases: Counter[int] = Counter()
-        self._made: dict[int, Tensor] = {}
+        self._made: dict[int, tuple[Tensor, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -53,7 +54,7 @@ class Tape(TorchDispatchMode):
         before = {_storage(tensor) for tensor in _tensors((args, kwargs))}
         args, kwargs = tree_map_only(Tensor, self._alias, (args, kwargs or {}))
         memory = [self._alias(tensor) for tensor in _tensors(result) if _storage(tensor) not in before]
-        self._made |= {_storage(tensor): tensor for tensor in memory}
+        self._made |= {_storage(tensor): (tensor, tensor.untyped_storage()) for tensor in memory}
         self.launches.append(lambda: _again(func, args, kwargs, memory, before))
         return result
 
@@ -64,11 +65,10 @@ class Tape(TorchDispatchMode):
 
     def spoil(self, everything: bool = False) -> None:
         """Overwrite what was made and let go (or all that was made)."""
-        for storage, tensor in self._made.items():
-            whole = tensor.untyped_storage()
+        for storage, (_, whole) in self._made.items():
             # Our aliases, and ``whole`` itself.
             if everything or torch._C._storage_Use_Count(whole._cdata) == self._aliases[storage] + 1:
-                torch.empty(0, dtype=torch.uint8).set_(whole).fill_(0xFF)  # a NaN in every floating-point type
+                ctypes.memset(storage, 0xFF, whole.nbytes())  # a NaN in every floating-point type
 
 
 def _again(func: Any, args: Any, kwargs: Any, memory: list[Tensor], before: set[int]) -> None:
@@ -79,6 +79,8 @@ def _again(func: Any, args: Any, kwargs: Any, memory: list[Tensor], before: set[
 
 
 def _tensors(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Tensor):
+        return [tree]
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 

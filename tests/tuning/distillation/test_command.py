@@ -1,9 +1,12 @@
 """`python -m tuning distill`: resumed, killed, spoilt and misused; what it leaves is whole, and a mistake is one line."""
 
+import copy
+import dataclasses
 import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -11,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,14 @@ from tuning.checkpoints.folder import save_part
 from tuning.distillation.examples import Passes
 from tuning.mini.models import new_unet
 from tuning.training.noising import Batch, Noising
+from tuning.training.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[3]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+# Of a UNet of two stages, what `assembled` removes of one of four, but for a whole stage.
+SMALL_RECIPE = tuning.Recipe(name="small", remove=("down.0.*.attention", "down.-1.layer.1", "up.0.layer.1"))
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +52,58 @@ def latents(small_model: Path, pictures: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def given(small_model: Path, latents: Path) -> list[str]:
-    """Arguments that every run here shares but for the bound and the place."""
-    arguments = (
-        f"distill --teacher {small_model} --student assembled --data {latents} --batch 2 --lr 1e-3 --warmup 2 --log-every 1"
-    )
+def two_stages(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model with a UNet of two stages, for what a run does with a UNet of any shape. Not to be changed."""
+    folder = Path(shutil.copytree(small_model, tmp_path_factory.mktemp("two-stages") / "model"))
+    torch.manual_seed(0)
+    shutil.rmtree(folder / "unet")
+    save_part(new_unet((8, 16), 16), folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of runs with two stages."""
+    path = tmp_path_factory.mktemp("recipe") / "small.json"
+    path.write_text(SMALL_RECIPE.model_dump_json())
+    return path
+
+
+def shared_arguments(teacher: Path, student: Path | str, latents: Path) -> list[str]:
+    arguments = f"distill --teacher {teacher} --student {student} --data {latents} --batch 2 --lr 1e-3 --warmup 2 --log-every 1"
     return [*arguments.split(), "--precision", "fp32", "--validate-minutes", "60"]
+
+
+@pytest.fixture(scope="module")
+def given(two_stages: Path, student: Path, latents: Path) -> list[str]:
+    """Arguments that every run here shares but for the bound and the place."""
+    return shared_arguments(two_stages, student, latents)
+
+
+@pytest.fixture(scope="module")
+def sd_given(small_model: Path, latents: Path) -> list[str]:
+    """The same for a teacher in Stable Diffusion's shape, and a built-in recipe."""
+    return shared_arguments(small_model, "assembled", latents)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def read_once(small_model: Path, two_stages: Path) -> Iterator[None]:
+    """The two teachers are read from their files once; each run has a copy of its own."""
+    load: Callable[..., Teacher] = Teacher.load
+    known: dict[str, Teacher] = {}
+
+    def copied(source: str, *changes: Any, **named: Any) -> Teacher:
+        if source not in {str(small_model), str(two_stages)} or any(changes) or any(named.values()):
+            return load(source, *changes, **named)
+        if source not in known:
+            known[source] = load(source)
+        teacher = known[source]
+        unet, text, vae = copy.deepcopy((teacher.unet, teacher.text, teacher.vae))
+        return dataclasses.replace(teacher, unet=unet, text=text, vae=vae)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "load", copied)
+        yield
 
 
 def leave_pictures_out(patch: pytest.MonkeyPatch) -> None:
@@ -234,8 +288,8 @@ def test_a_run_that_is_spoilt_by_its_first_step_leaves_no_student(given: list[st
 
 
 @pytest.mark.slow
-def test_distillation_lowers_the_loss_that_removal_left(given: list[str], tmp_path: Path) -> None:
-    distil(given, tmp_path, "--student bk-tiny --steps 25 --ema 0.8 --lr 3e-3")
+def test_distillation_lowers_the_loss_that_removal_left(sd_given: list[str], tmp_path: Path) -> None:
+    distil(sd_given, tmp_path, "--student bk-tiny --steps 25 --ema 0.8 --lr 3e-3")
     before, after = [line["valid_loss"] for line in metrics(tmp_path) if "valid_loss" in line]
     assert after < 0.8 * before
 
@@ -273,11 +327,13 @@ def test_a_checkpoint_of_other_things_is_one_line(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("pictured")
-def test_metrics_curves_and_sample_pictures_are_left(given: list[str], tmp_path: Path) -> None:
+def test_metrics_curves_and_sample_pictures_are_left(sd_given: list[str], tmp_path: Path) -> None:
     work, prompts = tmp_path / "work", tmp_path / "prompts.txt"
     prompts.write_text("a red star\n\na blue ring on white\n")
     distil(
-        given, tmp_path / "out", f"--steps 6 --validate-every 3 --sample-every 2 --prompts {prompts} --work {work} --log-every 2"
+        sd_given,
+        tmp_path / "out",
+        f"--steps 6 --validate-every 3 --sample-every 2 --prompts {prompts} --work {work} --log-every 2",
     )
     lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
@@ -325,7 +381,7 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(given: list[str], t
     one, two, recipe = tmp_path / "one", tmp_path / "two", tmp_path / "recipe.json"
     # The loss of features is a share of what the teacher's features are in the process's own batch.
     loss = tuning.LossWeights(features=0)
-    recipe.write_text(tuning.recipe("assembled").model_copy(update={"loss": loss}).model_dump_json())
+    recipe.write_text(SMALL_RECIPE.model_copy(update={"loss": loss}).model_dump_json())
     (tmp_path / "prompts.txt").write_text("a red star\n")
     given = [*given, "--student", str(recipe), "--steps", "5", "--prompts", str(tmp_path / "prompts.txt")]
     in_two_processes([sys.executable, "-m", "tuning", *given, "--out", str(two)])
@@ -342,31 +398,31 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(given: list[str], t
 
 
 @pytest.mark.slow
-def test_a_recipe_in_portions_trains_after_each(given: list[str], tmp_path: Path) -> None:
+def test_a_recipe_in_portions_trains_after_each(sd_given: list[str], tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = "--student progressive --steps 8"
-    distil(given, whole, more)
+    distil(sd_given, whole, more)
     steps = {name: metrics(whole, name)[-1]["step"] for name in ("stage_1", "stage_2", ".")}
     assert list(steps.values()) == [2, 3, 3], "8 steps in all"
     stages = [tuning.load_unet(whole / "training" / name / "unet") for name in ("stage_1", "stage_2")]
     students = [*stages, tuning.load_unet(whole)]
     sizes = [sum(p.numel() for p in student.parameters()) for student in students]
     assert sizes == sorted(sizes, reverse=True)
-    teacher = tuning.load_unet(Path(given[given.index("--teacher") + 1]) / "unet")
+    teacher = tuning.load_unet(Path(sd_given[sd_given.index("--teacher") + 1]) / "unet")
     at_once = tuning.assemble(teacher, tuning.recipe("assembled"))
     assert tuning.unit_modules(students[-1]) == tuning.unit_modules(at_once)
-    distil(given, parts, f"{more} --pause-at 1")
+    distil(sd_given, parts, f"{more} --pause-at 1")
     with pytest.raises(UserError, match="holds a run with student progressive"):
-        distil(given, parts, "--steps 8")
-    distil(given, parts, f"{more} --pause-at 2")  # the length of the first stage: leaves in the second
+        distil(sd_given, parts, "--steps 8")
+    distil(sd_given, parts, f"{more} --pause-at 2")  # the length of the first stage: leaves in the second
     assert (parts / "training" / "stage_1" / "unet").exists()
     assert not (parts / WEIGHTS).exists()
-    distil(given, parts, more)
+    distil(sd_given, parts, more)
     assert same(load_file(whole / WEIGHTS), load_file(parts / WEIGHTS))
 
 
 @pytest.mark.slow
-def test_every_portion_draws_batches_of_its_own(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_portion_draws_batches_of_its_own(sd_given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     draw, batch = Passes.draw, Noising.batch
 
@@ -380,12 +436,12 @@ def test_every_portion_draws_batches_of_its_own(given: list[str], tmp_path: Path
 
     monkeypatch.setattr(Noising, "batch", noted)
     monkeypatch.setattr(Passes, "draw", checked)
-    distil(given, tmp_path, "--student progressive --steps 7 --accumulate 2")
+    distil(sd_given, tmp_path, "--student progressive --steps 7 --accumulate 2")
     assert list(dict.fromkeys(drawn)) == list(range(14)), "as removal at once would draw them"
     assert max(Counter(drawn).values()) <= 4, "a portion's last batch is looked at twice, picture and noise"
     (tmp_path / "training" / "stage_1" / "checkpoint.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"stage_1/checkpoint\.pt is no checkpoint of a portion that is done"):
-        distil(given, tmp_path, "--student progressive --steps 7 --accumulate 2")
+        distil(sd_given, tmp_path, "--student progressive --steps 7 --accumulate 2")
 
 
 @pytest.mark.slow
@@ -404,7 +460,7 @@ def test_mixed_precision_comes_close(given: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_mistakes_are_one_line(given: list[str], small_model: Path, latents: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(sd_given: list[str], small_model: Path, latents: Path, tmp_path: Path) -> None:
     unlike = {}
     for name, changes in {
         "narrow": {"cross_attention_dim": 8},
@@ -440,7 +496,7 @@ def test_mistakes_are_one_line(given: list[str], small_model: Path, latents: Pat
     ):
         out = tmp_path / "out"
         with pytest.raises(UserError, match=says) as caught:
-            main([*given, "--out", str(out), *arguments.split()])
+            main([*sd_given, "--out", str(out), *arguments.split()])
         assert "\n" not in str(caught.value)
         assert not out.exists(), arguments
 
@@ -475,10 +531,10 @@ def test_a_pickle_in_the_checkpoints_place_is_never_run(given: list[str], paused
 
 
 @pytest.mark.slow
-def test_another_run_is_not_taken_for_this_one(given: list[str], paused_copy: Path) -> None:
+def test_another_run_is_not_taken_for_this_one(given: list[str], student: Path, paused_copy: Path) -> None:
     with pytest.raises(UserError, match="holds a run with batch 2, and this one has 3"):
         distil(given, paused_copy, "--steps 9 --batch 3")
-    with pytest.raises(UserError, match="holds a run with student assembled, and this one has original"):
+    with pytest.raises(UserError, match=f"holds a run with student {re.escape(str(student))}, and this one has original"):
         distil(given, paused_copy, "--steps 9 --student original")
     distil(given, paused_copy, "--steps 3 --lr 1e-4")
 
