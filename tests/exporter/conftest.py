@@ -12,6 +12,7 @@ from engines import Segment
 from tests.support import remembered
 from tests.support.commands import Command, command
 from tests.support.sources import save_source
+from tests.support.unets import small_unet
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +27,13 @@ def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_source(tmp_path_factory.mktemp("sources") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def layered_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose UNet has the layers that BK-SDM's recipes remove; not to be changed."""
+    unet = small_unet("two stages", layers_per_block=2)
+    return save_source(tmp_path_factory.mktemp("sources") / "layered", unet)
+
+
 @pytest.fixture
 def exporter(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """``python -m exporter`` in this process."""
@@ -36,7 +44,10 @@ def exporter(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def fake_trace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Replaces tracing by writing a few bytes; with ``fail_at`` and ``error`` it fails there. Returns the segments traced."""
+    """Replaces tracing by writing a few bytes; with ``fail_at`` and ``error`` it fails there. Returns the segments traced.
+
+    No weights are read for it, though all that is checked of them is.
+    """
 
     def install(fail_at: str | None = None, error: BaseException | None = None, content: str = "") -> list[str]:
         traced: list[str] = []
@@ -49,6 +60,8 @@ def fake_trace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             traced.append(segment.name)
             return [path]
 
+        monkeypatch.setattr("exporter.graph.graph.load_graph", remembered.load_graph)
+        monkeypatch.setattr("exporter.graph.graph.Graph.segment_module", lambda *given: None)
         monkeypatch.setattr("exporter.segments.writer.trace_program", lambda *given: object())
         monkeypatch.setattr("exporter.segments.writer.write_onnx", write)
         monkeypatch.setattr("engines.ort.engine.OnnxRuntime.compile", lambda *given: [])

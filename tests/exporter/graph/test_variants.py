@@ -13,20 +13,12 @@ from rich.console import Console
 import tuning
 from engines import Bundle
 from tests.support.commands import Command, assert_refused
-from tests.support.sources import save_source
 from tests.support.unets import small_unet
 from tuning.assemble_command import assemble_command
 from tuning.checkpoints.folder import save_part
 
 FakeTrace = Callable[..., list[str]]
 pytestmark = [pytest.mark.usefixtures("here"), pytest.mark.shared_pieces]
-
-
-@pytest.fixture(scope="session")
-def layered_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose UNet has the layers that BK-SDM's recipes remove; not to be changed."""
-    unet = small_unet("two stages", layers_per_block=2)
-    return save_source(tmp_path_factory.mktemp("sources") / "layered", unet)
 
 
 @pytest.mark.parametrize("variant", ["bk-base", "bk-small"])

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+import tuning
 from exporter import BuildOptions, build
 from exporter.segments import artifact_index
+from tuning.checkpoints.folder import save_part
 
 FakeTrace = Callable[..., list[str]]
 ENDS = ["text_encoder", "vae_decoder", "vae_encoder"]
@@ -45,10 +48,13 @@ def test_another_partition_takes_what_it_has_in_common(first: BuildOptions, fake
     assert not {*ENDS, "stem", "head"} & set(traced)
 
 
-def test_another_variant_takes_text_encoder_and_vae(fake_trace: FakeTrace, tmp_path: Path) -> None:
-    mini = BuildOptions(source="mini", out=tmp_path / "mini")
-    assert set(ENDS) <= set(traced_for(mini, fake_trace))
-    traced = traced_for(mini, fake_trace, out=tmp_path / "second", variant="assembled")
+def test_another_variant_takes_text_encoder_and_vae(layered_source: Path, fake_trace: FakeTrace, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(layered_source, tmp_path / "source"))
+    unet = tuning.assemble(tuning.load_unet(source / "unet"), tuning.recipe("bk-base"))
+    save_part(unet, source / "unet_bk-base", torch.float32)
+    original = BuildOptions(source=str(source), out=tmp_path / "original")
+    assert set(ENDS) <= set(traced_for(original, fake_trace))
+    traced = traced_for(original, fake_trace, out=tmp_path / "second", variant="bk-base")
     assert "stem" in traced
     assert not set(ENDS) & set(traced)
 
