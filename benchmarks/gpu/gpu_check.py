@@ -8,10 +8,10 @@ pipeline on the same card. Drills: what is provoked to go wrong.
 
 For each plan, the error of the final latents against the reference (engine torch segment by segment, in the most precise of its
 precisions); whether steps replayed as CUDA graphs give what they give segment by segment; memory; the time of a picture's UNet
-steps both ways, of the first call, and of a whole picture; text encoder and VAE apart; kernels; a second process' start. Of memory, the
-planned bytes of features are compared with those held between segments, which must be within a tenth; what segments need inside,
-weights, scratch and what the device has lost in all are only reported. An engine that breaks off, while it is built, loaded or
-run, is a fault; the others go on.
+steps both ways, of the first call, and of a whole picture; text encoder and VAE apart; kernels; a second process' start. Of
+memory, the planned bytes of features are compared with those held between segments, which must be within a tenth; what segments
+need inside, weights, scratch and what the device has lost in all are only reported. An engine that breaks off, while it is built,
+loaded or run, is a fault; the others go on.
 
 Writes benchmarks/results/gpu-CARD-VARIANT.json (with a --source, gpu-CARD-SOURCE-VARIANT.json) after each part, so that what is
 cut off leaves what was done. What is in the file of other stages and parts stays there, if it is of the same driver, versions,

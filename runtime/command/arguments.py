@@ -57,9 +57,7 @@ def _parser(prog: str) -> Parser:
     add = parser.add_argument
     parser.add_version()
     add("prompt", nargs="?", help="what the picture shows, or the word `plans`")
-    add(
-        "--prompts", metavar="FILE", help="make a picture for each line of a file, with the options of python -m serving.prompts"
-    )
+    add("--prompts", metavar="FILE", help="make a picture for each line of a file, with the options of python -m serving.prompts")
     add("--negative", default="", help="what it should not show")
     add("--bundle", type=Path, help="a bundle's folder (default: the one in ./bundles that was built last)")
     add("--engine", default="onnxruntime", help="what runs the segments (default: %(default)s)")

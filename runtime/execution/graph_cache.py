@@ -21,11 +21,11 @@ from engines.errors import EngineMemoryError
 from runtime.execution.loaded_bundle import LoadedBundle
 from runtime.plans.subgraph import Subgraph, read_by
 
-__all__ = ["CudaGraphCache", "GraphedNetwork"]
+__all__ = ["LIMIT", "CudaGraphCache", "GraphedNetwork"]
 
 _OWN = frozenset({SAMPLE, TIMESTEP, TEXT})
 """The inputs that come anew with every step, and are copied to where its recording reads them."""
-_LIMIT = 32
+LIMIT = 32
 _LIMIT_BYTES = 2**30
 
 Features = dict[str, Tensor]
@@ -53,7 +53,7 @@ class CudaGraphCache:
             whatever it has.
     """
 
-    def __init__(self, recorder: Recorder, limit: int = _LIMIT, limit_bytes: int = _LIMIT_BYTES) -> None:
+    def __init__(self, recorder: Recorder, limit: int = LIMIT, limit_bytes: int = _LIMIT_BYTES) -> None:
         self._recorder, self._limit, self._limit_bytes = recorder, limit, limit_bytes
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._taken = threading.Lock()

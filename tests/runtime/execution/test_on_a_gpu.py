@@ -18,7 +18,7 @@ from engines.cuda.graphs import CannotRecord, CudaRecorder, Recording
 from engines.errors import EngineMemoryError
 from engines.torch_program import Torch
 from runtime import Pipeline
-from runtime.execution.graph_cache import CudaGraphCache
+from runtime.execution.graph_cache import LIMIT, CudaGraphCache
 from tests.conftest import build_shared
 from tests.support.sources import save_source
 from tests.support.unets import relative_error
@@ -164,7 +164,7 @@ def test_forty_kinds_of_step(torch_bundle: Bundle) -> None:
             call: dict[str, Any] = {"steps": 3, "seed": 1, "plan": "deepcache:3", "height": height, "width": width}
             made, expected = (one.generate(PROMPT, **call).latents for one in (pipeline, plain))
             assert relative_error(made, expected) < 1e-3, (height, width)
-            assert len(graphs._graphs) <= CudaGraphCache.LIMIT
+            assert len(graphs._graphs) <= LIMIT
         held.append(torch.cuda.memory_reserved())
     assert recorder.count == 80, "all of a round have gone before the next comes to them"
     assert held[1] <= 2 * held[0], "those that went keep no memory"
