@@ -13,7 +13,7 @@ from engines.support.files import check_writable, write_text
 
 __all__ = ["machine", "results_file", "write_results"]
 
-_PACKAGES = ("torch", "onnxruntime", "openvino", "diffusers", "transformers", "numpy", "scipy")
+_PACKAGES = ("torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "diffusers", "transformers", "numpy", "scipy")
 
 
 def _processor() -> str:

@@ -111,6 +111,48 @@ def test_a_norm_of_large_values_is_right(tmp_path: Path) -> None:
     assert float((torch.from_numpy(made).float() - expected).abs().max()) < 5e-3 * float(expected.abs().max())
 
 
+class Norm(nn.Module):
+    """A group norm with a scale and a shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group = nn.GroupNorm(4, 8)
+        nn.init.normal_(self.group.weight)
+        nn.init.normal_(self.group.bias)
+
+    def forward(self, *features: Tensor) -> tuple[Tensor]:
+        (x,) = features
+        return (self.group(x),)
+
+
+NORM_ERROR = 3e-4
+"""Relative to the largest output, and what docs/onnx.md says; about what rounding that output to half precision takes."""
+NORM_ERROR_WITH_CASTS = 6e-4
+"""Likewise: the norm is rounded before its scale and shift."""
+
+
+@pytest.mark.parametrize("size", [1.0, 1000.0])
+def test_a_norm_without_casts_costs_nothing_in_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    """On the CPU ONNX Runtime computes it in single precision, with its scale and shift: casts in the file would be worse."""
+    torch.manual_seed(0)
+    norm, x = Norm().half().eval(), (size * torch.randn(2, 8, 32, 48)).half()
+    with torch.no_grad():
+        expected = functional.group_norm(x.float(), 4, norm.group.weight.float(), norm.group.bias.float())
+
+    def error(path: Path) -> float:
+        trace(SEGMENT, norm, FEATURES, 1, path)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        made = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        assert made.dtype == torch.float16
+        return float((made.float() - expected).abs().max() / expected.abs().max())
+
+    plain = error(tmp_path / "plain.onnx")
+    monkeypatch.setattr("exporter.segments.precision.WIDE", frozenset({"Softmax", "InstanceNormalization"}))
+    cast = error(tmp_path / "cast.onnx")
+    assert "Cast" in {node.op_type for node in onnx.load(tmp_path / "cast.onnx").graph.node}
+    assert 1e-5 < plain < NORM_ERROR < cast < NORM_ERROR_WITH_CASTS
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_graph_does_not_tell_where_it_was_made(dtype: torch.dtype, tmp_path: Path) -> None:
     traced(dtype, tmp_path / "graph.onnx")
