@@ -262,7 +262,7 @@ class UNet:
 
     def _turn(self, sample: Tensor, timestep: Tensor) -> tuple[_Call, int]:
         """The call that an evaluation belongs to, and the evaluation's number in it."""
-        timesteps, index, counted = self._place(timestep)
+        timesteps, index, counted = self._position(timestep)
         call, shape = self._call, sample.shape
         if call is None or not _is_of(call, timesteps, shape) or _again(call, index) or (counted and index != call.next):
             self._end()
@@ -297,7 +297,7 @@ class UNet:
             if call.next < len(call.timesteps):
                 self.pipeline.engine.flush()
 
-    def _place(self, timestep: Tensor) -> tuple[Tensor, int, bool]:
+    def _position(self, timestep: Tensor) -> tuple[Tensor, int, bool]:
         """All timesteps of the call, the number of this one among them, and whether it was found by its value."""
         timesteps, index = _all_timesteps(timestep)
         if len(timesteps) > timestep.numel():
