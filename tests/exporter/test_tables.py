@@ -64,7 +64,7 @@ def test_single_precision_on_tensorrt_is_advised_against(
     ],
 )
 def test_nothing_is_said_of_what_is_fused(
-    mini_bundle: Bundle, capsys: pytest.CaptureFixture[str], engines: tuple[str, ...], options: dict[str, object]
+    mini_bundle: Bundle, capsys: pytest.CaptureFixture[str], engines: tuple[str, ...], options: dict[str, Any]
 ) -> None:
     _, warnings, found = told(as_built(mini_bundle, *engines, **options), capsys)
     assert warnings == []
@@ -82,5 +82,5 @@ def test_a_vae_in_half_precision_comes_with_the_command_that_checks_it(
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "fp16", "vae_precision": "fp32"}])
-def test_a_wider_vae_needs_no_check(mini_bundle: Bundle, capsys: pytest.CaptureFixture[str], options: dict[str, object]) -> None:
+def test_a_wider_vae_needs_no_check(mini_bundle: Bundle, capsys: pytest.CaptureFixture[str], options: dict[str, Any]) -> None:
     assert "vae_check" not in told(as_built(mini_bundle, "torch", **options), capsys)[2]

@@ -15,8 +15,9 @@ from engines.bundle.names import SAMPLE, TEXT, TIMESTEP, TOKENS
 from engines.null import Null
 from engines.openvino.engine import OpenVINO, OpenVINOBfloat16
 from engines.openvino.models import LENGTHS
+from exporter.verification.inputs import random_inputs
 from exporter.verification.metrics import relative_error
-from exporter.verification.verify import CHAIN, LEAST_PSNR, TOLERANCE, compare_latents, random_inputs, verify
+from exporter.verification.verify import CHAIN, LEAST_PSNR, TOLERANCE, compare_latents, verify
 from runtime import LoadedBundle, Pipeline
 from tests.engines.conftest import Tiny
 from tests.engines.conftest import random_inputs as tiny_inputs
