@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 from weakref import WeakKeyDictionary
@@ -23,7 +24,11 @@ _DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
 
 @dataclass(eq=False)
 class _Context:
-    """An execution context, and the lock that must be held from its first binding to its launch."""
+    """An execution context, and the lock that must be held from its first binding to its launch.
+
+    It does not go before its last launch has been done: the host waits. For replays of a recording that it belongs to, whoever
+    lets the recording go does.
+    """
 
     handle: Any
     needs: Any = None
@@ -36,6 +41,13 @@ class _Context:
     """The shapes that it writes then."""
     launched: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
     """The input shapes that it has run with."""
+    launch: torch.cuda.Event | None = None
+    """Behind the last launch."""
+
+    def __del__(self) -> None:
+        if self.launch is not None:
+            with suppress(Exception):  # at the end of the process CUDA may be gone
+                self.launch.synchronize()
 
 
 class EngineRunner(Runner):
@@ -114,6 +126,7 @@ class EngineRunner(Runner):
             with self._log.collect() as errors, context.lock:
                 outputs = self._bind(context, taken, stream, errors)
                 self._expect(context.handle.execute_async_v3(stream), "launch", errors)
+                context.launch = self._workspace.mark() or context.launch
                 self._note_shapes(context, taken, stream)
         # Copies in ``taken`` may go now: PyTorch gives their memory only to later work on the same stream.
         return outputs

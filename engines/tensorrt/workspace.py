@@ -77,3 +77,11 @@ class StreamWorkspace:
             self._own = self._own or torch.cuda.Stream(self.device)
         with on_stream(self._own):
             yield int(self._own.cuda_stream)
+
+    def mark(self) -> "torch.cuda.Event | None":
+        """An event behind all that the current stream has been given; None where work is done at once, or only recorded."""
+        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,10 @@ class CudaGraphCache:
             self._recorder.hand_over()
         finally:
             self._taken.release()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # at the end of the process the device may be gone
+            self._recorder.wait()
 
     def clear(self) -> None:
         """Let go all recordings, as when the engines that they refer to are about to go; nobody may be in a step."""

@@ -16,8 +16,8 @@ from engines import Bundle, Engine, Manifest, Profile, Segment, Traced, Unit, ma
 from engines.bundle.folder import MANIFEST_NAME, describe_file
 from engines.bundle.manifest import Compiled, Feature
 from engines.tensorrt.engine import TensorRT, TensorRTRTX
-from engines.tensorrt.runner import EngineRunner
-from tests.support.fake_tensorrt import ALIGNMENT, DataType, FakeTensorRT, Program
+from tests.support.device_memory import use_device_memory
+from tests.support.fake_tensorrt import DataType, FakeTensorRT, Program
 
 FEATURES = {
     "sample": Feature(dtype="float32", shape=("batch", 4, "height", "width")),
@@ -214,9 +214,9 @@ def damageable(tiny: Tiny, tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture
-def cpu_alignment(monkeypatch):
-    """PyTorch's CPU allocations have less alignment than its CUDA ones."""
-    monkeypatch.setattr(EngineRunner, "ALIGNMENT", ALIGNMENT)
+def device_memory(monkeypatch):
+    """Memory that lies as a GPU's does, and that the fake TensorRT takes."""
+    use_device_memory(monkeypatch)
 
 
 @pytest.fixture(params=[TensorRT, TensorRTRTX])
@@ -266,7 +266,7 @@ def card(monkeypatch):
 
 
 @pytest.fixture
-def load(kind, fake, bundle, cpu_alignment):
+def load(kind, fake, bundle, device_memory):
     """Loads a segment by name in an engine of the kind, driven by the fake."""
     engine = kind(fake, torch.device("cpu"))
     return lambda name: engine.load(bundle, bundle.manifest.segment(name))

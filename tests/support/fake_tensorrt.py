@@ -2,9 +2,15 @@
 
 An "engine file" names a program: a torch function with typed, bounded inputs. Its context reads the inputs from memory by
 address and writes the outputs to memory by address, as a GPU would, so that a wrong address, shape or dtype shows as a wrong
-number. It is as strict as the real thing: bad shapes and misaligned addresses are refused and logged, a context used by two
-threads at once fails, and so does one that has no memory to work in, that is recorded before it ran with the same shapes, that
-is told shapes while it is recorded or changed after it was, or whose runtime configuration or cache is gone before it.
+number. It is as strict as the real thing: bad shapes and addresses that are misaligned or the host's are refused and logged, a
+context used by two threads at once fails, and so does one that has no memory to work in, that is recorded before it ran with the
+same shapes, that is told shapes while it is recorded or changed after it was, or whose runtime configuration or cache is gone
+before it. Tests run it in ``device_memory``.
+
+With ``watch_flights`` launches are under way until somebody waits for an event behind them, and a context that goes meanwhile is
+noted. They are computed at once all the same: a queue of them would not have PyTorch's own operations in it, which
+on the CPU are done at once and would read what is not there yet. Memory may go while a launch that uses it is under way: PyTorch
+gives it to later work on the same stream only.
 """
 
 import contextlib
@@ -22,12 +28,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
+from engines.tensorrt.workspace import StreamWorkspace
+from tests.support.device_memory import ALIGNMENT, is_device
 from tests.support.recording import outside, tape
-
-ALIGNMENT = 64
-"""Bytes; what PyTorch's CPU allocations have (on a GPU they have 512, and TensorRT demands 256)."""
 
 
 class DataType(Enum):
@@ -96,9 +102,27 @@ class FakeTensorRT:
         self.builds = True
         """Whether the builder can build."""
         self.segfaults: list[str] = []
-        """What went before a context that needed it."""
+        """What a GPU would have ended the process for, or worse: what went before a context that needed it, memory that went
+        before a launch that reads or writes it."""
         self.trouble = 0
         """What is wrong with the machine, of EngineInvalidityDiagnostics: no engine can be loaded."""
+        self.flights: set[Flight] | None = None
+        """What is under way; None where nobody asks."""
+
+    def watch_flights(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From now on what is launched is under way until it is waited for, and only runners hold engines and contexts."""
+        self.flights = flights = set[Flight]()
+
+        class Event:
+            """Behind all that has been launched so far."""
+
+            def __init__(self) -> None:
+                self.behind = set(flights)
+
+            def synchronize(self) -> None:
+                flights.difference_update(self.behind)
+
+        monkeypatch.setattr(StreamWorkspace, "mark", lambda workspace: Event() if tape() is None else None)
 
     def Runtime(self, logger: Any) -> "FakeRuntime":
         return FakeRuntime(self, logger)
@@ -108,6 +132,10 @@ class FakeTensorRT:
 
     def OnnxParser(self, network: "FakeNetwork", logger: Any) -> "FakeParser":
         return FakeParser(network)
+
+
+class Flight:
+    """One launch."""
 
 
 class FakeNetwork:
@@ -194,8 +222,10 @@ class FakeRuntime:
             self.logger.log(ILogger.WARNING, "a warning, which is no reason")
             self.logger.log(ILogger.ERROR, "deserializeCudaEngine:\n  incompatible device")
             return None
-        self.trt.engines.append(FakeEngine(self.trt, data.decode(), program, self.logger))
-        return self.trt.engines[-1]
+        engine = FakeEngine(self.trt, data.decode(), program, self.logger)
+        if self.trt.flights is None:
+            self.trt.engines.append(engine)
+        return engine
 
     def get_engine_validity(self, data: bytes) -> tuple[int, int]:
         if self.trt.trouble:
@@ -214,9 +244,9 @@ class FakeEngine:
         self.names = [*program.limits, *program.outputs]
         self.contexts: list[FakeContext] = []
         self.memory_left = True
+        self.output_shapes = cache(self._output_shapes)
 
-    @cache  # noqa: B019 - an engine lives as long as its test
-    def output_shapes(self, shapes: tuple[tuple[int, ...], ...]) -> dict[str, tuple[int, ...]]:
+    def _output_shapes(self, shapes: tuple[tuple[int, ...], ...]) -> dict[str, tuple[int, ...]]:
         program = self.program
         kinds = [program.type_of(name).value for name in program.limits]
         with outside(), torch.no_grad():
@@ -260,17 +290,24 @@ class FakeEngine:
         if isinstance(config, FakeConfig):
             for needed in (config, config.cache):
                 weakref.finalize(needed, _must_be_last, weakref.ref(context), self.trt.segfaults)
-        self.contexts.append(context)
+        if self.trt.flights is None:
+            self.contexts.append(context)
         return context
 
     def compute(self, place: int, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
         program = self.program
         last = program.channels_last
+        sizes = {name: prod(shape) * program.type_of(name).value.itemsize for name, shape in shapes.items()}
+        read = [is_device(addresses[name], size) for name, size in sizes.items()]
+        if not (is_device(place, program.memory) and all(read)):
+            self.trt.segfaults.append(f"{self.name} is run with memory that is gone")
+            return
         arguments = [_read(addresses[key], shapes[key], program.type_of(key), key in last) for key in program.limits]
         ctypes.memset(place, 0xFF, program.memory)
-        with torch.no_grad():
+        with outside(), torch.no_grad():
             results = _as_tuple(program.function(*arguments))
         for name, result in zip(program.outputs, results, strict=True):
+            assert is_device(addresses[name], result.nbytes), "an output is written where there is no memory"
             _write(addresses[name], result.permute(0, 2, 3, 1) if name in last else result)
 
 
@@ -341,6 +378,9 @@ class FakeContext:
         """Addresses of the recorded launch."""
         self.fails = False
         self.user: int | None = None
+        self.flights: set[Flight] = set()
+        if engine.trt.flights is not None:
+            weakref.finalize(self, _must_have_landed, self.flights, engine.trt)
 
     @property
     def config(self) -> Any:
@@ -363,6 +403,7 @@ class FakeContext:
         assert not self.recorded, "the address is in a graph"
         assert size >= self.engine.program.memory
         assert address % ALIGNMENT == 0
+        assert is_device(address, size), "the host's memory"
         self.memory = address, size
 
     def is_stream_capturable(self, stream: int) -> bool:
@@ -385,6 +426,8 @@ class FakeContext:
         self._enter()
         if not address or address % ALIGNMENT:
             return self._refuse(f"{name}: address {address} is not aligned")
+        if not is_device(address):
+            return self._refuse(f"{name}: address {address} is not the device's")
         self.addresses[name] = address
         return True
 
@@ -408,6 +451,10 @@ class FakeContext:
             engine, place, addresses, shapes = self.engine, self.memory[0], dict(self.addresses), dict(self.shapes)
             recording.launches.append(lambda: engine.compute(place, addresses, shapes))  # a graph does not hold on to contexts
             self.recorded, self.in_graph = True, addresses
+        if recording is None and self.engine.trt.flights is not None:
+            flight = Flight()
+            self.flights.add(flight)
+            self.engine.trt.flights.add(flight)
         self.launches.append(stream)
         # A launch uses the addresses of its own run only: what stays behind would hide a missing one in the next run.
         self.addresses.clear()
@@ -426,6 +473,11 @@ class FakeContext:
 def _must_be_last(context: "weakref.ref[FakeContext]", segfaults: list[str]) -> None:
     if context() is not None:
         segfaults.append("a configuration or cache is gone before its context")
+
+
+def _must_have_landed(flights: set[Flight], trt: FakeTensorRT) -> None:
+    if flights & (trt.flights or set()):
+        trt.segfaults.append("a context is gone while a launch of it is under way")
 
 
 def _as_tuple(result: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -57,7 +57,7 @@ def test_an_engine_with_greater_need_makes_the_block_grow(load, fake, tiny):
     assert len({context.memory[0] for context in contexts_of(fake)}) == 1
 
 
-def test_the_unet_has_a_block_of_its_own(kind, fake, bundle, tiny, cpu_alignment):
+def test_the_unet_has_a_block_of_its_own(kind, fake, bundle, tiny, device_memory):
     """The VAE's, which is larger, is not held for each of the streams that the UNet runs on."""
     fake.files[b"back"] = replace(fake.files[b"back"], memory=65536)
     whole = write_bundle(bundle.folder, bundle.manifest.segments, {"noise": "vae_decoder"})
@@ -156,7 +156,7 @@ def user_caches(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def start(fake, bundle, cpu_alignment):
+def start(fake, bundle, device_memory):
     """A new start of TensorRT-RTX on the bundle: runs its front with the shapes given; the kernels that were compiled."""
 
     def run(*shapes):
@@ -196,7 +196,7 @@ def test_recordings_compile_once_too(fake, load, bundle, user_caches, recorder):
 
 
 @rtx
-def test_kernels_are_kept_once_for_all_contexts(fake, bundle, cpu_alignment, user_caches, recorder, monkeypatch):
+def test_kernels_are_kept_once_for_all_contexts(fake, bundle, device_memory, user_caches, recorder, monkeypatch):
     """What one context has compiled, others find; and to write it down takes time, so that it is done at the end of a call."""
     written, serialize = [], FakeCache.serialize
 

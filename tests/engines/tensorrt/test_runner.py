@@ -1,20 +1,26 @@
 """The TensorRT runner against a fake that reads and writes memory by address: a wrong one shows as a wrong number."""
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from engines import EngineError, NeedsBuildError
+from engines.cuda.graphs import CannotRecord
 from engines.errors import EngineMemoryError
 from engines.tensorrt.engine import TensorRT, TensorRTRTX
 from engines.tensorrt.runner import EngineRunner
 from engines.tensorrt.workspace import StreamWorkspace
 from tests.engines.conftest import random_inputs, write_bundle
-from tests.support.fake_tensorrt import ALIGNMENT, DataType, EngineInvalidityDiagnostics
+from tests.support.device_memory import ALIGNMENT, aligned, on_device
+from tests.support.fake_tensorrt import DataType, EngineInvalidityDiagnostics
+from tests.support.recording import FakeRecorder
 
 
 def close(found, expected):
@@ -42,7 +48,7 @@ def test_shapes_may_change_from_run_to_run_and_earlier_outputs_stay(load, tiny):
 
 
 def test_views_are_read_as_what_they_show(load, tiny):
-    whole = random_inputs(4, 16, 16)
+    whole = {name: on_device(tensor) for name, tensor in random_inputs(4, 16, 16).items()}
     # One is not contiguous; the other is, but starts 8 bytes into an allocation.
     inputs = {"sample": whole["sample"].transpose(2, 3)[1:2], "timestep": whole["timestep"][1:2], "text": whole["text"][:1]}
     assert not inputs["sample"].is_contiguous()
@@ -72,7 +78,7 @@ def test_features_lie_as_the_engines_have_them(load, fake, tiny):
 
 def test_what_needs_no_copy_is_not_copied(load):
     runner = load("front")
-    tensor = torch.zeros(1, 4, 8, 8)
+    tensor = on_device(torch.zeros(1, 4, 8, 8))
     assert runner._addressable(tensor) is tensor
 
 
@@ -151,9 +157,45 @@ def test_refusals_of_the_engine_carry_its_reason(load, fake, kind):
 
 def test_an_address_that_the_engine_refuses_is_named(load, monkeypatch):
     monkeypatch.setattr(EngineRunner, "ALIGNMENT", 1)
-    whole = random_inputs(2, 8, 8)
+    whole = {name: on_device(tensor) for name, tensor in random_inputs(2, 8, 8).items()}
     with pytest.raises(EngineError, match=r"refused the address of timestep: timestep: address \d+ is not aligned"):
         load("front").run({name: tensor[1:] for name, tensor in whole.items()})
+
+
+def test_the_hosts_memory_is_refused(load, fake, monkeypatch):
+    """What is made without a word of the device lies where no GPU can read or write."""
+    runner, inputs = load("front"), random_inputs(1, 8, 8)
+    runner.run(inputs)
+    (context,) = fake.engines[0].contexts
+    scratch = aligned((4096,), torch.uint8)
+    with pytest.raises(AssertionError, match="the host's memory"):
+        context.set_device_memory(scratch.data_ptr(), scratch.nbytes)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, **options: aligned(shape, dtype))
+    with pytest.raises(EngineError, match=r"refused the address of down.0.resnet: .* is not the device's"):
+        runner.run(inputs)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_runner_that_is_dropped_waits_for_its_launches(load, fake, monkeypatch, recorded):
+    """A context must not go while the GPU runs what it has launched; a capture that fails drops one, too."""
+    fake.watch_flights(monkeypatch)
+    runner, inputs, recorder = load("front"), random_inputs(1, 8, 8), FakeRecorder()
+    if recorded:
+        recorder.broken = RuntimeError("operation not permitted")
+        with recorder.on_stream(), pytest.raises(CannotRecord):
+            recorder.record(partial(runner.run, inputs))
+        recorder.broken = None  # it knows the frames that it went through
+    else:
+        runner.run(inputs)
+        runner.run(inputs)
+    assert fake.compiled, "it was launched"
+    assert len(fake.flights) == (0 if recorded else 2)
+    context = weakref.ref(next(iter(runner._contexts.values())).handle) if runner._contexts else None
+    del runner
+    gc.collect()
+    assert context is None or context() is None
+    assert fake.flights == set()
+    assert fake.segfaults == []
 
 
 def test_a_bundle_of_another_card_is_refused_and_can_be_built_again(load, fake, kind, bundle):

@@ -26,7 +26,8 @@ from runtime.images.prediction_spaces import PredictionSpaces
 from runtime.plans.checks import check_runs
 from runtime.plans.key_steps import Explicit, Threshold, Uniform
 from runtime.plans.words import Guidance, Predict
-from tests.support.fake_tensorrt import ALIGNMENT, FakeTensorRT, Program
+from tests.support.device_memory import use_device_memory
+from tests.support.fake_tensorrt import FakeTensorRT, Program
 from tests.support.recording import FakeRecorder
 from tests.support.reference import reference_denoise, reference_scheduler
 from tests.support.unets import TEXT_WIDTH, TOKENS, live_network, make_manifest, manifest_of, relative_error, small_unet
@@ -92,7 +93,8 @@ def fake_tensorrt_network(live: LoadedBundle) -> LoadedBundle:
 @pytest.fixture(params=[lambda live: live, fake_tensorrt_network], ids=["torch", "tensorrt"])
 def make(request: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[LoadedBundle], LoadedBundle]:
     """What makes a network of the tested kind from one of live modules."""
-    monkeypatch.setattr(EngineRunner, "ALIGNMENT", ALIGNMENT)
+    if request.param is fake_tensorrt_network:
+        use_device_memory(monkeypatch)
     made: Callable[[LoadedBundle], LoadedBundle] = request.param
     return made
 
@@ -234,7 +236,7 @@ def test_shapes_may_change_and_change_back(
 def test_inherit_steps_read_a_feature_where_the_key_step_left_it(
     unet: Any, manifest: Manifest, recorder: FakeRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(EngineRunner, "ALIGNMENT", ALIGNMENT)
+    use_device_memory(monkeypatch)
     graphs, network = CudaGraphCache(recorder), fake_tensorrt_network(live_network(unet, manifest))
     Loop({"one": network}, PLANS["block:2"], inputs(0), graphs).finish()
     written, read = set(), set()

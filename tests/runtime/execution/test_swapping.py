@@ -24,13 +24,13 @@ from engines.bundle.shapes import resolve
 from engines.cuda.graphs import CudaRecorder
 from engines.errors import EngineMemoryError
 from engines.tensorrt.engine import TensorRT
-from engines.tensorrt.runner import EngineRunner
 from runtime import Executor, Pipeline, Plan, Rule, Schedule, UNetRange, find_plan
 from runtime.execution.graph_cache import CudaGraphCache
 from runtime.execution.swapping import Swapper, free_bytes
 from runtime.plans.key_steps import Explicit
 from tests.support.commands import command
-from tests.support.fake_tensorrt import ALIGNMENT, FakeTensorRT, Program
+from tests.support.device_memory import use_device_memory
+from tests.support.fake_tensorrt import FakeTensorRT, Program
 from tests.support.recording import FakeRecorder
 from tests.support.unets import TEXT_WIDTH, TOKENS, live_network, manifest_of, relative_error, segment_module, small_unet
 
@@ -73,9 +73,16 @@ class World:
             segments.append(segment.model_copy(update={"engines": {"tensorrt": compiled}}))
         return Bundle(folder, manifest.model_copy(update={"variant": name, "segments": tuple(segments)}))
 
-    def swapper(self, free: int | Callable[[TensorRT], int] | None, graphs: CudaGraphCache | None = None) -> Swapper:
-        """Both UNets, on a device with so much free memory."""
+    def swapper(
+        self,
+        free: int | Callable[[TensorRT], int] | None,
+        graphs: CudaGraphCache | None = None,
+        watch: pytest.MonkeyPatch | None = None,
+    ) -> Swapper:
+        """Both UNets, on a device with so much free memory; with ``watch``, launches are under way until they are waited for."""
         self.trt = FakeTensorRT(self.programs)
+        if watch is not None:
+            self.trt.watch_flights(watch)
         engine = TensorRT(self.trt, torch.device("cpu"))
         tell = free if callable(free) else lambda engine: free
         swapper = Swapper(self.bundles["one"], engine, graphs, lambda device: tell(engine))
@@ -85,8 +92,9 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setattr(EngineRunner, "ALIGNMENT", ALIGNMENT)
-    return World(tmp_path)
+    world = World(tmp_path)
+    use_device_memory(monkeypatch)
+    return world
 
 
 def call(networks: Any, name: str, seed: int, *given: Any) -> tuple[Tensor, list[int]]:
@@ -241,6 +249,37 @@ def test_a_unet_that_goes_is_gone_and_so_are_its_recordings(world: World) -> Non
                 assert not swapper.networks[name].runners
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_no_unet_goes_while_it_is_at_work(world: World, monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
+    recorder = FakeRecorder()
+    graphs = CudaGraphCache(recorder) if recorded else None
+    swapper = world.swapper(0, graphs, monkeypatch)
+    for seed, name in enumerate(ORDER[:4]):
+        made, _ = call(swapper.networks, name, seed, graphs, swapper)
+        same(made, call(world.live, name, seed)[0])
+    assert world.trt.flights, "the last call is under way"
+    assert (world.trt.segfaults, recorder.let_go_under_way) == ([], 0)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_is_dropped_after_a_call_that_broke_off(world: World, monkeypatch: pytest.MonkeyPatch, recorded: bool) -> None:
+    """As a pipeline is whose callback raised: its last step is under way when nobody holds it any more."""
+    recorder = FakeRecorder()
+    graphs = CudaGraphCache(recorder) if recorded else None
+    swapper = world.swapper(2**40, graphs, monkeypatch)
+    plan, sample, text = PLANS["one"], torch.randn(2, 4, 8, 16), torch.randn(2, TOKENS, TEXT_WIDTH)
+    executor = Executor(swapper.networks, Schedule(plan, {"one": swapper.networks["one"].manifest}, STEPS), graphs, swapper)
+    executor.step(0, sample, torch.tensor(STEPS[:1]), text)
+    runners = [weakref.ref(runner) for runner in swapper.networks["one"].runners.values()]
+    assert world.trt.flights
+    assert recorder.under_way is recorded
+    del executor, swapper, graphs
+    gc.collect()
+    assert not any(runner() for runner in runners)
+    assert (world.trt.segfaults, world.trt.flights) == ([], set())
+    assert (recorder.alive, recorder.let_go_under_way) == (0, 0)
 
 
 def test_threads(world: World) -> None:
