@@ -16,6 +16,7 @@ from engines import Bundle, Engine, Manifest, Profile, Segment, Traced, Unit, ma
 from engines.bundle.folder import MANIFEST_NAME, describe_file
 from engines.bundle.manifest import Compiled, Feature
 from engines.tensorrt.engine import TensorRT, TensorRTRTX
+from exporter.segments.quick_export import quick_export, quick_trace
 from tests.support.device_memory import use_device_memory
 from tests.support.fake_tensorrt import DataType, FakeTensorRT, Program
 
@@ -106,7 +107,7 @@ def trace(segment: Segment, module: nn.Module, example: dict[str, torch.Tensor],
     shapes = tuple(
         {axis: Dim.DYNAMIC for axis, dim in enumerate(FEATURES[name].shape) if isinstance(dim, str)} for name in segment.inputs
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quick_trace(), quick_export():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module.eval(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.export import Dim
 from engines.bundle.manifest import Feature, Segment
 from engines.bundle.shapes import resolve
 from engines.ort.fuse_attention import fuse_attention
+from exporter.segments.quick_export import quick_export, quick_trace
 from tests.support.unets import manifest_of, segment_module, small_unet
 
 SIZES = [(1, 2, 2), (2, 4, 8), (3, 16, 6)]
@@ -49,7 +51,7 @@ def export(path: Path, module: nn.Module, segment: Segment, features: dict[str, 
     """Trace with the same options as the exporter."""
     sizes = {"batch": 2, "height": 8, "width": 12}
     chosen = [features[name] for name in segment.inputs]
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), quick_trace(), quick_export():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module.eval(), tuple(torch.randn(resolve(f.shape, sizes)).to(getattr(torch, f.dtype)) for f in chosen), path,
@@ -67,10 +69,26 @@ def traced_block(folder: Path, name: str, **changes: Any) -> tuple[Path, Segment
     return path, segment, manifest.features
 
 
+@pytest.fixture(scope="module")
+def traced_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Segment, dict[str, Feature]]:
+    """The block whose transformers have convolutions at their ends; its files are not to be changed."""
+    return traced_block(tmp_path_factory.mktemp("block"), "down.1")
+
+
+@pytest.fixture
+def block(traced_once: tuple[Path, Segment, dict[str, Feature]], tmp_path: Path) -> tuple[Path, Segment, dict[str, Feature]]:
+    """The same, in a folder of the test's own."""
+    path, *rest = traced_once
+    shutil.copytree(path.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / path.name, *rest
+
+
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.slow
-def test_self_and_cross_attention_of_a_block(tmp_path: Path, linear: bool) -> None:
-    path, segment, features = traced_block(tmp_path, "down.1", use_linear_projection=linear)
+def test_self_and_cross_attention_of_a_block(tmp_path: Path, linear: bool, request: pytest.FixtureRequest) -> None:
+    path, segment, features = (
+        traced_block(tmp_path, "down.1", use_linear_projection=True) if linear else request.getfixturevalue("block")
+    )
     copy = tmp_path / "down.1.ort.onnx"
     assert fuse_attention(path, copy) == 2
     assert operators(path, "Softmax") == operators(copy, "MultiHeadAttention") == 2
@@ -146,8 +164,8 @@ def test_an_attention_with_a_mask_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_weights_are_not_read(tmp_path: Path) -> None:
-    path, segment, features = traced_block(tmp_path, "down.1")
+def test_weights_are_not_read(block: tuple[Path, Segment, dict[str, Feature]], tmp_path: Path) -> None:
+    path, segment, features = block
     data = tmp_path / "down.1.onnx.data"
     content = data.read_bytes()
     data.unlink()

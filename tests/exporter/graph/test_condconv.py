@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -24,9 +25,10 @@ from exporter import BuildOptions, build, verify
 from exporter.graph.condconv import FORM, FORMS, Form, exported
 from exporter.graph.topology import depth_factor
 from exporter.graph.unit_modules import CondConvBranch, SegmentModule, unit_module
+from exporter.segments.quick_export import quick_export, quick_trace
 from exporter.segments.trace import OPSET, trace
 from tests.support.conditional import convolution_by_hand, randomise_routers, twin, unet_by_hand
-from tests.support.sources import save_source
+from tests.support.sources import save_source, tiny_vae
 from tests.support.unets import live_network, manifest_of, relative_error, small_unet
 from tuning import Experts, Recipe
 from tuning.surgery.condconv import CondConv2d, CondConvResnet, Router
@@ -58,7 +60,7 @@ def traced(module: nn.Module, rows: int | None, path: Path, dtype: torch.dtype) 
     """One layer as a session and as a program of the torch engine; `rows` fixes the batch."""
     moving = {2: Dim("height"), 3: Dim("width")} | ({} if rows else {0: Dim("batch", max=63)})
     arguments = (torch.randn(rows or 2, 6, 5, 4, dtype=dtype), torch.randn(1, 7, dtype=dtype))
-    with torch.no_grad():
+    with torch.no_grad(), quick_trace(), quick_export():
         program = torch.export.export(module, arguments, dynamic_shapes=(moving, {}), strict=False)
         written = torch.onnx.export(program, input_names=["x", "time"], opset_version=OPSET, dynamo=True, verbose=False)
     assert written is not None
@@ -150,10 +152,11 @@ def test_mixing_is_counted() -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[Router, Path]:
-    """A checkpoint for each router, whose UNets are stored as after a distillation."""
+    """A checkpoint for each router, whose UNets are stored as after a distillation; its VAE is the one that is built fastest."""
     folder = tmp_path_factory.mktemp("conditional")
     for router in ROUTERS:
-        save_source(folder / router, original())
+        shutil.rmtree(save_source(folder / router, original()) / "vae")
+        tiny_vae().save_pretrained(folder / router / "vae")
         conditional(router).save_pretrained(folder / router / "unet_condconv")
     return {router: folder / router for router in ROUTERS}
 
