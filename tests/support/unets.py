@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,19 @@ def live_network(unet: UNet2DConditionModel, manifest: Manifest) -> LoadedBundle
         for segment in manifest.segments
     }
     return LoadedBundle(manifest, runners)
+
+
+@cache
+def shared_unet(name: str) -> UNet2DConditionModel:
+    """``small_unet(name)``, made once for all tests. Not to be changed."""
+    return small_unet(name)
+
+
+@cache
+def shared_network(name: str, granularity: Granularity | None, *plans: str | Plan) -> LoadedBundle:
+    """The live network of ``shared_unet(name)``, cut for these plans; once for all tests."""
+    unet = shared_unet(name)
+    return live_network(unet, manifest_of(unet, granularity, plans))
 
 
 def relative_error(made: Tensor, reference: Tensor) -> float:

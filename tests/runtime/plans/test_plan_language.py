@@ -11,13 +11,13 @@ from torch import Tensor
 
 from engines import Manifest
 from exporter.graph.partition import Granularity
-from runtime import Plan, PlanError, Rule, Schedule, UNetRange
+from runtime import LoadedBundle, Plan, PlanError, Rule, Schedule, UNetRange
 from runtime.execution.executor import StepRecord
 from runtime.plans.key_steps import Back, Explicit, Front, Mode, Quadratic, Random, Threshold, Uniform
 from tests.support.denoise import denoise, small_inputs
 from tests.support.reference import reference_scheduler
 from tests.support.reference_script import reference_script
-from tests.support.unets import live_network, manifest_of, relative_error, small_unet
+from tests.support.unets import live_network, manifest_of, relative_error, shared_network, shared_unet, small_unet
 
 TOLERANCE = 1e-4
 """Of the largest final latent: float32 sums in another order give 1e-6 a step; a wrong feature gives more than 1e-2."""
@@ -55,14 +55,21 @@ MODES: dict[str, tuple[Mode, set[int]]] = {
     "random": (Random(every=2, seed=1), {0, 1, 2, 5}),
 }
 THRESHOLD = Threshold(above=0.4)
+EVERY_2 = Uniform(every=2)
 
 
 def made_by(
     unets: Mapping[str, Any], manifests: Mapping[str, Manifest], plan: Plan, steps: int = STEPS, scheduler: str = "ddim"
 ) -> tuple[Tensor, list[StepRecord]]:
     """Final latents and records of a plan on live modules, without guidance."""
+    return made_on({name: live_network(unets[name], manifests[name]) for name in unets}, plan, steps, scheduler)
+
+
+def made_on(
+    networks: Mapping[str, LoadedBundle], plan: Plan, steps: int = STEPS, scheduler: str = "ddim"
+) -> tuple[Tensor, list[StepRecord]]:
+    """The same on networks that are there already."""
     noise, (latents, text) = reference_scheduler(scheduler, steps), small_inputs()
-    networks = {name: live_network(unets[name], manifests[name]) for name in unets}
     return denoise(networks, noise, latents * noise.init_noise_sigma, text, plan)
 
 
@@ -74,12 +81,18 @@ def expected(
     return reference_script(unets, noise, latents * noise.init_noise_sigma, text, 1.0, script)
 
 
+def cut_like(plan: Plan) -> Plan:
+    """A plan of one rule for which a bundle is cut as for this one: of its mode, the cut has what a threshold compares."""
+    (rule,) = plan.rules
+    return plan if isinstance(rule.when, Threshold) else Plan(name="cut", rules=(rule.model_copy(update={"when": EVERY_2}),))
+
+
 def check_against_reference(
-    unet: Any, granularity: Granularity | None, plan: Plan, keys: set[int] | None, paths: Sequence[str], steps: int = STEPS
+    model: str, granularity: Granularity | None, plan: Plan, keys: set[int] | None, paths: Sequence[str], steps: int = STEPS
 ) -> None:
     """Latents and key steps are the reference's; without ``keys``, the reference decides by the change of its stem."""
-    rule = plan.rules[0]
-    made, records = made_by({"one": unet}, {"one": manifest_of(unet, granularity, [plan])}, plan, steps)
+    rule, unet = plan.rules[0], shared_unet(model)
+    made, records = made_on({"one": shared_network(model, granularity, cut_like(plan))}, plan, steps)
     found = {record.index for record in records if record.kind == "key"}
     stems: list[Tensor] = []
     handle = unet.conv_in.register_forward_hook(lambda module, args, output: stems.append(output))
@@ -114,13 +127,13 @@ def test_level_kind_and_mode(model: str, level: str, mode: str) -> None:
     units, kind, paths = LEVELS[model][level]
     when, keys = MODES.get(mode, (THRESHOLD, None))
     plan = Plan(name=f"{level}, {mode}", rules=(Rule(units=tuple(units), kind=kind, when=when),))
-    check_against_reference(small_unet(model), None, plan, keys, paths)
+    check_against_reference(model, None, plan, keys, paths)
 
 
 @pytest.mark.parametrize("granularity", ["block", "layer", "unit", None])
 def test_granularity_makes_no_difference(granularity: Granularity | None) -> None:
     plan = Plan(name="p", rules=(Rule(units=("up.2.*.attention",), kind="residual", when=Uniform(every=3)),))
-    unet = small_unet("uneven")
+    unet = shared_unet("uneven")
     made, _ = made_by({"one": unet}, {"one": manifest_of(unet, granularity, [plan])}, plan)
     paths = [f"up_blocks.2.attentions.{i}" for i in range(3)]
     assert relative_error(made, expected({"one": unet}, script_of({0, 3, 6}, paths, "residual"))) < TOLERANCE
@@ -129,7 +142,7 @@ def test_granularity_makes_no_difference(granularity: Granularity | None) -> Non
 @pytest.mark.parametrize("scheduler", ["pndm", "dpm++", "euler", "heun"])
 def test_steps_are_counted_whatever_the_scheduler(scheduler: str) -> None:
     plan = Plan(name="p", rules=(Rule(units=("up.-2",), when=Front(every=2)),))
-    unet = small_unet("uneven")
+    unet = shared_unet("uneven")
     made, records = made_by({"one": unet}, {"one": manifest_of(unet, "block", [plan])}, plan, 4, scheduler)
     count = len(reference_scheduler(scheduler, 4).timesteps)
     keys = {4: {0, 1}, 5: {0, 1, 2}, 7: {0, 1, 2, 4}}[count]
@@ -144,7 +157,7 @@ def test_rules_hold_at_once_and_in_parts_of_the_schedule() -> None:
     second = Rule(units=("mid.layer.0.attention",), kind="residual", when=Uniform(every=2))
     late = Rule(units=("up.2.layer.1.resnet",), kind="residual", when=Uniform(every=4), start=0.5)
     plan = Plan(name="three", rules=(first, second, late))
-    unet = small_unet("uneven")
+    unet = shared_unet("uneven")
     made, records = made_by({"one": unet}, {"one": manifest_of(unet, "block", [plan])}, plan)
     script = []
     for index in range(STEPS):
@@ -164,7 +177,7 @@ def test_a_feature_belongs_to_the_first_rule_that_names_it() -> None:
             Rule(units=("*.attention",), kind="residual", when=Uniform(every=7)),
         ),
     )
-    unet = small_unet("uneven")
+    unet = shared_unet("uneven")
     made, _ = made_by({"one": unet}, {"one": manifest_of(unet, "block", [plan])}, plan)
     attentions = [
         "down_blocks.0.attentions.0",
@@ -184,12 +197,12 @@ def test_a_feature_belongs_to_the_first_rule_that_names_it() -> None:
 def test_threshold_decides_by_the_change_of_its_feature(granularity: Granularity | None) -> None:
     """Over more steps than in the matrix above."""
     plan = Plan(name="adaptive", rules=(Rule(units=("up.-2",), when=Threshold(above=0.25)),))
-    check_against_reference(small_unet("uneven"), granularity, plan, None, ["up_blocks.1.upsamplers.0"], 20)
+    check_against_reference("uneven", granularity, plan, None, ["up_blocks.1.upsamplers.0"], 20)
 
 
 def pair() -> tuple[dict[str, Any], dict[str, Manifest]]:
     """Two UNets that take turns; the first has fewer layers."""
-    unets = {"small": small_unet("no mid"), "large": small_unet("uneven")}
+    unets = {"small": shared_unet("no mid"), "large": shared_unet("uneven")}
     return unets, {}
 
 
@@ -373,7 +386,7 @@ def test_bad_plans_are_refused_by_field(name: str) -> None:
 
 def test_a_rule_whose_part_of_the_schedule_has_no_step_changes_nothing() -> None:
     plan = Plan(name="late", rules=(Rule(units=("up.1",), when=Quadratic(every=2), start=0.9),))
-    unet = small_unet("uneven")
+    unet = shared_unet("uneven")
     made, records = made_by({"one": unet}, {"one": manifest_of(unet)}, plan, 2)
     assert {record.kind for record in records} == {"key"}
     assert relative_error(made, expected({"one": unet}, [("one", {}), ("one", {})], steps=2)) < TOLERANCE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from runtime.plans.words import Found, Guidance, Predict
 from tests.support.denoise import denoise
 from tests.support.reference import reference_scheduler
 from tests.support.reference_words import Halves, Rule, Skip, reference_words
-from tests.support.unets import TEXT_WIDTH, TOKENS, live_network, manifest_of, relative_error, small_unet
+from tests.support.unets import TEXT_WIDTH, TOKENS, relative_error, shared_network, shared_unet
 
 TOLERANCE = 1e-4
 """Of the largest final latent: float32 sums in another order give 1e-6 a step; a wrong feature gives more than 1e-2."""
@@ -37,14 +36,12 @@ LEVELS = {
 
 @pytest.fixture(scope="module")
 def unet() -> Any:
-    return small_unet("uneven")
+    return shared_unet("uneven")
 
 
-@cache
 def network() -> LoadedBundle:
     """Each unit in a segment of its own, which can run every plan."""
-    unet = small_unet("uneven")
-    return live_network(unet, manifest_of(unet, "unit", ["unit:2"]))
+    return shared_network("uneven", "unit", "unit:2")
 
 
 def inputs(guidance: float, images: int = 2) -> tuple[Tensor, Tensor]:
@@ -185,7 +182,7 @@ JOINED: dict[str, tuple[Plan, dict[str, Any]]] = {
 def test_words_are_joined(unet: Any, name: str) -> None:
     """On a bundle that is partitioned for the plan and no other."""
     plan, words = JOINED[name]
-    made, _ = made_by(plan, 3.0, loaded=live_network(unet, manifest_of(unet, None, [plan])))
+    made, _ = made_by(plan, 3.0, loaded=shared_network("uneven", None, plan))
     assert relative_error(made, expected(unet, 3.0, **words)) < TOLERANCE
 
 

@@ -22,15 +22,21 @@ from runtime.plans.key_steps import Uniform
 from runtime.plans.presets import find_plan
 from runtime.report.cost import feature_bytes, peak_bytes, relative_macs
 from runtime.report.explain import explain, in_order, plot
-from tests.support.unets import TEXT_WIDTH, TOKENS, live_network, manifest_of, small_unet
+from tests.support.unets import TEXT_WIDTH, TOKENS, shared_network
 
 TIMESTEPS = [float(t) for t in range(900, 0, -150)]
 SIZES = {"batch": 2, "height": 16, "width": 24}
+VARIANTS = "assembled", "original"
 
 
-def manifest_for(plan: Plan) -> tuple[Any, Manifest]:
-    unet = small_unet("uneven")
-    return unet, manifest_of(unet, "layer", [plan])
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def network_for(plan: str | Plan) -> tuple[LoadedBundle, Manifest]:
+    network = shared_network("uneven", "layer", plan)
+    return network, network.manifest
 
 
 class Counting:
@@ -72,9 +78,9 @@ def measured_peak(schedule: Schedule, networks: dict[str, Any], samples: list[Te
 @pytest.mark.parametrize("name", ["full", "block:2", "block:3", "deepcache:2", "unit:2", "block:3+unit:2"])
 def test_planned_peak_of_features_is_the_measured_one(name: str) -> None:
     plan = find_plan(name)
-    unet, manifest = manifest_for(plan)
+    network, manifest = network_for(name)
     schedule = Schedule(plan, {"one": manifest}, TIMESTEPS)
-    measured = measured_peak(schedule, {"one": live_network(unet, manifest)}, [torch.randn(2, 4, 16, 24)] * len(TIMESTEPS))
+    measured = measured_peak(schedule, {"one": network}, [torch.randn(2, 4, 16, 24)] * len(TIMESTEPS))
     # Features are counted exactly, so nothing is lost but what a view may hold.
     assert measured == pytest.approx(peak_bytes(schedule, SIZES), rel=0.01)
 
@@ -83,9 +89,9 @@ def test_planned_peak_of_features_is_the_measured_one(name: str) -> None:
 def test_planned_peak_with_forecasts_and_halves(name: str) -> None:
     """What a forecast makes, and halves put together, is counted by the plan but not here, where engines alone are watched."""
     plan = find_plan(name)
-    unet, manifest = manifest_for(plan)
+    network, manifest = network_for(name)
     schedule = Schedule(plan, {"one": manifest}, TIMESTEPS, guided=True)
-    measured = measured_peak(schedule, {"one": live_network(unet, manifest)}, [torch.randn(2, 4, 16, 24)] * len(TIMESTEPS))
+    measured = measured_peak(schedule, {"one": network}, [torch.randn(2, 4, 16, 24)] * len(TIMESTEPS))
     most = sum(feature_bytes(manifest, name, SIZES) for name in schedule.subgraph(schedule.resolve(1)).cached_inputs)
     assert peak_bytes(schedule, SIZES) - most <= measured <= 1.01 * peak_bytes(schedule, SIZES)
 
@@ -102,9 +108,8 @@ def test_planned_peak_of_features_is_that_of_an_engine(mini_pipeline: Pipeline, 
 @pytest.mark.parametrize("granularity", ["layer", None])
 def test_planned_peak_of_an_adaptive_plan_holds_however_it_is_decided(name: str, granularity: Granularity | None) -> None:
     """What decides a step is computed while all of the cache is held; the plan's peak is that of the dearest decisions."""
-    plan, unet = find_plan(name), small_unet("uneven")
-    manifest = manifest_of(unet, granularity, [plan])
-    schedule, network = Schedule(plan, {"one": manifest}, TIMESTEPS), live_network(unet, manifest)
+    plan, network = find_plan(name), shared_network("uneven", granularity, name)
+    schedule = Schedule(plan, {"one": network.manifest}, TIMESTEPS)
     same, new = torch.randn(2, 4, 16, 24), [torch.randn(2, 4, 16, 24) for _ in TIMESTEPS]
     changing = {"never": [same] * len(new), "always": new, "at times": [new[index // 2] for index in range(len(new))]}
     measured = [measured_peak(schedule, {"one": network}, samples) for samples in changing.values()]
@@ -116,10 +121,8 @@ def test_planned_peak_of_an_adaptive_plan_holds_however_it_is_decided(name: str,
 @pytest.mark.parametrize("models", [("no mid", "uneven"), ("uneven", "no mid")], ids=str)
 def test_planned_peak_of_a_switch_is_the_measured_one(models: tuple[str, str], name: str, carry: bool) -> None:
     plan = find_plan(name).model_copy(update={"carry": carry})
-    unets = {variant: small_unet(model) for variant, model in zip(("assembled", "original"), models, strict=True)}
-    manifests = {variant: manifest_of(unet, "layer", [plan]) for variant, unet in unets.items()}
-    schedule = Schedule(plan, manifests, TIMESTEPS)
-    networks = {variant: live_network(unet, manifests[variant]) for variant, unet in unets.items()}
+    networks = {variant: shared_network(model, "layer", name) for variant, model in zip(VARIANTS, models, strict=True)}
+    schedule = Schedule(plan, {variant: network.manifest for variant, network in networks.items()}, TIMESTEPS)
     same, new = torch.randn(2, 4, 16, 24), [torch.randn(2, 4, 16, 24) for _ in TIMESTEPS]
     measured = [measured_peak(schedule, networks, samples) for samples in ([same] * len(new), new)]
     assert max(measured) == pytest.approx(peak_bytes(schedule, SIZES), rel=0.01)
@@ -127,9 +130,9 @@ def test_planned_peak_of_a_switch_is_the_measured_one(models: tuple[str, str], n
 
 def test_nothing_is_held_after_the_last_step_that_reads_it() -> None:
     plan = find_plan("block:2")
-    unet, manifest = manifest_for(plan)
+    network, manifest = network_for("block:2")
     ledger = {"now": 0, "peak": 0}
-    counting: Any = {key: Counting(runner, ledger) for key, runner in live_network(unet, manifest).runners.items()}
+    counting: Any = {key: Counting(runner, ledger) for key, runner in network.runners.items()}
     executor = Executor({"one": LoadedBundle(manifest, counting)}, Schedule(plan, {"one": manifest}, TIMESTEPS))
     sample, text = torch.randn(1, 4, 8, 8), torch.randn(1, TOKENS, TEXT_WIDTH)
     held = []
@@ -143,7 +146,7 @@ def test_nothing_is_held_after_the_last_step_that_reads_it() -> None:
 
 def test_relative_macs_by_hand() -> None:
     plan = find_plan("deepcache:3")
-    _, manifest = manifest_for(plan)
+    _, manifest = network_for("deepcache:3")
     schedule = Schedule(plan, {"one": manifest}, TIMESTEPS)
     macs = {unit.name: unit.macs for unit in manifest.units}
     whole = sum(macs.values())
@@ -158,9 +161,9 @@ def test_relative_macs_by_hand() -> None:
 
 def test_a_plan_is_explained_step_by_step_and_drawn(tmp_path: Path) -> None:
     plan = Plan(name="mine", rules=(Rule(units=("up.1",), when=Uniform(every=2)),))
-    unet, manifest = manifest_for(plan)
+    network, manifest = network_for(plan)
     schedule = Schedule(plan, {"one": manifest}, TIMESTEPS)
-    table, summary = explain(schedule, {"one": live_network(unet, manifest)}, SIZES)
+    table, summary = explain(schedule, {"one": network}, SIZES)
     assert table.row_count == 6
     kinds = list(table.columns[2].cells)
     assert kinds == ["key", "inherit"] * 3
@@ -173,9 +176,9 @@ def test_a_plan_is_explained_step_by_step_and_drawn(tmp_path: Path) -> None:
 
 def test_an_adaptive_plan_is_explained_from_the_least_to_the_most(tmp_path: Path) -> None:
     plan = find_plan("adaptive:0.3")
-    unet, manifest = manifest_for(plan)
+    network, manifest = network_for(plan)
     schedule = Schedule(plan, {"one": manifest}, TIMESTEPS)
-    table, summary = explain(schedule, {"one": live_network(unet, manifest)}, SIZES)
+    table, summary = explain(schedule, {"one": network}, SIZES)
     assert list(table.columns[2].cells) == ["key"] + ["as decided"] * 5
     assert f"UNet MACs {relative_macs(schedule, changed=False, sizes=SIZES):.2f} to 1.00 and predicted time 0." in summary
     assert " to 1.00 of full; " in summary
