@@ -86,7 +86,7 @@ def test_the_wheel_builds_and_draws_in_another_folder(installed: Path, tmp_path:
     script = str(installed / "unet-heirloom")
     assert run([script, "--version"], tmp_path).stdout.startswith("unet-heirloom ")
     source = save_source(tmp_path / "tiny")
-    done = run([script, "build", "--source", str(source), "--out", "tiny-bundle"], tmp_path)
+    done = run([script, "build", "--source", str(source), "--plan", "block:2", "--out", "tiny-bundle"], tmp_path)
     assert str(ROOT) not in done.stdout + done.stderr
     assert Bundle.open(tmp_path / "tiny-bundle").manifest.source == str(source)
     run(

@@ -108,11 +108,11 @@ class Checkpoint:
                 self._weights[part, variant] = self._unet_weights(variant) if part == "unet" else self._own_weights(part)
         return self._weights[part, variant]
 
-    def _own_weights(self, part: str) -> Weights:
-        """The source's, with the LoRAs fused."""
+    def _own_weights(self, part: str, skeleton: nn.Module | None = None) -> Weights:
+        """The source's, with the LoRAs fused; ``skeleton`` is the source's of the part, where it has been made already."""
         if part == "vae":
-            return self.source.weights(part) if self.own_vae is None else self.own_vae.weights()
-        return fused(self.source.weights(part), self._lora_files, part)
+            return self.source.weights(part, skeleton) if self.own_vae is None else self.own_vae.weights()
+        return fused(self.source.weights(part, skeleton), self._lora_files, part)
 
     @cached_property
     def _lora_files(self) -> list[LoraFile]:
@@ -168,12 +168,12 @@ class Checkpoint:
             if not any(file.layers["unet"] for file in files):
                 return own
             return fused(own, files, "unet", shapes_of(self._original()), self._origins(variant))
-        whole = self._own_weights("unet")
         if self._is_plain(variant):
-            return whole
-        recipe = self._recipe(variant)
+            return self._own_weights("unet", unet)
+        original, recipe = self._original(), self._recipe(variant)
+        whole = self._own_weights("unet", original)
         if recipe.experts is None:
-            return RenamedWeights(whole, origins(self._original(), recipe))
+            return RenamedWeights(whole, origins(original, recipe))
         # What experts start from comes from several kernels of the original, or from none.
         return ComputedWeights(
             f"{self.name}, {variant}",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from docs import draw_method, write_api
+from engines import Unit
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREIGN = {"TensorRT-RTX does not support this compute capability"}
@@ -37,16 +39,20 @@ def test_errors_on_the_troubleshooting_page_are_those_of_the_code() -> None:
     assert [message for message in messages if message not in joined] == []
 
 
-def test_shares_on_the_page_are_those_in_the_picture() -> None:
+@pytest.fixture(scope="module")
+def units() -> Sequence[Unit]:
+    """Those of Stable Diffusion."""
+    return draw_method.stable_diffusion()
+
+
+def test_shares_on_the_page_are_those_in_the_picture(units: Sequence[Unit]) -> None:
     page = (ROOT / "docs" / "how-it-works.md").read_text()
-    units = draw_method.stable_diffusion()
     shares = [draw_method.states(units, draw_method.inherited_by(units, plan))[2] for plan in draw_method.PLANS]
     assert [f"{100 * share:.1f} %" in page for share in shares] == [True] * 3
     assert draw_method.states(units, frozenset())[2] == pytest.approx(1)
 
 
-def test_pictures_are_drawn(tmp_path: Path) -> None:
-    units = draw_method.stable_diffusion()
+def test_pictures_are_drawn(units: Sequence[Unit], tmp_path: Path) -> None:
     draw_method.draw_partition(units, tmp_path / "partition.png")
     draw_method.draw_steps(units, tmp_path / "steps.png")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("partition.png", "steps.png"))

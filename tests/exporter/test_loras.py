@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from collections.abc import Callable
@@ -170,35 +171,43 @@ def checkpoint_of(source: Path, variant: str, lora: Lora, unet: Path | None = No
     return open_source(str(source), variant, unet, loras=[lora])
 
 
-def unet_with(added: Added, unet: Any) -> Any:
-    own = {name for name, _ in unet.named_parameters()}
-    add({"unet": unet}, {name: change for name, change in added.items() if name.removeprefix("unet.") in own}, 0.5)
+@pytest.fixture(scope="module")
+def without() -> Any:
+    """The embedded model's UNet. Not to be changed."""
+    return tuning.load_unet(MINI / "unet")
+
+
+@pytest.fixture(scope="module")
+def whole(without: Any, on_mini: tuple[Lora, Added]) -> Any:
+    """The same with the LoRA. Not to be changed."""
+    unet, own = copy.deepcopy(without), {name for name, _ in without.named_parameters()}
+    add({"unet": unet}, {name: change for name, change in on_mini[1].items() if name.removeprefix("unet.") in own}, 0.5)
     return unet
 
 
 @pytest.mark.parametrize("variant", ["original", "assembled", "condconv"])
-def test_it_is_fused_before_a_recipe_makes_a_smaller_unet(tmp_path: Path, on_mini: tuple[Lora, Added], variant: str) -> None:
-    lora, added = on_mini
+def test_it_is_fused_before_a_recipe_makes_a_smaller_unet(
+    tmp_path: Path, on_mini: tuple[Lora, Added], whole: Any, variant: str
+) -> None:
+    lora, _ = on_mini
     own = tmp_path / "own"
     shutil.copytree(MINI, own, ignore=shutil.ignore_patterns("unet_*", "training"))
     made = checkpoint_of(own, variant, lora).unet(variant)
-    whole = unet_with(added, tuning.load_unet(MINI / "unet"))
     wanted = whole if variant == "original" else tuning.assemble(whole, tuning.recipe(variant))
     for name, weight in wanted.state_dict().items():
         assert torch.allclose(made.get_parameter(name), weight, atol=1e-6), name
 
 
-def difference(added: Added, variant: str) -> dict[str, torch.Tensor]:
+def difference(without: Any, whole: Any, variant: str) -> dict[str, torch.Tensor]:
     """What the LoRA adds to a UNet that is made by a recipe, by its own names: layers are numbered anew in it."""
-    recipe, unet = tuning.recipe(variant).model_copy(update={"experts": None}), tuning.load_unet(MINI / "unet")
-    before = tuning.assemble(unet, recipe).state_dict()
-    after = tuning.assemble(unet_with(added, unet), recipe).state_dict()
+    recipe = tuning.recipe(variant).model_copy(update={"experts": None})
+    before, after = (tuning.assemble(unet, recipe).state_dict() for unet in (without, whole))
     return {name: weight - before[name] for name, weight in after.items()}
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["stored", "--unet"])
 def test_of_a_unet_of_its_own_the_layers_that_are_there_are_changed(
-    tmp_path: Path, on_mini: tuple[Lora, Added], own: bool
+    tmp_path: Path, on_mini: tuple[Lora, Added], without: Any, whole: Any, own: bool
 ) -> None:
     lora, added = on_mini
     folder = tmp_path / "student"
@@ -206,7 +215,7 @@ def test_of_a_unet_of_its_own_the_layers_that_are_there_are_changed(
     if own:
         save_part(student, folder, torch.float32)
     checkpoint = checkpoint_of(MINI, "assembled", lora, folder if own else None)
-    made, change = checkpoint.unet("assembled"), difference(added, "assembled")
+    made, change = checkpoint.unet("assembled"), difference(without, whole, "assembled")
     for name, weight in student.state_dict().items():
         assert torch.allclose(made.get_parameter(name), weight + change[name], atol=1e-6), name
     (note,) = checkpoint.notes("assembled")
@@ -216,10 +225,10 @@ def test_of_a_unet_of_its_own_the_layers_that_are_there_are_changed(
     assert list(checkpoint_of(MINI, "original", lora).notes("original")) == []
 
 
-def test_of_conditional_convolutions_the_other_layers_are_changed(on_mini: tuple[Lora, Added]) -> None:
-    lora, added = on_mini
+def test_of_conditional_convolutions_the_other_layers_are_changed(on_mini: tuple[Lora, Added], without: Any, whole: Any) -> None:
+    lora, _ = on_mini
     student, made = tuning.load_unet(MINI / "unet_condconv"), checkpoint_of(MINI, "condconv", lora).unet("condconv")
-    change = difference(added, "condconv")
+    change = difference(without, whole, "condconv")
     for name, weight in student.state_dict().items():
         assert torch.allclose(made.get_parameter(name), weight + change.get(name, 0), atol=1e-6), name
     assert "kernels" in "".join(student.state_dict())

@@ -20,6 +20,7 @@ from tuning.checkpoints.weight_files import find_weights
 from tuning.checkpoints.weights import FileWeights, Weights, materialize, mmap_safetensors, shapes_in, shapes_of
 from tuning.errors import TuningError
 from tuning.surgery.changes import KEY, Changes, apply_changes
+from tuning.surgery.meta import on_meta
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -125,7 +126,7 @@ def only_assembled(folder: Path) -> bool:
 
 def meta_unet(path: Path, extent: Extent | None = None) -> UNet2DConditionModel:
     """A UNet's shape from its config.json, on the meta device, in evaluation mode. Raises TuningError as `unet_from` does."""
-    with torch.device("meta"):
+    with on_meta():
         return unet_from(path, extent).eval()
 
 

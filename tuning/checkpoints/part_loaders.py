@@ -11,6 +11,7 @@ from torch import nn
 from tuning.checkpoints.configs import Extent, check_extent, check_kinds, text_settings
 from tuning.checkpoints.files import read_json
 from tuning.checkpoints.weight_files import weights_named_in
+from tuning.surgery.meta import on_meta
 
 __all__ = ["LOADERS", "SKELETONS", "is_tiny"]
 
@@ -40,7 +41,7 @@ def _vae_skeleton(folder: Path, extent: Extent | None) -> nn.Module:
     check_extent(config, extent)
     if config.get("scaling_factor", 1) <= 0:
         raise ValueError(f"its scaling_factor is {config['scaling_factor']}, and must be more than 0")
-    with torch.device("meta"):
+    with on_meta():
         vae: Any = made.from_config(config)
     if is_tiny(vae):
         stages = len(vae.config.encoder_block_out_channels), len(vae.config.decoder_block_out_channels)

@@ -69,8 +69,16 @@ class Source(ABC):
         return None
 
     @abstractmethod
-    def weights(self, part: str) -> Weights:
-        """Where a part's weights are. Raises TuningError where they are missing or others than the configuration's."""
+    def weights(self, part: str, skeleton: nn.Module | None = None) -> Weights:
+        """Where a part's weights are.
+
+        Args:
+            part: ``unet``, ``vae`` or ``text_encoder``.
+            skeleton: the part's, where it has been made already.
+
+        Raises:
+            TuningError: they are missing or others than the configuration's.
+        """
 
     @abstractmethod
     def files(self, part: str) -> Iterator[Path]:
@@ -124,14 +132,28 @@ class Source(ABC):
 
         A VAE that is missing is not asked for.
         """
-        vae: Any = self.skeleton("vae").config if (self.folder / "vae").is_dir() else None
-        unet: Any = self.skeleton("unet")
-        text: Any = self.skeleton("text_encoder")
-        check_fit(self.name, unet.config, vae, text.config)
+        parts = ("vae", "unet", "text_encoder") if (self.folder / "vae").is_dir() else ("unet", "text_encoder")
+        self._check_fit({part: self.skeleton(part) for part in parts})
 
-    def model(self, part: str) -> Any:
-        """A whole part, float32, in evaluation mode. Raises TuningError as ``skeleton`` and ``weights`` do."""
-        return materialize(self.skeleton(part), self.weights(part))
+    def _check_fit(self, skeletons: Mapping[str, Any]) -> None:
+        """Raise TuningError unless these parts fit together."""
+        configs = {part: skeleton.config for part, skeleton in skeletons.items()}
+        check_fit(self.name, configs["unet"], configs.get("vae"), configs["text_encoder"])
+
+    def model(self, part: str, skeleton: nn.Module | None = None) -> Any:
+        """A whole part, float32, in evaluation mode; made of its ``skeleton``, where that is given.
+
+        Raises:
+            TuningError: as ``skeleton`` and ``weights``.
+        """
+        bare = self.skeleton(part) if skeleton is None else skeleton
+        return materialize(bare, self.weights(part, bare))
+
+    def models(self) -> dict[str, Any]:
+        """UNet, text encoder and VAE, whole, which fit together. Raises TuningError as ``check_fit`` and ``model`` do."""
+        skeletons = {part: self.skeleton(part) for part in ("vae", "unet", "text_encoder")}
+        self._check_fit(skeletons)
+        return {part: self.model(part, skeletons[part]) for part in ("unet", "text_encoder", "vae")}
 
 
 @dataclass(frozen=True)
@@ -145,13 +167,13 @@ class FolderSource(Source):
 
     variant: str | None = None
 
-    def weights(self, part: str) -> Weights:
+    def weights(self, part: str, skeleton: nn.Module | None = None) -> Weights:
         """From the part's safetensors; those of VAE and text encoder are read by their libraries, which know older names."""
         check_part(self.name, self.folder, part, variant=self.variant)
-        folder, skeleton = self.folder / part, self.skeleton(part)
+        folder, bare = self.folder / part, self.skeleton(part) if skeleton is None else skeleton
         if part == "unet":
-            return unet_weights(folder, skeleton, self.variant)
-        return library_weights(self.name, folder, part, skeleton, self.variant)
+            return unet_weights(folder, bare, self.variant)
+        return library_weights(self.name, folder, part, bare, self.variant)
 
     def files(self, part: str) -> Iterator[Path]:
         """A part's configuration and weights, without the files of other variants; all of the tokenizer's and scheduler's."""
@@ -194,9 +216,9 @@ class FileSource(Source):
         except TuningError as error:
             raise misfit(self.path, part, self.folder, str(error)) from error
 
-    def weights(self, part: str) -> Weights:
+    def weights(self, part: str, skeleton: nn.Module | None = None) -> Weights:
         """From the file."""
-        return single_file_weights(self.path, part, self.skeleton(part), self.folder)
+        return single_file_weights(self.path, part, self.skeleton(part) if skeleton is None else skeleton, self.folder)
 
     def scheduler_changes(self) -> dict[str, Any]:
         """Whether its UNet predicts the noise or v, where the file says so."""
@@ -244,9 +266,9 @@ class RandomSource(Source):
         unet: nn.Module = meta_unet(self.unet_config)
         return unet if self.recipe is None else assemble(unet, RECIPES[self.recipe])
 
-    def weights(self, part: str) -> Weights:
+    def weights(self, part: str, skeleton: nn.Module | None = None) -> Weights:
         """Drawn when they are taken."""
-        return RandomWeights(part, shapes_of(self.skeleton(part)), self.seed)
+        return RandomWeights(part, shapes_of(self.skeleton(part) if skeleton is None else skeleton), self.seed)
 
     def files(self, part: str) -> Iterator[Path]:
         """The part's configurations."""

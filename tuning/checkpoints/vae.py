@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tuning.checkpoints.configs import Extent
@@ -20,6 +19,7 @@ from tuning.checkpoints.source import check_part, library_weights, reading
 from tuning.checkpoints.weight_files import find_weights
 from tuning.checkpoints.weights import FileWeights, Weights, check_floating, mmap_safetensors, shapes_in, shapes_of
 from tuning.errors import TuningError
+from tuning.surgery.meta import on_meta
 
 __all__ = ["Vae", "find_vae"]
 
@@ -116,7 +116,7 @@ class _FileVae(Vae):
         if any(name.startswith("encoder.layers.") for name in names):
             from diffusers import AutoencoderTiny
 
-            with torch.device("meta"):
+            with on_meta():
                 tiny: nn.Module = AutoencoderTiny()
             return tiny.eval()
         if not any(name.removeprefix(_PREFIX).startswith(("encoder.down.", "encoder.down_blocks.")) for name in names):

@@ -1,6 +1,6 @@
 """A source with LoRAs in its UNet and text encoder, and with another VAE, for commands that teach, measure and assemble."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tuning.checkpoints.configs import check_fit
 from tuning.checkpoints.find_source import UNetSource, find_source, open_unet
 from tuning.checkpoints.source import Source
 from tuning.checkpoints.vae import Vae, find_vae
@@ -40,11 +39,11 @@ class _ChangedSource(Source):
         """As any source's."""
         return self.vae.skeleton() if part == "vae" and self.vae is not None else self.plain.skeleton(part)
 
-    def weights(self, part: str) -> Weights:
+    def weights(self, part: str, skeleton: nn.Module | None = None) -> Weights:
         """As any source's. Raises TuningError also where a LoRA does not fit them."""
         if part == "vae":
-            return self.plain.weights(part) if self.vae is None else self.vae.weights()
-        return fused(self.plain.weights(part), self._files, part)
+            return self.plain.weights(part, skeleton) if self.vae is None else self.vae.weights()
+        return fused(self.plain.weights(part, skeleton), self._files, part)
 
     def files(self, part: str) -> Iterator[Path]:
         """As any source's, and the LoRAs."""
@@ -63,10 +62,13 @@ class _ChangedSource(Source):
         """As any source's, with the VAE that it has here."""
         if self.vae is None:
             super().check_fit()
-            return
-        unet, text, vae = (self.skeleton(part).config for part in ("unet", "text_encoder", "vae"))
-        self.vae.check_fit(unet, self.folder / "vae")
-        check_fit(self.name, unet, vae, text)
+        else:
+            self._check_fit({part: self.skeleton(part) for part in ("unet", "text_encoder", "vae")})
+
+    def _check_fit(self, skeletons: Mapping[str, Any]) -> None:
+        if self.vae is not None:
+            self.vae.check_fit(skeletons["unet"].config, self.folder / "vae")
+        super()._check_fit(skeletons)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from engines.bundle.names import ATTENTION
 from tuning.errors import TuningError
 from tuning.surgery.changes import KEY, Changes, apply_changes, changes_of
 from tuning.surgery.experts import add_experts
+from tuning.surgery.meta import on_meta
 from tuning.surgery.pruning import PruningPlan, removed_units, resolve_removals
 from tuning.surgery.recipes import Recipe
 from tuning.surgery.units import unit_modules
@@ -76,7 +77,7 @@ def _without_weights(unet: UNet2DConditionModel, kept: PruningPlan, name: str) -
     from diffusers import UNet2DConditionModel
 
     config, changes = _configuration(unet, kept, name)
-    with torch.device("meta"):
+    with on_meta():
         student: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
         apply_changes(student, changes)
     return student

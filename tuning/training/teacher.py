@@ -38,8 +38,8 @@ class Teacher:
         Raises TuningError when a part is missing, damaged or a pickle, or when the parts don't fit together.
         """
         found = find_changed_source(source, variant, loras, vae)
-        found.check_fit()
-        unet, text, vae = (found.model(part).requires_grad_(False) for part in ("unet", "text_encoder", "vae"))
+        models = found.models()
+        unet, text, vae = (models[part].requires_grad_(False) for part in ("unet", "text_encoder", "vae"))
         tokenizer = found.tokenizer(text.config)
         config = found.scheduler_config()
         with reading(source, found.folder / "scheduler"):

@@ -19,6 +19,7 @@ from benchmarks.gpu.gpu_tests import DRILLS
 from engines import Runner, UserError
 from engines.errors import EngineMemoryError
 from tests.support.sources import save_source
+from tests.support.unets import small_unet
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
@@ -160,7 +161,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
 @pytest.mark.usefixtures("counted")
 @pytest.mark.usefixtures("warm_commands")
 def test_the_program_itself_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = save_source(tmp_path / "tiny")
+    source = save_source(tmp_path / "tiny", small_unet("two stages", mid_block_type=None))
     main(
         ["--device", "cpu", "--engines", "torch,tensorrt-rtx", "--precision", "fp32", "--plans",
          "full,block:2,adaptive:0.2", "--source", str(source), "--steps", "3", "--rounds", "1", "--only", "correct,rtx,rtx-old",

@@ -126,6 +126,7 @@ class Stopped(Exception):
 def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     calls: list[str] = []
+    plotted: list[tuple[list[str], Path]] = []
     network = SimpleNamespace(manifest=SimpleNamespace(key="k"))
     pipeline = SimpleNamespace(networks={"original": network}, schedule=lambda plan, timesteps, guided: None)
 
@@ -142,6 +143,7 @@ def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(runtime, "load", lambda bundle: pipeline)
     monkeypatch.setattr(plans, "_cost", cost)
     monkeypatch.setattr(plans, "draw_prompts", drawn)
+    monkeypatch.setattr(plans, "plot", lambda rows, title, path: plotted.append(([row["plan"] for row in rows], path)))
     outputs = {"--out": "plans.csv", "--plot": "plans.png", "--grid": "grid.png", "--work": "work"}
     arguments = ["--count", "8", "--rounds", "2", *(part for o, n in outputs.items() for part in (o, str(tmp_path / n)))]
     with pytest.raises(Stopped):
@@ -162,6 +164,7 @@ def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (rows[0]["same"], rows[0]["same_low"]) == ("1.0", "1.0")
     assert described["machine"]["cores"]
     assert Image.open(tmp_path / "grid.png").width > 1000
+    assert plotted == [([*plans.PLANS, *plans.CONTROLS], tmp_path / "plans.png")]
 
 
 def test_too_few_prompts_are_refused() -> None:

@@ -12,6 +12,7 @@ from benchmarks.sizes import full_build
 from benchmarks.speed import opsets
 from engines import UserError
 from tests.support.sources import save_source
+from tests.support.unets import small_unet
 from tuning.checkpoints.find_source import find_source
 from tuning.checkpoints.source import FileSource, FolderSource
 
@@ -19,8 +20,9 @@ from tuning.checkpoints.source import FileSource, FolderSource
 @pytest.mark.slow
 @pytest.mark.usefixtures("warm_commands")
 def test_a_build_is_measured_killed_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From a single file that is written for it."""
-    out, configuration = tmp_path / "found.json", save_source(tmp_path / "tiny")
+    """From a single file that is written for it, of a UNet with attention in its mid block alone."""
+    unet = small_unet("two stages", down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    out, configuration = tmp_path / "found.json", save_source(tmp_path / "tiny", unet)
     source = f"file of {configuration}"
     given = ["--source", source, "--config", str(configuration), "--engine", "onnxruntime"]
     with pytest.MonkeyPatch.context() as patch:
@@ -67,9 +69,10 @@ def test_an_unknown_kind_of_source_is_a_users_mistake(tmp_path: Path) -> None:
 def test_opsets_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx")
     out = tmp_path / "found.json"
-    small = ["--source", "mini", "--block", "down.0", "--side", "8", "--rounds", "1", "--out", str(out)]
+    source = save_source(tmp_path / "tiny")
+    small = ["--source", str(source), "--block", "down.0.layer.0", "--side", "8", "--rounds", "1", "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opsets, "SIZE", (64, 64))
+        patch.setattr(opsets, "SIZE", (16, 16))
         opsets.main(small)
     rows = json.loads(out.read_text())["rows"]
     layers = {(row["precision"], row["opset"]): row["rtx"].get("layers") for row in rows}

@@ -29,6 +29,7 @@ def test_pictures_are_made_and_measured(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_commands")
 def test_a_command_that_fails(tmp_path: Path) -> None:
     given = ["--source", "nowhere", "--sizes", "16x16", "--work", str(tmp_path), "--out", str(tmp_path / "found.json")]
     with pytest.raises(UserError, match="ended with an error"):

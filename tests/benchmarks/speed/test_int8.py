@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ OUTERMOST = "up.1-head"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A small UNet, partitioned for the plan."""
-    unet = small_unet("two stages")
+    unet = small_unet("two stages", mid_block_type=None)
     units, features, modules = measured_units(unet, 8)
     parts = [
         (segment, SegmentModule([u for u in units if u.name in segment.units], modules, segment.inputs, segment.outputs))
@@ -68,6 +69,20 @@ def feeds(bundle: Bundle) -> Feeds:
         given = inputs(bundle, number)
         executor.step(number, given[SAMPLE], given[TIMESTEP], given[TEXT])
     return engine.feeds
+
+
+@pytest.fixture(scope="module")
+def in_int8(bundle: Bundle, feeds: Feeds, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant], Bundle]:
+    """The bundle quantised as a variant says, made when it is first asked for. Not to be changed."""
+    folder = tmp_path_factory.mktemp("quantised")
+    made: dict[str, Bundle] = {}
+
+    def of(variant: Variant) -> Bundle:
+        if variant.name not in made:
+            made[variant.name] = quantised(bundle, folder / str(len(made)), feeds, variant)
+        return made[variant.name]
+
+    return of
 
 
 def inputs(bundle: Bundle, step: int) -> dict[str, torch.Tensor]:
@@ -99,8 +114,10 @@ def quantisers(bundle: Bundle) -> dict[str, Counter[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
-def test_quantised_segments_hold_quantised_operators(bundle: Bundle, feeds: Feeds, variant: Variant, tmp_path: Path) -> None:
-    made = quantised(bundle, tmp_path / "int8", feeds, variant)
+def test_quantised_segments_hold_quantised_operators(
+    bundle: Bundle, in_int8: Callable[[Variant], Bundle], variant: Variant
+) -> None:
+    made = in_int8(variant)
     before, after = quantisers(bundle), quantisers(made)
     for segment in made.manifest.segments:
         name, graph = segment.name, graph_of(made, segment)
@@ -121,8 +138,8 @@ def test_quantised_segments_hold_quantised_operators(bundle: Bundle, feeds: Feed
 
 
 @pytest.mark.slow
-def test_int8_predicts_nearly_what_fp32_does(bundle: Bundle, feeds: Feeds, tmp_path: Path) -> None:
-    made, engine = quantised(bundle, tmp_path / "int8", feeds, VARIANTS[0]), OnnxRuntime(device="cpu")
+def test_int8_predicts_nearly_what_fp32_does(bundle: Bundle, in_int8: Callable[[Variant], Bundle]) -> None:
+    made, engine = in_int8(VARIANTS[0]), OnnxRuntime(device="cpu")
     whole, rounded = (
         runtime.LoadedBundle.load(each, engine).compute(NOISE, inputs(bundle, 0)) for each in (bundle, made)
     )  # the first step is one that was calibrated on
@@ -134,14 +151,13 @@ def test_int8_predicts_nearly_what_fp32_does(bundle: Bundle, feeds: Feeds, tmp_p
 
 @pytest.mark.slow
 def test_steps_and_segments_are_timed_in_int8_and_in_fp32(
-    bundle: Bundle, feeds: Feeds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, in_int8: Callable[[Variant], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = quantised(bundle, tmp_path / "int8", feeds, VARIANTS[0])
-    steps = int8_times.step_times({"fp32": bundle, "int8": made}, 1)
+    steps = int8_times.step_times({"fp32": bundle, "int8": in_int8(VARIANTS[0])}, 1)
     assert list(steps) == ["fp32", "int8"]
     assert steps["fp32"]["ratio"] == 1
     assert steps["int8"]["ms"] > 0
-    monkeypatch.setattr(int8_times, "random_unet", lambda source: small_unet("two stages"))
+    monkeypatch.setattr(int8_times, "random_unet", lambda source: small_unet("two stages", mid_block_type=None))
     units = ("up.1.layer.0.resnet", "up.1.layer.0.attention")
     found = int8_times.segment_times("random:sd15", units, 8, 1, tmp_path / "parts")
     assert {name: list(kinds) for name, kinds in found.items()} == {unit: ["fp32", "int8"] for unit in units}

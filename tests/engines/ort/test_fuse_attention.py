@@ -78,9 +78,9 @@ def traced_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Segment
 @pytest.fixture
 def block(traced_once: tuple[Path, Segment, dict[str, Feature]], tmp_path: Path) -> tuple[Path, Segment, dict[str, Feature]]:
     """The same, in a folder of the test's own."""
-    path, *rest = traced_once
+    path, segment, features = traced_once
     shutil.copytree(path.parent, tmp_path, dirs_exist_ok=True)
-    return tmp_path / path.name, *rest
+    return tmp_path / path.name, segment, features
 
 
 @pytest.mark.parametrize("linear", [False, True])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
+from torch import nn
 from transformers import CLIPTextModel
 
 import tuning
@@ -19,6 +23,8 @@ from tests.support.commands import Command
 from tests.support.reference import MINI
 from tuning.checkpoints.compvis_layout import single_file_state
 from tuning.checkpoints.folder import save_part
+from tuning.checkpoints.source import Source
+from tuning.training.teacher import Teacher
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +45,18 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model without its stored variants."""
     folder = tmp_path_factory.mktemp("plain") / "model"
     return Path(shutil.copytree(MINI, folder, ignore=shutil.ignore_patterns("unet_*", "training")))
+
+
+@pytest.fixture(scope="module")
+def original() -> UNet2DConditionModel:
+    """The embedded model's UNet. Not to be changed."""
+    return tuning.load_unet(MINI / "unet")
+
+
+@pytest.fixture(scope="module")
+def cut_out(original: UNet2DConditionModel) -> Callable[[str], UNet2DConditionModel]:
+    """What a recipe makes of it, once. Not to be changed."""
+    return functools.cache(lambda variant: tuning.assemble(original, tuning.recipe(variant)))
 
 
 def assert_is(checkpoint: Checkpoint, variant: str, wanted: UNet2DConditionModel) -> None:
@@ -66,15 +84,17 @@ def test_stored_variants(variant: str) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "single file"])
 @pytest.mark.parametrize("variant", ["assembled", "bk-base", "bk-tiny", "condconv"])
-def test_variants_that_are_cut_out_when_they_are_needed(plain: Path, single_file: Path, kind: str, variant: str) -> None:
+def test_variants_that_are_cut_out_when_they_are_needed(
+    plain: Path, single_file: Path, cut_out: Callable[[str], UNet2DConditionModel], kind: str, variant: str
+) -> None:
     source, config = (plain, None) if kind == "folder" else (single_file, MINI)
     checkpoint = open_source(str(source), variant, config=config)
-    assert_is(checkpoint, variant, tuning.assemble(tuning.load_unet(MINI / "unet"), tuning.recipe(variant)))
+    assert_is(checkpoint, variant, cut_out(variant))
     assert not checkpoint.is_distilled(variant)
 
 
-def test_a_unet_from_elsewhere(single_file: Path, tmp_path: Path) -> None:
-    unet = tuning.assemble(tuning.load_unet(MINI / "unet"), tuning.recipe("assembled"))
+def test_a_unet_from_elsewhere(single_file: Path, cut_out: Callable[[str], UNet2DConditionModel], tmp_path: Path) -> None:
+    unet = copy.deepcopy(cut_out("assembled"))
     with torch.no_grad():
         for weight in unet.parameters():
             weight.mul_(0.9)
@@ -86,12 +106,12 @@ def test_a_unet_from_elsewhere(single_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["original", "assembled"])
-def test_random_variants(variant: str) -> None:
+def test_random_variants(original: UNet2DConditionModel, variant: str) -> None:
     checkpoint = open_source(f"random:{MINI / 'unet' / 'config.json'}", variant, config=MINI)
     assert checkpoint.folder == MINI
-    original = checkpoint.unet("original")
-    assert_is(checkpoint, variant, tuning.assemble(original, tuning.recipe(variant)))
-    assert not torch.equal(original.conv_in.weight, tuning.load_unet(MINI / "unet").conv_in.weight)
+    drawn = checkpoint.unet("original")
+    assert_is(checkpoint, variant, tuning.assemble(drawn, tuning.recipe(variant)))
+    assert not torch.equal(drawn.conv_in.weight, original.conv_in.weight)
 
 
 def test_text_encoder_and_vae(single_file: Path) -> None:
@@ -111,10 +131,28 @@ def test_a_single_file_is_built_and_verified(exporter: Command, tiny_source: Pat
     path = tmp_path / "tiny.safetensors"
     save_file({name: weight.contiguous() for name, weight in single_file_state(parts).items()}, path)
     bundle = tmp_path / "bundle"
-    assert exporter("build", "--source", path, "--config", tiny_source, "--out", bundle).code == 0
+    assert exporter("build", "--source", path, "--config", tiny_source, "--plan", "full", "--out", bundle).code == 0
     verified = exporter("verify", bundle, "--sizes", "16x16")
     assert verified.code == 0
     assert any("all within 0.0001" in line for line in verified.out)
+
+
+def test_the_module_of_a_part_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all that a teacher needs of it, or the check of a build's weights."""
+    made: list[str] = []
+    skeleton = Source.skeleton
+
+    def counted(source: Source, part: str) -> nn.Module:
+        made.append(part)
+        return skeleton(source, part)
+
+    monkeypatch.setattr(Source, "skeleton", counted)
+    teacher = Teacher.load("mini")
+    assert sorted(made) == ["text_encoder", "unet", "vae"]
+    assert not any(weight.is_meta for part in (teacher.unet, teacher.text, teacher.vae) for weight in part.parameters())
+    made.clear()
+    open_source("mini", "original").check_weights("original")
+    assert sorted(made) == ["text_encoder", "unet", "vae"]
 
 
 def test_fingerprints(plain: Path, single_file: Path, tmp_path: Path) -> None:

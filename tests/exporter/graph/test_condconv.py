@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import statistics
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ def traced(module: nn.Module, rows: int | None, path: Path, dtype: torch.dtype) 
     """One layer as a session and as a program of the torch engine; `rows` fixes the batch."""
     moving = {2: Dim("height"), 3: Dim("width")} | ({} if rows else {0: Dim("batch", max=63)})
     arguments = (torch.randn(rows or 2, 6, 5, 4, dtype=dtype), torch.randn(1, 7, dtype=dtype))
-    with torch.no_grad(), quick_trace(), quick_export():
+    with warnings.catch_warnings(), torch.no_grad(), quick_trace(), quick_export():
+        warnings.simplefilter("ignore")
         program = torch.export.export(module, arguments, dynamic_shapes=(moving, {}), strict=False)
         written = torch.onnx.export(program, input_names=["x", "time"], opset_version=OPSET, dynamo=True, verbose=False)
     assert written is not None

@@ -25,6 +25,8 @@ from exporter.segments.artifacts import Artifacts, working_on
 from exporter.segments.progress import Step
 from tests.exporter.conftest import names_in
 from tests.support.commands import Command, contents
+from tests.support.sources import save_source, tiny_vae
+from tests.support.unets import small_unet
 
 FakeTrace = Callable[..., list[str]]
 FORK = multiprocessing.get_context("fork")
@@ -380,9 +382,13 @@ def test_pieces_are_found_by_another_process_or_not_at_all(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_same_bundle_as_one(exporter: Command, tiny_source: Path, tmp_path: Path) -> None:
-    """Real traces, in processes of their own."""
-    wanted = BuildOptions(source=str(tiny_source), granularity=None, plans=("deepcache:2",))  # as few segments as show it
+def test_two_processes_make_the_same_bundle_as_one(exporter: Command, tmp_path: Path) -> None:
+    """Real traces, in processes of their own, of models that are soon traced."""
+    source = save_source(tmp_path / "source", small_unet("two stages", mid_block_type=None))
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    wanted = BuildOptions(
+        source=str(source), vae=str(tmp_path / "vae"), granularity=None, plans=("deepcache:2",)
+    )  # as few segments as show it
     one, two = (build(replace(wanted, out=tmp_path / str(jobs), jobs=jobs))[0] for jobs in (1, 2))
     assert [segment.name for segment in one.manifest.segments] == [segment.name for segment in two.manifest.segments]
     assert hashes(one.folder).keys() == hashes(two.folder).keys()

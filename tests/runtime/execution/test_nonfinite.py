@@ -159,7 +159,9 @@ def test_a_decoder_that_overflows_in_half_precision(tmp_path: Path) -> None:
     weights = load_file(path)
     weights["decoder.conv_in.weight"] = weights["decoder.conv_in.weight"] * 1e6
     save_file(weights, path, {"format": "pt"})
-    options = dataclasses.replace(BuildOptions(), out=tmp_path / "bundle", source=str(tmp_path / "source"), precision="fp16")
+    options = BuildOptions(
+        source=str(tmp_path / "source"), precision="fp16", granularity=None, plans=("full",), out=tmp_path / "bundle"
+    )
     bundle = build(options)[0]
     pipeline = Pipeline(Bundle.open(bundle.folder), make_engine("onnxruntime"))
     with warnings.catch_warnings():
