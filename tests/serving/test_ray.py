@@ -72,8 +72,8 @@ def pids(handle: Any, count: int) -> list[int]:
     return sorted(found)
 
 
-def asked(number: int) -> httpx.Response:
-    body = {"prompt": PROMPTS[number % 4], "seed": number, "steps": 12}
+def asked(number: int, steps: int = 12) -> httpx.Response:
+    body = {"prompt": PROMPTS[number % 4], "seed": number, "steps": steps}
     return httpx.post(f"{HERE}/generate", json=body, timeout=120)
 
 
@@ -126,11 +126,14 @@ def test_another_bundle_comes_in_while_requests_are_answered_and_replicas_follow
     if "pictures" not in serve.status().applications:
         serve.run(app(first), name="pictures", route_prefix="/")
     changed = {"name": "second", "min_replicas": 1, "max_replicas": 2, "upscale_after": 0.5, "downscale_after": 0.5}
-    second, results, ended = app(first.model_copy(update=changed)), list[httpx.Response](), threading.Event()
+    second, results = app(first.model_copy(update=changed)), list[httpx.Response]()
+    waiting, ended = threading.Event(), threading.Event()
 
     def ask(number: int) -> None:
         while not ended.is_set():
-            results.append(asked(number))
+            results.append(asked(number, steps=3))
+            if not waiting.is_set():  # what starts meanwhile has the cores to itself
+                ended.wait(0.2)
 
     with ThreadPoolExecutor(6) as clients:
         for number in range(6):
@@ -139,6 +142,7 @@ def test_another_bundle_comes_in_while_requests_are_answered_and_replicas_follow
             wait_for(lambda: bool(results), LONG)
             serve.run(second, name="pictures", route_prefix="/")
             wait_for(lambda: results[-1].json().get("model") == "second", LONG)
+            waiting.set()  # another replica comes where requests wait
             wait_for(lambda: replicas() == 2, LONG)
         finally:
             ended.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,18 +27,24 @@ multiplies it; with a step's features from one step earlier or later they differ
 BRANCH_TOLERANCE = 1e-5
 
 
+@cache
+def unet() -> Any:
+    """The embedded model's. The package takes its wrappers off when it is done."""
+    return mini_unet()
+
+
+@cache
 @torch.no_grad()
 def peer_latents(interval: int, branch: int = 0, tokens: int | None = None) -> Tensor:
     """DeepCache's own way: it wraps the UNet's modules, and finds the step by looking its timestep up."""
-    unet: Any = mini_unet()
     noise = reference_scheduler("ddim", STEPS)
-    helper = DeepCache.DeepCacheSDHelper(pipe=SimpleNamespace(unet=unet, scheduler=noise))
+    helper = DeepCache.DeepCacheSDHelper(pipe=SimpleNamespace(unet=unet(), scheduler=noise))
     helper.set_params(cache_interval=interval, cache_branch_id=branch)
     latents, text = reference_noise(4, 2, 4, 8, 8), mini_text([NEGATIVE] * 2 + [PROMPT] * 2)[:, :tokens]
     helper.enable()
     try:
         for timestep in noise.timesteps:
-            prediction = unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=text).sample
+            prediction = unet()(torch.cat([latents] * 2), timestep, encoder_hidden_states=text).sample
             negative, positive = prediction.chunk(2)
             latents = noise.step(negative + GUIDANCE * (positive - negative), timestep, latents).prev_sample
     finally:
@@ -76,10 +83,9 @@ def inherited_by(branch: int) -> str:
 @pytest.mark.slow
 def test_every_branch_on_the_way_up_is_a_plan(branch: int) -> None:
     plan = Plan(name="branch", rules=(Rule(units=(inherited_by(branch),), when=Uniform(every=3)),))
-    unet, noise = mini_unet(), reference_scheduler("ddim", STEPS)
-    manifest = manifest_of(unet, None, [plan])
+    noise, manifest = reference_scheduler("ddim", STEPS), manifest_of(unet(), None, [plan])
     latents, text = reference_noise(4, 2, 4, 8, 8), mini_text([NEGATIVE] * 2 + [PROMPT] * 2)[:, :TOKENS]
-    latents, _ = denoise({"one": live_network(unet, manifest)}, noise, latents, text, plan, GUIDANCE)
+    latents, _ = denoise({"one": live_network(unet(), manifest)}, noise, latents, text, plan, GUIDANCE)
     peer, other = peer_latents(3, branch, TOKENS), peer_latents(3, (branch + 1) % 12, TOKENS)
     # Both run PyTorch's kernels here and differ by 2e-6, where the next branch, deep in this small UNet, differs by 3e-5 or more.
     assert float((latents - peer).abs().max() / peer.abs().max()) < BRANCH_TOLERANCE

@@ -18,7 +18,7 @@ from tests.support.denoise import denoise, small_inputs
 from tests.support.reference import mini_pixels, mini_text, mini_unet, reference_denoise, reference_noise, reference_scheduler
 from tests.support.reference_words import Halves, Skip, reference_words
 from tests.support.reference_words import Rule as Words
-from tests.support.unets import TOPOLOGIES, live_network, manifest_of, relative_error, small_unet
+from tests.support.unets import TOPOLOGIES, relative_error, shared_network, shared_unet
 
 TOLERANCE = 1e-4
 """Of the largest final latent. Both sides are float32, one evaluation differs by 1e-6 (sums in another order), and a dozen
@@ -130,10 +130,8 @@ def test_the_assembled_variant(assembled_bundle: Bundle) -> None:
 @pytest.mark.parametrize("model", list(TOPOLOGIES))
 @pytest.mark.parametrize("granularity", ["block", "unit"])
 def test_presets_on_other_topologies(model: str, plan: str, granularity: Granularity) -> None:
-    unet = small_unet(model)
-    manifest = manifest_of(unet, granularity)
+    unet, network = shared_unet(model), shared_network(model, granularity, "block:2", "deepcache:2")
     latents, text = small_inputs()
-    network = live_network(unet, manifest)
     made, _ = denoise({"one": network}, reference_scheduler("ddim", 7), latents, text, find_plan(plan))
     expected, _ = reference_denoise(
         unet, reference_scheduler("ddim", 7), latents, text, 1.0, key_steps(plan, 7), inherited_paths(plan, model)
@@ -143,12 +141,11 @@ def test_presets_on_other_topologies(model: str, plan: str, granularity: Granula
 
 @pytest.mark.parametrize("scheduler", ["pndm", "dpm++", "euler", "heun"])
 def test_schedulers_on_a_unet_without_mid_block(scheduler: str) -> None:
-    unet = small_unet("no mid")
-    manifest = manifest_of(unet)
+    unet, network = shared_unet("no mid"), shared_network("no mid", "block", "block:2", "deepcache:2")
     latents, text = small_inputs()
     noise = reference_scheduler(scheduler, 6)
     latents = latents * noise.init_noise_sigma
-    made, _ = denoise({"one": live_network(unet, manifest)}, noise, latents, text, find_plan("deepcache:3"))
+    made, _ = denoise({"one": network}, noise, latents, text, find_plan("deepcache:3"))
     noise = reference_scheduler(scheduler, 6)
     expected, _ = reference_denoise(
         unet, noise, latents, text, 1.0, key_steps("deepcache:3", len(noise.timesteps)), inherited_paths("deepcache:3", "no mid")
@@ -181,10 +178,9 @@ def test_plans_of_ones_own_with_listed_key_steps(name: str, granularity: Granula
     patterns, paths = OWN_PLANS[name]
     keys = (0, 1, 4, 6) if patterns == ["head"] else (0, 1, 4)  # the last step is never skipped
     plan = Plan(name=name, rules=(Rule(units=tuple(patterns), when=Explicit(steps=keys)),))
-    unet = small_unet("uneven")
-    manifest = manifest_of(unet, granularity, plans=[plan])
+    unet, network = shared_unet("uneven"), shared_network("uneven", granularity, plan)
     latents, text = small_inputs()
-    made, records = denoise({"one": live_network(unet, manifest)}, reference_scheduler("ddim", 7), latents, text, plan)
+    made, records = denoise({"one": network}, reference_scheduler("ddim", 7), latents, text, plan)
     expected, _ = reference_denoise(unet, reference_scheduler("ddim", 7), latents, text, 1.0, set(keys), paths)
     assert relative_error(made, expected) < TOLERANCE
     inherit = "skip" if patterns == ["head"] else "inherit"

@@ -59,13 +59,25 @@ def save(state: dict[str, Tensor], path: Path) -> None:
     save_file({name: weight.contiguous() for name, weight in state.items()}, path)
 
 
-def save_folder(originals: dict[str, Any], folder: Path, dtype: torch.dtype, **options: Any) -> Path:
+def save_folder(folder: Path, dtype: torch.dtype, **options: Any) -> Path:
     """The embedded model, saved anew by its libraries."""
     shutil.copytree(MINI, folder, ignore=shutil.ignore_patterns("unet*", "vae", "text_encoder", "training"))
     for part, kind in zip(PARTS, (UNet2DConditionModel, AutoencoderKL, CLIPTextModel), strict=True):
         model = kind.from_pretrained(MINI / part, dtype=dtype) if part == "text_encoder" else kind.from_pretrained(MINI / part)
         model.to(dtype).save_pretrained(folder / part, **options)
     return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, saved anew in float32. Not to be changed."""
+    return save_folder(tmp_path_factory.mktemp("saved") / "saved", torch.float32)
+
+
+@pytest.fixture
+def saved_copy(saved: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    return Path(shutil.copytree(saved, tmp_path / "saved"))
 
 
 def assert_same(source: Any, originals: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
@@ -79,7 +91,7 @@ def assert_same(source: Any, originals: dict[str, Any], dtype: torch.dtype = tor
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "500KB"}], ids=["whole", "sharded"])
 def test_a_diffusers_folder(originals: dict[str, Any], tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    folder = save_folder(originals, tmp_path / "saved", dtype, **options)
+    folder = save_folder(tmp_path / "saved", dtype, **options)
     assert (len(list(folder.rglob("*.safetensors"))) > 3) == bool(options)
     assert_same(find_source(str(folder)), originals)
 
@@ -99,18 +111,17 @@ def test_a_single_file_as_diffusers_reads_it(single_files: Path) -> None:
         assert all(torch.equal(taken[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_old_names_in_a_folder(originals: dict[str, Any], tmp_path: Path) -> None:
+def test_old_names_in_a_folder(originals: dict[str, Any], saved_copy: Path) -> None:
     """Stable Diffusion 1.5's VAE on the hub has the attention names of an older diffusers, its text encoder a prefix."""
-    folder = save_folder(originals, tmp_path / "saved", torch.float32)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for part, file, rename in (
         ("vae", "diffusion_pytorch_model", lambda name: renamed(name, old)),
         ("text_encoder", "model", lambda name: f"text_model.{name.removeprefix('text_model.')}"),
     ):
-        path = folder / part / f"{file}.safetensors"
+        path = saved_copy / part / f"{file}.safetensors"
         state = {rename(name): weight for name, weight in load_file(path).items()}
         save_file(state, path, {"format": "pt"})
-    assert_same(find_source(str(folder)), originals)
+    assert_same(find_source(str(saved_copy)), originals)
 
 
 def renamed(name: str, old: dict[str, str]) -> str:
@@ -137,15 +148,14 @@ def test_a_few_at_a_time_in_half_precision(single_files: Path, source: str, part
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("part", PARTS)
-def test_no_file_stays_mapped(single_files: Path, originals: dict[str, Any], tmp_path: Path, part: str) -> None:
+def test_no_file_stays_mapped(single_files: Path, saved: Path, tmp_path: Path, part: str) -> None:
     def mapped() -> list[str]:
         return [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors")]
 
     before = mapped()
     path = shutil.copyfile(single_files / "fp32.safetensors", tmp_path / "one.safetensors")
-    folder = save_folder(originals, tmp_path / "folder", torch.float32)
     taken = []
-    for source in (find_source(str(path), MINI), find_source(str(folder))):
+    for source in (find_source(str(path), MINI), find_source(str(saved))):
         weights = source.weights(part)
         taken.append(weights.take(weights.shapes, torch.float32))
     assert mapped() == before
@@ -342,10 +352,9 @@ def test_a_random_source_whose_text_width_no_family_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_folders_damaged_and_foreign_weights(originals: dict[str, Any], tmp_path: Path, part: str) -> None:
-    folder = save_folder(originals, tmp_path / "saved", torch.float32)
-    source = find_source(str(folder))
-    path = next((folder / part).glob("*.safetensors"))
+def test_a_folders_damaged_and_foreign_weights(saved_copy: Path, part: str) -> None:
+    source = find_source(str(saved_copy))
+    path = next((saved_copy / part).glob("*.safetensors"))
     state = load_file(path)
     name = next(name for name in state if name.endswith("norm.weight") or "norm" in name)
     for content in (damaged(state, without=name), state | {name: torch.zeros(3)}):

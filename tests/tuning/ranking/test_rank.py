@@ -41,6 +41,20 @@ def two_stages() -> UNet2DConditionModel:
     return unet_of("two stages", layers_per_block=2)
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole checkpoint with the same UNet. Not to be changed."""
+    return save_source(tmp_path_factory.mktemp("rank") / "source", unet_of("two stages", layers_per_block=2))
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a UNet alone, with a layer in each block. Not to be changed."""
+    folder = tmp_path_factory.mktemp("rank") / "unet"
+    unet_of("two stages").save_pretrained(folder)
+    return folder
+
+
 def points(unet: UNet2DConditionModel, count: int = 3) -> Points:
     latents, _, states = random_inputs(unet, 8, count, tokens=5)
     return Points(latents, torch.linspace(0, 999, count), states, True)
@@ -157,8 +171,7 @@ def test_a_speed_up_out_of_reach(two_stages: UNet2DConditionModel) -> None:
         choose(two_stages, found, errors, times(two_stages), 9)
 
 
-def test_trajectories_end_where_pictures_do(two_stages: UNet2DConditionModel, tmp_path: Path) -> None:
-    source = save_source(tmp_path / "source", two_stages)
+def test_trajectories_end_where_pictures_do(two_stages: UNet2DConditionModel, source: Path) -> None:
     given = trajectories(open_unet(str(source)), two_stages, prompts=2, steps=3, guidance=2.0, side=8)
     assert given.has_text
     assert given.latents.shape == (6, 4, 8, 8)
@@ -263,8 +276,7 @@ def test_a_unet_with_experts_is_not_ranked(run: Command, small_unet: UNet2DCondi
 
 
 @pytest.mark.slow
-def test_the_command(run: Command, two_stages: UNet2DConditionModel, tmp_path: Path) -> None:
-    source = save_source(tmp_path / "source", two_stages)
+def test_the_command(run: Command, two_stages: UNet2DConditionModel, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run("rank", "--source", source, "--speedup", "1.05", "--out", out, *QUICK)
     assert (done.code, done.err) == (0, [])
@@ -295,19 +307,15 @@ def test_the_command(run: Command, two_stages: UNet2DConditionModel, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_source_that_is_only_a_unet_and_times_of_another(
-    run: Command, two_stages: UNet2DConditionModel, tmp_path: Path
-) -> None:
-    two_stages.save_pretrained(tmp_path / "unet")
-    config = tmp_path / "unet" / "config.json"
-    arguments = ("rank", "--source", tmp_path / "unet", "--times", f"random:{config}", "--speedup", "1.02")
+def test_a_source_that_is_only_a_unet_and_times_of_another(run: Command, one_layer: Path, tmp_path: Path) -> None:
+    arguments = ("rank", "--source", one_layer, "--times", f"random:{one_layer / 'config.json'}", "--speedup", "1.02")
     done = run(*arguments, "--out", tmp_path / "out", *QUICK)
     assert done.code == 0
     assert any("has no text encoder: errors are for random text states" in line for line in done.out)
     assert json.loads((tmp_path / "out" / "rank.json").read_text())["text"] == "random states"
     unet_of("no mid").save_pretrained(tmp_path / "other")
     other = ("--times", tmp_path / "other", "--out", tmp_path / "none")
-    assert_refused(run("rank", "--source", tmp_path / "unet", *other, *QUICK), "which", "has: a UNet's times hold")
+    assert_refused(run("rank", "--source", one_layer, *other, *QUICK), "which", "has: a UNet's times hold")
     assert not (tmp_path / "none").exists()
 
 
@@ -328,10 +336,9 @@ MISTAKES: list[tuple[list[str], str]] = [
 
 @pytest.mark.parametrize(("options", "says"), MISTAKES, ids=lambda given: " ".join(given) if isinstance(given, list) else "")
 @pytest.mark.slow
-def test_mistakes(run: Command, two_stages: UNet2DConditionModel, tmp_path: Path, options: list[str], says: str) -> None:
-    two_stages.save_pretrained(tmp_path / "unet")
-    source = [] if "--source" in options else ["--source", tmp_path / "unet"]
-    assert_refused(run("rank", *source, "--out", tmp_path / "out", *QUICK, *options), says)
+def test_mistakes(run: Command, one_layer: Path, tmp_path: Path, options: list[str], says: str) -> None:
+    given = [] if "--source" in options else ["--source", one_layer]
+    assert_refused(run("rank", *given, "--out", tmp_path / "out", *QUICK, *options), says)
     assert not (tmp_path / "out").exists()
 
 

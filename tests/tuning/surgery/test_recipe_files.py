@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from engines.errors import UserError
 from tuning.distillation.progressive import next_removal, stages_of
@@ -27,10 +28,21 @@ VALUES: tuple[Any, ...] = (
 KEYS = ("version", "name", "remove", "portions", "experts", "loss", "extra")
 
 
-def apply(path: Path) -> None:
-    """Read a recipe and make all of its removals, on the meta device."""
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    """On the meta device. Assembly leaves it as it is."""
     with torch.device("meta"):
-        unet = new_unet((8, 8, 16, 16), 16)
+        return new_unet((8, 8, 16, 16), 16)
+
+
+def described(unet: UNet2DConditionModel) -> tuple[Any, ...]:
+    """All that assembly could change of a UNet without weights."""
+    shapes = {name: (weight.shape, weight.requires_grad) for name, weight in unet.named_parameters()}
+    return dict(unet.config), repr(unet), shapes, unet.training
+
+
+def apply(unet: UNet2DConditionModel, path: Path) -> None:
+    """Read a recipe and make all of its removals."""
     read = recipe(str(path))
     assemble(unet, read)
     student = unet
@@ -39,8 +51,8 @@ def apply(path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_mutated_recipes_are_applied_or_refused_in_one_line(tmp_path: Path, seed: int) -> None:
-    rng, path = random.Random(seed), tmp_path / "recipe.json"
+def test_mutated_recipes_are_applied_or_refused_in_one_line(unet: UNet2DConditionModel, tmp_path: Path, seed: int) -> None:
+    rng, path, before = random.Random(seed), tmp_path / "recipe.json", described(unet)
     refused: list[str] = []
     for _ in range(100):
         content: dict[str, Any] = {
@@ -53,11 +65,12 @@ def test_mutated_recipes_are_applied_or_refused_in_one_line(tmp_path: Path, seed
         text = json.dumps(content)
         path.write_text(text[: rng.randint(0, len(text))] if rng.random() < 0.1 else text)
         try:
-            apply(path)
+            apply(unet, path)
         except UserError as error:
             refused.append(str(error))
     assert 30 < len(refused) < 100
     assert not [message for message in refused if "\n" in message or len(message) > 2000]
+    assert described(unet) == before
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "1" * 5000, '"x"', "", " " * (1 << 21)])
