@@ -68,7 +68,7 @@ class Tape(TorchDispatchMode):
         for storage, (_, whole) in self._made.items():
             # Our aliases, and ``whole`` itself.
             if everything or torch._C._storage_Use_Count(whole._cdata) == self._aliases[storage] + 1:
-                ctypes.memset(storage, 0xFF, whole.nbytes())  # a NaN in every floating-point type
+                ctypes.memset(whole.data_ptr(), 0xFF, whole.nbytes())  # a NaN in every floating-point type
 
 
 def _again(func: Any, args: Any, kwargs: Any, memory: list[Tensor], before: set[int]) -> None:

@@ -157,4 +157,4 @@ def test_single_precision_on_a_gpu_is_exact(damageable, monkeypatch, device, pre
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     bundle = replace(damageable, manifest=damageable.manifest.model_copy(update={"precision": precision}))
     runner: Any = Torch(device).load(bundle, bundle.manifest.segment("front"))
-    assert runner._exact is exact
+    assert runner._no_tf32 is exact
