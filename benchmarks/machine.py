@@ -5,13 +5,13 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from engines.support.files import check_writable, write_text
 
-__all__ = ["machine", "results_file", "write_results"]
+__all__ = ["machine", "results_file", "versions_of", "write_results"]
 
 _PACKAGES = ("torch", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "diffusers", "transformers", "numpy", "scipy")
 
@@ -31,9 +31,14 @@ def _version(package: str) -> str | None:
         return None
 
 
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    return {package: version for package in packages if (version := _version(package))}
+
+
 def machine() -> dict[str, object]:
     """The processor, its cores, Python and the packages, under the keys "machine" and "versions"."""
-    versions = {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := _version(p))}
+    versions = {"python": platform.python_version()} | versions_of(_PACKAGES)
     return {"machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()}, "versions": versions}
 
 

@@ -114,12 +114,11 @@ def _found_device() -> str:
 
 
 def _require_cuda() -> None:
-    import torch
+    from engines.cuda.gpu import missing_gpu
 
-    if not torch.cuda.is_available():
-        why = "PyTorch finds none" if torch.version.cuda else f"PyTorch {torch.__version__} is built without CUDA"
+    if missing := missing_gpu():
         raise UserError(
-            f"--device cuda needs an NVIDIA GPU, and {why}; here you can measure with --device cpu, see with --dry-run what "
+            f"--device cuda needs an NVIDIA GPU, and {missing}; here you can measure with --device cpu, see with --dry-run what "
             "would be done, or build with --build-only --engine tensorrt-rtx --targets sm89 and take the bundles to a card"
         )
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +39,7 @@ from exporter.graph.topology import block_of, depth_factor, topology
 from exporter.graph.unit_modules import SegmentModule, unit_module
 from exporter.segments.trace import trace
 from tuning.surgery.changes import changes_of
+from tuning.surgery.meta import on_meta
 
 __all__ = ["main"]
 
@@ -123,7 +123,7 @@ def whole(rounds: int, threads: int, folder: Path) -> dict[str, Any]:
 
 def blocks(rounds: int, threads: int, folder: Path) -> dict[str, Any]:
     """Stable Diffusion 1.5's widths, one block after another: the whole would not fit into a small machine three times."""
-    with torch.device("meta"):
+    with on_meta():
         unet = UNet2DConditionModel.from_config(json.loads((_SD15 / "unet" / "config.json").read_text()))
     made, side, rows = students(unet, text_length(_SD15)), unet.config.sample_size, {}
     experts = changes_of(made["timestep"].unet).experts

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from engines import ON_ONNX, Engine, EngineError, Profile, Segment, Traced, UserError, make_engine
+from engines.cuda.gpu import missing_gpu
 from engines.ort.engine import OnnxRuntime
 from engines.torch_program import Torch
 
@@ -42,10 +43,9 @@ def device_named(name: str) -> torch.device:
     Raises:
         UserError: there is no GPU.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        found = "it finds none" if torch.version.cuda else f"PyTorch {torch.__version__} is built without CUDA"
+    if name == "cuda" and (missing := missing_gpu()):
         raise UserError(
-            f"the check needs an NVIDIA GPU and a PyTorch built for CUDA ({found}); run it where there is one, or try the "
+            f"the check needs an NVIDIA GPU and a PyTorch built for CUDA ({missing}); run it where there is one, or try the "
             "program itself, on the torch engine, with --device cpu --engines torch"
         )
     return torch.device(name)

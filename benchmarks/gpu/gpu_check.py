@@ -20,7 +20,6 @@ weights and settings.
 
 import argparse
 import gc
-import importlib.metadata
 import json
 import re
 import time
@@ -41,7 +40,7 @@ from benchmarks.gpu.gpu_tests import DRILLS, REST, run_tests
 from benchmarks.gpu.options import parse
 from benchmarks.gpu.stages import STAGES, Stage, show_stages, too_long
 from benchmarks.gpu.tables import show_found
-from benchmarks.machine import machine
+from benchmarks.machine import machine, versions_of
 from engines import EngineError
 from engines.bundle.digests import known_sha256
 from engines.errors import UserError
@@ -51,7 +50,7 @@ from exporter.graph.checkpoint import open_source
 
 __all__ = ["main"]
 
-_PACKAGES = ("tensorrt", "tensorrt_rtx", "onnxruntime-gpu", "DeepCache")
+_PACKAGES = ("onnxruntime-gpu", "DeepCache")
 _SETTINGS = ("variant", "steps", "rounds", "size", "plans", "granularity")
 _LONGEST = 600.0
 """Seconds that tests may take where the budget has no end."""
@@ -194,13 +193,7 @@ def _write(check: _Check) -> Path:
 
 def _versions() -> dict[str, str]:
     """Of the packages that matter here only."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return versions_of(_PACKAGES)
 
 
 def _made_by(check: _Check, stage: Stage) -> dict[str, Any]:

@@ -6,7 +6,7 @@ named compute capabilities, and finishes the kernels on the user's card.
 
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -115,9 +115,20 @@ class _TensorRTBase(Compiling):
         """Whether an engine was built for the GPU at hand."""
 
     def _runner(self, bundle: Bundle, segment: Segment, loaded: tuple[Any, Any]) -> Runner:
+        return self._runner_with(self._create_context, bundle, segment, loaded)
+
+    def _runner_with(
+        self,
+        create_context: Callable[[Any], tuple[Any, Any]],
+        bundle: Bundle,
+        segment: Segment,
+        loaded: tuple[Any, Any],
+        learned: Callable[[], None] = lambda: None,
+    ) -> Runner:
+        """A runner whose contexts are made so; ``learned`` is called where one has compiled kernels."""
         features, workspace = bundle.manifest.features, self._workspace_for(bundle, segment)
         current = self._is_up_to_date(segment.engines[self.name])
-        return EngineRunner(segment, features, loaded, self._create_context, self._log, self.name, workspace, current)
+        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, workspace, current, learned)
 
     def _workspace_for(self, bundle: Bundle, segment: Segment) -> StreamWorkspace:
         return self._unet if set(segment.units) <= set(bundle.manifest.unet_units) else self._text_and_vae
@@ -276,9 +287,7 @@ class TensorRTRTX(_TensorRTBase):
             needs = config, cache.attach(config)
             return engine.create_execution_context(config), needs
 
-        features, workspace = bundle.manifest.features, self._workspace_for(bundle, segment)
-        current = self._is_up_to_date(segment.engines[self.name])
-        return EngineRunner(segment, features, loaded, create_context, self._log, self.name, workspace, current, cache.note)
+        return self._runner_with(create_context, bundle, segment, loaded, cache.note)
 
     def flush(self) -> None:
         """Write the runtime caches that have grown."""

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from itertools import product
 
-import torch
 from diffusers import UNet2DConditionModel
 
 from engines.bundle.names import ATTENTION
 from tuning.errors import TuningError
 from tuning.surgery.assembly import assemble
 from tuning.surgery.changes import KEY, apply_changes, changes_of
+from tuning.surgery.meta import on_meta
 from tuning.surgery.pruning import resolve_removals
 from tuning.surgery.recipes import Recipe
 from tuning.surgery.units import unit_modules
@@ -28,7 +28,7 @@ class Candidate:
 
 def skeleton(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """The same UNet without weights, on the meta device: whether a recipe fits is asked of it for nothing."""
-    with torch.device("meta"):
+    with on_meta():
         config = {key: value for key, value in unet.config.items() if key not in ("_use_default_values", KEY)}
         made: UNet2DConditionModel = UNet2DConditionModel.from_config(config)
         apply_changes(made, changes_of(unet))
