@@ -19,6 +19,8 @@ from tests.support.commands import Command, assert_refused
 from tests.support.sources import save_source
 from tests.support.unets import small_unet
 
+pytestmark = pytest.mark.shared_pieces
+
 FP32 = 1e-4
 """Sums in another order; a wrong weight or scale gives far above 1e-3."""
 BF16 = 4e-2
@@ -27,8 +29,12 @@ BF16 = 4e-2
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose decoder works with numbers of some 300,000, which its norms bring back into range."""
-    folder = save_source(tmp_path_factory.mktemp("large") / "source", small_unet("two stages", mid_block_type=None))
+    """A checkpoint whose decoder works with numbers of some 300,000, which its norms bring back into range.
+
+    Its UNet, which is not what is tested, has no attention.
+    """
+    plain = {"mid_block_type": None, "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    folder = save_source(tmp_path_factory.mktemp("large") / "source", small_unet("two stages", **plain))
     path = next((folder / "vae").glob("*.safetensors"))
     weights = load_file(path)
     weights["decoder.conv_in.weight"] *= 1e5
