@@ -19,20 +19,17 @@ from benchmarks.gpu.found import Fit, Found, Memory
 from benchmarks.gpu.plan_runs import Settings, measure_plan, measure_text_and_vae
 from benchmarks.gpu.stages import Stage
 from benchmarks.gpu.start import start_process
+from benchmarks.old_precision import OLD_WIDE, write_wide
 from engines import Bundle, BundleError, Engine, EngineError
 from engines.support.caches import card_name
 from exporter import BuildOptions, build, job
 from exporter.options import PRECISIONS
-from exporter.segments import precision as graph_precision
 from exporter.verification.command import FP16_STEPS
 from exporter.verification.verify import Reference, compare_latents, verify
 from runtime import Pipeline
 from runtime.execution.swapping import free_bytes
 
 __all__ = ["EngineRuns", "KeptLatents"]
-
-_OLD = graph_precision.WIDE | {"InstanceNormalization"}
-"""Operators that had casts to float32 round them, as ``benchmarks.speed.kernels`` counts them."""
 
 
 @dataclass(frozen=True)
@@ -236,5 +233,5 @@ def _engines_of(folder: Path) -> set[str]:
 def _old_precision() -> Iterator[None]:
     """Inside it, builds write graphs as they once did, under keys of their own: no other bundle shares their pieces."""
     code = job._own_code()
-    with patch.object(graph_precision, "WIDE", _OLD), patch.object(job, "_own_code", lambda: f"{code} old precision"):
+    with write_wide(OLD_WIDE), patch.object(job, "_own_code", lambda: f"{code} old precision"):
         yield

@@ -5,7 +5,6 @@ norms, compiled for one compute capability at one size and counted; with ``--who
 file; what docs/onnx.md chooses from.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -17,27 +16,27 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import machine, results_file
-from engines import Segment, Traced
+from benchmarks.machine import results_file, write_results
+from benchmarks.old_precision import OLD_WIDE, write_wide
+from engines import Segment, Traced, UserError
 from engines.bundle.names import NOISE
 from engines.support.cli import Parser, parse_size, run_command
-from engines.support.files import write_text
 from engines.tensorrt.engine import TensorRTRTX
 from exporter.graph.checkpoint import open_source
 from exporter.graph.graph import DTYPE, Graph, load_graph
 from exporter.graph.segmentation import segments_of
 from exporter.kernels import DEFAULT_TARGET, KernelCounts, count_kernels, total
 from exporter.options import PRECISIONS
-from exporter.segments import precision
+from exporter.segments.precision import WIDE
 from exporter.segments.trace import trace_program, write_onnx
 from exporter.segments.writer import profile_of
 
 WAYS: dict[str, tuple[int, frozenset[str], bool]] = {
-    "opset 18, casts round norms": (18, frozenset({"Softmax", "InstanceNormalization"}), False),
-    "opset 18": (18, frozenset({"Softmax"}), False),
-    "opset 20": (20, frozenset({"Softmax"}), False),
-    "opset 21": (21, frozenset({"Softmax"}), False),
-    "opset 20, channels last": (20, frozenset({"Softmax"}), True),
+    "opset 18, casts round norms": (18, OLD_WIDE, False),
+    "opset 18": (18, WIDE, False),
+    "opset 20": (20, WIDE, False),
+    "opset 21": (21, WIDE, False),
+    "opset 20, channels last": (20, WIDE, True),
 }
 """Opset, the operators that compute in float32 between casts, and whether features between segments lie channels last."""
 BUILT = "opset 20, channels last"
@@ -56,7 +55,7 @@ def measure(
         formats = TensorRTRTX._set_formats if channels_last else lambda engine, network: None
         with (
             tempfile.TemporaryDirectory() as folder,
-            patch.object(precision, "WIDE", wide),
+            write_wide(wide),
             patch.object(TensorRTRTX, "_set_formats", formats),
         ):
             path = Path(folder) / "segment.onnx"
@@ -69,7 +68,8 @@ def summary(graph: Graph, counts: dict[str, list[KernelCounts]], whole: dict[str
     unet = {unit.name for unit in graph.unet_units}
     rows = []
     for way, found in counts.items():
-        parts = {"UNet": total("UNet", [c for c in found if c.segment.split(".part.")[0] in _names(graph, unet)])}
+        inside = [c for c in found if c.segment.split(".part.")[0] in _names(graph, unet)]
+        parts = {"UNet": total("UNet", inside)} if inside else {}
         parts |= {c.segment: c for c in found if c.segment.startswith("vae_")}
         if way in whole:
             parts["UNet, one engine"] = whole[way]
@@ -79,6 +79,16 @@ def summary(graph: Graph, counts: dict[str, list[KernelCounts]], whole: dict[str
 
 def _names(graph: Graph, unet: set[str]) -> set[str]:
     return {segment.name for segment in segments_of(graph, "block") if set(segment.units) <= unet}
+
+
+def _chosen(segments: Sequence[Segment], names: str | None) -> Sequence[Segment]:
+    """Those named, separated by commas, in their order; all where no names are given."""
+    if not names:
+        return segments
+    wanted, known = set(names.split(",")), [segment.name for segment in segments]
+    if unknown := sorted(wanted.difference(known)):
+        raise UserError(f"--segments: no segment {', '.join(unknown)}; choose from: {', '.join(known)}")
+    return [segment for segment in segments if segment.name in wanted]
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
@@ -111,7 +121,7 @@ def main(arguments: Sequence[str]) -> None:
     TensorRTRTX().check_targets((options.target,))
     console = Console()
     graph = load_graph(open_source(options.source, "original"), "original", DTYPE[options.precision], options.size)
-    chosen = [s for s in segments_of(graph, "block") if not options.segments or s.name in options.segments.split(",")]
+    chosen = _chosen(segments_of(graph, "block"), options.segments)
     counts: dict[str, list[KernelCounts]] = {way: [] for way in WAYS}
     for segment in chosen:
         for way, count in measure(graph, segment, options.size, options.target, list(WAYS)):
@@ -127,7 +137,7 @@ def main(arguments: Sequence[str]) -> None:
     show(rows, console)
     segments = {way: [asdict(count) for count in found] for way, found in counts.items()}
     settings = {name: str(getattr(options, name)) for name in ("source", "size", "target", "precision")}
-    write_text(options.out, json.dumps(machine() | {"settings": settings, "rows": rows, "segments": segments}, indent=1) + "\n")
+    write_results(options.out, {"settings": settings, "rows": rows, "segments": segments}, indent=1)
     console.print(f"wrote {options.out}", highlight=False)
 
 

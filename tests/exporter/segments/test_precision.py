@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.old_precision import OLD_WIDE, write_wide
 from engines import Segment
 from engines.bundle.manifest import Feature
 from exporter.segments.trace import trace
@@ -132,7 +133,7 @@ NORM_ERROR_WITH_CASTS = 6e-4
 
 
 @pytest.mark.parametrize("size", [1.0, 1000.0])
-def test_a_norm_without_casts_costs_nothing_in_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+def test_a_norm_without_casts_costs_nothing_in_onnx_runtime(tmp_path: Path, size: float) -> None:
     """On the CPU ONNX Runtime computes it in single precision, with its scale and shift: casts in the file would be worse."""
     torch.manual_seed(0)
     norm, x = Norm().half().eval(), (size * torch.randn(2, 8, 32, 48)).half()
@@ -147,8 +148,8 @@ def test_a_norm_without_casts_costs_nothing_in_onnx_runtime(tmp_path: Path, monk
         return float((made.float() - expected).abs().max() / expected.abs().max())
 
     plain = error(tmp_path / "plain.onnx")
-    monkeypatch.setattr("exporter.segments.precision.WIDE", frozenset({"Softmax", "InstanceNormalization"}))
-    cast = error(tmp_path / "cast.onnx")
+    with write_wide(OLD_WIDE):
+        cast = error(tmp_path / "cast.onnx")
     assert "Cast" in {node.op_type for node in onnx.load(tmp_path / "cast.onnx").graph.node}
     assert 1e-5 < plain < NORM_ERROR < cast < NORM_ERROR_WITH_CASTS
 
