@@ -58,7 +58,7 @@ def test_the_way_that_builds_use_is_among_them() -> None:
 @pytest.fixture(scope="module")
 def committed() -> dict[str, Any]:
     """The results in the repository."""
-    return json.loads((ROOT / "benchmarks/results/kernels.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((ROOT / "benchmarks/results/kernels.json").read_text())
 
 
 def table_rows(committed: dict[str, Any]) -> Iterator[str]:
