@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality.other_rules`: the rules that others save steps by, and our plans, on `mini`.
+"""`python -m benchmarks.quality.other_rules`: the rules that others save steps by, and our plans, on an embedded model.
 
 T-GATE (arXiv 2404.02747) and the change of the first block (ParaAttention, WaveSpeed) are presets. AdaptiveDiffusion (arXiv
 2410.09873) and SADA (arXiv 2507.17135) decide by the latents from step to step whether the UNet is evaluated; they are followed
@@ -28,16 +28,18 @@ from torch import Tensor
 from benchmarks.machine import results_file, write_results
 from engines import Bundle, UserError, make_engine
 from engines.support.cli import run_command
+from engines.support.records import one_line
+from runtime.embedded import EXAMPLES
 from runtime.execution.device_events import Timer
 from runtime.execution.executor import Executor, StepRecord
 from runtime.images.prediction_spaces import PredictionSpaces
-from runtime.images.schedulers import make_scheduler, read_prediction_type, read_spaces
+from runtime.images.schedulers import make_scheduler, read_spaces
 from runtime.pipeline import Pipeline
 from runtime.plans.presets import find_plan
 from runtime.plans.schedule import Schedule
 from runtime.report.cost import macs_of, share_of_rows
 from runtime.request import Request
-from tuning.mini.scenes import held_back_prompts
+from tuning.embedded import held_back_prompts
 
 __all__ = ["Curvature", "Rule", "Sada", "Skipping", "main"]
 
@@ -215,7 +217,7 @@ def _pictures(pipeline: _Ruled, row: _Row, options: argparse.Namespace) -> tuple
     """Pictures (prompts, 3, height, width) in [0, 1], and the mean MACs of one row of a picture."""
     (rule, plan, steps), pictures, macs = row, list[Tensor](), 0.0
     pipeline.rule = rule
-    for number, prompt in enumerate(held_back_prompts(options.count)):
+    for number, prompt in enumerate(held_back_prompts(pipeline.manifest.source, options.count)):
         made = pipeline.generate(
             Request(prompt, seed=number, plan=find_plan(plan), steps=steps, guidance_scale=options.guidance, output_type="pt")
         )
@@ -248,11 +250,12 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure every rule; raises UserError where the bundle is missing, cannot run a plan, or predicts no velocities."""
+    """Measure every rule; raises UserError where the bundle is missing, cannot run a plan, or is of no embedded model."""
     options, console = _arguments(arguments), Console(highlight=False, width=120)
     pipeline = _Ruled(Bundle.open(options.bundle), make_engine("onnxruntime"))
-    if read_prediction_type(pipeline.bundle.folder / "scheduler") != "v_prediction":
-        raise UserError(f"{options.bundle} predicts no velocities, which SADA is written for here; take one of `mini`")
+    source = pipeline.manifest.source
+    if source not in EXAMPLES:
+        raise UserError(f"{options.bundle} was built from {one_line(source, 100)}; take a bundle of {' or '.join(EXAMPLES)}")
     timesteps = [1000 * (1 - step / options.steps) for step in range(options.steps)]
     for name in PRESETS:  # refused now rather than after minutes
         pipeline.schedule(find_plan(name), timesteps, guided=True)
@@ -266,7 +269,7 @@ def main(arguments: Sequence[str]) -> None:
         interval = f"{figures['psnr_low']:.1f} to {figures['psnr_high']:.1f}"
         table.add_row(name, f"{figures['macs']:.3f}", f"{figures['psnr']:.1f}", interval)
     console.print(table)
-    settings = {name: getattr(options, name) for name in ("count", "steps", "guidance")}
+    settings = {name: getattr(options, name) for name in ("count", "steps", "guidance")} | {"source": source}
     write_results(options.out, {"settings": settings, "rules": found})
     console.print(f"wrote {options.out}")
 

@@ -1,6 +1,6 @@
 """`python -m benchmarks.speed.start`: the CPU seconds of starts, each command in a process of its own, taking turns.
 
-`--help` of each command; the first picture of `mini`, and diffusers' own; with ``--full``, a bundle of full size
+`--help` of each command; the first picture of an embedded model, and diffusers' own; with ``--full``, a bundle of full size
 loaded, with and without the graphs that earlier starts kept. With ``--before``, an older checkout's folder, its figures stand
 beside these. One thread; medians. Writes a JSON file and prints a table.
 """
@@ -17,7 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import results_file, write_results
+from engines import Bundle, UserError
 from engines.support.cli import run_command
+from engines.support.records import one_line
+from runtime.embedded import EXAMPLES
+from tuning.checkpoints.find_source import EMBEDDED
 
 __all__ = ["main"]
 
@@ -25,19 +29,19 @@ _ROOT = Path(__file__).resolve().parents[2]
 _DIFFUSERS = """
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained("models/mini", safety_checker=None, torch_dtype=torch.float32)
+pipeline = StableDiffusionPipeline.from_pretrained({model!r}, safety_checker=None, torch_dtype=torch.float32)
 pipeline.set_progress_bar_config(disable=True)
 pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-pipeline("a red star", num_inference_steps=8, guidance_scale=3.0, height=64, width=64).images[0].save({!r})
+pipeline({prompt!r}, num_inference_steps=8, guidance_scale=3.0).images[0].save({picture!r})
 """
 _LOADED = "import warnings; warnings.simplefilter('ignore'); import runtime; runtime.load({!r})"
 _UNKEPT = {"UNET_HEIRLOOM_GRAPHS_GIB": "0"}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the benchmark."""
+    """Run the benchmark; raises UserError where the bundle is missing or of another model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bundle", type=Path, required=True, help="bundle of `mini`")
+    parser.add_argument("--bundle", type=Path, required=True, help="bundle of an embedded model")
     parser.add_argument("--full", type=Path, help="a bundle of full size")
     parser.add_argument("--before", type=Path, help="an older checkout's folder")
     parser.add_argument("--rounds", type=int, default=5)
@@ -66,9 +70,14 @@ def _subjects(bundle: Path, full: Path | None, picture: str) -> dict[str, Subjec
     found: dict[str, Subject] = {
         f"{name} --help": (["-m", name, "--help"], {}, _ROOT) for name in ("runtime", "exporter", "tuning")
     }
-    words = ["-m", "runtime", "a red star", "--bundle", str(bundle), "--steps", "8", "-o", picture]
+    source = Bundle.open(bundle).manifest.source
+    if source not in EXAMPLES:
+        raise UserError(f"{bundle} was built from {one_line(source, 100)}; take a bundle of {' or '.join(EXAMPLES)}")
+    prompt = EXAMPLES[source]
+    words = ["-m", "runtime", prompt, "--bundle", str(bundle), "--steps", "8", "-o", picture]
     found["first picture"] = (words, {}, _ROOT)
-    found["first picture, diffusers"] = (["-c", _DIFFUSERS.format(picture)], {}, None)
+    theirs = _DIFFUSERS.format(model=str(EMBEDDED[source]), prompt=prompt, picture=picture)
+    found["first picture, diffusers"] = (["-c", theirs], {}, None)
     if full is not None:
         found["full size, loaded"] = (["-c", _LOADED.format(str(full))], {}, _ROOT)
         found["full size, loaded, no graph kept"] = (["-c", _LOADED.format(str(full))], _UNKEPT, _ROOT)

@@ -26,7 +26,7 @@ from tuning.planning.costs import Costs, MacCosts, TimeCosts
 from tuning.planning.evaluation import Pictures, choose_prompts, pictures_at_a_time
 from tuning.planning.options import PlanOptions
 from tuning.planning.progress import SearchProgress, duration
-from tuning.planning.report import Row, controls, fewer_steps, judge, plot_front, table
+from tuning.planning.report import Row, controls, fewer_steps, judge, judge_found, plot_front, table
 from tuning.planning.search import Search
 from tuning.planning.space import LEVELS, Point, Space, uniform
 from tuning.planning.state import State
@@ -226,7 +226,7 @@ def _tries_of_a_point(options: PlanOptions) -> int:
 
 def _judged(job: _Job, point: Point) -> Row:
     cost = job.search.cost(point)
-    return judge(f"found-{cost:.3f}", job.search.space.plan(point), cost, job.pictures)
+    return judge_found(f"found-{cost:.3f}", job.search.space.plan(point), cost, job.pictures)
 
 
 def _same_cost(job: _Job, point: Point) -> list[Row]:

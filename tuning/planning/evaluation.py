@@ -93,6 +93,10 @@ class Pictures:
     options: dict[str, Any]
     held_back: bool = False
 
+    def some(self, most: int) -> "Pictures":
+        """The first pictures, up to so many."""
+        return self if most >= len(self.prompts) else replace(self, prompts=self.prompts[:most])
+
     @cached_property
     def requests(self) -> list[Request]:
         """One for each call; a static engine's last call is filled up with prompts from the beginning."""

@@ -8,6 +8,8 @@ __all__ = ["Gap", "Way", "best_ways", "climb"]
 
 T = TypeVar("T")
 _ROUNDING = 1e-9
+_CLEARLY = 1.1
+"""Rough errors are clearly apart by this factor; what is less may be the other way round."""
 
 
 class Gap(NamedTuple):
@@ -58,29 +60,44 @@ def _undominated(ways: Iterable[Way], most: int) -> list[Way]:
     return kept
 
 
-def climb(starts: Sequence[T], moves: Sequence[Callable[[T], Iterable[T]]], error: Callable[[T], float], tries: int) -> T:
+def climb(
+    starts: Sequence[T],
+    moves: Sequence[Callable[[T], Iterable[T]]],
+    error: Callable[[T], float],
+    rough: Callable[[T], float],
+    tries: int,
+) -> T:
     """The best point found from the best start, and while there are tries left, from the next ones.
 
     From each, go on to the first neighbour with a lower error, until none has one.
 
     Args:
-        starts: where to begin.
+        starts: where to begin; those with the least rough errors come first.
         moves: each gives neighbours of a point, the most promising first. One is kept to as long as it finds better points; then
             it is the next one's turn, and after the last the first one's again.
         error: of a point.
+        rough: an estimate of the error that takes less time. A point whose estimate is clearly above that of the best one is
+            passed over, and its error not asked for.
         tries: at most, beside the starts. No point is tried twice.
     """
     tried, most = set(starts), len(set(starts)) + tries
     found = []
-    for start in sorted(starts, key=error):
-        found.append(_climb(start, moves, error, tried, most))
+    for start in sorted(starts, key=rough):
+        found.append(_climb(start, moves, error, rough, tried, most))
         if len(tried) >= most:
             break
     return min(found, key=error)
 
 
-def _climb(best: T, moves: Sequence[Callable[[T], Iterable[T]]], error: Callable[[T], float], tried: set[T], most: int) -> T:
-    least, fruitless, turn = error(best), 0, 0
+def _climb(
+    best: T,
+    moves: Sequence[Callable[[T], Iterable[T]]],
+    error: Callable[[T], float],
+    rough: Callable[[T], float],
+    tried: set[T],
+    most: int,
+) -> T:
+    fruitless, turn = 0, 0
     while fruitless < len(moves):
         better = False
         for candidate in moves[turn](best):
@@ -89,8 +106,8 @@ def _climb(best: T, moves: Sequence[Callable[[T], Iterable[T]]], error: Callable
             if len(tried) >= most:
                 return best
             tried.add(candidate)
-            if (value := error(candidate)) < least:
-                best, least, better = candidate, value, True
+            if rough(candidate) <= _CLEARLY * rough(best) and error(candidate) < error(best):
+                best, better = candidate, True
                 break
         fruitless = 0 if better else fruitless + 1
         turn = turn if better else (turn + 1) % len(moves)

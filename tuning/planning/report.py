@@ -15,7 +15,7 @@ from runtime.plans.presets import find_plan
 from tuning.planning.costs import Costs
 from tuning.planning.evaluation import Pictures
 
-__all__ = ["Row", "controls", "fewer_steps", "judge", "plot_front", "table"]
+__all__ = ["Row", "controls", "fewer_steps", "judge", "judge_found", "plot_front", "table"]
 
 _SPACINGS = range(2, 7)
 _GATES = (0.2, 0.4, 0.6, 0.8)
@@ -27,24 +27,24 @@ _COLOURS = (*(f"tab:{name}" for name in _NAMES), "black")
 class Row:
     """A plan, or fewer steps of the scheduler, with its cost and PSNR in dB to the pictures of ``full``.
 
-    ``found`` is that of the prompts that plans are found with, ``held_back`` that of others, if there are any.
+    ``psnr`` is that of prompts that no plan was found with, if there are any; ``found`` that of those it was found with.
     """
 
     name: str
     cost: float
-    found: float
-    held_back: float | None
+    psnr: float
+    found: float | None = None
 
-    @property
-    def psnr(self) -> float:
-        """Of prompts that the plan was not found with, if there are any."""
-        return self.found if self.held_back is None else self.held_back
+
+def judge_found(name: str, plan: Plan, cost: float, pictures: Sequence[Pictures]) -> Row:
+    """The figures of a plan that was found; ``pictures`` are those that it was found with, and others if there are any."""
+    values = [each.psnr(plan) for each in pictures]
+    return Row(name, cost, values[-1], values[0])
 
 
 def judge(name: str, plan: Plan, cost: float, pictures: Sequence[Pictures], steps: int | None = None) -> Row:
-    """The figures of a plan; ``pictures`` are those that plans are found with, and others if there are any."""
-    values = [each.psnr(plan, steps) for each in pictures]
-    return Row(name, cost, values[0], values[1] if len(values) > 1 else None)
+    """The figures of a control, by the last of the ``pictures``."""
+    return Row(name, cost, pictures[-1].psnr(plan, steps))
 
 
 def controls(costs: Costs, levels: Sequence[str]) -> Iterator[tuple[str, Plan, float]]:
@@ -68,7 +68,7 @@ def table(rows: Sequence[Row], counts: Sequence[int]) -> Table:
     columns = [f"dB, {count} {words}" for count, words in zip(counts, ("prompts it was found with", "others"), strict=False)]
     made = Table("plan", "cost", *columns, box=SIMPLE)
     for row in rows:
-        values = [row.found, row.held_back][: len(counts)]
+        values = [row.found, row.psnr] if len(counts) > 1 else [row.psnr]
         made.add_row(row.name, f"{row.cost:.3f}", *("-" if value is None else f"{value:.1f}" for value in values))
     return made
 

@@ -27,6 +27,10 @@ _LEAST_KEYS = 8
 _REGULAR = 0.1
 """How much less than the budget a regular plan may cost to be tried."""
 _ROUNDING = 1e-9
+_FEW = 4
+"""Pictures that show what is clearly worse."""
+_PROMISING = 0.5
+"""About the share of points tried that are not clearly worse."""
 
 
 class Search:
@@ -34,7 +38,8 @@ class Search:
 
     Args:
         space: what can be chosen.
-        pictures: to find plans with.
+        pictures: to find plans with. Gaps between key steps are measured on the first few, and a point that is clearly worse
+            than the best one on these is not tried on the others.
         costs: of plans.
         state: what was measured before, and is kept.
         progress: told what is done.
@@ -42,6 +47,8 @@ class Search:
 
     def __init__(self, space: Space, pictures: Pictures, costs: Costs, state: State, progress: SearchProgress) -> None:
         self.space, self._pictures, self._costs, self._state, self._progress = space, pictures, costs, state, progress
+        self._few = pictures.some(_FEW)
+        self._share = len(self._few.prompts) / len(pictures.prompts)
         self._trajectories: Trajectories | None = None
         self._estimate: Estimate | None = None
         self._known_costs: dict[object, float] = {}
@@ -59,6 +66,14 @@ class Search:
         self._progress.did(self.cost(point) * self.space.steps)
         return error
 
+    def rough_error(self, point: Point) -> float:
+        """The typical error of the first few pictures."""
+        if self._few is self._pictures:
+            return self.error(point)
+        error = self._state.get(f"few {_named(point)}", lambda: self._few.error(self.space.plan(point)))
+        self._progress.did(self._share * self.cost(point) * self.space.steps)
+        return error
+
     def psnr(self, point: Point) -> float:
         """Mean PSNR in dB of the pictures that the plan is found with."""
         return self._state.get(f"psnr {_named(point)}", lambda: self._pictures.psnr(self.space.plan(point)))
@@ -74,7 +89,7 @@ class Search:
         with self._progress.stage(f"up to {tries} plans at a cost of {budget:.3g}", self.work(budget, tries)):
             starts = self._starts(budget, _STARTS)
             moves = [partial(self._neighbours, coordinate, estimate, budget) for coordinate in COORDINATES]
-            return climb(starts, moves, self.error, max(0, tries - len(starts)))
+            return climb(starts, moves, self.error, self.rough_error, max(0, tries - len(starts)))
 
     def cheapest(self, psnr: float, tries: int) -> Point:
         """The cheapest point found whose pictures are at least so near to those of ``full``, in dB.
@@ -93,7 +108,7 @@ class Search:
         low, high, found = 0, len(budgets) - 1, nearest
         while low < high:  # without a local search, by sums of errors alone
             middle = (low + high) // 2
-            start = min(self._starts(budgets[middle], 1), key=self.error)
+            start = min(self._starts(budgets[middle], 1), key=self.rough_error)
             low, high, found = (low, middle, start) if self.psnr(start) >= psnr else (middle + 1, high, found)
         for budget in reversed(budgets[: high + 1]):
             point = self.best(budget, tries // 2)
@@ -115,11 +130,12 @@ class Search:
             )
 
     def work(self, budget: float, tries: int) -> float:
-        """Steps of the whole UNet that so many tries at a cost are worth."""
-        return tries * budget * self.space.steps
+        """Steps of the whole UNet for all pictures that so many tries at a cost are worth, about."""
+        share = 1.0 if self._few is self._pictures else self._share + _PROMISING
+        return tries * share * budget * self.space.steps
 
     def gap_work(self) -> float:
-        """Steps of the whole UNet that all gaps are worth."""
+        """Steps of the whole UNet for all pictures that all gaps are worth."""
         return sum(self._work(kind, gap) for kind in self._kinds() for gap in gaps_of(self.space.steps, kind))
 
     def estimate(self, budget: float) -> Estimate:
@@ -148,20 +164,21 @@ class Search:
         point = self.space.normal(replace(template, keys=keys, skips=inside if kind == SKIP else ()))
         # What is forecast is read from two key steps.
         first = max(0, key - 1)
-        error = self._state.get(f"gap {_named(point)}", partial(self._trajectory_error, point, first))
+        error = self._state.get(f"few gap {_named(point)}", partial(self._trajectory_error, point, first))
         self._progress.did(self._work(kind, gap))
         return error
 
     def _trajectory_error(self, point: Point, first: int) -> float:
         if self._trajectories is None:
-            self._trajectories = Trajectories(self._pictures)
+            self._trajectories = Trajectories(self._few)
         error = self._trajectories.error(self.space.plan(point), first)
         return error if math.isfinite(error) else math.inf
 
     def _work(self, kind: str, gap: tuple[int, int]) -> float:
-        """Steps of the whole UNet that the measurement of a gap is worth."""
+        """Steps of the whole UNet for all pictures that the measurement of a gap is worth."""
         inside = gap[1] - gap[0] - 1
-        return self.space.steps - max(0, gap[0] - 1) - inside * (1 - self._step_cost(kind, self._templates()[0]))
+        steps = self.space.steps - max(0, gap[0] - 1) - inside * (1 - self._step_cost(kind, self._templates()[0]))
+        return self._share * steps
 
     def _step_cost(self, kind: str, template: Point) -> float:
         """The cost of a step that inherits, or is skipped, as a share of a key step's."""
@@ -201,7 +218,7 @@ class Search:
         counts = {template: self._affordable(template, budget) for template in self._templates()}
         evens = [self._even(template, count) for template, count in counts.items() if count]
         cheapest = min(self._templates(), key=lambda template: self._cost_with(template, self._fewest))
-        return replace(min(evens, key=self.error, default=cheapest), keys=(), skips=())
+        return replace(min(evens, key=self.rough_error, default=cheapest), keys=(), skips=())
 
     def _starts(self, budget: float, most: int) -> list[Point]:
         """The points with the least sums of errors, with gaps of each kind alone and with both, and regular ones."""

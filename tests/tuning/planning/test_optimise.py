@@ -64,14 +64,32 @@ def test_a_climb_ends_where_no_neighbour_is_better_or_the_tries_are_over() -> No
     def down(number: int) -> list[int]:
         return [number - 1]
 
-    assert climb([0], [down, up], error, 100) == 5
-    assert climb([9], [down, up], error, 100) == 5
+    assert climb([0], [down, up], error, error, 100) == 5
+    assert climb([9], [down, up], error, error, 100) == 5
     tried.clear()
-    assert climb([0], [up], error, 3) == 3
+    assert climb([0], [up], error, error, 3) == 3
     assert set(tried) == {0, 1, 2, 3}
 
 
 def test_tries_that_are_left_go_on_from_other_starts() -> None:
     heights = [1, 9, 9, 9, 2, 0]
-    assert climb([0, 4], [lambda at: [at + 1] if at < 5 else []], heights.__getitem__, 1) == 0
-    assert climb([0, 4], [lambda at: [at + 1] if at < 5 else []], heights.__getitem__, 9) == 5
+    assert climb([0, 4], [lambda at: [at + 1] if at < 5 else []], heights.__getitem__, heights.__getitem__, 1) == 0
+    assert climb([0, 4], [lambda at: [at + 1] if at < 5 else []], heights.__getitem__, heights.__getitem__, 9) == 5
+
+
+def test_what_is_clearly_worse_by_a_rough_error_is_not_measured() -> None:
+    errors = {"start": 5.0, "worse": 4.0, "near": 3.0}
+    rough = {"start": 5.0, "worse": 5.6, "near": 5.4}
+    measured: list[str] = []
+
+    def error(name: str) -> float:
+        measured.append(name)
+        return errors[name]
+
+    assert climb(["start"], [lambda _: ["worse", "near"]], error, rough.__getitem__, 9) == "near"
+    assert "worse" not in measured
+
+
+def test_the_start_with_the_least_rough_error_comes_first() -> None:
+    rough = {1: 2.0, 7: 1.0}
+    assert climb([1, 7], [lambda at: [at + 1]], lambda at: -at, lambda at: rough.get(at, 0.0), 3) == 10

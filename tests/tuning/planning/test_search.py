@@ -69,6 +69,14 @@ def test_pictures_do_not_depend_on_how_many_are_made_at_a_time(mini_pipeline: Pi
     assert together.psnr(runtime.find_plan("full")) == pytest.approx(100)
 
 
+def test_the_first_few_pictures_are_those_of_the_whole(mini_pipeline: Pipeline) -> None:
+    whole = Pictures(mini_pipeline, ["a red star", "a green circle", "a black ring"], 2, OPTIONS)
+    few = whole.some(1)
+    assert torch.allclose(few.reference, whole.reference[:1], atol=1e-4)
+    assert len(few.reference) == 1
+    assert whole.some(3) is whole
+
+
 def latents_of(bundle: Bundle, plan: Path, prompt: str) -> torch.Tensor:
     return runtime.generate(prompt, steps=STEPS, plan=plan, bundle=bundle.folder, guidance_scale=1, output_type="latent").latents
 
