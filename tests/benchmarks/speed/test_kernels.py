@@ -1,4 +1,4 @@
-"""What is written of the compiler's kernels names the compiler's version; the committed figures are what docs/onnx.md says."""
+"""What is written of the compiler's kernels names the compiler's version, and is what docs/onnx.md says."""
 
 from __future__ import annotations
 
@@ -77,6 +77,8 @@ def _unet(row: dict[str, Any]) -> str:
     return " | ".join((str(row["kernels"]), *fused, f"{row['bytes_moved'] / 1e9:.2f}"))
 
 
-def test_the_page_has_the_figures(committed: dict[str, Any]) -> None:
+def test_the_page_has_the_figures_and_the_version(committed: dict[str, Any]) -> None:
     page = (ROOT / "docs/onnx.md").read_text()
     assert [row for row in table_rows(committed) if row not in page] == []
+    version, target = committed["versions"]["tensorrt-rtx"], committed["settings"]["target"]
+    assert f"TensorRT-RTX {version.rpartition('.')[0]}, `{target}`" in page
