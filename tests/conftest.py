@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -30,6 +31,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The tensors here are small: a second thread gains nothing, and where cores are shared it waits for its turn at every operator.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A log for PyTorch's own tools: with a handler, and pytest gives it one, every step of every trace is written down in it.
+setattr(logging.getLogger("torch.__trace"), "addHandler", lambda handler: None)  # noqa: B010
 
 # The same examples in every run, so that a failure is the change's; HYPOTHESIS_PROFILE=explore draws others.
 settings.register_profile("same", derandomize=True, deadline=None)
