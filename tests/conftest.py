@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import gc
+import logging
 import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,6 +32,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The tensors here are small: a second thread gains nothing, and where cores are shared it waits for its turn at every operator.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A log for PyTorch's own tools: with a handler, and pytest gives it one, every step of every trace is written down in it.
+setattr(logging.getLogger("torch.__trace"), "addHandler", lambda handler: None)  # noqa: B010
+
 # The same examples in every run, so that a failure is the change's; HYPOTHESIS_PROFILE=explore draws others.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
@@ -44,11 +49,22 @@ if "UNET_HEIRLOOM_CACHE" not in os.environ:  # test processes inherit it
 _BUILDERS = {"build", "build_shared"}
 """Functions that make a bundle."""
 _FIRST = (
-    "/test_ray.py", "/distillation/test_command.py", "/execution/test_graph_cache.py", "/docs/test_blocks.py",
-    "/graph/test_condconv.py",
+    "/test_ray.py", "/docs/test_blocks.py", "/graph/test_condconv.py", "/sizes/test_full_build.py",
+    "/distillation/test_command.py", "/end_to_end/test_run_trt.py", "/speed/test_full_size.py", "/verification/test_verify.py",
+    "/execution/test_graph_cache.py", "/segments/test_resumed.py", "/ranking/test_rank.py", "/mini/test_training.py",
 )  # fmt: skip
 """The files that take longest, by the ends of their paths: they come first, so that none begins when the others are done. The
 tests of the very first wait for processes more than they compute, and mypy runs beside them."""
+_MANY = (
+    "/execution/test_graph_cache.py", "/execution/test_swapping.py", "/exporter/test_build.py", "/exporter/test_clip_skip.py",
+    "/exporter/test_command.py", "/exporter/test_loras.py", "/graph/test_checkpoint.py", "/graph/test_variants.py",
+    "/checkpoints/test_configs.py", "/checkpoints/test_weight_files.py", "/checkpoints/test_weights.py",
+    "/plans/test_demand.py", "/plans/test_plan_language.py", "/plans/test_plans_against_reference.py", "/plans/test_tgate.py",
+    "/plans/test_words.py", "/report/test_cost.py", "/segments/test_artifact_index.py", "/segments/test_precision.py",
+    "/segments/test_quick_export.py", "/segments/test_resumed.py", "/surgery/test_condconv.py", "/surgery/test_recipe_files.py",
+)  # fmt: skip
+"""The files whose tests are quick, and so many that together they are not: of these one in ``_ONE_IN`` is not marked as slow."""
+_ONE_IN = 8
 
 
 @pytest.hookimpl(wrapper=True)
@@ -63,11 +79,12 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, mark what needs a whole build as slow, and skip the tests marked `gpu` without one."""
+    """Put the longest files first, mark as slow what needs a whole build or is one of many, and skip what needs a GPU."""
     items.sort(key=_place)
     for item in items:
         if _is_built_for(item):
             item.add_marker(pytest.mark.slow)
+    _thin_out([item for item in items if item.path.as_posix().endswith(_MANY) and not item.get_closest_marker("slow")])
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -82,6 +99,15 @@ def _place(item: pytest.Item) -> int:
     """The place of a test's file among those that come first; behind them, files stay in their order."""
     path = item.path.as_posix()
     return next((place for place, end in enumerate(_FIRST) if path.endswith(end)), len(_FIRST))
+
+
+def _thin_out(items: list[pytest.Item]) -> None:
+    """Mark most tests of each file as slow: the first is not, nor is every eighth one after it."""
+    seen: Counter[Path] = Counter()
+    for item in items:
+        if seen[item.path] % _ONE_IN:
+            item.add_marker(pytest.mark.slow)
+        seen[item.path] += 1
 
 
 def _is_built_for(item: pytest.Item) -> bool:

@@ -1,11 +1,12 @@
 """PyTorch's tracer and its ONNX exporter without what they would do in vain for every segment: half the time of a build.
 
-The tracer finds out the shape of a norm's result by the arithmetic that makes up a norm, looks for operands of the same shapes,
-which are formulas, in all that it has seen, and notes the lines of code that led to each operator. The optimiser tries every rule
-at every node. The exporter rebuilds its registry of operators at each export, runs the program a second time to see where dtypes
-of operands are unlike, and traces it a third time to decompose operators that it cannot write. Segments have none of those but
-changes of dtype, which are rewritten here. All are internals of PyTorch and onnxscript: where these are not as they are known
-here, or a program has an operator that is not, they are left to do as they do.
+The tracer finds out the shape of a norm's, a linear layer's or a GELU's result by the arithmetic that makes up each, looks for
+operands of the same shapes, which are formulas, in all that it has seen, and notes the lines of code that led to each operator
+and the layout in memory of its result, which nobody reads. The optimiser tries every rule at every node. The exporter rebuilds
+its registry of operators at each export, reads an operator's schema anew wherever it writes one, runs the program a second time
+to see where dtypes of operands are unlike, and traces it a third time to decompose operators that it cannot write. Segments have
+none of those but changes of dtype, which are rewritten here. All are internals of PyTorch and onnxscript: where these are not as
+they are known here, or a program has an operator that is not, they are left to do as they do.
 """
 
 import copy
@@ -51,10 +52,26 @@ def _group_norm(
 def _layer_norm(x: Tensor, shape: Sequence[int], *_: object) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors shaped as a layer norm's results: its input, and two numbers for each set normalised together."""
     numbers = x.new_empty((*x.shape[: x.ndim - len(shape)], *(1 for _ in shape)))
-    return torch.empty_like(x), numbers, numbers
+    return torch.empty_like(x, memory_format=torch.contiguous_format), numbers, numbers
 
 
-_NORMS = {_ATEN.native_group_norm.default: _group_norm, _ATEN.native_layer_norm.default: _layer_norm}
+def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """A tensor shaped as the result: its input."""
+    return torch.empty_like(x)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A tensor shaped as a linear layer's result: (..., out features), contiguous."""
+    if weight.ndim != 2 or x.ndim < 2:
+        return _ATEN.linear.default.decompose(x, weight, bias)  # type: ignore[no-any-return]
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_SHAPES = {
+    _ATEN.native_group_norm.default: _group_norm,
+    _ATEN.native_layer_norm.default: _layer_norm,
+    _ATEN.gelu.default: _gelu,
+}
 
 
 @contextmanager
@@ -64,20 +81,29 @@ def quick_trace() -> Iterator[None]:
         from torch._decomp import decomposition_table
         from torch._dynamo import config
         from torch.fx import config as recorded
+        from torch.fx.experimental import proxy_tensor
 
         without_memory = config.patch(fake_tensor_cache_enabled=False)
         without_lines = patch.object(recorded, "do_not_emit_stack_traces", True, create=True)
+        without_layout = patch.object(proxy_tensor, "_extract_tensor_metadata", lambda tensor: None, create=True)
+        kernels, known = _ATEN.linear.default.py_kernels, _ATEN.linear.default._dispatch_cache
     except (ImportError, AttributeError):
         yield
         return
-    with without_memory, without_lines, patch.dict(decomposition_table, _NORMS):
-        yield
+    composite = {torch._C.DispatchKey.CompositeImplicitAutograd: _linear}
+    with without_memory, without_lines, without_layout, patch.dict(decomposition_table, _SHAPES), patch.dict(kernels, composite):
+        known.clear()  # which kernel is called for which tensors
+        try:
+            yield
+        finally:
+            known.clear()
 
 
 @contextmanager
 def quick_export() -> Iterator[None]:
     """Inside, ``torch.onnx.export`` of an exported program takes half the time and writes the same graph."""
     try:
+        from onnx_ir.schemas import OpSignature
         from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
         from torch.onnx._internal.fx.passes.type_promotion import TypePromotionTable, get_type_promotion_rule
 
@@ -86,7 +112,7 @@ def quick_export() -> Iterator[None]:
             functools.partial(get_type_promotion_rule, type_promotion_table=TypePromotionTable()),
         )
         decompose, implemented = _fx_passes.decompose_with_registry, _decomp.get_onnx_implemented_overloads
-        registry = _registration.ONNXRegistry.from_torchlib
+        registry, signature = _registration.ONNXRegistry.from_torchlib, OpSignature.from_op_schema
     except (ImportError, AttributeError):
         yield
         return
@@ -94,6 +120,7 @@ def quick_export() -> Iterator[None]:
         patch(f"{_EXPORTER}._registration.ONNXRegistry.from_torchlib", functools.partial(_registry, registry)),
         patch(f"{_EXPORTER}._fx_passes.decompose_with_registry", functools.partial(_decomposed, decompose, implemented)),
         patch(f"{_EXPORTER}._fx_passes.insert_type_promotion_nodes", functools.partial(_promoted, promote, rule_of)),
+        patch.object(OpSignature, "from_op_schema", functools.partial(_signature, signature)),
         patch.object(RewriteRule, "try_rewrite", _tried(RewriteRule.try_rewrite)),
     ):
         yield
@@ -101,9 +128,13 @@ def quick_export() -> Iterator[None]:
 
 def _tried(try_rewrite: Callable[..., Any]) -> Callable[..., Any]:
     """A rule of the optimiser, tried only at nodes of the operator that its pattern starts from."""
+    known: dict[tuple[Any, str, str], bool] = {}
 
     def tried(rule: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
-        return try_rewrite(rule, model, graph, node, **options) if _starts_at(rule, node) else None
+        key = rule, node.op_type, node.domain
+        if key not in known:
+            known[key] = _starts_at(rule, node)
+        return try_rewrite(rule, model, graph, node, **options) if known[key] else None
 
     return tried
 
@@ -125,6 +156,17 @@ def _registry(make: Callable[..., Any], opset_version: int | None = None) -> Any
     if opset_version not in _REGISTRIES:
         _REGISTRIES[opset_version] = make() if opset_version is None else make(opset_version=opset_version)
     return _REGISTRIES[opset_version]
+
+
+_SIGNATURES: dict[tuple[str, str, int], Any] = {}
+
+
+def _signature(read: Callable[[Any], Any], schema: Any) -> Any:
+    """What an operator of ONNX takes and gives, read from its schema once in a process."""
+    key = schema.domain, schema.name, schema.since_version
+    if key not in _SIGNATURES:
+        _SIGNATURES[key] = read(schema)
+    return _SIGNATURES[key]
 
 
 def _promoted(promote: Callable[[Any], None], rule_of: Callable[[Node], object], module: torch.fx.GraphModule) -> None:

@@ -52,6 +52,7 @@ def test_shares_on_the_page_are_those_in_the_picture(units: Sequence[Unit]) -> N
     assert draw_method.states(units, frozenset())[2] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(units: Sequence[Unit], tmp_path: Path) -> None:
     draw_method.draw_partition(units, tmp_path / "partition.png")
     draw_method.draw_steps(units, tmp_path / "steps.png")

@@ -283,7 +283,8 @@ class FakeEngine:
         if not self.memory_left:
             self.logger.log(ILogger.ERROR, "out of memory")
             return None
-        time.sleep(0.01)  # the real thing compiles kernels here: time enough for another thread to come by
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.01)  # the real thing compiles kernels here: time enough for another thread to come by
         strategy = config.strategy if isinstance(config, FakeConfig) else config
         assert strategy == "user managed"
         context = FakeContext(self, config)

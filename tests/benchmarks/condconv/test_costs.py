@@ -49,6 +49,7 @@ def test_blocks_without_experts_count_as_the_twins() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_macs_of_the_embedded_unet_are_those_of_its_own_text() -> None:
     """As in the table of variants, which bundles' manifests give."""
     students = costs.students(tuning.load_unet(Path("models/emoji/unet")), costs.text_length(Path("models/emoji")))

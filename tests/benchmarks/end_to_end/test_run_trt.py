@@ -22,10 +22,17 @@ from benchmarks.end_to_end.rows import Settings, chosen_peers, rows_of
 from benchmarks.peers import PEERS
 from benchmarks.peers.serve import _exported
 from engines.errors import UserError
+from tests.support import remembered
 from tests.support.commands import assert_refused, command
 from tests.support.sources import save_source
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told before a run need not be measured for each test."""
+    monkeypatch.setattr("exporter.graph.graph.infer_shapes_and_macs", remembered.infer_shapes_and_macs)
 
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -108,6 +115,7 @@ def test_without_a_gpu_it_says_what_can_be_done() -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_dry_run_builds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_trt.main(["--quick", "--device", "cpu", "--dry-run", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")])
     told = capsys.readouterr().out
@@ -144,6 +152,7 @@ def test_original_full_is_always_measured() -> None:
     assert chosen_peers("none") == ()
 
 
+@pytest.mark.slow
 def test_quick_gives_way_to_what_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     run_trt.main(["--quick", "--device", "cpu", "--dry-run", "--peers", "none", "--plans", "full"])
     told = capsys.readouterr().out

@@ -17,6 +17,7 @@ from tests.support.sources import save_source
 pytest.importorskip("tensorrt_rtx")
 
 
+@pytest.mark.slow
 def test_scratch_for_one_image_and_for_four(tmp_path: Path) -> None:
     graph = load_graph(open_source(str(save_source(tmp_path / "source")), "original"), "original", torch.float16, (128, 128))
     (decoder,) = (segment for segment in segments_of(graph, "block") if segment.name == "vae_decoder")

@@ -39,6 +39,22 @@ class Block(nn.Module):
         return (x + mixed.transpose(1, 2).reshape(rows, channels, height, width).to(x.device, x.dtype),)
 
 
+class Projected(nn.Module):
+    """Linear layers of what is laid out in order, of what is not, and without bias, round a GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(16, 24), nn.Linear(24, 16, bias=False)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        (x,) = inputs
+        tokens = x.flatten(2).transpose(1, 2)
+        made = self.narrow(nn.functional.gelu(self.wide(tokens)))
+        last = self.wide(x.permute(0, 2, 3, 1).contiguous())
+        made = made + self.narrow(nn.functional.gelu(last.transpose(1, 2), approximate="tanh")).transpose(1, 2).flatten(1, 2)
+        return (made.transpose(1, 2).reshape(x.shape),)
+
+
 class Mixed(nn.Module):
     """A norm over the last dimension, and operands of unlike dtypes, which the exporter has to make explicit."""
 
@@ -86,6 +102,22 @@ def written(module: nn.Module, folder: Path) -> tuple[Counter[str], Any]:
     nodes = onnx.load(path, load_external_data=False).graph.node
     assert program.module()(x)[0].shape == x.shape  # the torch engine saves it afterwards
     return Counter(node.op_type for node in nodes), made
+
+
+def described(module: nn.Module) -> tuple[str, str, list[str]]:
+    """A module's program, the sizes that it takes, and the shape, the layout in memory and the dtype of all that is in it."""
+    program = trace.trace_program(SEGMENT, module.eval(), FEATURES, 1)
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    layouts = [(value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value for value in values]
+    return str(program.graph), str(program.range_constraints), [str(layout) for layout in layouts]
+
+
+@pytest.mark.parametrize("module", [Block(), Projected(), Mixed()], ids=["quick", "projected", "mixed"])
+def test_the_program_is_the_one_that_is_traced_by_itself(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts decide what a reshape is; the exporter and the torch engine take them as they are."""
+    quick = described(module)
+    monkeypatch.setattr(trace, "quick_trace", nullcontext)
+    assert described(module) == quick
 
 
 @pytest.mark.parametrize("module", [Block(), Mixed(), Turned(), Unwritten()], ids=["quick", "mixed", "turned", "decomposed"])

@@ -53,6 +53,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for part in PARTS for path in sorted((folder / part).rglob("*.*"))}
 
 
+@pytest.mark.slow
 def test_every_stage_leaves_a_pipeline_logs_and_grids(sets: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     train(sets, out, "vae", "decoder", "unet", "reader")

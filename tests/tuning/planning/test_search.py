@@ -32,6 +32,13 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def loaded(mini_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    """What the command searches is loaded already: for tests of what it finds. Others load it."""
+    monkeypatch.setattr("tuning.planning.command.Pipeline", lambda bundle, engine: mini_pipeline)
+    return mini_pipeline
+
+
 def test_prompts_of_a_file_are_shared_out(prompts: Path) -> None:
     assert choose_prompts("any", prompts, 2) == (["a red star on a blue background", "a green circle"], ["a black ring"])
     assert choose_prompts("any", prompts, 8)[1] == []
@@ -151,6 +158,7 @@ def test_a_search_that_was_stopped_comes_to_the_same_plan(
     assert not state.exists()
 
 
+@pytest.mark.usefixtures("loaded")
 def test_what_no_plan_can_do(tuning: Command, mini_bundle: Bundle, tmp_path: Path, prompts: Path) -> None:
     given = ("plan", "--bundle", mini_bundle.folder, "--prompts", prompts, "--out", tmp_path / "plan.json", *QUICK)
     assert_refused(tuning(*given, "--budget", "0.01"), "no plan costs 0.01 or less; the cheapest costs 0.")
@@ -160,15 +168,17 @@ def test_what_no_plan_can_do(tuning: Command, mini_bundle: Bundle, tmp_path: Pat
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_the_cheapest_plan_for_a_likeness(tuning: Command, mini_bundle: Bundle, tmp_path: Path, prompts: Path) -> None:
+def test_the_cheapest_plan_for_a_likeness(
+    tuning: Command, mini_bundle: Bundle, loaded: Pipeline, tmp_path: Path, prompts: Path
+) -> None:
     out = tmp_path / "plan.json"
     done = tuning("plan", "--bundle", mini_bundle.folder, "--psnr", "25", "--prompts", prompts, "--out", out, *QUICK)
     assert done.code == 0, done.err
-    pipeline = runtime.load(mini_bundle.folder)
-    pictures = Pictures(pipeline, ["a red star on a blue background", "a green circle"], 2, OPTIONS)
+    pictures = Pictures(loaded, ["a red star on a blue background", "a green circle"], 2, OPTIONS)
     assert pictures.psnr(Plan.read(out)) >= 25
 
 
+@pytest.mark.usefixtures("loaded")
 def test_a_front_is_plans_and_a_plot(tuning: Command, mini_bundle: Bundle, tmp_path: Path, prompts: Path) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "front"
