@@ -11,7 +11,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from rich.console import Console
 from rich.table import Table
@@ -86,15 +86,21 @@ def _subjects(bundle: Path, full: Path | None, picture: str) -> dict[str, Subjec
 
 def _cpu_seconds(words: Sequence[str], environment: Mapping[str, str], directory: Path | None) -> float:
     """CPU seconds of a process, user's and system's."""
-    process = os.posix_spawn(
-        "/usr/bin/env",
-        ["env", "-C", str(directory or _ROOT), sys.executable, *words],
-        {**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
-    )
-    _, status, usage = os.wait4(process, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(words)} failed with status {os.waitstatus_to_exitcode(status)}")
+    with TemporaryFile() as said:
+        process = os.posix_spawn(
+            "/usr/bin/env",
+            ["env", "-C", str(directory or _ROOT), sys.executable, *words],
+            {**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, said.fileno(), 2),
+            ],
+        )
+        _, status, usage = os.wait4(process, 0)
+        if status:
+            said.seek(0)
+            last = said.read().decode(errors="replace").strip().rpartition("\n")[2]
+            raise RuntimeError(f"{' '.join(words)} failed with status {os.waitstatus_to_exitcode(status)}: {last}")
     return usage.ru_utime + usage.ru_stime
 
 
