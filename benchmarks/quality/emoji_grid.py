@@ -9,8 +9,8 @@ from pathlib import Path
 
 from benchmarks.machine import results_file
 from benchmarks.quality.grid import draw
-from benchmarks.quality.judge import Judge, draw_prompts
-from engines import UserError
+from benchmarks.quality.judge import Judge, check_source, draw_prompts
+from engines import Bundle, UserError
 from engines.support.cli import Parser, quiet_libraries, run_command
 from engines.support.extras import need
 from tuning.emoji.concepts import Pair
@@ -40,11 +40,12 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draw the grid; raises UserError where the model or the bundle is missing."""
+    """Draw the grid; raises UserError where the model or the bundle is missing, or one is not of the other."""
     options = _options(arguments)
     need("matplotlib", "the grid")
     quiet_libraries()
     judge = Judge.of(options.model)
+    check_source(Bundle.open(options.bundle).manifest.source, options.bundle, options.model)
     rows, held = rows_of(judge, options.concepts), set(judge.held)
     prompts = [pair.prompt for pairs in rows.values() for pair in pairs]
     made = iter(draw_prompts(options.bundle, prompts, steps=options.steps, guidance=options.guidance))

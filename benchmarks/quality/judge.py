@@ -16,12 +16,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 import runtime
+from engines import UserError
+from engines.support.files import real_path
+from engines.support.records import one_line
+from tuning.checkpoints.find_source import named_path
 from tuning.emoji.concepts import Pair
 from tuning.emoji.pairs import load_pairs, some_pairs
 from tuning.emoji.reader import READER, Reader, load_reader, right
 from tuning.mini.data import to_tensor
 
-__all__ = ["MEASURES", "Answers", "Figures", "Judge", "difference", "distances", "draw_prompts", "shares", "tensor_of", "wilson"]
+__all__ = [
+    "MEASURES", "Answers", "Figures", "Judge", "check_source", "difference", "distances", "draw_prompts", "shares", "tensor_of",
+    "wilson",
+]  # fmt: skip
 
 MEASURES = ("concept_top1", "concept_top5", "style", "concept_and_style")
 Answers = dict[str, list[bool]]
@@ -105,6 +112,15 @@ class Judge:
         first, style = right(found[0], concepts), right(found[1], styles)
         both = [a and b for a, b in zip(first, style, strict=True)]
         return dict(zip(MEASURES, (first, right(found[0], concepts, 5), style, both), strict=True))
+
+
+def check_source(source: str, bundle: Path, model: Path) -> None:
+    """Raises UserError where a bundle was built from another source than the model whose reader judges it."""
+    if real_path(named_path(source)) != real_path(model):
+        raise UserError(
+            f"{bundle} was built from {one_line(source, 100)}, and the reader is that of {model}: name the bundle's model with "
+            "--model, or another bundle with --bundle"
+        )
 
 
 def tensor_of(pictures: Sequence[Image.Image]) -> Tensor:

@@ -33,7 +33,7 @@ from rich.table import Table
 import runtime
 from benchmarks.machine import machine, results_file
 from benchmarks.quality.grid import draw_differences
-from benchmarks.quality.judge import Judge, draw_prompts, shares, tensor_of
+from benchmarks.quality.judge import Judge, check_source, draw_prompts, shares, tensor_of
 from benchmarks.quality.plans_plot import front, plot
 from engines import UserError
 from engines.support.cli import run_command
@@ -207,11 +207,12 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure every plan; raises UserError where the bundle is missing or cannot run one."""
+    """Measure every plan; raises UserError where the bundle is missing, of another model, or cannot run one."""
     options = _arguments(arguments)
     need("scipy", "the correlation")  # before anything is measured
     need("matplotlib", "the plot")
     judge, pipeline = Judge.of(options.model), runtime.load(options.bundle)
+    check_source(pipeline.manifest.source, options.bundle, options.model)
     pairs = judge.asked(options.count)
     for plan in PLANS:  # refused now rather than after an hour; this loads the bundles to switch to
         timesteps = [1000 * (1 - step / options.steps) for step in range(options.steps)]

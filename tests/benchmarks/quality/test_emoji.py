@@ -1,6 +1,7 @@
 """Shares and intervals of what a reader finds in pictures."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.quality import emoji_grid
 from benchmarks.quality.emoji import main
-from benchmarks.quality.judge import MEASURES, Judge, difference, distances, shares, wilson
+from benchmarks.quality.judge import MEASURES, Judge, check_source, difference, distances, shares, wilson
+from engines import Bundle, UserError
 from tuning.emoji.concepts import Pair
 from tuning.emoji.reader import Reader
 from tuning.errors import TuningError
@@ -97,6 +99,7 @@ def test_a_grid_has_every_style_and_marks_what_was_held_back(monkeypatch: pytest
         return list(range(len(prompts)))
 
     monkeypatch.setattr(Judge, "of", lambda model: judge)
+    monkeypatch.setattr(Bundle, "open", lambda folder: SimpleNamespace(manifest=SimpleNamespace(source="emoji")))
     monkeypatch.setattr(emoji_grid, "draw_prompts", pictures)
     monkeypatch.setattr(emoji_grid, "draw", lambda *given: drawn.extend(given))
     emoji_grid.main(["--concepts", "2", "--out", str(tmp_path / "grid.png")])
@@ -110,3 +113,9 @@ def test_a_grid_has_every_style_and_marks_what_was_held_back(monkeypatch: pytest
         if n
     }
     assert marked == {(pair.concept, pair.style) for pair in held}
+
+
+def test_a_bundle_of_another_model_is_refused() -> None:
+    check_source("emoji", Path("bundles/a"), Path("models/emoji"))
+    with pytest.raises(UserError, match="bundles/a was built from mini, and the reader is that of models/emoji: name"):
+        check_source("mini", Path("bundles/a"), Path("models/emoji"))

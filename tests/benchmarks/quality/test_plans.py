@@ -128,7 +128,8 @@ def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
     calls: list[str] = []
     plotted: list[tuple[list[str], Path]] = []
     network = SimpleNamespace(manifest=SimpleNamespace(key="k"))
-    pipeline = SimpleNamespace(networks={"original": network}, schedule=lambda plan, timesteps, guided: None)
+    manifest = SimpleNamespace(source="emoji")
+    pipeline = SimpleNamespace(networks={"original": network}, manifest=manifest, schedule=lambda plan, timesteps, guided: None)
 
     def cost(pipeline: Any, plan: str, seed: int, options: Any) -> tuple[int, float]:
         calls.append(f"{plan} {seed}")
