@@ -32,6 +32,7 @@ from runtime.embedded import DEFAULT
 __all__ = ["main"]
 
 OUT = Path("benchmarks/results")
+_STEPS = 20
 QUICK = {
     "variants": ("original", "assembled"), "plans": ("full", "deepcache:3"), "engines": ("onnxruntime",),
     "peers": "diffusers,deepcache", "steps": 10, "rounds": 3,
@@ -54,7 +55,7 @@ def _parser() -> Parser:
     add("--precision", choices=["fp32", "fp16"], help="precision of the bundles (default: fp16 on a GPU, fp32 elsewhere)")
     add("--peers", default="all", help=f"all, none, or of: {', '.join(PEERS)} (default: all)")
     add("--size", type=parse_size, help="HEIGHTxWIDTH in pixels (default: the model's own)")
-    add("--steps", type=int, default=20, help="default: %(default)s")
+    add("--steps", type=int, default=_STEPS, help="default: %(default)s")
     add("--batch", type=int, default=1, help="pictures at a time (default: %(default)s)")
     add("--rounds", type=int, default=5, help="rounds that count, after one that warms up (default: %(default)s)")
     add("--threads", type=int, default=1, help="threads of every process (default: %(default)s)")
@@ -123,8 +124,8 @@ def _require_cuda() -> None:
         )
 
 
-def _file_name(settings: Settings) -> str:
-    """The results' name: card or processor, source, size, precision."""
+def _file_name(settings: Settings, quick: bool = False) -> str:
+    """The results' name: card or processor, source, size, precision, pictures at a time, and what a reader would not expect."""
     if settings.device == "cuda":
         import torch
 
@@ -135,6 +136,7 @@ def _file_name(settings: Settings) -> str:
         machine = str(described()["machine"]["processor"])  # type: ignore[index]
     size = "x".join(map(str, settings.size)) if settings.size else "own"
     text = f"run_trt-{settings.device}-{machine}-{Path(settings.source).name}-{size}-{settings.precision}-b{settings.batch}"
+    text += "-quick" if quick else f"-{settings.steps}-steps" if settings.steps != _STEPS else ""
     return re.sub(r"[^\w.]+", "-", text.lower()).strip("-")
 
 
@@ -156,7 +158,7 @@ def main(arguments: Sequence[str]) -> None:
         for variant in settings.variants:
             run.build(settings, variant, console)
         return
-    name = _file_name(settings)
+    name = _file_name(settings, options.quick)
     check_writable(options.out)
     if not run.measured(settings, name, options.out, console, resume=options.resume):
         sys.exit(1)

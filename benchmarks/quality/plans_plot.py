@@ -25,7 +25,7 @@ def front(rows: Sequence[dict[str, Any]], measure: str, cost: str = "time") -> l
     for row in sorted(rows, key=lambda row: (float(row[cost]), -_value(row, measure))):
         if _value(row, f"{measure}_low", measure) > best:
             names.append(str(row["plan"]))
-            best = _value(row, f"{measure}_high", measure)
+        best = max(best, _value(row, f"{measure}_high", measure))
     return names
 
 

@@ -14,7 +14,7 @@ from runtime.command.comparison import Comparison, draw
 from runtime.command.output import announce, as_json, progress, show_kinds, show_steps
 from runtime.generation import Generation
 from runtime.pipeline import Pipeline
-from runtime.plans.notes import described_find, guidance_unread
+from runtime.plans.notes import described_find, found_for_others, guidance_unread
 from runtime.plans.presets import PRESETS
 from runtime.report.cards import find_card
 from runtime.report.explain import explain, plot
@@ -104,7 +104,9 @@ def _explain(options: Namespace, console: Console) -> None:
         table, summary = explain(prepared.schedule, pipeline.networks, prepared.sizes, pipeline.swapper, console)
         console.print(table)
         console.print(summary, soft_wrap=True)
-    for line in filter(None, (described_find(request.found_plan), guidance_unread(request.found_plan, prepared.guided))):
+    plan = request.found_plan
+    notes = described_find(plan), found_for_others(plan, request.scheduler, request.steps), guidance_unread(plan, prepared.guided)
+    for line in filter(None, notes):
         console.print(line, soft_wrap=True)
 
 

@@ -35,6 +35,8 @@ __all__ = ["plan_command"]
 
 _MOST_POINTS = 10
 """Of a front."""
+_LEAST_STEPS = 3
+"""Evaluations of the UNet."""
 _NEAR = 0.06
 """Costs of controls that stand beside a plan, at most so far from its own."""
 
@@ -81,6 +83,11 @@ def _prepared(options: PlanOptions, console: Console) -> _Job:
     sets = [Pictures(pipeline, prompts, at_a_time, shared)]
     sets += [Pictures(pipeline, others, at_a_time, shared, held_back=True)] if others else []
     space = _space(pipeline, bundles, first)
+    if space.steps < _LEAST_STEPS:
+        raise TuningError(
+            f"--steps {options.steps}: {options.scheduler} evaluates the UNet {space.steps} times, and plans compute the first "
+            f"and the last of them: there is nothing to save; give {_LEAST_STEPS} or more"
+        )
     state = State(options.state, _settings(options, bundles, prompts, first))
     costs = _costs(options, pipeline, first, prompts, state)
     progress = SearchProgress(console)

@@ -56,7 +56,7 @@ def _read(file: Path) -> list[str]:
     try:
         if file.stat().st_size > _MOST_BYTES:
             raise TuningError(f"--prompts {file}: it has more than {_MOST_BYTES} bytes; give a file with one prompt a line")
-        lines = file.read_text("utf-8").splitlines()
+        lines = file.read_text("utf-8-sig").splitlines()
     except OSError as error:
         raise TuningError(f"--prompts {file} cannot be read ({error.strerror}); give a file with one prompt a line") from error
     except UnicodeDecodeError as error:

@@ -125,8 +125,10 @@ class Search:
         """Raise TuningError where nothing costs so little; it says what costs least."""
         least = self.budgets()[0]
         if budget < least - _ROUNDING:
+            cheapest = math.ceil(least * 1000) / 1000  # rounded up: what is named can be had
             raise TuningError(
-                f"no plan costs {budget:g} or less; the cheapest costs {least:.3f}, with {self._fewest} key steps: ask for that"
+                f"no plan costs {budget:g} or less; the cheapest costs {cheapest:.3f}, with {self._fewest} key steps: "
+                "ask for that"
             )
 
     def work(self, budget: float, tries: int) -> float:

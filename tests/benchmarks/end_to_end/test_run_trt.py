@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import run_trt
+from benchmarks.end_to_end.figures import fails
 from benchmarks.end_to_end.measure import Log
 from benchmarks.end_to_end.prepare import _write_words
 from benchmarks.end_to_end.rows import Settings, chosen_peers, rows_of
@@ -53,6 +54,19 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
     assert [sample["row"] for sample in Log(path, {"steps": 4}, resume=True).samples] == ["a", "b"]
     with pytest.raises(ValueError, match="settings are others"):
         Log(path, {"steps": 5}, resume=True)
+
+
+def test_a_quick_run_or_fewer_steps_do_not_take_the_place_of_a_whole_one() -> None:
+    given = (["--device", "cpu", *more] for more in ([], ["--steps", "10"]))
+    whole, fewer = (run_trt._settings(run_trt._parser().parse_args(each)) for each in given)
+    names = [run_trt._file_name(whole), run_trt._file_name(whole, quick=True), run_trt._file_name(fewer)]
+    assert [name.removeprefix(names[0]) for name in names] == ["", "-quick", "-10-steps"]
+
+
+@pytest.mark.parametrize(("error", "wrong"), [(1e-9, False), (1.0, True), (float("nan"), True)])
+def test_what_claims_the_base_rows_output_has_to_have_it(error: float, wrong: bool) -> None:
+    assert fails({"same_output": True, "latents_error": error}) is wrong
+    assert not fails({"same_output": False, "latents_error": error})
 
 
 @pytest.mark.slow

@@ -69,9 +69,12 @@ def test_a_front_is_not_drawn_through_noise() -> None:
     rows = [
         {"plan": "cheap", "time": 0.3, "same": 0.95, "same_low": 0.93, "same_high": 0.97},
         {"plan": "no better", "time": 0.4, "same": 0.97, "same_low": 0.95, "same_high": 0.98},
-        {"plan": "better", "time": 0.5, "same": 0.99, "same_low": 0.98, "same_high": 1.0},
+        {"plan": "better", "time": 0.5, "same": 0.99, "same_low": 0.981, "same_high": 1.0},
     ]
     assert plans_plot.front(rows, "same") == ["cheap", "better"]
+    # What is on no front itself counts all the same: its interval reaches up to that of the dearer one.
+    rows[1]["same_high"] = 0.985
+    assert plans_plot.front(rows, "same") == ["cheap"]
 
 
 def test_controls_run_all_with_fewer_steps() -> None:

@@ -168,6 +168,23 @@ def test_what_no_plan_can_do(tuning: Command, mini_bundle: Bundle, tmp_path: Pat
     assert not (tmp_path / "plan.json").exists()
 
 
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("aim", [("--budget", "0.6"), ("--psnr", "40"), ("--front",)])
+def test_two_evaluations_leave_nothing_to_save(
+    tuning: Command, mini_bundle: Bundle, tmp_path: Path, prompts: Path, aim: tuple[str, ...]
+) -> None:
+    given = ("plan", "--bundle", mini_bundle.folder, "--prompts", prompts, "--steps", "2", "--scheduler", "ddim")
+    out = tmp_path / ("front" if aim == ("--front",) else "plan.json")
+    assert_refused(tuning(*given, *aim, "--out", out), "ddim evaluates the UNet 2 times", "give 3 or more")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_the_budget_that_a_refusal_names_can_be_had(tuning: Command, mini_bundle: Bundle, tmp_path: Path, prompts: Path) -> None:
+    given = ("plan", "--bundle", mini_bundle.folder, "--prompts", prompts, "--steps", "17", "--count", "1")
+    refused = tuning(*given, "--budget", "0.1", "--out", tmp_path / "plan.json")
+    assert_refused(refused, "the cheapest costs 0.177")  # 3 of 17 steps: 0.17647
+
+
 def test_the_cheapest_plan_for_a_likeness(
     tuning: Command, mini_bundle: Bundle, loaded: Pipeline, tmp_path: Path, prompts: Path
 ) -> None:
