@@ -22,7 +22,7 @@ def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
     """The options of a command line, and the stages that they choose.
 
     Raises:
-        UserError: a word is none of those allowed, or the words choose nothing.
+        UserError: a word or a plan is none of those allowed, a number is too small, or the words choose nothing.
     """
     options = _parser(description).parse_args(arguments)
     options.targets = [target for target in options.targets.split(",") if target]
@@ -33,6 +33,10 @@ def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
             if allowed is not None and one not in allowed:
                 raise UserError(f"--{name}: unknown {one!r}; choose from: {', '.join(allowed)}")
         setattr(options, name, chosen)
+    _check_plans(options.plans)
+    for name in ("steps", "rounds", "jobs"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} is too few; give 1 or more")
     if not options.budget >= 0:
         raise UserError(f"--budget: {options.budget:g} is no number of minutes; give 0 or more, or inf for no end")
     options.stages = _stages(options.only)
@@ -40,6 +44,13 @@ def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
         chosen = ",".join(options.only)
         raise UserError(f"--only {chosen}: these stages measure nothing of the kind; choose from: {', '.join(words)}")
     return options
+
+
+def _check_plans(plans: Sequence[str]) -> None:
+    from runtime import find_plan  # which --help does not wait for
+
+    for plan in plans:
+        find_plan(plan)
 
 
 def _parser(description: str) -> Parser:
