@@ -81,10 +81,11 @@ def _settings(options: argparse.Namespace) -> Settings:
     engines = options.engines or (("torch", "tensorrt-rtx") if device == "cuda" else ("onnxruntime",))
     if unknown := [name for name in engines if name not in ENGINES]:
         raise UserError(f"unknown engine {unknown[0]!r}; choose from: {', '.join(ENGINES)}")
-    _check_plans(options.plans)
+    variants = ("original", *(name for name in options.variants if name != "original"))
+    _check_plans(options.plans, variants)
     return Settings(
         source=options.source,
-        variants=("original", *(name for name in options.variants if name != "original")),
+        variants=variants,
         plans=("full", *(plan for plan in options.plans if plan != "full")),
         engines=engines,
         peers=chosen_peers(options.peers),
@@ -101,11 +102,14 @@ def _settings(options: argparse.Namespace) -> Settings:
     )
 
 
-def _check_plans(plans: Sequence[str]) -> None:
+def _check_plans(plans: Sequence[str], variants: Sequence[str]) -> None:
     from runtime import find_plan
 
     for plan in plans:
-        find_plan(plan)
+        if missing := [part.unet for part in find_plan(plan).unets if part.unet not in variants]:
+            raise UserError(
+                f"plan {plan} runs the UNet {missing[0]}; name it too: --variants {','.join([*variants, missing[0]])}"
+            )
 
 
 def _found_device() -> str:

@@ -88,7 +88,12 @@ def measure(
         for row in todo:
             log.add({**_key(row), "round": WARM_UP, "load_seconds": subjects[row.subject].load_seconds})
         for round_ in rounds:
-            _round(round_, base, todo, subjects, replace(call, seed=call.seed + max(0, round_)), log, tell)
+            try:
+                _round(round_, base, todo, subjects, replace(call, seed=call.seed + max(0, round_)), log, tell)
+            except SubjectError as error:  # of the base row: the others have nothing to be compared with
+                for row in [row for row in todo if row != base]:
+                    log.add({**_key(row), "round": round_, "error": f"{base.name} failed: {error}"})
+                return
 
 
 def _round(

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +18,12 @@ from PIL import Image
 
 from benchmarks import run_trt
 from benchmarks.end_to_end.figures import fails
-from benchmarks.end_to_end.measure import Log
+from benchmarks.end_to_end.measure import Log, measure
 from benchmarks.end_to_end.prepare import _write_words
 from benchmarks.end_to_end.rows import Settings, chosen_peers, rows_of
+from benchmarks.end_to_end.worker import SubjectError
 from benchmarks.peers import PEERS
-from benchmarks.peers.serve import _exported
+from benchmarks.peers.serve import Call, _exported
 from engines.errors import UserError
 from tests.support import remembered
 from tests.support.commands import assert_refused, command
@@ -54,6 +56,38 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
     assert [sample["row"] for sample in Log(path, {"steps": 4}, resume=True).samples] == ["a", "b"]
     with pytest.raises(ValueError, match="settings are others"):
         Log(path, {"steps": 5}, resume=True)
+
+
+def test_a_base_row_that_fails_ends_its_rows_alone(tmp_path: Path) -> None:
+    """A later subject is measured all the same, and a resumed run does not begin with what failed."""
+    settings = run_trt._settings(run_trt._parser().parse_args(["--device", "cpu", "--plans", "full,skip:2", "--peers", "none"]))
+    base, row = rows_of(settings, {})[:2]
+
+    class Failing:
+        load_seconds = 0.0
+
+        def picture(self, call: Any) -> Any:
+            raise SubjectError("out of memory")
+
+    log = Log(tmp_path / "run.jsonl", {}, resume=False)
+    call: Any = Call("a cat", 2, 3.0, 0, 64, 64)
+    started: list[Any] = []
+
+    def start(row: Any) -> Any:
+        started.append(row)
+        return nullcontext(Failing())
+
+    for _ in range(2):
+        measure([base, row], base, start, call, settings, log, lambda *told: None)
+    assert len(started) == 1
+    errors = {sample["row"]: sample["error"] for sample in log.samples if "error" in sample}
+    assert errors == {"original full": "out of memory", "original skip:2": "original full failed: out of memory"}
+
+
+def test_a_plan_that_switches_needs_its_unets() -> None:
+    given = ["--device", "cpu", "--plans", "full,switch:0.4", "--variants", "original"]
+    with pytest.raises(UserError, match="plan switch:0.4 runs the UNet assembled; name it too: --variants original,assembled"):
+        run_trt._settings(run_trt._parser().parse_args(given))
 
 
 def test_a_quick_run_or_fewer_steps_do_not_take_the_place_of_a_whole_one() -> None:
