@@ -259,7 +259,8 @@ class Pipeline:
     def _warn(self, prepared: Prepared) -> None:
         """Warn of a plan that is for other calls, and of a UNet whose pictures suffer, once for each."""
         plan, request = prepared.schedule.plan, prepared.request
-        told = found_for_others(plan, request.scheduler, request.steps), guidance_unread(plan, prepared.guided)
+        others = found_for_others(plan, request.scheduler, request.steps, self.manifest.source)
+        told = others, guidance_unread(plan, prepared.guided)
         for note in set(told) - {"", *self._warned}:
             self._warned.add(note)
             warnings.warn(note, stacklevel=4)

@@ -105,7 +105,8 @@ def _explain(options: Namespace, console: Console) -> None:
         console.print(table)
         console.print(summary, soft_wrap=True)
     plan = request.found_plan
-    notes = described_find(plan), found_for_others(plan, request.scheduler, request.steps), guidance_unread(plan, prepared.guided)
+    others = found_for_others(plan, request.scheduler, request.steps, pipeline.manifest.source)
+    notes = described_find(plan), others, guidance_unread(plan, prepared.guided)
     for line in filter(None, notes):
         console.print(line, soft_wrap=True)
 

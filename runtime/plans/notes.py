@@ -1,5 +1,6 @@
 """Sentences on the settings that a plan was found for, and on whether a call has others."""
 
+from engines.support.records import one_line
 from runtime.plans.plan import Plan
 
 __all__ = ["described_find", "found_for_others", "guidance_unread"]
@@ -10,21 +11,26 @@ def described_find(plan: Plan) -> str:
     found = plan.found
     if found is None:
         return ""
+    model = f" on {one_line(found.source, 100)}" if found.source else ""
     return (
-        f"found for {found.steps} steps of {found.scheduler} with guidance {found.guidance_scale:g}: MACs {found.cost:.2f} of "
-        f"full, {found.psnr:.1f} dB to its pictures on {found.prompts} prompts"
+        f"found{model} for {found.steps} steps of {found.scheduler} with guidance {found.guidance_scale:g}: MACs "
+        f"{found.cost:.2f} of full, {found.psnr:.1f} dB to its pictures on {found.prompts} prompts"
     )
 
 
-def found_for_others(plan: Plan, scheduler: str, steps: int) -> str:
-    """A warning where a plan was found for another scheduler or number of steps; nothing where it was not."""
+def found_for_others(plan: Plan, scheduler: str, steps: int, source: str = "") -> str:
+    """A warning where a plan was found for another scheduler, number of steps or model (``source``); nothing where it was not."""
     found = plan.found
-    if found is None or (found.scheduler, found.steps) == (scheduler, steps):
+    if found is None:
         return ""
-    return (
-        f"plan {plan.name} was found for {found.steps} steps of {found.scheduler}, and this is {steps} of {scheduler}: its "
-        "pictures may be further from those of full; find one for these with python -m tuning plan"
-    )
+    advice = "its pictures may be further from those of full; find one for these with python -m tuning plan"
+    if (found.scheduler, found.steps) != (scheduler, steps):
+        was, now = f"for {found.steps} steps of {found.scheduler}", f"{steps} of {scheduler}"
+    elif source and found.source and found.source != source:
+        was, now = f"on {one_line(found.source, 100)}", one_line(source, 100)
+    else:
+        return ""
+    return f"plan {plan.name} was found {was}, and this is {now}: {advice}"
 
 
 def guidance_unread(plan: Plan, guided: bool) -> str:

@@ -47,7 +47,10 @@ class Guidance(Record):
 
 
 class Found(Record):
-    """The settings that a plan was found for, and there its ``cost`` relative to ``full`` and ``psnr`` in dB to its pictures."""
+    """The settings that a plan was found for, and there its ``cost`` relative to ``full`` and ``psnr`` in dB to its pictures.
+
+    ``source`` is the model whose pictures these are, as ``exporter build --source`` was given it; empty where that is not known.
+    """
 
     scheduler: Name
     steps: int = Field(ge=1)
@@ -55,3 +58,4 @@ class Found(Record):
     prompts: int = Field(ge=1)
     cost: float = Field(ge=0, allow_inf_nan=False)
     psnr: float = Field(allow_inf_nan=False)
+    source: str = Field(default="", max_length=1000)

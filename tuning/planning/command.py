@@ -267,6 +267,7 @@ def _write(job: _Job, path: Path, point: Point, row: Row) -> None:
         prompts=len(shared.prompts),
         cost=round(row.cost, 4),
         psnr=round(row.psnr, 2),
+        source=shared.pipeline.manifest.source,
     )
     plan = job.search.space.plan(point, row.name).model_copy(update={"found": found})
     write_text(path, plan.model_dump_json(indent=1) + "\n")

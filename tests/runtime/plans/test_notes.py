@@ -26,6 +26,11 @@ def test_a_plan_says_what_it_was_found_for() -> None:
     assert line == "found for 4 steps of ddim with guidance 3: MACs 0.75 of full, 61.5 dB to its pictures on 16 prompts"
     assert found_for_others(FOUND, "ddim", 4) == found_for_others(find_plan("full"), "dpm++", 20) == ""
     assert "found for 4 steps of ddim, and this is 20 of dpm++" in found_for_others(FOUND, "dpm++", 20)
+    assert FOUND.found is not None
+    on_emoji = FOUND.model_copy(update={"found": FOUND.found.model_copy(update={"source": "emoji"})})
+    assert described_find(on_emoji).startswith("found on emoji for 4 steps of ddim")
+    assert found_for_others(on_emoji, "ddim", 4, "emoji") == ""
+    assert "was found on emoji, and this is mini: its pictures may be" in found_for_others(on_emoji, "ddim", 4, "mini")
 
 
 def test_a_call_of_another_kind_is_warned_of_once(mini_pipeline: Pipeline) -> None:
