@@ -26,7 +26,10 @@ def checked_onnx(bundle: Bundle, files: Sequence[File]) -> Path:
 
     Raises:
         BundleError: a file is missing or damaged, or the graph is not a plain one.
+        NeedsBuildError: there is none.
     """
+    if not files:
+        raise NeedsBuildError(f"bundle {bundle.folder} has a segment without an ONNX file")
     path, *others = [bundle.path(file) for file in files]
     check_onnx(bundle, path, {other.name for other in others if other.parent == path.parent})
     return path

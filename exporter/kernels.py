@@ -12,12 +12,15 @@ from rich.table import Table
 
 from engines import Bundle, EngineError, Profile, Segment, Traced, make_engine
 from engines.onnx_file import checked_onnx
+from engines.support.tables import fit
 from engines.tensorrt.engine import TensorRTRTX
 from engines.tensorrt.kernels import CompiledKernels
 
 __all__ = ["DEFAULT_TARGET", "KernelCounts", "count_kernels", "counts_of_bundle", "kernel_table", "show_kernels", "total"]
 
 DEFAULT_TARGET = "sm89"
+_OPTIONAL = ("transp.", "casts")
+"""Columns that go where a terminal is too narrow for the names of segments beside all of them."""
 _ATTENTION = frozenset({"Softmax", "Attention"})
 """Operators of which each attention has one."""
 _NORM = frozenset({"InstanceNormalization", "GroupNormalization"})
@@ -104,13 +107,14 @@ def show_kernels(bundle: Bundle, console: Console, target: str = DEFAULT_TARGET,
     unet = {segment.name for segment in bundle.manifest.segments if set(segment.units) <= set(bundle.manifest.unet_units)}
     height, width = bundle.manifest.sizes[0]
     title = f"{bundle.folder} as compiled for {target}: {height}x{width}, one image with guidance"
-    console.print(kernel_table(title, counts, [count for count in counts if count.segment in unet]))
+    table = kernel_table(title, counts, [count for count in counts if count.segment in unet])
+    console.print(fit(table, console, _OPTIONAL))
 
 
 def kernel_table(title: str, counts: Sequence[KernelCounts], unet: Sequence[KernelCounts]) -> Table:
     """A row for each segment, and the sum of the UNet's."""
     table = Table(title=title, box=SIMPLE)
-    table.add_column("segment", no_wrap=True)
+    table.add_column("segment")
     for name in ("kernels", "fused\nattn.", "fused\nnorms", "casts", "transp.", "MB\nmoved", "MB\nscratch"):
         table.add_column(name, justify="right", no_wrap=True)
     for count in counts:

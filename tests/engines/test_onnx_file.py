@@ -11,7 +11,8 @@ import pytest
 from onnx.helper import make_function, make_graph, make_model, make_node, make_opsetid, make_tensor, make_tensor_value_info
 
 from engines import Bundle, BundleError
-from engines.onnx_file import check_onnx
+from engines.errors import NeedsBuildError
+from engines.onnx_file import check_onnx, checked_onnx
 from tests.support.unets import make_manifest
 
 FLOAT, INT, BOOL = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.BOOL
@@ -112,3 +113,8 @@ def test_what_is_no_onnx_file(bundle: Bundle, tmp_path: Path, data: bytes) -> No
     with pytest.raises(BundleError, match=r"stem\.onnx is no ONNX model") as caught:
         check_onnx(bundle, tmp_path / "stem.onnx", set())
     assert "\n" not in str(caught.value)
+
+
+def test_a_segment_without_a_file_needs_a_build(bundle: Bundle) -> None:
+    with pytest.raises(NeedsBuildError, match="has a segment without an ONNX file"):
+        checked_onnx(bundle, ())

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 import pytest
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from rich.console import Console
 
 from engines import Bundle, Profile, Traced
+from engines.support.tables import fit
 from engines.tensorrt.engine import TensorRTRTX
 from engines.tensorrt.kernels import CompiledKernels, Kernel, read_kernels
 from exporter import BuildOptions, build
-from exporter.kernels import KernelCounts, counts_of_bundle, total
+from exporter.kernels import KernelCounts, counts_of_bundle, kernel_table, total
 from tests.support.commands import Command
 from tests.support.sources import save_source
 from tests.support.unets import small_unet
@@ -86,6 +88,16 @@ def test_the_command_prints_a_row_for_each_segment(wide_heads: Bundle, exporter:
     assert told["target"] == "sm86"
     counted = {row["segment"]: KernelCounts(**row) for row in told["segments"]}
     assert counted.keys() == {segment.name for segment in wide_heads.manifest.segments}
+
+
+@pytest.mark.parametrize("name", ["down.0", "up.2.layer.2.attention.part.3", "a-segment-of-a-partition-by-units." * 3])
+def test_figures_are_whole_in_a_narrow_terminal(name: str) -> None:
+    counts = [KernelCounts(name, 753, 32, 31, 61, 60, 121, 92, 5_432_100_000, 987_600_000)]
+    console = Console(width=80, record=True)
+    console.print(fit(kernel_table("a title", counts, counts), console, ("transp.", "casts")))
+    shown = console.export_text()
+    assert all(shown.count(figure) == 2 for figure in ("753", "31/32", "60/61", "5,432.1", "987.6"))
+    assert "…" not in shown
 
 
 @pytest.mark.parametrize(
