@@ -33,6 +33,12 @@ def test_a_plan_says_what_it_was_found_for() -> None:
     assert "was found on emoji, and this is mini: its pictures may be" in found_for_others(on_emoji, "ddim", 4, "mini")
 
 
+@pytest.fixture(autouse=True)
+def not_warned_yet(mini_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests' calls of the shared pipeline may have been warned of already."""
+    monkeypatch.setattr(mini_pipeline, "_warned", set())
+
+
 def test_a_call_of_another_kind_is_warned_of_once(mini_pipeline: Pipeline) -> None:
     with pytest.warns(UserWarning, match="plan found was found for 4 steps of ddim, and this is 3 of ddim"):
         mini_pipeline.generate("a red star", plan=FOUND, steps=3, scheduler="ddim")
