@@ -21,6 +21,7 @@ if __package__ in {None, ""}:  # as a script: its folder is on the path, and the
 
 from rich.console import Console
 
+from benchmarks.arguments import check_counts
 from benchmarks.end_to_end.rows import Settings, chosen_peers, rows_of
 from benchmarks.peers import PEERS
 from engines import ENGINES
@@ -75,9 +76,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     device = options.device or _found_device()
     if device == "cuda" and not options.build_only and not options.dry_run:
         _require_cuda()
-    for name in ("steps", "batch", "rounds", "threads"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)} is too few; give 1 or more")
+    check_counts(options, "steps", "batch", "rounds", "threads")
     engines = options.engines or (("torch", "tensorrt-rtx") if device == "cuda" else ("onnxruntime",))
     if unknown := [name for name in engines if name not in ENGINES]:
         raise UserError(f"unknown engine {unknown[0]!r}; choose from: {', '.join(ENGINES)}")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.arguments import check_counts
 from benchmarks.gpu.stages import PARTS, SPEED_SOURCE, STAGES, Stage
 from engines import ENGINES
 from engines.errors import UserError
@@ -34,9 +35,7 @@ def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
                 raise UserError(f"--{name}: unknown {one!r}; choose from: {', '.join(allowed)}")
         setattr(options, name, chosen)
     _check_plans(options.plans)
-    for name in ("steps", "rounds", "jobs"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)} is too few; give 1 or more")
+    check_counts(options, "steps", "rounds", "jobs")
     if not options.budget >= 0:
         raise UserError(f"--budget: {options.budget:g} is no number of minutes; give 0 or more, or inf for no end")
     options.stages = _stages(options.only)

@@ -25,11 +25,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.arguments import embedded_source
 from benchmarks.machine import results_file, write_results
 from engines import Bundle, UserError, make_engine
 from engines.support.cli import run_command
-from engines.support.records import one_line
-from runtime.embedded import EXAMPLES
 from runtime.execution.device_events import Timer
 from runtime.execution.executor import Executor, StepRecord
 from runtime.images.prediction_spaces import PredictionSpaces
@@ -253,9 +252,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure every rule; raises UserError where the bundle is missing, cannot run a plan, or is of no embedded model."""
     options, console = _arguments(arguments), Console(highlight=False, width=120)
     pipeline = _Ruled(Bundle.open(options.bundle), make_engine("onnxruntime"))
-    source = pipeline.manifest.source
-    if source not in EXAMPLES:
-        raise UserError(f"{options.bundle} was built from {one_line(source, 100)}; take a bundle of {' or '.join(EXAMPLES)}")
+    source = embedded_source(pipeline.bundle)
     timesteps = [1000 * (1 - step / options.steps) for step in range(options.steps)]
     for name in PRESETS:  # refused now rather than after minutes
         pipeline.schedule(find_plan(name), timesteps, guided=True)

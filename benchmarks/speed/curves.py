@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import check_counts
 from benchmarks.end_to_end.measure import Log
 from benchmarks.end_to_end.worker import Subject
 from benchmarks.machine import results_file, write_results
@@ -84,8 +85,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--work", type=Path, default=Path("runs/curves"), help="where bundles and what is measured stay")
     add("--out", type=results_file, default="benchmarks/results/curves.json", help="the figures; table and plot lie beside it")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        raise UserError(f"--rounds {options.rounds} is too few; give 1 or more")
+    check_counts(options, "rounds")
     return options
 
 

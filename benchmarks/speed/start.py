@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory, TemporaryFile
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import embedded_source
 from benchmarks.machine import results_file, write_results
-from engines import Bundle, UserError
+from engines import Bundle
 from engines.support.cli import run_command
-from engines.support.records import one_line
 from runtime.embedded import EXAMPLES
 from tuning.checkpoints.find_source import EMBEDDED
 
@@ -70,9 +70,7 @@ def _subjects(bundle: Path, full: Path | None, picture: str) -> dict[str, Subjec
     found: dict[str, Subject] = {
         f"{name} --help": (["-m", name, "--help"], {}, _ROOT) for name in ("runtime", "exporter", "tuning")
     }
-    source = Bundle.open(bundle).manifest.source
-    if source not in EXAMPLES:
-        raise UserError(f"{bundle} was built from {one_line(source, 100)}; take a bundle of {' or '.join(EXAMPLES)}")
+    source = embedded_source(Bundle.open(bundle))
     prompt = EXAMPLES[source]
     words = ["-m", "runtime", prompt, "--bundle", str(bundle), "--steps", "8", "-o", picture]
     found["first picture"] = (words, {}, _ROOT)

@@ -97,7 +97,7 @@ def _climb(
     tried: set[T],
     most: int,
 ) -> T:
-    fruitless, turn = 0, 0
+    least, least_rough, fruitless, turn = error(best), rough(best), 0, 0
     while fruitless < len(moves):
         better = False
         for candidate in moves[turn](best):
@@ -106,8 +106,8 @@ def _climb(
             if len(tried) >= most:
                 return best
             tried.add(candidate)
-            if rough(candidate) <= _CLEARLY * rough(best) and error(candidate) < error(best):
-                best, better = candidate, True
+            if (roughly := rough(candidate)) <= _CLEARLY * least_rough and (value := error(candidate)) < least:
+                best, least, least_rough, better = candidate, value, roughly, True
                 break
         fruitless = 0 if better else fruitless + 1
         turn = turn if better else (turn + 1) % len(moves)

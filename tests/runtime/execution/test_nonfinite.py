@@ -115,10 +115,15 @@ def test_with_allow_nonfinite_it_is_a_warning(mini_pipeline: Pipeline) -> None:
     assert made.image.getextrema() != ((0, 0), (0, 0), (0, 0)), "the rest of it is there"
 
 
-def test_in_half_precision_the_remedy_is_a_command(mini_pipeline: Pipeline) -> None:
-    broken = spoilt(mini_pipeline, "up.2")
+def in_half_precision(broken: Pipeline) -> Pipeline:
+    """The pipeline, whose bundle says that it was built in fp16."""
     manifest = broken.manifest.model_copy(update={"precision": "fp16"})
     broken.bundle = dataclasses.replace(broken.bundle, manifest=manifest)
+    return broken
+
+
+def test_in_half_precision_the_remedy_is_a_command(mini_pipeline: Pipeline) -> None:
+    broken = in_half_precision(spoilt(mini_pipeline, "up.2"))
     with pytest.raises(NonFiniteError, match=r"segment up.2 gave numbers that are not finite \(fp16\)") as refusal:
         broken.generate(PROMPT, steps=2)
     assert "build the bundle in fp32: python -m exporter build" in refusal.value.__notes__[0]
@@ -126,9 +131,7 @@ def test_in_half_precision_the_remedy_is_a_command(mini_pipeline: Pipeline) -> N
 
 
 def test_where_the_vae_overflows_the_vae_alone_is_built_anew(mini_pipeline: Pipeline) -> None:
-    broken = spoilt(mini_pipeline, "vae_decoder", value=float("inf"))
-    manifest = broken.manifest.model_copy(update={"precision": "fp16"})
-    broken.bundle = dataclasses.replace(broken.bundle, manifest=manifest)
+    broken = in_half_precision(spoilt(mini_pipeline, "vae_decoder", value=float("inf")))
     with pytest.raises(NonFiniteError, match=r"segment vae_decoder gave numbers that are not finite \(fp16\)") as refusal:
         broken.generate(PROMPT, steps=2)
     assert "build the VAE in fp32: python -m exporter build" in refusal.value.__notes__[0]
