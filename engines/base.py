@@ -28,6 +28,12 @@ __all__ = ["DTYPES", "Engine", "Profile", "Runner", "Traced"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
 
 
+_Signature = tuple[tuple[torch.dtype, torch.device, torch.Size], ...]
+"""Dtype, device and shape of each input of a segment."""
+_MOST_SIGNATURES = 64
+"""Of how many kinds of inputs a runner remembers that they fit."""
+
+
 @dataclass(frozen=True)
 class Traced:
     """A traced segment: its ONNX file, and the exported program it came from, for engines that want it."""
@@ -58,6 +64,9 @@ class Runner(ABC):
     def __init__(self, segment: Segment, features: Mapping[str, Feature]) -> None:
         self.segment = segment
         self.features = features
+        self._sizes: dict[_Signature, dict[str, int]] = {}
+        """What each kind of inputs that was checked tells."""
+        self._shapes: dict[tuple[tuple[str, int], ...], dict[str, tuple[int, ...]]] = {}
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Compute the segment's outputs, by feature name, from its inputs, by feature name.
@@ -65,8 +74,20 @@ class Runner(ABC):
         Raises:
             EngineError: an input is missing, or its dtype, shape or device is not what the manifest and the engine say.
         """
+        try:
+            chosen = {name: inputs[name] for name in self.segment.inputs}
+            signature = tuple([(tensor.dtype, tensor.device, tensor.shape) for tensor in chosen.values()])
+            sizes = self._sizes[signature]
+        except KeyError:
+            sizes = self._check(inputs)
+            if len(self._sizes) >= _MOST_SIGNATURES:
+                self._sizes.clear()
+            self._sizes[signature] = sizes
+        return self._run_impl(chosen, sizes.copy())
+
+    def _check(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """The sizes that inputs tell; EngineError where they do not fit."""
         sizes: dict[str, int] = {}
-        chosen = {}
         for name in self.segment.inputs:
             feature = self.features[name]
             tensor = inputs.get(name)
@@ -82,8 +103,7 @@ class Runner(ABC):
             misfit = bind(feature.shape, tensor.shape, sizes)
             if misfit:
                 raise EngineError(f"segment {self.segment.name}, input {name}: {misfit}")
-            chosen[name] = tensor
-        return self._run_impl(chosen, sizes)
+        return sizes
 
     @abstractmethod
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]: ...
@@ -94,6 +114,14 @@ class Runner(ABC):
         Raises:
             EngineError: a size does not divide as an output needs, or no input tells it.
         """
+        key = tuple(sizes.items())
+        if key not in self._shapes:
+            if len(self._shapes) >= _MOST_SIGNATURES:
+                self._shapes.clear()
+            self._shapes[key] = self._resolve(sizes)
+        return self._shapes[key]
+
+    def _resolve(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         try:
             return {name: resolve(self.features[name].shape, sizes) for name in self.segment.outputs}
         except ValueError as error:

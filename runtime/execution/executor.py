@@ -6,7 +6,6 @@ copy; what nobody will read any more is freed at once.
 
 import weakref
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -109,8 +108,9 @@ class Executor:
         Raises:
             BundleError, EngineError: the UNet has to be loaded again and cannot be.
         """
-        unet = self._schedule.unet(index)
-        with self._swapper.pinned(unet) if self._swapper else nullcontext(0.0) as swap_seconds:
+        if self._swapper is None:
+            return self._step(index, sample, timestep, text)
+        with self._swapper.pinned(self._schedule.unet(index)) as swap_seconds:
             prediction, record = self._step(index, sample, timestep, text)
         return prediction, replace(record, swap_seconds=swap_seconds)
 

@@ -55,7 +55,7 @@ class LoadedBundle:
         """
         made = {} if made is None else made
         for segment, freed in zip(subgraph.segments, subgraph.frees, strict=True):
-            self.run_all([segment], given, made)
+            self._run_one(segment, given, made)
             for name in freed:
                 del made[name]
         return {name: given[name] if name in given else made[name] for name in subgraph.wanted}
@@ -69,12 +69,15 @@ class LoadedBundle:
     ) -> None:
         """Run segments in order and add all that they make to ``made``. They read what is given, or else what was made."""
         for segment in segments:
-            inputs = {name: given[name] if name in given else made[name] for name in segment.inputs}
-            try:
-                made.update(self.runners[segment.name].run(inputs))
-            except (NeedsBuildError, EngineMemoryError):  # found as late as this: engines are finished when they first run
-                with self.advice():
-                    raise
+            self._run_one(segment, given, made)
+
+    def _run_one(self, segment: Segment, given: Mapping[str, Tensor], made: dict[str, Tensor]) -> None:
+        inputs = {name: given[name] if name in given else made[name] for name in segment.inputs}
+        try:
+            made.update(self.runners[segment.name].run(inputs))
+        except (NeedsBuildError, EngineMemoryError):  # found as late as this: engines are finished when they first run
+            with self.advice():
+                raise
 
     def compute(self, wanted: str, given: Mapping[str, Tensor]) -> Tensor:
         """One feature from the given ones, running only what it needs."""

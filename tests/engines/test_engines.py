@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from engines import ENGINES, Bundle, BundleError, EngineError, NeedsBuildError, make_engine
+from engines import ENGINES, Bundle, BundleError, EngineError, NeedsBuildError, base, make_engine
 from engines.bundle.manifest import Feature, Segment
 from engines.null import Null
 from engines.ort.engine import OnnxRuntime, _ArrayRunner, _BoundRunner
@@ -139,6 +139,28 @@ def test_wrong_inputs_are_named_before_anything_runs(engine, tiny, change, messa
     runner = engine.load(tiny.bundle, tiny.segment("front"))
     with pytest.raises(EngineError, match=message):
         runner.run({name: tensor for name, tensor in inputs.items() if tensor is not None})
+
+
+def test_inputs_that_fitted_once_do_not_let_others_through(engine, tiny):
+    """Which inputs fitted is remembered by their dtypes, devices and shapes."""
+    runner, inputs = engine.load(tiny.bundle, tiny.segment("front")), random_inputs(1, 8, 8)
+    given = {name: inputs[name] for name in tiny.segment("front").inputs}
+    for _ in range(2):
+        runner.run(given)
+        with pytest.raises(EngineError, match="expected float32"):
+            runner.run(given | {"sample": given["sample"].half()})
+        with pytest.raises(EngineError, match="needs input sample"):
+            runner.run({name: tensor for name, tensor in given.items() if name != "sample"})
+
+
+def test_a_runner_remembers_few_kinds_of_inputs(tiny, monkeypatch):
+    monkeypatch.setattr(base, "_MOST_SIGNATURES", 2)
+    runner = Null().load(tiny.bundle, tiny.segment("front"))
+    for width in (8, 16, 24, 8):
+        inputs = random_inputs(1, 8, width)
+        outputs = runner.run({name: inputs[name] for name in tiny.segment("front").inputs})
+        assert {tensor.shape[-1] for tensor in outputs.values()} <= {width, width // 2}
+        assert max(len(runner._sizes), len(runner._shapes)) <= 2
 
 
 def test_features_that_do_not_belong_together_are_refused(engine, tiny):

@@ -7,7 +7,7 @@ and a tensor ``v_pred``, with ``ztsnr`` beside it where noise went up to a signa
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tuning.checkpoints.weights import metadata_of, mmap_safetensors
+from tuning.checkpoints.weights import metadata_of, names_in
 
 __all__ = ["Prediction", "read_prediction"]
 
@@ -46,7 +46,7 @@ class Prediction(NamedTuple):
 
 def read_prediction(path: Path) -> Prediction | None:
     """The prediction type that a file names; None where it names none. Raises TuningError where the file cannot be read."""
-    names, header = mmap_safetensors(path).keys(), metadata_of(path)
+    names, header = names_in(path), metadata_of(path)
     if _V in names:
         return Prediction("v_prediction", f"it has a tensor {_V}", _ZERO_SNR in names)
     for setting in _SETTINGS:

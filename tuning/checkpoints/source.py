@@ -27,7 +27,7 @@ from tuning.checkpoints.weights import (
     Weights,
     check_floating,
     materialize,
-    mmap_safetensors,
+    names_in,
     shapes_in,
     shapes_of,
 )
@@ -231,7 +231,7 @@ class FileSource(Source):
         if found is not None:
             kept = " (the scheduler is that of --config)" if self.configured else ""
             notes.append(f"source {self.name}: {found}{kept}")
-        if has_only_averages(mmap_safetensors(self.path)):
+        if has_only_averages(names_in(self.path)):
             notes.append(f"source {self.name}: its UNet's weights are averaged ones (model_ema.), the only ones that it has")
         return notes
 
@@ -326,7 +326,7 @@ def _check_weights(name: str, folder: Path, variant: str | None) -> None:
             f"P.from_pretrained('{whole}').save_pretrained('{whole}-safetensors')\""
         ) from error
     for path in files:
-        adapters = (tensor for tensor in mmap_safetensors(path) if _ADAPTER.search(tensor))
+        adapters = (tensor for tensor in names_in(path) if _ADAPTER.search(tensor))
         if found := next(adapters, None):
             raise TuningError(
                 f"source {name}: {path} holds a LoRA that was not fused ({found}): load the checkpoint and the LoRA with "

@@ -17,7 +17,7 @@ from tuning.checkpoints.part_loaders import SKELETONS, is_tiny
 from tuning.checkpoints.single_file import check_converted, vae_tensors
 from tuning.checkpoints.source import check_part, library_weights, reading
 from tuning.checkpoints.weight_files import find_weights
-from tuning.checkpoints.weights import FileWeights, Weights, check_floating, mmap_safetensors, shapes_in, shapes_of
+from tuning.checkpoints.weights import FileWeights, Weights, check_floating, mmap_safetensors, names_in, shapes_in, shapes_of
 from tuning.errors import TuningError
 from tuning.surgery.meta import on_meta
 
@@ -112,7 +112,7 @@ class _FileVae(Vae):
     folder: Path
 
     def skeleton(self) -> nn.Module:
-        names = mmap_safetensors(self.path)
+        names = names_in(self.path)
         if any(name.startswith("encoder.layers.") for name in names):
             from diffusers import AutoencoderTiny
 
@@ -139,7 +139,7 @@ class _FileVae(Vae):
                 return vae_tensors(tensors, module)
             return {_renamed(name): found for name, found in tensors.items()}
 
-        check_floating(self.path, _PREFIX if any(name.startswith(_PREFIX) for name in mmap_safetensors(self.path)) else "")
+        check_floating(self.path, _PREFIX if any(name.startswith(_PREFIX) for name in names_in(self.path)) else "")
         check_converted(open_file, shapes, self._refuse)
         return FileWeights(str(self.path), shapes, open_file)
 

@@ -5,10 +5,11 @@ The names are those in the state of the part's module, as diffusers and transfor
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,7 @@ __all__ = [
     "materialize",
     "metadata_of",
     "mmap_safetensors",
+    "names_in",
     "shapes_in",
     "shapes_of",
 ]
@@ -198,10 +200,16 @@ def mmap_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         TuningError: the file is missing, cut off or no safetensors file.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping, it only has keys()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping, it only has keys()
+            yield file
     except (OSError, SafetensorError) as error:
         reason = one_line(error, 200)
         raise TuningError(f"{path}: its weights cannot be read ({reason}); get the file again") from error
@@ -209,24 +217,33 @@ def mmap_safetensors(path: Path) -> dict[str, Tensor]:
 
 def metadata_of(path: Path) -> dict[str, str]:
     """The texts in the header of a safetensors file. Raises TuningError as ``mmap_safetensors`` does."""
-    mmap_safetensors(path)
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return dict(file.metadata() or {})
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of the tensors of a safetensors file. Raises TuningError as ``mmap_safetensors`` does."""
+    with _opened(path) as file:
+        return list(file.keys())
 
 
 def shapes_in(path: Path) -> dict[str, Size]:
     """Name -> shape of the tensors of a safetensors file. Raises TuningError as ``mmap_safetensors`` does."""
-    return {name: tensor.shape for name, tensor in mmap_safetensors(path).items()}
+    with _opened(path) as file:
+        return {name: Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def check_floating(path: Path, prefix: str = "") -> None:
     """Raise TuningError where a tensor whose name begins so holds no numbers of floating point, but for positions."""
-    for name, tensor in mmap_safetensors(path).items():
-        if name.startswith(prefix) and not tensor.is_floating_point() and not name.endswith("position_ids"):
-            raise TuningError(
-                f"{path}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, and weights are floating-point numbers; "
-                "give the model as it was before it was quantized"
-            )
+    with _opened(path) as file:
+        named = (name for name in file.keys() if name.startswith(prefix) and not name.endswith("position_ids"))  # noqa: SIM118
+        wrong = next((name for name in named if not file.get_slice(name).get_dtype().startswith(("F", "BF"))), None)
+        dtype = "" if wrong is None else str(file.get_tensor(wrong).dtype).removeprefix("torch.")
+    if wrong is not None:
+        raise TuningError(
+            f"{path}: {wrong} holds {dtype}, and weights are floating-point numbers; "
+            "give the model as it was before it was quantized"
+        )
 
 
 def shapes_of(module: nn.Module) -> dict[str, Size]:

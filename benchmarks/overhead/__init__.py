@@ -1,0 +1,1 @@
+"""What this project's own code costs where nothing is computed."""
