@@ -151,7 +151,9 @@ def test_figures_are_whole_in_a_narrow_terminal(name: str) -> None:
     ("options", "reason"),
     [
         (("--kernels", "--target", "sm1"), "unknown target 'sm1'; choose from: sm75"),
+        (("--kernels", "--target", ""), "unknown target ''; choose from: sm75"),
         (("--target", "sm89"), "--target goes with --kernels"),
+        (("--target", ""), "--target goes with --kernels"),
         (("--json",), "--json goes with --kernels"),
     ],
 )
