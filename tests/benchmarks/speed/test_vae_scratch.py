@@ -15,7 +15,6 @@ from exporter.graph.graph import load_graph
 from exporter.graph.segmentation import segments_of
 from tests.support.sources import save_source
 
-
 ROOT = Path(__file__).resolve().parents[3]
 
 
