@@ -9,6 +9,7 @@ import pytest
 from benchmarks.gpu.gpu_check import main
 from benchmarks.gpu.options import BUDGET, parse
 from benchmarks.gpu.stages import STAGES
+from engines import UserError
 
 Shown = dict[str, tuple[str, str]]
 
@@ -87,6 +88,12 @@ def test_engines_that_are_not_installed_are_named(capsys: pytest.CaptureFixture[
     _, said = dry(capsys)
     assert "engine tensorrt is not installed here and would be left out" in said
     assert "engine tensorrt-rtx is not" not in said
+
+
+def test_a_target_that_is_none_is_refused_before_anything_is_done() -> None:
+    assert parse(["--targets", "sm89,sm120"], "").targets == ["sm89", "sm120"]
+    with pytest.raises(UserError, match="--targets: 'xyz' is no compute capability; write such as sm89"):
+        parse(["--targets", "sm89,xyz"], "")
 
 
 def test_onnx_runtime_without_cuda_is_said_to_be_left_out(
