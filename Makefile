@@ -76,6 +76,9 @@ gpu-check: $(VENV)/.installed-test ## errors, memory and times of every engine o
 	    $(BIN)/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable ".[$$extra]" \
 	      || echo "make: the extra $$extra could not be installed; the check leaves its engine out" >&2; \
 	  done; \
+	  $(BIN)/python -c 'import importlib.metadata as m; m.version("onnxruntime-gpu")' 2> /dev/null \
+	    || echo "make: onnxruntime-gpu is not installed, for it overwrites onnxruntime; the check leaves ONNX Runtime out:" \
+	      "docs/onnxruntime.md has how to include it" >&2; \
 	fi
 	$(BIN)/python -m benchmarks.gpu.gpu_check $(GPU_ARGS)
 

@@ -56,6 +56,13 @@ class Program(nn.Module):
         self._inputs, self._outputs, self._weights = tuple(inputs), tuple(outputs), dict(weights)
         self._nodes = tuple(_with_last_uses(nodes, {*self._outputs, *self._weights}))
 
+    def lay_channels_last(self) -> None:
+        """Lay weights of four dimensions channels last. Views of a traced program need not be views of what comes from these."""
+        last = torch.channels_last
+        self._weights = {n: w.contiguous(memory_format=last) if w.dim() == 4 else w for n, w in self._weights.items()}
+        view, reshape = torch.ops.aten.view.default, torch.ops.aten.reshape.default
+        self._nodes = tuple(replace(node, function=reshape) if node.function is view else node for node in self._nodes)
+
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run all operators; raises ProgramError where one cannot take what it is given."""
         if len(tensors) != len(self._inputs):

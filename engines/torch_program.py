@@ -27,7 +27,7 @@ class ModuleRunner(Runner):
 
     Gradients are off. ``torch.inference_mode`` is not used: what it makes may not be changed in place outside it, and
     these tensors go on to schedulers and callbacks that are not ours. Autocast is off. With ``no_tf32`` a GPU computes float32 in
-    full precision.
+    full precision. With ``channels_last`` features of four dimensions come to the module channels last.
     """
 
     def __init__(
@@ -37,16 +37,17 @@ class ModuleRunner(Runner):
         module: nn.Module,
         device: torch.device | None = None,
         no_tf32: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__(segment, features)
-        self.module, self._no_tf32 = module, no_tf32
+        self.module, self._no_tf32, self._channels_last = module, no_tf32, channels_last
         self.device = device or _device_of(module)
 
     @torch.no_grad()
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
         with torch.autocast(self.device.type, enabled=False), without_tf32() if self._no_tf32 else nullcontext():
             try:
-                result = self.module(*(inputs[name] for name in self.segment.inputs))
+                result = self.module(*(self._laid(inputs[name]) for name in self.segment.inputs))
             except ProgramError as error:
                 raise EngineError(f"segment {self.segment.name}: {error}") from error
             except torch.OutOfMemoryError as error:
@@ -59,6 +60,10 @@ class ModuleRunner(Runner):
             )
         return self._checked(dict(zip(self.segment.outputs, outputs, strict=True)), sizes)
 
+    def _laid(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A feature as the module takes it."""
+        return tensor.contiguous(memory_format=torch.channels_last) if self._channels_last and tensor.dim() == 4 else tensor
+
 
 def _device_of(module: nn.Module) -> torch.device:
     parameter = next(module.parameters(), None)
@@ -70,14 +75,24 @@ class Torch(Engine):
 
     Args:
         device: where to run; by default the GPU, or the CPU where there is none.
+        channels_last: weights and features of convolutions lie channels last, as tensor cores take them. Off by default: it has
+            not been timed on a card (``make gpu-check`` does).
+        cudnn_benchmark: cuDNN times its ways of a convolution when a shape first comes, and takes the fastest. It holds for the
+            whole process (``torch.backends.cudnn.benchmark``). Off by default: each new size of picture then takes longer the
+            first time, and other ways may be taken in another process, which change the last digits.
     """
 
     name = "torch"
     compiles = True
     wants_program = True
 
-    def __init__(self, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, device: torch.device | str | None = None, channels_last: bool = False, cudnn_benchmark: bool = False
+    ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._channels_last = channels_last
+        if cudnn_benchmark:
+            torch.backends.cudnn.benchmark = True
 
     def version(self) -> str:
         """PyTorch's version."""
@@ -132,4 +147,6 @@ class Torch(Engine):
                 f"{segment.engines[self.name].version}"
             ) from error
         no_tf32 = self.device.type == "cuda" and bundle.manifest.precision_of(segment) == "fp32"
-        return ModuleRunner(segment, bundle.manifest.features, module, self.device, no_tf32)
+        if self._channels_last:
+            module.lay_channels_last()
+        return ModuleRunner(segment, bundle.manifest.features, module, self.device, no_tf32, self._channels_last)

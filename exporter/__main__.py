@@ -126,8 +126,10 @@ def _inspect(given: object, console: "Console") -> None:
 
     options = vars(given)
     if not options["kernels"]:
-        if options["target"] or options["json"]:
-            raise UserError(f"--{'target' if options['target'] else 'json'} goes with --kernels; add that, or leave it out")
+        if options["target"] is not None or options["json"]:
+            raise UserError(
+                f"--{'json' if options['target'] is None else 'target'} goes with --kernels; add that, or leave it out"
+            )
         from exporter.tables import show_bundle
 
         bundle = Bundle.open(options["bundle"])
@@ -136,7 +138,8 @@ def _inspect(given: object, console: "Console") -> None:
         return
     from exporter.kernels import DEFAULT_TARGET, show_kernels
 
-    show_kernels(Bundle.open(options["bundle"]), console, options["target"] or DEFAULT_TARGET, as_json=options["json"])
+    target = DEFAULT_TARGET if options["target"] is None else options["target"]
+    show_kernels(Bundle.open(options["bundle"]), console, target, as_json=options["json"])
 
 
 def _export_triton(given: object, console: "Console") -> None:

@@ -14,7 +14,7 @@ from engines import Bundle, EngineError, Profile, Segment, Traced, make_engine
 from engines.onnx_file import checked_onnx
 from engines.support.tables import fit
 from engines.tensorrt.engine import TensorRTRTX
-from engines.tensorrt.kernels import CompiledKernels
+from engines.tensorrt.kernels import CompiledKernels, Kernel
 
 __all__ = ["DEFAULT_TARGET", "KernelCounts", "count_kernels", "counts_of_bundle", "kernel_table", "show_kernels", "total"]
 
@@ -59,12 +59,17 @@ def count_kernels(segment: str, path: Path, compiled: CompiledKernels) -> Kernel
         attentions=len(attentions),
         fused_attentions=sum(any(k.is_fused_attention for k in compiled.computing(name)) for name in attentions),
         norms=len(norms),
-        fused_norms=sum(len(compiled.computing(name)) == 1 for name in norms),
+        fused_norms=sum(_is_one_kernel(compiled.computing(name)) for name in norms),
         casts=sum(kernel.only("Cast", "Move") and "Cast" in kernel.steps for kernel in compiled.kernels),
         transposes=sum(kernel.only("Tran", "Move") and "Tran" in kernel.steps for kernel in compiled.kernels),
         bytes_moved=compiled.bytes_moved,
         scratch_bytes=compiled.scratch_bytes,
     )
+
+
+def _is_one_kernel(computing: Sequence[Kernel]) -> bool:
+    """Whether the kernels that compute a group norm are one which does all of it."""
+    return len(computing) == 1 and computing[0].is_fused_norm
 
 
 def counts_of_bundle(bundle: Bundle, target: str = DEFAULT_TARGET) -> Iterator[KernelCounts]:

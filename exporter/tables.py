@@ -63,7 +63,7 @@ def _precision_advice(bundle: Bundle) -> str:
         return ""
     half = replace(bundle, manifest=manifest.model_copy(update={"precision": "fp16"}))
     return (
-        f"in fp32 {' and '.join(engines)} fuse no attention and no group norm, so that what lies inside them goes through the "
+        f"in fp32 {' and '.join(engines)} fuse no attention, so that the scores of every query with every key go through the "
         f"GPU's memory; unless the last digits count, build in fp16: {half.rebuild_command(engines[0])}"
     )
 

@@ -13,12 +13,20 @@ from engines.cuda.gpu import missing_gpu
 from engines.ort.engine import OnnxRuntime
 from engines.torch_program import Torch
 
-__all__ = ["card_state", "check_engines", "device_named", "engine_named", "probe"]
+__all__ = ["LAYOUTS", "base_of", "card_state", "check_engines", "device_named", "engine_named", "probe"]
 
 _PROBE = "probe"
 """The name of the small network that tells whether an engine's engines run here."""
 _COMPILED = ("tensorrt", "tensorrt-rtx")
 """Engines that say only of what they have built whether it runs here."""
+
+LAYOUTS: dict[str, tuple[str, dict[str, bool]]] = {
+    "torch-channels-last": ("torch", {"channels_last": True}),
+    "torch-cudnn-benchmark": ("torch", {"cudnn_benchmark": True}),
+    "torch-channels-last-cudnn-benchmark": ("torch", {"channels_last": True, "cudnn_benchmark": True}),
+    "onnxruntime-nhwc": ("onnxruntime", {"prefer_nhwc": True}),
+}
+"""Engines with options of theirs that are off until a card has shown what they are worth: the engine, and the options."""
 
 _FIELDS = (
     "name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "temperature.gpu",
@@ -51,16 +59,22 @@ def device_named(name: str) -> torch.device:
     return torch.device(name)
 
 
+def base_of(name: str) -> str:
+    """The engine whose part of a bundle runs under this name."""
+    return LAYOUTS[name][0] if name in LAYOUTS else name
+
+
 def engine_named(name: str, device: torch.device) -> Engine:
-    """An engine on the device.
+    """An engine on the device, or one of ``LAYOUTS``.
 
     Raises:
         EngineError: it cannot be had here.
     """
-    if name == "torch":
-        return Torch(device)
-    if name == "onnxruntime":
-        return OnnxRuntime(device=device)
+    base, settings = LAYOUTS.get(name, (name, {}))
+    if base == "torch":
+        return Torch(device, **settings)
+    if base == "onnxruntime":
+        return OnnxRuntime(device=device, **settings)
     if name in ON_ONNX and device.type == "cpu":
         engine = make_engine(name)
         engine.check_device()

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.gpu.card import engine_named
+from benchmarks.gpu.card import LAYOUTS, base_of, engine_named
 from benchmarks.gpu.found import Fit, Found, Memory
 from benchmarks.gpu.plan_runs import Settings, measure_plan, measure_text_and_vae
 from benchmarks.gpu.stages import Stage
@@ -95,9 +96,10 @@ class EngineRuns:
     def parts(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """The parts of the stage, in order: the name of each part, and its work."""
         for precision in self.stage.precisions(self.options):
-            names = [name for name in self.engines if name in self.stage.engines]
+            layouts = [name for name in LAYOUTS if base_of(name) in self.engines]
+            names = [name for name in (*self.engines, *layouts) if name in self.stage.engines]
             wanted = {name: self._wanted(name, precision) for name in self._first(names)}
-            yield f"build {precision}", partial(self._build, list(wanted), precision)
+            yield f"build {precision}", partial(self._build, list(dict.fromkeys(map(base_of, wanted))), precision)
             for name, parts in wanted.items():
                 if parts:
                     yield f"{name} {precision}", partial(self._check, name, precision, parts)
@@ -168,7 +170,8 @@ class EngineRuns:
         if f"build {precision}" in self.found.ended:
             return None
         bundle = Bundle.open(self._folder(precision))
-        return bundle if name in bundle.manifest.segments[0].engines or name == "onnxruntime" else None
+        base = base_of(name)
+        return bundle if base in bundle.manifest.segments[0].engines or base == "onnxruntime" else None
 
     def _check(self, name: str, precision: str, parts: Sequence[str]) -> None:
         """What is measured of an engine at one precision in this process."""
@@ -176,6 +179,10 @@ class EngineRuns:
         bundle = self._open(name, precision)
         if bundle is None:
             return
+        with _own_benchmark():
+            self._check_bundle(bundle, name, precision, parts, free)
+
+    def _check_bundle(self, bundle: Bundle, name: str, precision: str, parts: Sequence[str], free: int | None) -> None:
         pipeline = Pipeline(bundle, engine_named(name, self.device))
         scratch = pipeline.engine.scratch_bytes()
         if "segments" in parts:
@@ -204,7 +211,7 @@ class EngineRuns:
         for plan in self.options.plans:
             made_by, reference = self.kept.find(plan) or (None, None)
             row, latents = measure_plan(pipeline, plan, reference, settings, free)
-            self.found.rows.append(replace(row, reference=made_by))
+            self.found.rows.append(replace(row, engine=name, reference=made_by))
             if name == "torch":
                 self.kept.keep(plan, precision, latents)
             self.save()
@@ -219,6 +226,17 @@ class EngineRuns:
         if self._key(name, precision) not in self.measured:
             start()
         self.found.starts[f"{name} {precision}"] = start()
+
+
+@contextmanager
+def _own_benchmark() -> Iterator[None]:
+    """After it, cuDNN times its ways of a convolution as before: an engine's option, which holds for the whole process."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def _engines_of(folder: Path) -> set[str]:

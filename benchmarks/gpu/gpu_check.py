@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.gpu.baselines import measure_apart
-from benchmarks.gpu.card import card_state, check_engines, device_named
+from benchmarks.gpu.card import base_of, card_state, check_engines, device_named
 from benchmarks.gpu.engine_runs import EngineRuns, KeptLatents
 from benchmarks.gpu.found import Found
 from benchmarks.gpu.gpu_tests import DRILLS, REST, run_tests
@@ -92,9 +92,10 @@ class _Check:
 
     def _unfit(self, stage: Stage) -> str:
         """Why none of a stage's engines can run; nothing where one can."""
-        if not stage.engines or set(stage.engines) & set(self.engines):
+        wanted = list(dict.fromkeys(map(base_of, stage.engines)))
+        if not wanted or set(wanted) & set(self.engines):
             return ""
-        return "; ".join(f"{name}: {self.skipped.get(name, 'not among --engines')}" for name in stage.engines)
+        return "; ".join(f"{name}: {self.skipped.get(name, 'not among --engines')}" for name in wanted)
 
     def _parts(self, stage: Stage, found: Found) -> Iterator[tuple[str, Callable[[], None]]]:
         source, options = stage.source(self.options), self.options

@@ -1,6 +1,7 @@
 """The options of the GPU check."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,9 @@ def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
     """
     options = _parser(description).parse_args(arguments)
     options.targets = [target for target in options.targets.split(",") if target]
+    for target in options.targets:
+        if not re.fullmatch(r"sm\d{2,3}", target):
+            raise UserError(f"--targets: {target!r} is no compute capability; write such as sm89, or several with commas")
     words = {**STAGES, **PARTS}
     for name, allowed in (("engines", ENGINES), ("precision", PRECISIONS), ("only", words), ("plans", None)):
         chosen = getattr(options, name).split(",")

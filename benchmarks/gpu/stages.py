@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -10,6 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu.card import LAYOUTS
 from runtime.embedded import DEFAULT
 
 __all__ = ["PARTS", "SPEED_SOURCE", "STAGES", "Stage", "show_stages", "too_long"]
@@ -23,7 +25,11 @@ PARTS = {
 }
 """What a stage measures of an engine."""
 _SMALL = frozenset({"mini", "emoji"})
-_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
+_PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_INSTEAD = (
+    "make gpu-check does not install onnxruntime-gpu, whose files are those of onnxruntime, which this project's own tests need: "
+    "to include it, give the check an environment of its own, in which it takes the other's place (docs/onnxruntime.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,10 @@ STAGES = {
             "torch.compile",
             "speed",
         ),
+        Stage(
+            "layouts", (2, 6), "{source} in {precision} on torch and ONNX Runtime as they are and with options that are off: "
+            "channels last, cuDNN's benchmark, NHWC", "speed", ("torch", "onnxruntime", *LAYOUTS), ("plans",),
+        ),
         Stage("drills", (4, 4), "the tests of what goes wrong: a failed capture, no memory left, threads, 40 kinds of step"),
     )
 }  # fmt: skip
@@ -120,3 +130,13 @@ def show_stages(console: Console, options: Namespace, stages: Iterable[Stage]) -
     for name in options.engines:
         if name in _PACKAGES and find_spec(_PACKAGES[name]) is None:
             console.print(f"engine {name} is not installed here and would be left out", highlight=False)
+    if "onnxruntime" in options.engines and not _installed("onnxruntime-gpu"):
+        console.print(f"engine onnxruntime has no CUDA here and would be left out on a card: {_INSTEAD}", highlight=False)
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True

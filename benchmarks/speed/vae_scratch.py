@@ -88,6 +88,7 @@ def main(arguments: Sequence[str]) -> None:
     ]
     show(rows, Console())
     settings = {name: str(getattr(options, name)) for name in ("source", "size", "target", "precision")}
+    settings["tensorrt-rtx"] = engine.version()
     write_results(options.out, {"settings": settings, "rows": [asdict(row) for row in rows]}, indent=1)
     print(f"wrote {options.out}")
 

@@ -41,16 +41,25 @@ class OnnxRuntime(Engine):
         device: ``cpu`` or ``cuda``; by default CUDA where ONNX Runtime has it and PyTorch finds a GPU.
         tensorrt: on CUDA, leave to TensorRT what it can run. Its engines are built when they are first used with some shapes, and
             kept with the bundle's caches.
+        prefer_nhwc: on CUDA, lay features of convolutions channels last (the CUDA provider's option of that name), which tensor
+            cores take without transposing. Off by default: whether it is faster is the card's and the segment's to say.
 
     Raises:
-        EngineError: onnxruntime is not installed, or ``device`` is CUDA or ``tensorrt`` is asked for and it cannot be had.
+        EngineError: onnxruntime is not installed, or ``device`` is CUDA or ``tensorrt`` is asked for and it cannot be had, or
+            ``prefer_nhwc`` without CUDA.
     """
 
     name = "onnxruntime"
     compiles = True
     has_bfloat16 = False  # it has no convolutions of them
 
-    def __init__(self, threads: int | None = None, device: torch.device | str | None = None, tensorrt: bool = False) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        device: torch.device | str | None = None,
+        tensorrt: bool = False,
+        prefer_nhwc: bool = False,
+    ) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -75,9 +84,14 @@ class OnnxRuntime(Engine):
                 "engine onnxruntime cannot leave anything to TensorRT here: that needs CUDA and a package onnxruntime-gpu with "
                 f"{_TENSORRT} (it has: {', '.join(offered)}); leave tensorrt out, or choose engine tensorrt"
             )
+        if prefer_nhwc and self.device.type != "cuda":
+            raise EngineError(
+                "engine onnxruntime has prefer_nhwc on CUDA only, and runs on the CPU here; leave it out, or run it where there "
+                "are onnxruntime-gpu and an NVIDIA GPU"
+            )
         if self.device.type == "cpu":
             _share_arena()
-        self._tensorrt = tensorrt
+        self._tensorrt, self._prefer_nhwc = tensorrt, prefer_nhwc
         # Sessions must be told their stream when they are made, and take no default stream. One run at a time is put on it: what
         # two threads put there in turns would be work of two runs in one another's memory.
         self._running = threading.Lock()
@@ -165,7 +179,8 @@ class OnnxRuntime(Engine):
         gpu = {"device_id": str(self.device.index or 0), "user_compute_stream": str(self._stream.cuda_stream)}
         # fp32 means fp32. The TensorRT provider has no such option (https://github.com/microsoft/onnxruntime/issues/26029).
         tf32 = {"use_tf32": "0"} if bundle.manifest.precision_of(segment) == "fp32" else {}
-        providers: list[Any] = [(_CUDA, gpu | tf32), "CPUExecutionProvider"]
+        layout = {"prefer_nhwc": "1"} if self._prefer_nhwc else {}
+        providers: list[Any] = [(_CUDA, gpu | tf32 | layout), "CPUExecutionProvider"]
         return [(_TENSORRT, gpu | self._kept(bundle, segment)), *providers] if self._tensorrt else providers
 
     def _kept(self, bundle: Bundle, segment: Segment) -> dict[str, str]:

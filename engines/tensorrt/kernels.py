@@ -45,6 +45,15 @@ class Kernel:
         """Whether both products and the softmax of an attention are in it."""
         return "_mha" in self.name
 
+    @property
+    def is_fused_norm(self) -> bool:
+        """Whether a whole group norm is in it, with its groups' mean and variance, scale and shift.
+
+        ``Inor`` is less: the instance norm of an ONNX file's group norm, in single precision where there are casts round it, with
+        casts, scale and shift in other kernels.
+        """
+        return "Gnor" in self.steps
+
     def only(self, *steps: str) -> bool:
         """Whether it does nothing but these steps (and reshaping, which moves nothing by itself)."""
         return bool(self.steps) and set(self.steps) <= {*steps, "Resh"} and bool(set(self.steps) & set(steps))

@@ -85,7 +85,7 @@ def _parser(prog: str) -> Parser:
     )
     add("--allow-nonfinite", action="store_true", help="write the picture, with a warning, where numbers became infinite or NaN")
     add("--every-step", action="store_true", help="list every step, not only the kinds of step")
-    add("--json", action="store_true", help="print the result as JSON, and nothing else")
+    add("--json", action="store_true", help="print the result, or with --explain the plan, as JSON, and nothing else")
     add("--quiet", action="store_true", help="print nothing but warnings and errors")
     add("-o", "--out", type=Path, default=Path("out.png"), help="the PNG file to write (default: %(default)s)")
     return parser

@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 
@@ -17,11 +18,10 @@ from runtime.pipeline import Pipeline
 from runtime.plans.notes import described_find, found_for_others, guidance_unread
 from runtime.plans.presets import PRESETS
 from runtime.report.cards import find_card
-from runtime.report.explain import explain, plot
+from runtime.report.explain import explain, explained_as_json, plot
 from runtime.report.kinds import segment_counts
-from runtime.report.least_time import least_time
 from runtime.report.plan_table import list_plans
-from runtime.report.traffic import traffic_for
+from runtime.report.traffic import at_best
 from runtime.request import Request
 
 __all__ = ["run"]
@@ -31,7 +31,7 @@ def run(options: Namespace) -> None:
     """Run the command on its arguments by name; raises UserError for a user's mistake."""
     console = Console(highlight=False, markup=False, quiet=options.quiet or options.json)
     print_warnings()
-    if options.card and not options.explain:
+    if options.card is not None and not options.explain:
         raise UserError(f"--card {options.card} goes with --explain; add that, or leave it out")
     if options.explain or options.plot:
         _explain(options, console)
@@ -90,7 +90,7 @@ def _explain(options: Namespace, console: Console) -> None:
     if options.plot:
         check_png(options.plot)
     request = request_of(options)
-    if options.card:
+    if options.card is not None:
         _explain_card(request, options, console)
         return
     folder = find_bundle(options.bundle, options.engine, request.found_plan)
@@ -100,8 +100,14 @@ def _explain(options: Namespace, console: Console) -> None:
     if options.plot:
         plot(prepared.schedule, options.plot)
         console.print(f"wrote {options.plot}", soft_wrap=True)
-    if options.explain:
-        table, summary = explain(prepared.schedule, pipeline.networks, prepared.sizes, pipeline.swapper, console)
+    told: dict[str, Any] = {"bundle": str(folder), "engine": pipeline.engine.name}
+    if options.plot:
+        told["plot"] = str(options.plot)
+    parts = prepared.schedule, pipeline.networks, prepared.sizes, pipeline.swapper
+    if options.explain and options.json:
+        told |= explained_as_json(*parts)
+    elif options.explain:
+        table, summary = explain(*parts, console)
         console.print(table)
         console.print(summary, soft_wrap=True)
     plan = request.found_plan
@@ -109,24 +115,32 @@ def _explain(options: Namespace, console: Console) -> None:
     notes = described_find(plan), others, guidance_unread(plan, prepared.guided)
     for line in filter(None, notes):
         console.print(line, soft_wrap=True)
+    if options.json:
+        print(json.dumps(told | {"notes": [note for note in notes if note]}))
 
 
 def _explain_card(request: Request, options: Namespace, console: Console) -> None:
     """Print what the plan could do on a card that is not here: from the manifests alone, nothing is loaded."""
-    card, pipeline = find_card(options.card), load(find_bundle(options.bundle), "null")
+    card, folder = find_card(options.card), find_bundle(options.bundle)
+    pipeline = load(folder, "null")
     prepared = pipeline.prepare(request)
     if options.plot:
         plot(prepared.schedule, options.plot)
         console.print(f"wrote {options.plot}", soft_wrap=True)
-    traffic, counted = traffic_for({name: pipeline.swapper.bundle_of(name) for name in prepared.schedule.unets}, card)
-    table, lines = least_time(prepared.schedule, card, prepared.sizes, request.images, traffic, counted)
+    bundles = {name: pipeline.swapper.bundle_of(name) for name in prepared.schedule.unets}
+    encodes = request.image is not None
+    table, lines, told = at_best(prepared.schedule, bundles, card, prepared.sizes, request.images, encodes=encodes)
     console.print(table)
     for line in lines:
         console.print(line, soft_wrap=True)
+    if options.json:
+        print(json.dumps({"bundle": str(folder), **({"plot": str(options.plot)} if options.plot else {}), **told}))
 
 
 def _plans(options: Namespace, console: Console) -> None:
     """List the plans; what they cost is a bundle's to say."""
+    if options.json:
+        raise UserError("`plans` is a table and takes no --json; for one plan: --plan PLAN --explain --json")
     if options.plan != "full":
         raise UserError(
             f"`plans` lists all of them, and takes no --plan {options.plan}; for that one: --plan {options.plan} --explain"

@@ -3,7 +3,9 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.box import SIMPLE
@@ -24,7 +26,7 @@ from runtime.plans.schedule import Schedule, Step
 from runtime.plans.subgraph import subgraph_for
 from runtime.report.cost import from_to, macs_of, peak_bytes, share_of_rows
 
-__all__ = ["COLOURS", "explain", "in_order", "listed", "plot", "segment_seconds", "unit_states"]
+__all__ = ["COLOURS", "explain", "explained_as_json", "in_order", "listed", "plot", "segment_seconds", "unit_states"]
 
 _REPEATS = 5
 _MOST_NAMED = 5
@@ -68,6 +70,46 @@ def explain(
     table = Table(title=title, box=SIMPLE)
     for name in ("step", "UNet", "kind", "segments run", "inherited", "MACs", "time", "ms"):
         table.add_column(name, justify="right" if name in {"step", "MACs", "time", "ms"} else "left")
+    costs = _costs(schedule, networks, sizes, swapper)
+    for row in costs.rows:
+        names = listed(row["segments"], row["of"]), listed(row["inherited"])
+        numbers = f"{row['macs']:.2f}", f"{row['time']:.2f}", f"{row['milliseconds']:.1f}"
+        table.add_row(str(row["step"]), row["unet"], row["kind"], *names, *numbers)
+    all_macs, all_time = (from_to(*ends, digits=2) for ends in (costs.macs, costs.time))
+    decided = "\nsteps of kind 'as decided' are shown as key steps, and may inherit" if schedule.adaptive else ""
+    swaps = _swaps(schedule.all_steps(), swapper) if swapper and swapper.swaps else ""
+    return fit(table, console or Console(), ["UNet", "MACs", "inherited"]), (
+        f"over {schedule.steps} steps, UNet MACs {all_macs} and predicted time {all_time} of full; features between segments "
+        f"take at most {peak_bytes(schedule, sizes) / 2**20:.2f} MiB at once, cached ones included; what an engine needs "
+        f"inside a segment comes on top{decided}{swaps}"
+    )
+
+
+def explained_as_json(
+    schedule: Schedule, networks: Mapping[str, LoadedBundle], sizes: Mapping[str, int], swapper: Swapper | None = None
+) -> dict[str, Any]:
+    """What ``explain`` prints, in JSON's terms: ranges are pairs of the least and the most."""
+    costs = _costs(schedule, networks, sizes, swapper)
+    return {
+        "plan": schedule.plan.name,
+        "steps": costs.rows,
+        "macs_of_full": costs.macs,
+        "time_of_full": costs.time,
+        "features_bytes": peak_bytes(schedule, sizes),
+    }
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Steps as they are listed, and the least and the most mean MACs and time of all steps, relative to a whole one."""
+
+    rows: list[dict[str, Any]]
+    macs: tuple[float, float]
+    time: tuple[float, float]
+
+
+def _costs(schedule: Schedule, networks: Mapping[str, LoadedBundle], sizes: Mapping[str, int], swapper: Swapper | None) -> _Costs:
+    """Time the segments, and say what each step costs."""
     steps = schedule.all_steps()
     halves = {step.half for step in steps} | {False}
     seconds: dict[tuple[str, bool], dict[str, float]] = {}
@@ -77,11 +119,9 @@ def explain(
                 rows = sizes["batch"] // 2 if half else sizes["batch"]
                 seconds[name, half] = segment_seconds(networks[name], {**sizes, "batch": rows})
     last = schedule.unets[steps[-1].unet]
-    whole = subgraph_for(last, frozenset({NOISE}))
-    full_macs, full_seconds = (
-        macs_of(last, whole.segment_names, sizes),
-        sum(seconds[steps[-1].unet, False][name] for name in whole.segment_names),
-    )
+    whole = subgraph_for(last, frozenset({NOISE})).segment_names
+    full_macs = macs_of(last, whole, sizes)
+    full_seconds = sum(seconds[steps[-1].unet, False][name] for name in whole)
 
     def cost(step: Step) -> tuple[float, float]:
         """A step's MACs and time, relative to those of the whole UNet."""
@@ -89,19 +129,23 @@ def explain(
         time = sum(seconds[step.unet, step.half][name] for name in ran) / full_seconds
         return share_of_rows(step.half) * macs_of(schedule.unets[step.unet], ran, sizes) / full_macs, time
 
+    listed_steps = []
     for step in steps:
         subgraph, (macs, time) = schedule.subgraph(step), cost(step)
-        kind = "as decided" if schedule.pending_threshold(step.index) else step.kind
-        names = listed(subgraph.segment_names, len(seconds[step.unet, False])), listed(sorted(subgraph.cached_inputs))
-        table.add_row(str(step.index), step.unet, kind, *names, f"{macs:.2f}", f"{time:.2f}", f"{1000 * time * full_seconds:.1f}")
+        listed_steps.append({
+            "step": step.index,
+            "unet": step.unet,
+            "kind": "as decided" if schedule.pending_threshold(step.index) else step.kind,
+            "segments": list(subgraph.segment_names),
+            "of": len(seconds[step.unet, False]),
+            "inherited": sorted(subgraph.cached_inputs),
+            "macs": macs,
+            "time": time,
+            "milliseconds": 1000 * time * full_seconds,
+        })  # fmt: skip
     sums = [map(statistics.fmean, zip(*map(cost, schedule.all_steps(changed)), strict=True)) for changed in (False, True)]
-    all_macs, all_time = (from_to(least, most, digits=2) for least, most in zip(*sums, strict=True))
-    decided = "\nsteps of kind 'as decided' are shown as key steps, and may inherit" if schedule.adaptive else ""
-    return fit(table, console or Console(), ["UNet", "MACs", "inherited"]), (
-        f"over {schedule.steps} steps, UNet MACs {all_macs} and predicted time {all_time} of full; features between segments "
-        f"take at most {peak_bytes(schedule, sizes) / 2**20:.2f} MiB at once, cached ones included; what an engine needs "
-        f"inside a segment comes on top{decided}{_swaps(steps, swapper) if swapper and swapper.swaps else ''}"
-    )
+    all_macs, all_time = zip(*sums, strict=True)
+    return _Costs(listed_steps, all_macs, all_time)
 
 
 def _swaps(steps: tuple[Step, ...], swapper: Swapper) -> str:

@@ -6,14 +6,15 @@ card's memory: the longer of both (the roofline model, Williams, Waterman and Pa
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
 
 from engines import DTYPES, Manifest, Segment
-from engines.bundle.names import NOISE, TEXT, VAE, VAE_DECODER
+from engines.bundle.names import NOISE, TEXT, VAE, VAE_DECODER, VAE_ENCODER
 from engines.bundle.shapes import resolve
 from runtime.errors import PlanError
 from runtime.plans.checks import check_runs
@@ -87,9 +88,15 @@ class _Bounds:
 
 
 def least_time(
-    schedule: Schedule, card: Card, sizes: Mapping[str, int], images: int, traffic: Traffic = border_bytes, counted: str = ""
-) -> tuple[Table, list[str]]:
-    """The table of kinds of step with their least times, and lines on the picture, on what the plan saves and on other plans.
+    schedule: Schedule,
+    card: Card,
+    sizes: Mapping[str, int],
+    images: int,
+    traffic: Traffic = border_bytes,
+    counted: str = "",
+    encodes: bool = False,
+) -> tuple[Table, list[str], dict[str, Any]]:
+    """The table of kinds of step with their least times; lines on the picture and on other plans; and all of it in JSON's terms.
 
     Steps that are decided while they run are shown as computing afresh; sums go from the least to the most. Other plans are
     compared by the least.
@@ -101,17 +108,35 @@ def least_time(
         images: pictures of the call.
         traffic: tells the bytes of a segment's activations.
         counted: how these were counted, in words.
+        encodes: whether the call starts from a picture, which the VAE encodes once.
     """
     bounds, last = _Bounds(card, sizes, traffic), schedule.unets[schedule.all_steps()[-1].unet]
     full = bounds.of(last, subgraph_for(last, frozenset({NOISE})).segment_names)
     table = Table(title=f"plan {schedule.plan.name} on a {card.name}, at best", box=SIMPLE)
     for name in ("UNet", "kind", "steps", "MACs\nms", "bytes\nms", "least\nms", "of\nfull", "bound by"):
         table.add_column(name, justify="left" if name in {"UNet", "kind", "bound by"} else "right", no_wrap=True)
+    kinds = []
     for (unet, kind, _), (count, bound) in _kinds(schedule, bounds).items():
-        numbers = (f"{1000 * seconds:.3f}" for seconds in (bound.arithmetic, bound.memory, bound.seconds))
-        table.add_row(unet, kind, str(count), *numbers, f"{bound.seconds / full.seconds:.3f}", bound.by)
-    rest = _text_and_vae(last, bounds, images)
-    return table, [*_sums(schedule, bounds, full, rest), *_others(schedule, bounds, full), _how(card, last, sizes, counted)]
+        numbers = [1000 * seconds for seconds in (bound.arithmetic, bound.memory, bound.seconds)]
+        share = bound.seconds / full.seconds
+        table.add_row(unet, kind, str(count), *(f"{number:.3f}" for number in numbers), f"{share:.3f}", bound.by)
+        times = dict(zip(("macs_ms", "bytes_ms", "least_ms"), numbers, strict=True))
+        kinds.append({"unet": unet, "kind": kind, "steps": count, **times, "of_full": share, "bound_by": bound.by})
+    rest, how = _text_and_vae(last, bounds, images, encodes), _how(card, last, sizes, counted)
+    unet_ms = [1e3 * _unet_time(schedule, bounds, changed) for changed in (False, True)]
+    shares = _shares(schedule, bounds, full)
+    told = {
+        "plan": schedule.plan.name,
+        "card": asdict(card),
+        "kinds": kinds,
+        "unet_ms": unet_ms,
+        "unet_ms_of_full": 1e3 * full.seconds * schedule.steps,
+        "text_and_vae_ms": 1e3 * rest.seconds,
+        "other_plans_of_full": shares,
+        "how": how,
+    }
+    parts = "text encoder and VAE" if not encodes else "text encoder and VAE (encoder and decoder)"
+    return table, [_sums(unet_ms, full.seconds * schedule.steps, rest, parts), *_others(shares), how], told
 
 
 def _kinds(schedule: Schedule, bounds: _Bounds) -> dict[tuple[str, str, tuple[str, ...]], tuple[int, Bound]]:
@@ -126,12 +151,14 @@ def _kinds(schedule: Schedule, bounds: _Bounds) -> dict[tuple[str, str, tuple[st
     }
 
 
-def _text_and_vae(manifest: Manifest, bounds: _Bounds, images: int) -> Bound:
-    """The text encoder, once, and the VAE's decoder, picture by picture."""
+def _text_and_vae(manifest: Manifest, bounds: _Bounds, images: int, encodes: bool) -> Bound:
+    """The text encoder, once; the VAE's decoder, picture by picture; and its encoder, once, for a call from a picture."""
     there = {name for segment in manifest.segments for name in segment.units}
-    names = [segment.name for segment in manifest.segments if TEXT in segment.units]
-    names += [segment.name for segment in manifest.segments if VAE_DECODER in segment.units] * images
-    return bounds.of(manifest, names) if {TEXT, VAE_DECODER} <= there else Bound(0, 0, 0)
+    if not {TEXT, VAE_DECODER} <= there:
+        return Bound(0, 0, 0)
+    times = {TEXT: 1, VAE_ENCODER: int(encodes), VAE_DECODER: images}
+    runs = [[segment.name] * times[unit] for unit in times for segment in manifest.segments if unit in segment.units]
+    return bounds.of(manifest, [name for names in runs for name in names])
 
 
 def _unet_time(schedule: Schedule, bounds: _Bounds, changed: bool) -> float:
@@ -139,22 +166,25 @@ def _unet_time(schedule: Schedule, bounds: _Bounds, changed: bool) -> float:
     return sum(bounds.of(schedule.unets[step.unet], schedule.subgraph(step).segment_names, step.half).seconds for step in steps)
 
 
-def _sums(schedule: Schedule, bounds: _Bounds, full: Bound, rest: Bound) -> Iterator[str]:
-    least, most = (_unet_time(schedule, bounds, changed) for changed in (False, True))
-    whole = full.seconds * schedule.steps
+def _sums(unet_ms: Sequence[float], whole: float, rest: Bound, parts: str) -> str:
+    least, most = (ms / 1e3 for ms in unet_ms)
     picture, unet = (from_to(1e3 * (least + more), 1e3 * (most + more), digits=2) for more in (rest.seconds, 0.0))
     slower, faster = ((whole + rest.seconds) / (seconds + rest.seconds) for seconds in (most, least))
-    yield (
-        f"at best {picture} ms in all: the UNet's steps {unet} ms (full: {1e3 * whole:.2f}), text encoder and VAE "
+    return (
+        f"at best {picture} ms in all: the UNet's steps {unet} ms (full: {1e3 * whole:.2f}), {parts} "
         f"{1e3 * rest.seconds:.2f} ms; {from_to(slower, faster, digits=2)} times as fast as full"
     )
 
 
-def _others(schedule: Schedule, bounds: _Bounds, full: Bound) -> Iterator[str]:
-    """The least times of other plans that these segments can run: where memory binds, fewer MACs are not less time."""
+def _shares(schedule: Schedule, bounds: _Bounds, full: Bound) -> dict[str, float]:
+    """The least times of other plans that these segments can run, relative to ``full``."""
     shares = {preset.example: _share(preset.example, schedule, bounds, full) for preset in PRESETS.values()}
-    known = {name: share for name, share in shares.items() if share is not None}
-    pays, fails = ([f"{name} {share:.2f}" for name, share in known.items() if (share <= PAYS) is good] for good in (True, False))
+    return {name: share for name, share in shares.items() if share is not None}
+
+
+def _others(shares: Mapping[str, float]) -> Iterator[str]:
+    """What other plans save: where memory binds, fewer MACs are not less time."""
+    pays, fails = ([f"{name} {share:.2f}" for name, share in shares.items() if (share <= PAYS) is good] for good in (True, False))
     yield f"the UNet's steps at best, full being 1: {', '.join(pays) or 'no other plan saves any'}"
     if fails:
         yield f"plans that do not pay there (above {PAYS:g}): {', '.join(fails)}"

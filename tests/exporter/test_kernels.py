@@ -5,18 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import onnx
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from rich.console import Console
 
+from benchmarks.old_precision import OLD_WIDE, write_wide
 from engines import Bundle, Profile, Traced
 from engines.support.tables import fit
 from engines.tensorrt.engine import TensorRTRTX
 from engines.tensorrt.kernels import CompiledKernels, Kernel, read_kernels
 from exporter import BuildOptions, build
-from exporter.kernels import KernelCounts, counts_of_bundle, kernel_table, total
+from exporter.graph.checkpoint import open_source
+from exporter.graph.graph import load_graph
+from exporter.graph.segmentation import segments_of
+from exporter.kernels import KernelCounts, count_kernels, counts_of_bundle, kernel_table, total
+from exporter.segments.precision import WIDE
+from exporter.segments.trace import OPSET, trace_program, write_onnx
+from exporter.segments.writer import profile_of
 from tests.support.commands import Command
 from tests.support.sources import save_source
 from tests.support.unets import small_unet
@@ -79,6 +89,43 @@ def test_every_attention_and_every_group_norm_is_one_kernel(wide_heads: Bundle, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("wide", "fused"), [(WIDE, 1), (OLD_WIDE, 0)])
+def test_a_norm_between_casts_is_not_fused(tmp_path: Path, wide: frozenset[str], fused: int) -> None:
+    """TensorRT-RTX has one kernel for the instance norm of it (``Inor``) and others for casts, scale and shift."""
+    size = 128, 128
+    unet = small_unet("uneven", layers_per_block=1, block_out_channels=(64, 64, 128), attention_head_dim=(4, 2, 2))
+    source = save_source(tmp_path / "source", unet)
+    graph = load_graph(open_source(str(source), "original"), "original", torch.float16, size)
+    (head,) = (segment for segment in segments_of(graph, "block") if segment.name == "head")
+    program, path = trace_program(head, graph.segment_module(head), graph.features, graph.depth), tmp_path / "head.onnx"
+    with write_wide(wide):
+        write_onnx(program, head, path, OPSET)
+    compiled = TensorRTRTX().kernels(Traced(head, path), profile_of(head, graph.features, [size], 1, graph.vae_scale), ("sm89",))
+    count = count_kernels("head", path, compiled)
+    assert (count.norms, count.fused_norms) == (1, fused), [kernel.name for kernel in compiled.kernels]
+
+
+@pytest.mark.parametrize(
+    ("names", "fused"),
+    [
+        (["__myl_SiluGnor_myl0_4"], 1),
+        (["__myl_Gnor_myl0_10"], 1),
+        (["__myl_Inor_myl0_4"], 0),
+        (["__myl_CastMulAdd_myl0_4"], 0),
+        (["__myl_ReshCastCastMean_myl0_1", "__myl_SubMulMean_myl0_3"], 0),
+        ([], 0),
+    ],
+)
+def test_fused_is_one_kernel_that_does_all_of_a_norm(tmp_path: Path, names: list[str], fused: int) -> None:
+    node = onnx.helper.make_node("InstanceNormalization", ["x", "a", "b"], ["y"], name="norm")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "norm", [], [])), tmp_path / "norm.onnx")
+    kernels = (Kernel(name, "kgen", 8, 8, frozenset({"norm"})) for name in names)
+    loads = Kernel("__myl_Move_myl0_3", "kgen", 0, 256, frozenset({"norm"}))  # of scale and shift
+    count = count_kernels("norm", tmp_path / "norm.onnx", CompiledKernels((loads, *kernels), 0))
+    assert (count.norms, count.fused_norms) == (1, fused)
+
+
+@pytest.mark.slow
 def test_the_command_prints_a_row_for_each_segment(wide_heads: Bundle, exporter: Command) -> None:
     shown = exporter("inspect", wide_heads.folder, "--kernels")
     assert shown.code == 0
@@ -104,7 +151,9 @@ def test_figures_are_whole_in_a_narrow_terminal(name: str) -> None:
     ("options", "reason"),
     [
         (("--kernels", "--target", "sm1"), "unknown target 'sm1'; choose from: sm75"),
+        (("--kernels", "--target", ""), "unknown target ''; choose from: sm75"),
         (("--target", "sm89"), "--target goes with --kernels"),
+        (("--target", ""), "--target goes with --kernels"),
         (("--json",), "--json goes with --kernels"),
     ],
 )

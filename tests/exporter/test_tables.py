@@ -47,7 +47,7 @@ def test_single_precision_on_tensorrt_is_advised_against(
     out, (warning,), found = told(as_built(mini_bundle, *engines), capsys)
     named = " and ".join(name for name in engines if name != "torch")
     assert warning == f"warning: {found['advice']}"
-    assert found["advice"].startswith(f"in fp32 {named} fuse no attention and no group norm")
+    assert found["advice"].startswith(f"in fp32 {named} fuse no attention, so that the scores")
     options = options_of(found["advice"].partition("build in fp16: ")[2])
     assert (options.command, options.precision, options.out, options.force) == ("build", "fp16", mini_bundle.folder, True)
     assert set(engines) <= set(options.engine.split(","))

@@ -316,6 +316,40 @@ def test_a_plan_on_a_card_that_is_not_here(runtime: Command, mini_bundle: Bundle
     assert_refused(runtime(*given, "--card", "rtx4090"), "--card rtx4090 goes with --explain")
 
 
+def test_a_card_without_a_name(runtime: Command, mini_bundle: Bundle) -> None:
+    given = ["--bundle", mini_bundle.folder, "--card", ""]
+    assert_refused(runtime(*given, "--explain"), "unknown card ''; choose one of rtx2080ti")
+    assert_refused(runtime(*given, PROMPT), "--card  goes with --explain")
+
+
+def test_a_plan_from_a_picture_counts_the_encoder(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
+    Image.new("RGB", (64, 64)).save(here / "start.png")
+    given = ["--bundle", mini_bundle.folder, "--explain", "--card", "rtx4090", "--json"]
+    plain, started = (
+        json.loads(runtime(*given, *more).out[0]) for more in ([], ["--image", here / "start.png", "--strength", 1])
+    )
+    assert started["unet_ms"] == plain["unet_ms"]
+    assert started["text_and_vae_ms"] > plain["text_and_vae_ms"] > 0
+
+
+def test_a_plan_is_explained_as_json(runtime: Command, mini_bundle: Bundle, here: Path) -> None:
+    given = ["--bundle", mini_bundle.folder, "--steps", 4, "--plan", "block:2", "--json"]
+    (line,) = runtime(*given, "--explain", "--plot", "plan.png").out
+    told = json.loads(line)
+    assert [step["kind"] for step in told["steps"]] == ["key", "inherit"] * 2
+    assert told["steps"][0]["macs"] == 1 > told["steps"][1]["macs"] > 0
+    assert (told["plan"], told["plot"], told["engine"]) == ("block:2", "plan.png", "onnxruntime")
+    assert told["macs_of_full"][0] == told["macs_of_full"][1] < 1
+    (line,) = runtime(*given, "--plot", "plan.png").out
+    assert json.loads(line)["plot"] == "plan.png"
+    (line,) = runtime(*given, "--explain", "--card", "rtx4090").out
+    told = json.loads(line)
+    assert {kind["kind"]: kind["steps"] for kind in told["kinds"]} == {"key": 2, "inherit": 2}
+    assert told["card"]["name"] == "rtx4090"
+    assert 0 < told["unet_ms"][0] < told["unet_ms_of_full"]
+    assert_refused(runtime("plans", "--json"), "`plans` is a table and takes no --json")
+
+
 @pytest.mark.parametrize("path", ["nowhere/plan.png", "plan.xyz", "plan"])
 def test_a_plot_that_cannot_be_written(runtime: Command, here: Path, path: str) -> None:
     """Said before a bundle is looked for: there is none here."""

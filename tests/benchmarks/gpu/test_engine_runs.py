@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.gpu import engine_runs
+from benchmarks.gpu.card import LAYOUTS, engine_named
 from benchmarks.gpu.engine_runs import EngineRuns, KeptLatents
 from benchmarks.gpu.found import Found
 from benchmarks.gpu.options import parse
@@ -142,6 +143,28 @@ def test_kept_latents_of_half_precision_give_way_to_better_ones(tmp_path: Path) 
         found = kept.find("full")
         assert found is not None
         assert (found[0], float(found[1])) == (f"torch {precision}", 1.0 if precision == "fp16" else value)
+
+
+def test_options_of_engines_are_measured_beside_the_engines(builds: Builds, tmp_path: Path) -> None:
+    runs = runs_of(options_of(tmp_path), "layouts", ("torch", "tensorrt-rtx", "onnxruntime"))
+    names = [name for name, _ in runs.parts()]
+    assert names == ["build fp16", *(f"{name} fp16" for name in ("torch", "onnxruntime", *LAYOUTS))]
+    for name, work in runs.parts():
+        if name == "build fp16":
+            work()
+    assert builds.asked[0].engines == ("torch", "onnxruntime")
+    assert runs._open("torch-channels-last", "fp16") is not None
+    assert vars(engine_named("torch-channels-last", CPU))["_channels_last"] is True
+    with pytest.raises(EngineError, match="prefer_nhwc on CUDA only"):
+        engine_named("onnxruntime-nhwc", CPU)
+
+
+def test_one_engines_option_is_not_left_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    with engine_runs._own_benchmark():
+        engine_named("torch-cudnn-benchmark", CPU)
+        assert torch.backends.cudnn.benchmark is True
+    assert torch.backends.cudnn.benchmark is False
 
 
 def test_engine_torch_comes_first_where_there_is_nothing_to_compare_with(tmp_path: Path) -> None:

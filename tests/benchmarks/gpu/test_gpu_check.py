@@ -258,12 +258,16 @@ def test_one_run_looks_at_a_small_source_for_correctness_and_a_large_one_for_spe
     assert stand_ins.built == [
         ("emoji", every, False), ("emoji", every, False), ("random:sd15", every[:2], False),
         ("random:sd15", ("tensorrt-rtx",), True), ("random:sd15", ("tensorrt",), False),
+        ("random:sd15", ("torch",), False),
     ]  # fmt: skip
     made = {name: [(row["engine"], row["precision"]) for row in stage["rows"]] for name, stage in found["stages"].items()}
     assert made["correct"] == [(engine, precision) for precision in ("fp32", "fp16") for engine in every]
     assert made["rtx"] == [("torch", "fp16"), ("tensorrt-rtx", "fp16")]
     assert made["rtx-old"] == [("tensorrt-rtx", "fp16")]
     assert made["tensorrt"] == [("tensorrt", "fp16")]
+    assert made["layouts"] == [
+        ("torch-channels-last", "fp16"), ("torch-cudnn-benchmark", "fp16"), ("torch-channels-last-cudnn-benchmark", "fp16"),
+    ], "torch as it is was measured before"  # fmt: skip
     assert {row["reference"] for row in found["stages"]["tensorrt"]["rows"]} == {"torch fp16"}
     assert found["stages"]["rtx"]["source"] == "random:sd15"
 

@@ -20,7 +20,9 @@ class Machine:
         self.log, self.venv, self.path = folder / "log", folder / "venv", folder / "path"
         (self.venv / "bin").mkdir(parents=True)
         self.path.mkdir()
-        self.program(self.venv / "bin" / "python", f'echo "$@" >> {self.log}; [[ "$*" != *"[tensorrt]" ]]')
+        self.program(
+            self.venv / "bin" / "python", f'echo "$@" >> {self.log}; [[ "$*" != *"[tensorrt]" && "$*" != *onnxruntime-gpu* ]]'
+        )
         for stamp in (".created", ".installed-test"):  # in this order
             (self.venv / stamp).touch()
 
@@ -49,10 +51,15 @@ def machine(tmp_path: Path) -> Machine:
 def test_what_cannot_be_installed_is_said_and_ends_nothing(machine: Machine) -> None:
     asked, said = machine.check("PIP_ARGS=--quiet", "GPU_ARGS=--only driver")
     install = "-m pip install --quiet --constraint constraints.txt --editable"
+    looks = '-c import importlib.metadata as m; m.version("onnxruntime-gpu")'
     assert asked == [
-        f"{install} .[tensorrt-rtx]", f"{install} .[tensorrt]", "-m benchmarks.gpu.gpu_check --only driver",
+        f"{install} .[tensorrt-rtx]", f"{install} .[tensorrt]", looks, "-m benchmarks.gpu.gpu_check --only driver",
     ]  # fmt: skip
-    assert said.splitlines() == ["make: the extra tensorrt could not be installed; the check leaves its engine out"]
+    assert said.splitlines() == [
+        "make: the extra tensorrt could not be installed; the check leaves its engine out",
+        "make: onnxruntime-gpu is not installed, for it overwrites onnxruntime; the check leaves ONNX Runtime out: "
+        "docs/onnxruntime.md has how to include it",
+    ]
 
 
 def test_without_a_gpu_nothing_is_installed(machine: Machine) -> None:

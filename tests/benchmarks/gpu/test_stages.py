@@ -9,6 +9,7 @@ import pytest
 from benchmarks.gpu.gpu_check import main
 from benchmarks.gpu.options import BUDGET, parse
 from benchmarks.gpu.stages import STAGES
+from engines import UserError
 
 Shown = dict[str, tuple[str, str]]
 
@@ -28,9 +29,9 @@ def test_a_first_session(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
     shown, said = dry(capsys, "--budget", "inf")
     assert list(shown.items()) == [
         ("driver", ("0", "2")), ("correct", ("2", "3")), ("rtx", ("5", "4")), ("rtx-old", ("9", "3")), ("tensorrt", ("12", "8")),
-        ("baselines", ("20", "4")), ("drills", ("24", "4")),
+        ("baselines", ("20", "4")), ("layouts", ("24", "6")), ("drills", ("30", "4")),
     ]  # fmt: skip
-    assert "about 28 minutes of inf; nothing was built or run" in said
+    assert "about 34 minutes of inf; nothing was built or run" in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -51,7 +52,7 @@ def test_the_first_stages_fit_ten_minutes(capsys: pytest.CaptureFixture[str]) ->
 
 def test_what_does_not_fit_leaves_room_for_what_does(capsys: pytest.CaptureFixture[str]) -> None:
     shown, _ = dry(capsys, "--budget", "17")
-    assert [name for name, (begins, _) in shown.items() if begins == "-"] == ["tensorrt", "drills"]
+    assert [name for name, (begins, _) in shown.items() if begins == "-"] == ["tensorrt", "layouts", "drills"]
     assert shown["baselines"] == ("12", "4")
 
 
@@ -62,8 +63,8 @@ def test_stages_that_are_named_come_in_their_order(capsys: pytest.CaptureFixture
 
 def test_a_source_that_is_named_is_that_of_all_stages(capsys: pytest.CaptureFixture[str]) -> None:
     shown, said = dry(capsys, "--source", "mini", "--precision", "fp16", "--budget", "inf")
-    assert [takes for _, takes in shown.values()] == ["2", "3", "1", "1", "2", "2", "4"]
-    assert said.count("mini in") == 4
+    assert [takes for _, takes in shown.values()] == ["2", "3", "1", "1", "2", "2", "2", "4"]
+    assert said.count("mini in") == 5
     assert "sd15" not in said
 
 
@@ -87,3 +88,22 @@ def test_engines_that_are_not_installed_are_named(capsys: pytest.CaptureFixture[
     _, said = dry(capsys)
     assert "engine tensorrt is not installed here and would be left out" in said
     assert "engine tensorrt-rtx is not" not in said
+
+
+def test_a_target_that_is_none_is_refused_before_anything_is_done() -> None:
+    assert parse(["--targets", "sm89,sm120"], "").targets == ["sm89", "sm120"]
+    with pytest.raises(UserError, match="--targets: 'xyz' is no compute capability; write such as sm89"):
+        parse(["--targets", "sm89,xyz"], "")
+
+
+def test_onnx_runtime_without_cuda_is_said_to_be_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed is not enough: the package without CUDA is what the project has."""
+    monkeypatch.setattr("benchmarks.gpu.stages._installed", lambda package: False)
+    _, said = dry(capsys)
+    assert "engine onnxruntime has no CUDA here and would be left out on a card" in said
+    assert "make gpu-check does not install onnxruntime-gpu" in said
+    assert "no CUDA" not in dry(capsys, "--engines", "torch")[1]
+    monkeypatch.setattr("benchmarks.gpu.stages._installed", lambda package: True)
+    assert "no CUDA" not in dry(capsys)[1]

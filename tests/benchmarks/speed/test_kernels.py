@@ -77,6 +77,16 @@ def _unet(row: dict[str, Any]) -> str:
     return " | ".join((str(row["kernels"]), *fused, f"{row['bytes_moved'] / 1e9:.2f}"))
 
 
+def test_the_page_has_what_single_precision_moves(committed: dict[str, Any]) -> None:
+    page = (ROOT / "docs/onnx.md").read_text()
+    single = json.loads((ROOT / "benchmarks/results/kernels-fp32.json").read_text())
+    assert single["settings"] == committed["settings"] | {"precision": "fp32"}
+    assert single["versions"]["tensorrt-rtx"] == committed["versions"]["tensorrt-rtx"]
+    for precision, results in (("fp32", single), ("fp16", committed)):
+        (row,) = (row for row in results["segments"][BUILT] if row["segment"] == "down.0")
+        assert f"| {precision} | {_unet(row)} | {row['scratch_bytes'] / 1e6:,.0f} |" in page
+
+
 def test_the_page_has_the_figures_and_the_version(committed: dict[str, Any]) -> None:
     page = (ROOT / "docs/onnx.md").read_text()
     assert [row for row in table_rows(committed) if row not in page] == []

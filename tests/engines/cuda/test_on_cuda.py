@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from engines import EngineError
+from engines.base import DTYPES
 from engines.bundle.shapes import resolve
 from engines.ort.engine import OnnxRuntime
 from engines.torch_program import ModuleRunner, Torch
@@ -23,8 +25,9 @@ from tests.engines.test_engines import BoundOnnxRuntime
 def onnxruntime_on_cuda(damageable):
     """What an engine on CUDA would give a session of the front: the options of each provider by name, and the bundle's folder."""
 
-    def options(precision="fp32", tensorrt=False):
+    def options(precision="fp32", tensorrt=False, prefer_nhwc=False):
         engine = OnnxRuntime(device="cpu")
+        engine._prefer_nhwc = prefer_nhwc
         engine._stream, engine._tensorrt = SimpleNamespace(cuda_stream=77), tensorrt  # type: ignore[assignment]
         bundle = replace(damageable, manifest=damageable.manifest.model_copy(update={"precision": precision}))
         *accelerated, last = engine._providers(bundle, bundle.manifest.segment("front"))
@@ -45,6 +48,30 @@ def test_onnxruntime_on_cuda_is_told_the_stream_and_waits_for_nothing(onnxruntim
 def test_onnxruntime_on_cuda_takes_no_tf32_for_fp32(onnxruntime_on_cuda):
     assert onnxruntime_on_cuda("fp32")["CUDAExecutionProvider"]["use_tf32"] == "0"
     assert "use_tf32" not in onnxruntime_on_cuda("fp16")["CUDAExecutionProvider"]
+
+
+def test_onnxruntime_on_cuda_lays_features_channels_last_where_asked_to(onnxruntime_on_cuda):
+    assert "prefer_nhwc" not in onnxruntime_on_cuda()["CUDAExecutionProvider"]
+    options = onnxruntime_on_cuda(tensorrt=True, prefer_nhwc=True)
+    assert options["CUDAExecutionProvider"]["prefer_nhwc"] == "1"
+    assert "prefer_nhwc" not in options["TensorrtExecutionProvider"], "which has no such option"
+    with pytest.raises(EngineError, match="prefer_nhwc on CUDA only"):
+        OnnxRuntime(device="cpu", prefer_nhwc=True)
+
+
+def test_the_torch_engine_channels_last_gives_the_same(torch_bundle):
+    """Every segment of a whole bundle, with views of features that lie otherwise than they did when they were traced."""
+    laid = 0
+    for segment in torch_bundle.manifest.segments:
+        features = torch_bundle.manifest.features
+        sizes = {"batch": 2, "images": 1, "height": 8, "width": 8}
+        inputs = {n: torch.randn(resolve(features[n].shape, sizes)).to(DTYPES[features[n].dtype]) for n in segment.inputs}
+        plain, last = (Torch("cpu", channels_last=way).load(torch_bundle, segment) for way in (False, True))
+        expected, found = plain.run(inputs), last.run(inputs)
+        for name, tensor in expected.items():
+            assert (found[name] - tensor).abs().max() <= 1e-4 * tensor.abs().max(), (segment.name, name)
+        laid += sum(weight.dim() == 4 and not weight.is_contiguous() for weight in last.module._weights.values())  # type: ignore[attr-defined]
+    assert laid > 0
 
 
 def test_onnxruntimes_tensorrt_keeps_its_engines_with_the_bundles_caches(onnxruntime_on_cuda, damageable):

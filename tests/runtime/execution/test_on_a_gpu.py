@@ -84,6 +84,14 @@ def test_tensorrt_rtx(rtx_bundle: Bundle, plan: str) -> None:
     check_plan(recording, plain, Pipeline(rtx_bundle, Torch("cpu")), plan)
 
 
+def recording_with(bundle: Bundle, recorder: CudaRecorder, limit: int = LIMIT) -> tuple[Pipeline, CudaGraphCache, Pipeline]:
+    """A pipeline that records with this recorder, its recordings, and a pipeline that records nothing."""
+    pipeline, plain = (Pipeline(bundle, Torch("cuda")) for _ in range(2))
+    plain.graphs = None
+    graphs = pipeline.graphs = pipeline.swapper._graphs = CudaGraphCache(recorder, limit=limit)
+    return pipeline, graphs, plain
+
+
 @drill
 @pytest.mark.parametrize("engine", ["torch", "tensorrt-rtx"])
 def test_threads_get_what_they_get_alone(request: pytest.FixtureRequest, torch_bundle: Bundle, engine: str) -> None:
@@ -100,14 +108,12 @@ def test_threads_get_what_they_get_alone(request: pytest.FixtureRequest, torch_b
 
 @drill
 def test_more_kinds_than_are_kept(torch_bundle: Bundle) -> None:
-    pipeline, plain = (Pipeline(torch_bundle, Torch("cuda")) for _ in range(2))
-    plain.graphs = None
-    pipeline.graphs = pipeline.swapper._graphs = CudaGraphCache(CudaRecorder(torch.device("cuda")), limit=2)
+    pipeline, graphs, plain = recording_with(torch_bundle, CudaRecorder(torch.device("cuda")), limit=2)
     expected = {plan: latents(plain, plan) for plan in PLANS}
     for _ in range(3):
         for plan in PLANS:
             assert relative_error(latents(pipeline, plan), expected[plan]) < 1e-3
-            assert len(pipeline.graphs._graphs) <= 2
+            assert len(graphs._graphs) <= 2
 
 
 @drill
@@ -154,10 +160,8 @@ class Counting(CudaRecorder):
 
 @drill
 def test_forty_kinds_of_step(torch_bundle: Bundle) -> None:
-    pipeline, plain = (Pipeline(torch_bundle, Torch("cuda")) for _ in range(2))
-    plain.graphs = None
     recorder = Counting(torch.device("cuda"))
-    graphs = pipeline.graphs = pipeline.swapper._graphs = CudaGraphCache(recorder)
+    pipeline, graphs, plain = recording_with(torch_bundle, recorder)
     held = []
     for _ in range(2):
         for height, width in SIZES:
@@ -186,10 +190,8 @@ class Short(CudaRecorder):
 
 @drill
 def test_no_memory_for_a_recording(torch_bundle: Bundle) -> None:
-    pipeline, plain = (Pipeline(torch_bundle, Torch("cuda")) for _ in range(2))
-    plain.graphs = None
     recorder = Short(torch.device("cuda"))
-    graphs = pipeline.graphs = pipeline.swapper._graphs = CudaGraphCache(recorder)
+    pipeline, graphs, plain = recording_with(torch_bundle, recorder)
     expected, before = latents(plain, "deepcache:3"), torch.cuda.current_stream()
     with pytest.warns(UserWarning, match="steps run piece by piece, not as CUDA graphs"):
         made = latents(pipeline, "deepcache:3")

@@ -18,7 +18,7 @@ from runtime.plans.presets import find_plan
 from runtime.report import traffic
 from runtime.report.cards import CARDS, Card, find_card
 from runtime.report.least_time import border_bytes, least_time, weight_bytes
-from runtime.report.traffic import traffic_for
+from runtime.report.traffic import at_best, traffic_for
 from tests.support.unets import manifest_of, small_unet
 
 SIZES = {"batch": 2, "height": 8, "width": 8}
@@ -46,7 +46,7 @@ def by_hand(manifest: Manifest, segment: Segment) -> float:
 
 def test_times_are_those_by_hand(manifest: Manifest) -> None:
     schedule = Schedule(find_plan("deepcache:3"), {"original": manifest}, TIMESTEPS)
-    table, lines = least_time(schedule, CARD, SIZES, images=1)
+    table, lines, _ = least_time(schedule, CARD, SIZES, images=1)
     assert table.row_count == 2
     kind, count, least, share = (list(table.columns[number].cells) for number in (1, 2, 5, 6))
     assert (kind, count) == (["key", "inherit"], ["2", "4"])
@@ -61,7 +61,7 @@ def test_what_binds_and_which_plans_stop_paying(manifest: Manifest) -> None:
     schedule = Schedule(find_plan("block:3"), {"original": manifest}, TIMESTEPS)
     slow_memory, slow_arithmetic = Card("m", "sm89", 1e-3, 1e6, 1e6), Card("a", "sm89", 1e6, 1e-3, 1e-3)
     for card, bound in ((slow_memory, "memory"), (slow_arithmetic, "arithmetic")):
-        table, lines = least_time(schedule, card, SIZES, images=1)
+        table, lines, _ = least_time(schedule, card, SIZES, images=1)
         assert set(table.columns[7].cells) == {bound}
         assert "block:3 0." in lines[1]
 
@@ -69,7 +69,7 @@ def test_what_binds_and_which_plans_stop_paying(manifest: Manifest) -> None:
         """All bytes are moved where every plan has to compute."""
         return 10**9 if "head" in segment.units else 0
 
-    _, lines = least_time(schedule, slow_memory, SIZES, images=1, traffic=outermost)
+    _, lines, _ = least_time(schedule, slow_memory, SIZES, images=1, traffic=outermost)
     assert lines[2].startswith("plans that do not pay there (above 0.95): block:3 1.00")
 
 
@@ -124,3 +124,30 @@ def test_kernels_are_counted_where_there_are_engines(manifest: Manifest, monkeyp
     found, how = traffic_for({"original": bundle}, find_card("h100"))  # type: ignore[dict-item]
     assert found is border_bytes
     assert "sm90 is unknown" in how
+
+
+def test_a_card_that_the_compiler_refuses_a_segment_for(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All bytes are then those of the borders: of one kind, and said so."""
+    refused = iter((30, None))
+
+    def kernels(engine: Compiler, traced: Any, profile: Any, targets: Any) -> CompiledKernels:
+        if next(refused, None) is None:
+            raise EngineError("segment down.0: it cannot build it\nfor sm75")
+        return CompiledKernels((Kernel("k", "kgen", 10, 20, frozenset()),), 0)
+
+    monkeypatch.setattr(Compiler, "kernels", kernels)
+    monkeypatch.setattr(traffic, "make_engine", lambda name: Compiler())
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(traffic, "checked_onnx", lambda bundle, files: tmp_path / "file")
+    compiled = {"tensorrt-rtx": Compiled(files=(), version="1.7")}
+    segments = tuple(segment.model_copy(update={"engines": compiled}) for segment in manifest.segments)
+    bundle = Bundle(tmp_path, manifest.model_copy(update={"segments": segments}))
+    schedule = Schedule(find_plan("deepcache:3"), {"original": bundle.manifest}, TIMESTEPS)
+    _, lines, told = at_best(schedule, {"original": bundle}, find_card("t4"), SIZES, 1)
+    _, expected, _ = least_time(schedule, find_card("t4"), SIZES, 1)
+    assert lines[:-1] == expected[:-1]
+    assert "own inputs and outputs, moved once (kernels cannot be counted: segment down.0: it cannot build it" in lines[-1]
+    assert told["how"] == lines[-1]
+    assert "\n" not in lines[-1]
