@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.end_to_end.figures import Figures, fails
+from benchmarks.end_to_end.figures import Figures, fault
 from benchmarks.machine import machine
 from engines.support.files import write_text
 
@@ -27,6 +27,7 @@ COLUMNS = (
     "MACs",
     "eff.",
     "dB",
+    "off",
     "MB",
     "load s",
 )
@@ -48,7 +49,8 @@ def _cells(figures: Figures) -> dict[str, str]:
         "VAE s": f"{figures['vae_seconds']:.3f}",
         "MACs": _number(figures.get("macs_ratio"), ".3f"),
         "eff.": _number(figures.get("efficiency"), ".2f"),
-        "dB": ("WRONG " if fails(figures) else "") + (same or _number(figures["psnr"], ".1f")),
+        "dB": ("WRONG " if fault(figures) else "") + (same or _number(figures["psnr"], ".1f")),
+        "off": _number(figures.get("deviation"), ".1e"),
         "MB": _number(figures["device_mb"] or figures["peak_mb"], ".0f"),
         "load s": _number(figures["load_seconds"], ".1f"),
     }
@@ -70,11 +72,15 @@ def terminal_table(found: Sequence[Figures], width: int) -> Table:
     return table
 
 
+def _title(figures: Figures) -> str:
+    return f"{figures['name']}, {figures['engine']}" if figures["variant"] else str(figures["name"])
+
+
 def markdown(found: Sequence[Figures]) -> str:
-    """The table for a document, and below it the rows that are not in it, with the reasons."""
+    """The table for a document, and below it what is wrong with rows, and the rows that are not in it, with the reasons."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * 2}{'---:|' * (len(COLUMNS) - 2)}"]
     lines += [f"| {' | '.join(_cells(one)[name] for name in COLUMNS)} |" for one in found if "reason" not in one]
-    left = [f"- {one['name']}: {one['reason']}" for one in found if "reason" in one]
+    left = [f"- {_title(one)}: {one[why]}" for one in found for why in ("reason", "fault") if why in one]
     return "\n".join([*lines, "", *left]) + "\n"
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.end_to_end.figures import Figures, fails, figures_of
+from benchmarks.end_to_end.figures import Figures, figures_of
 from benchmarks.end_to_end.measure import Log, measure
 from benchmarks.end_to_end.plots import plot_all
 from benchmarks.end_to_end.prepare import built, environment_of, written_pipeline
+from benchmarks.end_to_end.references import References
 from benchmarks.end_to_end.report import terminal_table, write_all
 from benchmarks.end_to_end.rows import Row, Settings, rows_of
 from benchmarks.end_to_end.timeline import Span, plot_timeline
@@ -56,7 +57,9 @@ def measured(settings: Settings, name: str, out: Path, console: Console, *, resu
         log = Log(settings.work / f"{name}.jsonl", asdict(settings), resume=resume)
     except ValueError as error:
         raise UserError(f"--resume: {settings.work / name}.jsonl is of another run ({error}); leave --resume out") from error
-    run = _Run(settings, bundles, console, log, rows)
+    first = next(row for row in rows if row.is_base and not row.reason)
+    references = References(settings.work / "scratch", name, first, resume=resume)
+    run = _Run(settings, bundles, console, log, references, rows)
     try:
         run.all_rows()
     except KeyboardInterrupt:
@@ -80,8 +83,12 @@ def _draw_timeline(run: "_Run", path: Path, title: str, console: Console) -> Non
 class _Run:
     """The state of a run: what is there, what is done, and how long the rest will take."""
 
-    def __init__(self, settings: Settings, bundles: dict[str, Bundle], console: Console, log: Log, rows: Sequence[Row]) -> None:
+    def __init__(
+        self, settings: Settings, bundles: dict[str, Bundle], console: Console, log: Log, references: References,
+        rows: Sequence[Row],
+    ) -> None:  # fmt: skip
         self._settings, self._bundles, self._console, self._log, self._rows = settings, bundles, console, log, rows
+        self._references = references
         self._pictures = len([row for row in rows if not row.reason]) * (settings.rounds + 1)
         self._made, self._started = 0, time.monotonic()
         manifest = bundles["original"].manifest
@@ -96,7 +103,8 @@ class _Run:
         for subject in dict.fromkeys(row.subject for row in rows):
             own = [row for row in rows if row.subject == subject]
             base = next((row for row in rows if row.is_base and row.engine == own[0].engine), first)
-            measure(own, base, self._start, self._call, self._settings, self._log, self._tell)
+            leads = [first, base] if base in own and base != first else [base]
+            measure(own, leads, self._start, self._call, self._settings, self._log, self._references, self._tell)
 
     def _start(self, row: Row, *, timeline: bool = False) -> Subject:
         """The process of a row's subject, with what it needs made first. Raises SubjectError."""
@@ -186,7 +194,9 @@ def _report(figures: list[Figures], name: str, out: Path, settings: Settings, co
     except UserError as error:
         console.print(f"no plot: {error}", highlight=False, soft_wrap=True)
     console.print(f"written: {', '.join(path.name for path in paths)} in {out}", highlight=False, soft_wrap=True)
-    wrong = [one["name"] for one in figures if fails(one)]
-    if wrong:
-        console.print(f"not the output of original full: {', '.join(wrong)}", highlight=False, style="red")
+    wrong = [one for one in figures if "fault" in one]
+    for one in wrong:
+        console.print(
+            f"{one['name']}, {one['engine']}: {one['fault']}", highlight=False, markup=False, style="red", soft_wrap=True
+        )
     return not wrong

@@ -32,6 +32,9 @@ class Subject:
         python: the interpreter of its environment.
         log: where its standard error goes.
 
+    Attributes:
+        about: what it says when it is loaded: ``load_seconds``.
+
     Raises:
         SubjectError: it cannot be loaded.
     """
@@ -46,7 +49,7 @@ class Subject:
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
         try:
-            self.load_seconds = float(self._read()["load_seconds"])
+            self.about = self._read()
         except BaseException:
             self.__exit__()
             raise

@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 
 from benchmarks import run_trt
-from benchmarks.end_to_end.figures import fails
+from benchmarks.end_to_end.figures import fault
 from benchmarks.end_to_end.measure import Log, measure
 from benchmarks.end_to_end.prepare import _write_words
+from benchmarks.end_to_end.references import References
 from benchmarks.end_to_end.rows import Settings, chosen_peers, rows_of
 from benchmarks.end_to_end.worker import SubjectError
 from benchmarks.peers import PEERS
@@ -64,7 +65,7 @@ def test_a_base_row_that_fails_ends_its_rows_alone(tmp_path: Path) -> None:
     base, row = rows_of(settings, {})[:2]
 
     class Failing:
-        load_seconds = 0.0
+        about = {"load_seconds": 0.0}  # noqa: RUF012
 
         def picture(self, call: Any) -> Any:
             raise SubjectError("out of memory")
@@ -78,7 +79,8 @@ def test_a_base_row_that_fails_ends_its_rows_alone(tmp_path: Path) -> None:
         return nullcontext(Failing())
 
     for _ in range(2):
-        measure([base, row], base, start, call, settings, log, lambda *told: None)
+        nothing = References(tmp_path, "run", base, resume=True)
+        measure([base, row], [base], start, call, settings, log, nothing, lambda *told: None)
     assert len(started) == 1
     errors = {sample["row"]: sample["error"] for sample in log.samples if "error" in sample}
     assert errors == {"original full": "out of memory", "original skip:2": "original full failed: out of memory"}
@@ -99,8 +101,9 @@ def test_a_quick_run_or_fewer_steps_do_not_take_the_place_of_a_whole_one() -> No
 
 @pytest.mark.parametrize(("error", "wrong"), [(1e-9, False), (1.0, True), (float("nan"), True)])
 def test_what_claims_the_base_rows_output_has_to_have_it(error: float, wrong: bool) -> None:
-    assert fails({"same_output": True, "latents_error": error}) is wrong
-    assert not fails({"same_output": False, "latents_error": error})
+    assert bool(fault({"same_output": True, "latents_error": error})) is wrong
+    assert bool(fault({"same_output": False, "latents_error": 0.0, "deviation": error})) is wrong
+    assert not fault({"same_output": False, "latents_error": error, "deviation": None})
 
 
 @pytest.mark.slow
