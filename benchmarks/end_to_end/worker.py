@@ -33,7 +33,7 @@ class Subject:
         log: where its standard error goes.
 
     Attributes:
-        about: what it says when it is loaded: ``load_seconds``.
+        about: what it says when it is loaded: ``load_seconds``, and ``versions`` by package.
 
     Raises:
         SubjectError: it cannot be loaded.
@@ -46,8 +46,9 @@ class Subject:
         command = [python or sys.executable, "-m", "benchmarks.peers.serve", module, str(folder.resolve()), json.dumps(options)]
         self._log = log.open("w")
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            start_new_session=True,  # Ctrl-C is this process's alone, which ends the others: none seems to have failed
+        )  # fmt: skip
         try:
             self.about = self._read()
         except BaseException:

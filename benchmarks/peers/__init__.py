@@ -8,8 +8,13 @@ a virtual one.
 
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 
-__all__ = ["OURS", "PEERS", "Peer"]
+__all__ = ["CONSTRAINTS", "OURS", "PEERS", "Peer"]
+
+CONSTRAINTS = Path(__file__).parent / "constraints"
+"""A file of pins for each peer with an environment of its own, named after its module: all packages but torch, of which it has
+this project's version."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ It runs in whatever environment the subject needs, so it imports nothing of this
 """
 
 import contextlib
-import importlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -22,6 +22,12 @@ from typing import Any
 import numpy as np
 
 __all__ = ["Call", "Made", "main"]
+
+
+_PACKAGES = (
+    "torch", "numpy", "diffusers", "transformers", "onnxruntime", "openvino", "optimum", "optimum-onnx", "optimum-intel",
+    "DeepCache", "stable-fast", "tensorrt", "tensorrt-rtx",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,15 @@ def _told(error: BaseException) -> dict[str, str]:
     return {"error": f"{type(error).__name__}: {said}" if said else type(error).__name__}
 
 
+def _versions() -> dict[str, str]:
+    """Of the packages that decide what is measured, where they are installed in this process's environment."""
+    found: dict[str, str] = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def _exported(adapter: ModuleType, folder: Path, work: Path) -> Path:
     """Where the files are that an adapter loads: they are written by a process of its own, whose memory is not the subject's."""
     exported = work / adapter.__name__.rpartition(".")[2]
@@ -118,7 +133,8 @@ def main(module: str, folder: str, options: str) -> None:
             traceback.print_exc()
             print(json.dumps(_told(error)), file=out, flush=True)
             return
-        print(json.dumps({"load_seconds": time.perf_counter() - started}), file=out, flush=True)
+        about = {"load_seconds": time.perf_counter() - started, "versions": _versions()}
+        print(json.dumps(about), file=out, flush=True)
         for line in sys.stdin:
             try:
                 answer = _answer(make, json.loads(line), Path(settings["scratch"]))
