@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.end_to_end.measure import WARM_UP, Sample
-from benchmarks.end_to_end.rows import Row
+from benchmarks.end_to_end.rows import Row, plan_name
 from exporter.verification.verify import LEAST_PSNR
 
 __all__ = ["LEAST_PSNR", "Figures", "fault", "figures_of"]
@@ -16,7 +16,7 @@ __all__ = ["LEAST_PSNR", "Figures", "fault", "figures_of"]
 Figures = dict[str, Any]
 
 
-def figures_of(rows: Sequence[Row], samples: Sequence[Sample], known: Mapping[Row, Figures]) -> list[Figures]:
+def figures_of(rows: Sequence[Row], samples: Sequence[Sample], known: Mapping[Row, Figures], images: int = 1) -> list[Figures]:
     """A row of figures for each row: those that were measured, or the reason why there are none.
 
     Times are of a whole picture, text encoder and VAE included, unless they are named after a part. ``ratio`` compares a row with the
@@ -29,6 +29,7 @@ def figures_of(rows: Sequence[Row], samples: Sequence[Sample], known: Mapping[Ro
         rows: in their order.
         samples: of the run.
         known: what is known of rows without measuring: MACs, sizes, build times.
+        images: that a call makes.
     """  # noqa: E501
     by_row: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -43,8 +44,11 @@ def figures_of(rows: Sequence[Row], samples: Sequence[Sample], known: Mapping[Ro
     for row, figures in zip(rows, found, strict=True):
         base = bases.get(figures["engine"], {})
         whole, own, macs = base.get("unet_seconds"), figures.get("unet_seconds"), figures.get("macs_ratio")
+        if versions := [sample["versions"] for sample in by_row[row.name, row.engine] if sample.get("versions")]:
+            figures["versions"] = versions[-1]
         figures["efficiency"] = round(macs * whole / own, 3) if whole and own and macs else None
         if "ratio" in figures:
+            figures["pictures_per_second"] = images / figures["p50"]
             scale = 1.0
             if row.engine not in {"", first}:
                 scale = _ratios(_measured(by_row["original full", row.engine]), by_row["original full", first])[1]
@@ -65,7 +69,7 @@ def _loads(rows: Sequence[Row], by_row: Mapping[tuple[str, str], Sequence[Sample
 def _figures(
     row: Row, samples: Sequence[Sample], base: Sequence[Sample], loads: Mapping[tuple[str, str, str], Sequence[float]]
 ) -> Figures:
-    figures: Figures = {"name": row.name, "engine": row.engine or row.name, "variant": row.variant, "plan": row.plan}
+    figures: Figures = {"name": row.name, "engine": row.engine or row.name, "variant": row.variant, "plan": plan_name(row.plan)}
     reasons = [row.reason, *(sample["error"] for sample in samples if "error" in sample)]
     if reason := next(filter(None, reasons), ""):
         return figures | {"reason": reason}

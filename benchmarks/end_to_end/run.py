@@ -21,7 +21,8 @@ from benchmarks.end_to_end.worker import Subject, SubjectError
 from benchmarks.gpu.card import card_state, check_engines
 from benchmarks.peers import OURS
 from benchmarks.peers.serve import Call
-from engines import Bundle
+from engines import ON_ONNX, Bundle
+from engines.bundle.manifest import File
 from engines.errors import UserError
 from runtime import Schedule, find_plan
 from runtime.embedded import EXAMPLES
@@ -41,9 +42,10 @@ def build(settings: Settings, variant: str, console: Console) -> Bundle:
 
 
 def measured(settings: Settings, name: str, out: Path, console: Console, *, resume: bool) -> bool:
-    """Measure and report. Returns whether every row that claims the base row's output has it.
+    """Measure and report, also where it is interrupted. Returns whether every row has the output that it has to have.
 
     Raises:
+        KeyboardInterrupt: it was, and the rows until then are reported.
         UserError: no engine can be had, or ``resume`` finds a run with other settings.
     """
     import torch
@@ -52,24 +54,31 @@ def measured(settings: Settings, name: str, out: Path, console: Console, *, resu
     if not found:
         raise UserError("; ".join(f"{engine}: {reason}" for engine, reason in missing.items()))
     rows = rows_of(settings, missing)
-    bundles = {variant: build(settings, variant, console) for variant in settings.variants}
+    having = replace(settings, engines=tuple(found))  # the others have rows with their reasons
+    bundles = {variant: build(having, variant, console) for variant in settings.variants}
     try:
-        log = Log(settings.work / f"{name}.jsonl", asdict(settings), resume=resume)
+        header = asdict(settings) | {"bundles": {variant: bundle.manifest.key for variant, bundle in bundles.items()}}
+        log = Log(settings.work / f"{name}.jsonl", header, resume=resume)
     except ValueError as error:
         raise UserError(f"--resume: {settings.work / name}.jsonl is of another run ({error}); leave --resume out") from error
     first = next(row for row in rows if row.is_base and not row.reason)
     references = References(settings.work / "scratch", name, first, resume=resume)
     run = _Run(settings, bundles, console, log, references, rows)
+    stopped: KeyboardInterrupt | None = None
     try:
         run.all_rows()
-    except KeyboardInterrupt:
-        console.print("interrupted; the rows so far are reported, and the same command with --resume goes on")
+    except KeyboardInterrupt as error:
+        stopped = error
+        stopped.add_note("the rows until then are reported, and the same command with --resume goes on")
     else:
         path = out / f"{name}-timeline.png"
         if settings.device == "cpu" and not (resume and path.exists()):
             _draw_timeline(run, path, name, console)
-    figures = figures_of(rows, log.samples, {row: _known(row, settings, bundles) for row in rows})
-    return _report(figures, name, out, settings, console)
+    figures = figures_of(rows, log.samples, {row: _known(row, settings, bundles) for row in rows}, settings.batch)
+    right = _report(figures, name, out, settings, console)
+    if stopped is not None:
+        raise stopped
+    return right
 
 
 def _draw_timeline(run: "_Run", path: Path, title: str, console: Console) -> None:
@@ -157,15 +166,23 @@ def _known(row: Row, settings: Settings, bundles: dict[str, Bundle]) -> Figures:
         return {}
     bundle = bundles[row.variant]
     manifest = bundle.manifest
-    own = [segment for segment in manifest.segments if segment.engines.get(row.engine)]
-    files = [file for segment in own for file in segment.engines[row.engine].files]
-    weights = [file for segment in manifest.segments for file in segment.onnx]
     return {
         "macs_ratio": round(_macs(row, settings, bundles), 4),
-        "engine_mb": round(sum(file.bytes for file in files or weights) / 1e6, 1),
+        "engine_mb": round(sum(file.bytes for file in _engine_files(bundle, row.engine)) / 1e6, 1),
         "build_seconds": round(sum(segment.seconds or 0 for segment in manifest.segments), 1),
         "segments": len(manifest.unet_segments),
     }
+
+
+def _engine_files(bundle: Bundle, engine: str) -> list[File]:
+    """What an engine reads of a bundle: what was compiled for it; of engines that run ONNX, the weights beside the graphs too."""
+    files: dict[str, File] = {}
+    for segment in bundle.manifest.segments:
+        made = segment.engines.get(engine)
+        copies = made.files if made else ()
+        graphs = [file for file in segment.onnx if not (copies and file.path.endswith(".onnx"))]  # a copy stands for the graph
+        files |= {file.path: file for file in (*copies, *(graphs if engine in ON_ONNX else ()))}
+    return list(files.values())
 
 
 def _macs(row: Row, settings: Settings, bundles: dict[str, Bundle]) -> float:

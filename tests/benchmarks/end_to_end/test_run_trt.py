@@ -95,6 +95,7 @@ def test_a_plan_that_switches_needs_its_unets() -> None:
 def test_a_quick_run_or_fewer_steps_do_not_take_the_place_of_a_whole_one() -> None:
     given = (["--device", "cpu", *more] for more in ([], ["--steps", "10"]))
     whole, fewer = (run_trt._settings(run_trt._parser().parse_args(each)) for each in given)
+    assert run_trt._file_name(whole).endswith("-fp32-b1-t1")
     names = [run_trt._file_name(whole), run_trt._file_name(whole, quick=True), run_trt._file_name(fewer)]
     assert [name.removeprefix(names[0]) for name in names] == ["", "-quick", "-10-steps"]
 
@@ -125,7 +126,7 @@ def test_every_row_is_measured_or_says_why_not(
     (path,) = (tmp_path / "out").glob("*.json")
     rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
     assert list(rows) == ["original full", "original deepcache:2", "diffusers", "diffusers-channels-last"]
-    assert rows["diffusers-channels-last"]["reason"] == "runs on cuda only"
+    assert rows["diffusers-channels-last"]["reason"] == "not available: it runs on cuda only"
     full, plan, diffusers = (rows[name] for name in ("original full", "original deepcache:2", "diffusers"))
     assert full["ratio"] == 1
     assert full["identical"]
@@ -139,9 +140,13 @@ def test_every_row_is_measured_or_says_why_not(
         assert 0 < parts <= row["high"]
         assert row["peak_mb"] > 50
     (table,) = (tmp_path / "out").glob("*.csv")
-    assert [row["name"] for row in csv.DictReader(table.open())] == list(rows)
+    lines = list(csv.DictReader(table.open()))
+    assert [line["name"] for line in lines] == list(rows)
+    assert float(lines[1]["inherit_step_seconds"]) == plan["steps"]["inherit"]["seconds"]
+    assert float(lines[0]["pictures_per_second"]) == full["pictures_per_second"] == 1 / full["p50"]
+    assert "torch" in diffusers["versions"]
     (page,) = (tmp_path / "out").glob("*.md")
-    assert "- diffusers-channels-last: runs on cuda only" in page.read_text()
+    assert "- diffusers-channels-last: not available: it runs on cuda only" in page.read_text()
     timeline, plot = sorted((tmp_path / "out").glob("*.png"))
     assert timeline.name == f"{plot.stem}-timeline.png"
     for picture in (plot, timeline):
