@@ -61,6 +61,7 @@ def _parser() -> Parser:
     add("--dry-run", action="store_true", help="print rows, sizes and expected minutes; nothing is built or measured")
     add("--build-only", action="store_true", help="build the bundles and stop; with --targets, for a card of another machine")
     add("--targets", type=names, default=(), help="compute capabilities for tensorrt-rtx, such as sm89; implies --device cuda")
+    add("--plot", type=Path, metavar="FILE.json", help="draw the plot of a file of results again; nothing is measured")
     add("--resume", action="store_true", help="resume a run of the same settings that was stopped")
     add("--work", type=Path, default=Path("runs/run_trt"), help="bundles, environments, logs (default: %(default)s)")
     add("--out", type=Path, default=OUT, help="the results (default: %(default)s)")
@@ -139,6 +140,11 @@ def main(arguments: Sequence[str]) -> None:
     if options.quick:
         parser.set_defaults(**QUICK)
         options = parser.parse_args(arguments)
+    if options.plot:
+        from benchmarks.end_to_end.plots import plot_again
+
+        print(f"written: {plot_again(options.plot)}")
+        return
     settings, console = _settings(options), Console()
     quiet_libraries()
     check_source(settings)
