@@ -77,7 +77,7 @@ def _peers(settings: Settings) -> Iterator[Row]:
         if settings.device not in peer.devices:
             reason = f"not available: it runs on {' and '.join(peer.devices)} only"
         elif peer.missing and not peer.own_environment:
-            reason = f"not installed: pip install {' '.join(peer.missing)}"
+            reason = f"not installed: pip install {peer.hint or ' '.join(peer.missing)}"
         yield Row(name, peer, reason=reason)
 
 

@@ -227,15 +227,21 @@ def test_older_versions_of_transformers_find_the_tokenizers_words(tmp_path: Path
 
 
 def test_an_adapters_files_are_written_once_and_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "pipeline"
+    folder, given = tmp_path / "pipeline", {"work": str(tmp_path / "work"), "height": 64}
     folder.mkdir()
     adapter = ModuleType("benchmarks.peers.copied")
-    adapter.export = shutil.copytree  # type: ignore[attr-defined]
-    assert _exported(adapter, folder, tmp_path / "work") == tmp_path / "work" / "copied"
+    adapter.export = _copied  # type: ignore[attr-defined]
+    assert _exported(adapter, folder, given) == tmp_path / "work" / "copied"
     (folder / "later").touch()
-    assert list(_exported(adapter, folder, tmp_path / "work").iterdir()) == []
+    assert list(_exported(adapter, folder, given).iterdir()) == []
+    adapter.EXPORTED_FOR = ("height",)  # type: ignore[attr-defined]
+    assert _exported(adapter, folder, given) == tmp_path / "work" / "copied-64"
     adapter.export = os.fspath  # type: ignore[attr-defined]
     adapter.__name__ = "benchmarks.peers.failing"
     with pytest.raises(TypeError):
-        _exported(adapter, folder, tmp_path / "work")
-    assert not (tmp_path / "work" / "failing").exists()
+        _exported(adapter, folder, given)
+    assert not (tmp_path / "work" / "failing-64").exists()
+
+
+def _copied(folder: Path, exported: Path, options: dict[str, Any]) -> None:
+    shutil.copytree(folder, exported)
