@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from benchmarks import run_trt
 from benchmarks.end_to_end.prepare import written_pipeline
 from benchmarks.end_to_end.rows import rows_of
-from benchmarks.peers import one_engine, ours
+from benchmarks.peers import diffusers_compiled, one_engine, ours
 from benchmarks.peers.serve import Call, _DeviceMemory, _versions
 from engines import Bundle
 
@@ -65,3 +66,13 @@ def test_memory_is_what_the_process_itself_takes(monkeypatch: pytest.MonkeyPatch
 
 def test_a_process_tells_its_versions() -> None:
     assert _versions()["torch"] == torch.__version__.partition("+")[0] or _versions()["torch"] == torch.__version__
+
+
+def test_weights_are_frozen_where_a_cpu_would_lay_them_out_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, given = SimpleNamespace(unet=SimpleNamespace(forward=None)), dict[str, Any]()
+    monkeypatch.setattr(diffusers_compiled, "pipeline_of", lambda folder, options: pipeline)
+    monkeypatch.setattr(diffusers_compiled, "maker", lambda *made: made)
+    monkeypatch.setattr(torch, "compile", lambda forward, **how: given.update(how))
+    diffusers_compiled.load(Path("a"), {"device": "cpu"})
+    assert given["options"] == {"freezing": True}
+    assert given["fullgraph"], "no part runs outside of what is compiled"
