@@ -22,9 +22,9 @@ if __package__ in {None, ""}:  # as a script: its folder is on the path, and the
 from rich.console import Console
 
 from benchmarks.arguments import check_counts
+from benchmarks.end_to_end.checks import check_engines_named, check_plans, check_source, check_targets, names
 from benchmarks.end_to_end.rows import Settings, chosen_peers, rows_of
 from benchmarks.peers import PEERS
-from engines import ENGINES
 from engines.errors import UserError
 from engines.support.cli import Parser, parse_size, quiet_libraries, run_command
 from engines.support.files import check_writable
@@ -40,18 +40,14 @@ QUICK = {
 }  # fmt: skip
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for name in text.split(",") if name))
-
-
 def _parser() -> Parser:
     parser = Parser(prog="benchmarks/run_trt.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--source", default=DEFAULT, help="emoji, mini, random:sd15, a diffusers folder, a file, a hub id (default: %(default)s)")
-    add("--variants", type=_names, default=("original", "assembled"), help="default: original,assembled")
-    add("--plans", type=_names, default=("full", "block:3", "layer:3", "unit:3", "encoder:faster", "deepcache:3"),
+    add("--variants", type=names, default=("original", "assembled"), help="default: original,assembled")
+    add("--plans", type=names, default=("full", "block:3", "layer:3", "unit:3", "encoder:faster", "deepcache:3"),
         help="default: full,block:3,layer:3,unit:3,encoder:faster,deepcache:3")  # fmt: skip
-    add("--engine", "--engines", dest="engines", type=_names, help="default: onnxruntime; on a GPU torch,tensorrt-rtx")
+    add("--engine", "--engines", dest="engines", type=names, help="default: onnxruntime; on a GPU torch,tensorrt-rtx")
     add("--device", choices=["cpu", "cuda"], help="default: cuda where PyTorch finds one")
     add("--precision", choices=["fp32", "fp16"], help="precision of the bundles (default: fp16 on a GPU, fp32 elsewhere)")
     add("--peers", default="all", help=f"all, none, or of: {', '.join(PEERS)} (default: all)")
@@ -64,7 +60,8 @@ def _parser() -> Parser:
     add("--quick", action="store_true", help="few rows of the embedded model and few rounds, unless you name others: two minutes")
     add("--dry-run", action="store_true", help="print rows, sizes and expected minutes; nothing is built or measured")
     add("--build-only", action="store_true", help="build the bundles and stop; with --targets, for a card of another machine")
-    add("--targets", type=_names, default=(), help="compute capabilities for tensorrt-rtx, such as sm89")
+    add("--targets", type=names, default=(), help="compute capabilities for tensorrt-rtx, such as sm89; implies --device cuda")
+    add("--plot", type=Path, metavar="FILE.json", help="draw the plot of a file of results again; nothing is measured")
     add("--resume", action="store_true", help="resume a run of the same settings that was stopped")
     add("--work", type=Path, default=Path("runs/run_trt"), help="bundles, environments, logs (default: %(default)s)")
     add("--out", type=Path, default=OUT, help="the results (default: %(default)s)")
@@ -73,19 +70,21 @@ def _parser() -> Parser:
 
 def _settings(options: argparse.Namespace) -> Settings:
     """The options, checked. Raises UserError; nothing heavy is imported but torch, where the device must be known."""
-    device = options.device or _found_device()
+    device = options.device or ("cuda" if options.targets else _found_device())
+    default = ("onnxruntime",) if device == "cpu" else ("tensorrt-rtx",) if options.targets else ("torch", "tensorrt-rtx")
+    engines = options.engines or default
+    check_engines_named(engines)
+    check_targets(options.targets, engines, device)
     if device == "cuda" and not options.build_only and not options.dry_run:
         _require_cuda()
     check_counts(options, "steps", "batch", "rounds", "threads")
-    engines = options.engines or (("torch", "tensorrt-rtx") if device == "cuda" else ("onnxruntime",))
-    if unknown := [name for name in engines if name not in ENGINES]:
-        raise UserError(f"unknown engine {unknown[0]!r}; choose from: {', '.join(ENGINES)}")
     variants = ("original", *(name for name in options.variants if name != "original"))
-    _check_plans(options.plans, variants)
+    plans = ("full", *(str(Path(plan).resolve()) if plan.endswith(".json") else plan for plan in options.plans if plan != "full"))
+    check_plans(plans, variants)
     return Settings(
         source=options.source,
         variants=variants,
-        plans=("full", *(plan for plan in options.plans if plan != "full")),
+        plans=plans,
         engines=engines,
         peers=chosen_peers(options.peers),
         device=device,
@@ -99,16 +98,6 @@ def _settings(options: argparse.Namespace) -> Settings:
         prompt=options.prompt,
         targets=options.targets,
     )
-
-
-def _check_plans(plans: Sequence[str], variants: Sequence[str]) -> None:
-    from runtime import find_plan
-
-    for plan in plans:
-        if missing := [part.unet for part in find_plan(plan).unets if part.unet not in variants]:
-            raise UserError(
-                f"plan {plan} runs the UNet {missing[0]}; name it too: --variants {','.join([*variants, missing[0]])}"
-            )
 
 
 def _found_device() -> str:
@@ -128,7 +117,7 @@ def _require_cuda() -> None:
 
 
 def _file_name(settings: Settings, quick: bool = False) -> str:
-    """The results' name: card or processor, source, size, precision, pictures at a time, and what a reader would not expect."""
+    """The results' name: card or processor, source, size, precision, pictures at a time, threads, and what is not usual."""
     if settings.device == "cuda":
         import torch
 
@@ -139,19 +128,26 @@ def _file_name(settings: Settings, quick: bool = False) -> str:
         machine = str(described()["machine"]["processor"])  # type: ignore[index]
     size = "x".join(map(str, settings.size)) if settings.size else "own"
     text = f"run_trt-{settings.device}-{machine}-{Path(settings.source).name}-{size}-{settings.precision}-b{settings.batch}"
+    text += f"-t{settings.threads}"
     text += "-quick" if quick else f"-{settings.steps}-steps" if settings.steps != _STEPS else ""
     return re.sub(r"[^\w.]+", "-", text.lower()).strip("-")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the command. Raises UserError for a user's mistake; exits with 1 where a row's output is not the base row's."""
+    """Run the command. Raises UserError for a user's mistake; exits with 1 where a row's output is not what it has to be."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.quick:
         parser.set_defaults(**QUICK)
         options = parser.parse_args(arguments)
+    if options.plot:
+        from benchmarks.end_to_end.plots import plot_again
+
+        print(f"written: {plot_again(options.plot)}")
+        return
     settings, console = _settings(options), Console()
     quiet_libraries()
+    check_source(settings)
     from benchmarks.end_to_end import forecast, run
 
     if options.dry_run:

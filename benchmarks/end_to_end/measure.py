@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.end_to_end.references import References, pixel_psnr
 from benchmarks.end_to_end.rows import Row, Settings
 from benchmarks.end_to_end.worker import Subject, SubjectError
 from benchmarks.peers.serve import Call
@@ -55,25 +56,29 @@ class Log:
 
 def measure(
     rows: Sequence[Row],
-    base: Row,
+    leads: Sequence[Row],
     start: Callable[[Row], Subject],
     call: Call,
     settings: Settings,
     log: Log,
+    references: References,
     tell: Callable[[Row, int, float | None], None],
 ) -> None:
     """Measure rows that share a subject, in turns with the base row: base, row, row, base, row, row.
 
     Args:
-        rows: of one subject; it is loaded once, with the base row's beside it.
-        base: the row that ratios are taken to.
+        rows: of one subject; it is loaded once, with the leads' beside it.
+        leads: what is drawn at the start of every round. The last is the base row, which ratios are taken to; before it may stand
+            that of the first engine, which base rows of other engines are compared with.
         start: starts the process of a row's subject.
         call: the picture; its seed is that of the first round.
         settings: of the run.
         log: takes what is found.
+        references: what the first engine draws; takes and compares.
         tell: told of each picture before it is made, and after it with its seconds.
     """  # fmt: skip
     rounds = range(WARM_UP, settings.rounds)
+    *others, base = leads
     todo = [row for row in rows if not all(log.has(row, round_) for round_ in rounds if round_ >= 0)]
     if not todo:
         return
@@ -85,11 +90,17 @@ def measure(
             for row in todo:
                 log.add({**_key(row), "round": 0, "error": str(error)})
             return
-        for row in todo:
-            log.add({**_key(row), "round": WARM_UP, "load_seconds": subjects[row.subject].load_seconds})
-        for round_ in rounds:
+        for row in list(others):
             try:
-                _round(round_, base, todo, subjects, replace(call, seed=call.seed + max(0, round_)), log, tell)
+                subjects[row.subject] = stack.enter_context(start(row))
+            except SubjectError:  # it has said so in its own rows; these are measured without it
+                others.remove(row)
+        for row in todo:
+            log.add({**_key(row), "round": WARM_UP, **subjects[row.subject].about})
+        for round_ in rounds:
+            seeded = replace(call, seed=call.seed + max(0, round_))
+            try:
+                _round(round_, others, base, todo, subjects, seeded, log, references, tell)
             except SubjectError as error:  # of the base row: the others have nothing to be compared with
                 for row in [row for row in todo if row != base]:
                     log.add({**_key(row), "round": round_, "error": f"{base.name} failed: {error}"})
@@ -97,12 +108,12 @@ def measure(
 
 
 def _round(
-    round_: int, base: Row, todo: list[Row], subjects: dict[tuple[str, str, str], Subject], call: Call, log: Log,
-    tell: Callable[[Row, int, float | None], None],
+    round_: int, others: list[Row], base: Row, todo: list[Row], subjects: dict[tuple[str, str, str], Subject], call: Call,
+    log: Log, references: References, tell: Callable[[Row, int, float | None], None],
 ) -> None:  # fmt: skip
-    """One picture of each row, and the base row's first; a row that fails is left out from then on."""
+    """One picture of each row, and the base row's before them; a row that fails is left out from then on."""
     wanted: dict[str, Any] = {}
-    for row in [base, *[row for row in todo if row != base]]:
+    for row in [*others, base, *[row for row in todo if row != base]]:
         tell(row, round_, None)
         try:
             found = subjects[row.subject].picture(replace(call, plan=row.plan))
@@ -110,12 +121,18 @@ def _round(
             log.add({**_key(row), "round": round_, "error": str(error)})
             if row == base:
                 raise
-            todo.remove(row)
+            (others if row in others else todo).remove(row)
             continue
         arrays = {name: found.pop(name) for name in ("latents", "pictures")}
-        wanted = wanted or arrays
+        references.keep(row, call.seed, arrays)
+        compared = references.compare(row, call.seed, arrays)
+        if row in others:
+            compared |= _distance(arrays, arrays)
+        else:
+            wanted = wanted or arrays
+            compared |= _distance(arrays, wanted)
         tell(row, round_, found["seconds"])
-        log.add({**_key(row), "round": round_, "at": time.time(), **found, **_distance(arrays, wanted)})
+        log.add({**_key(row), "round": round_, "at": time.time(), **found, **compared})
 
 
 def _key(row: Row) -> Sample:
@@ -124,7 +141,5 @@ def _key(row: Row) -> Sample:
 
 def _distance(made: dict[str, Any], wanted: dict[str, Any]) -> Sample:
     """How far a picture is from the base row's of the same seed: PSNR in dB of pixels, and the latents' largest difference."""
-    a, b = (one["pictures"].astype(np.float64) for one in (made, wanted))
-    error = float(((a - b) ** 2).mean()) if a.shape == b.shape else float("nan")
     latents = np.abs(made["latents"] - wanted["latents"]).max() / max(float(np.abs(wanted["latents"]).max()), 1e-12)
-    return {"psnr": 10 * np.log10(255**2 / error) if error else None, "latents_error": float(latents)}
+    return {"psnr": pixel_psnr(made["pictures"], wanted["pictures"]), "latents_error": float(latents)}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.end_to_end.rows import Row, Settings, bundle_folder
-from benchmarks.peers import Peer
+from benchmarks.peers import CONSTRAINTS, Peer
 from engines import Bundle
 from engines.errors import UserError
 from engines.support.files import write_text
@@ -26,7 +26,7 @@ def built(settings: Settings, variant: str, say: Say) -> Bundle:
         variant=variant,
         source=settings.source,
         engines=settings.engines,
-        plans=tuple(plan for plan in settings.plans if plan != "full" and not plan.startswith("switch")),
+        plans=tuple(filter(None, map(_without_switches, settings.plans))),
         precision=settings.precision,  # type: ignore[arg-type]
         sizes=(settings.size,) if settings.size else (),
         max_images=settings.batch,
@@ -38,12 +38,19 @@ def built(settings: Settings, variant: str, say: Say) -> Bundle:
     return build(options)[0]
 
 
+def _without_switches(plan: str) -> str:
+    """What of a plan a UNet is partitioned for: ``switch`` says only which UNet runs, and ``full`` inherits nothing."""
+    if plan.endswith(".json"):
+        return plan
+    return "+".join(part for part in plan.split("+") if part != "full" and not part.startswith("switch:"))
+
+
 def written_pipeline(settings: Settings, say: Say) -> Path:
     """The source as a diffusers pipeline on disk, which all peers read: the same weights, and the scheduler that the rows have.
 
     The text encoder's weights keep the names that older versions of transformers look for, and the tokenizer its two files.
     """
-    folder = settings.work / "pipelines" / f"{Path(settings.source).name}-{settings.precision}".replace(":", "-")
+    folder = settings.work / "pipelines" / _pipeline_name(settings)
     if (folder / "complete").exists():
         return folder
     say(f"writing {folder} for the peers")
@@ -59,6 +66,15 @@ def written_pipeline(settings: Settings, say: Say) -> Path:
     _write_words(folder / "tokenizer")
     (folder / "complete").touch()
     return folder
+
+
+def _pipeline_name(settings: Settings) -> str:
+    """The source's name and precision, and a hash of its files: another source of the same name is another pipeline."""
+    from engines.bundle.digests import known_sha256
+    from exporter.graph.checkpoint import open_source
+
+    own = open_source(settings.source, "original").fingerprint("original", known_sha256)
+    return f"{Path(settings.source).name}-{settings.precision}-{own[:12]}".replace(":", "-")
 
 
 def _name_text_weights(folder: Path) -> None:
@@ -84,6 +100,8 @@ def _write_words(folder: Path) -> None:
 def environment_of(row: Row, settings: Settings, say: Say) -> str:
     """The interpreter that a row's subject runs in: this one, or that of an environment made for it.
 
+    An environment has the versions in the peer's file of pins, and is made anew when these change.
+
     Raises:
         UserError: its packages cannot be installed.
     """
@@ -91,18 +109,19 @@ def environment_of(row: Row, settings: Settings, say: Say) -> str:
         return sys.executable
     folder = settings.work / "environments" / row.peer.module
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    if not (folder / "complete").exists():
+    pins, marker = CONSTRAINTS / f"{row.peer.module}.txt", folder / "complete"
+    if not marker.exists() or marker.read_text("utf-8") != pins.read_text("utf-8"):
         say(f"installing {', '.join(row.peer.to_install)} into {folder}")
         venv.create(folder, with_pip=True, clear=True)
-        _install(python, row.peer)
-        (folder / "complete").touch()
+        _install(python, row.peer, pins)
+        write_text(marker, pins.read_text("utf-8"))
     return str(python)
 
 
-def _install(python: Path, peer: Peer) -> None:
+def _install(python: Path, peer: Peer, pins: Path) -> None:
     import torch
 
-    wanted: Sequence[str] = [f"torch=={torch.__version__.partition('+')[0]}", *peer.to_install]
+    wanted: Sequence[str] = [f"torch=={torch.__version__.partition('+')[0]}", *peer.to_install, "--constraint", str(pins)]
     _pip(python, "install", *wanted)
     if peer.unwanted:
         _pip(python, "uninstall", "--yes", *peer.unwanted)

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.peers import OURS, PEERS, Peer
 from engines.errors import UserError
 
-__all__ = ["Row", "Settings", "bundle_folder", "chosen_peers", "rows_of"]
+__all__ = ["Row", "Settings", "bundle_folder", "chosen_peers", "plan_name", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _ours(settings: Settings, missing: dict[str, str]) -> Iterator[Row]:
     for engine in settings.engines:
         for variant in settings.variants:
             for plan in settings.plans:
-                yield Row(f"{variant} {plan}", OURS, variant, engine, plan, missing.get(engine, ""))
+                yield Row(f"{variant} {plan_name(plan)}", OURS, variant, engine, plan, missing.get(engine, ""))
 
 
 def _peers(settings: Settings) -> Iterator[Row]:
@@ -75,10 +75,15 @@ def _peers(settings: Settings) -> Iterator[Row]:
         peer = PEERS[name]
         reason = ""
         if settings.device not in peer.devices:
-            reason = f"runs on {' and '.join(peer.devices)} only"
+            reason = f"not available: it runs on {' and '.join(peer.devices)} only"
         elif peer.missing and not peer.own_environment:
-            reason = f"not installed: pip install {' '.join(peer.missing)}"
+            reason = f"not installed: pip install {peer.hint or ' '.join(peer.missing)}"
         yield Row(name, peer, reason=reason)
+
+
+def plan_name(plan: str) -> str:
+    """What rows call a plan: a preset's text, or a file's name without folder and suffix."""
+    return Path(plan).stem if plan.endswith(".json") else plan
 
 
 def chosen_peers(text: str) -> tuple[str, ...]:

@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.end_to_end.figures import Figures, fails, figures_of
+from benchmarks.end_to_end.figures import Figures, figures_of
 from benchmarks.end_to_end.measure import Log, measure
 from benchmarks.end_to_end.plots import plot_all
 from benchmarks.end_to_end.prepare import built, environment_of, written_pipeline
+from benchmarks.end_to_end.references import References
 from benchmarks.end_to_end.report import terminal_table, write_all
 from benchmarks.end_to_end.rows import Row, Settings, rows_of
 from benchmarks.end_to_end.timeline import Span, plot_timeline
@@ -20,7 +21,8 @@ from benchmarks.end_to_end.worker import Subject, SubjectError
 from benchmarks.gpu.card import card_state, check_engines
 from benchmarks.peers import OURS
 from benchmarks.peers.serve import Call
-from engines import Bundle
+from engines import ON_ONNX, Bundle
+from engines.bundle.manifest import File
 from engines.errors import UserError
 from runtime import Schedule, find_plan
 from runtime.embedded import EXAMPLES
@@ -40,9 +42,10 @@ def build(settings: Settings, variant: str, console: Console) -> Bundle:
 
 
 def measured(settings: Settings, name: str, out: Path, console: Console, *, resume: bool) -> bool:
-    """Measure and report. Returns whether every row that claims the base row's output has it.
+    """Measure and report, also where it is interrupted. Returns whether every row has the output that it has to have.
 
     Raises:
+        KeyboardInterrupt: it was, and the rows until then are reported.
         UserError: no engine can be had, or ``resume`` finds a run with other settings.
     """
     import torch
@@ -51,22 +54,31 @@ def measured(settings: Settings, name: str, out: Path, console: Console, *, resu
     if not found:
         raise UserError("; ".join(f"{engine}: {reason}" for engine, reason in missing.items()))
     rows = rows_of(settings, missing)
-    bundles = {variant: build(settings, variant, console) for variant in settings.variants}
+    having = replace(settings, engines=tuple(found))  # the others have rows with their reasons
+    bundles = {variant: build(having, variant, console) for variant in settings.variants}
     try:
-        log = Log(settings.work / f"{name}.jsonl", asdict(settings), resume=resume)
+        header = asdict(settings) | {"bundles": {variant: bundle.manifest.key for variant, bundle in bundles.items()}}
+        log = Log(settings.work / f"{name}.jsonl", header, resume=resume)
     except ValueError as error:
         raise UserError(f"--resume: {settings.work / name}.jsonl is of another run ({error}); leave --resume out") from error
-    run = _Run(settings, bundles, console, log, rows)
+    first = next(row for row in rows if row.is_base and not row.reason)
+    references = References(settings.work / "scratch", name, first, resume=resume)
+    run = _Run(settings, bundles, console, log, references, rows)
+    stopped: KeyboardInterrupt | None = None
     try:
         run.all_rows()
-    except KeyboardInterrupt:
-        console.print("interrupted; the rows so far are reported, and the same command with --resume goes on")
+    except KeyboardInterrupt as error:
+        stopped = error
+        stopped.add_note("the rows until then are reported, and the same command with --resume goes on")
     else:
         path = out / f"{name}-timeline.png"
         if settings.device == "cpu" and not (resume and path.exists()):
             _draw_timeline(run, path, name, console)
-    figures = figures_of(rows, log.samples, {row: _known(row, settings, bundles) for row in rows})
-    return _report(figures, name, out, settings, console)
+    figures = figures_of(rows, log.samples, {row: _known(row, settings, bundles) for row in rows}, settings.batch)
+    right = _report(figures, name, out, settings, console)
+    if stopped is not None:
+        raise stopped
+    return right
 
 
 def _draw_timeline(run: "_Run", path: Path, title: str, console: Console) -> None:
@@ -80,8 +92,12 @@ def _draw_timeline(run: "_Run", path: Path, title: str, console: Console) -> Non
 class _Run:
     """The state of a run: what is there, what is done, and how long the rest will take."""
 
-    def __init__(self, settings: Settings, bundles: dict[str, Bundle], console: Console, log: Log, rows: Sequence[Row]) -> None:
+    def __init__(
+        self, settings: Settings, bundles: dict[str, Bundle], console: Console, log: Log, references: References,
+        rows: Sequence[Row],
+    ) -> None:  # fmt: skip
         self._settings, self._bundles, self._console, self._log, self._rows = settings, bundles, console, log, rows
+        self._references = references
         self._pictures = len([row for row in rows if not row.reason]) * (settings.rounds + 1)
         self._made, self._started = 0, time.monotonic()
         manifest = bundles["original"].manifest
@@ -96,7 +112,8 @@ class _Run:
         for subject in dict.fromkeys(row.subject for row in rows):
             own = [row for row in rows if row.subject == subject]
             base = next((row for row in rows if row.is_base and row.engine == own[0].engine), first)
-            measure(own, base, self._start, self._call, self._settings, self._log, self._tell)
+            leads = [first, base] if base in own and base != first else [base]
+            measure(own, leads, self._start, self._call, self._settings, self._log, self._references, self._tell)
 
     def _start(self, row: Row, *, timeline: bool = False) -> Subject:
         """The process of a row's subject, with what it needs made first. Raises SubjectError."""
@@ -149,15 +166,23 @@ def _known(row: Row, settings: Settings, bundles: dict[str, Bundle]) -> Figures:
         return {}
     bundle = bundles[row.variant]
     manifest = bundle.manifest
-    own = [segment for segment in manifest.segments if segment.engines.get(row.engine)]
-    files = [file for segment in own for file in segment.engines[row.engine].files]
-    weights = [file for segment in manifest.segments for file in segment.onnx]
     return {
         "macs_ratio": round(_macs(row, settings, bundles), 4),
-        "engine_mb": round(sum(file.bytes for file in files or weights) / 1e6, 1),
+        "engine_mb": round(sum(file.bytes for file in _engine_files(bundle, row.engine)) / 1e6, 1),
         "build_seconds": round(sum(segment.seconds or 0 for segment in manifest.segments), 1),
         "segments": len(manifest.unet_segments),
     }
+
+
+def _engine_files(bundle: Bundle, engine: str) -> list[File]:
+    """What an engine reads of a bundle: what was compiled for it; of engines that run ONNX, the weights beside the graphs too."""
+    files: dict[str, File] = {}
+    for segment in bundle.manifest.segments:
+        made = segment.engines.get(engine)
+        copies = made.files if made else ()
+        graphs = [file for file in segment.onnx if not (copies and file.path.endswith(".onnx"))]  # a copy stands for the graph
+        files |= {file.path: file for file in (*copies, *(graphs if engine in ON_ONNX else ()))}
+    return list(files.values())
 
 
 def _macs(row: Row, settings: Settings, bundles: dict[str, Bundle]) -> float:
@@ -186,7 +211,9 @@ def _report(figures: list[Figures], name: str, out: Path, settings: Settings, co
     except UserError as error:
         console.print(f"no plot: {error}", highlight=False, soft_wrap=True)
     console.print(f"written: {', '.join(path.name for path in paths)} in {out}", highlight=False, soft_wrap=True)
-    wrong = [one["name"] for one in figures if fails(one)]
-    if wrong:
-        console.print(f"not the output of original full: {', '.join(wrong)}", highlight=False, style="red")
+    wrong = [one for one in figures if "fault" in one]
+    for one in wrong:
+        console.print(
+            f"{one['name']}, {one['engine']}: {one['fault']}", highlight=False, markup=False, style="red", soft_wrap=True
+        )
     return not wrong

@@ -32,6 +32,9 @@ class Subject:
         python: the interpreter of its environment.
         log: where its standard error goes.
 
+    Attributes:
+        about: what it says when it is loaded: ``load_seconds``, and ``versions`` by package.
+
     Raises:
         SubjectError: it cannot be loaded.
     """
@@ -43,10 +46,11 @@ class Subject:
         command = [python or sys.executable, "-m", "benchmarks.peers.serve", module, str(folder.resolve()), json.dumps(options)]
         self._log = log.open("w")
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            start_new_session=True,  # Ctrl-C is this process's alone, which ends the others: none seems to have failed
+        )  # fmt: skip
         try:
-            self.load_seconds = float(self._read()["load_seconds"])
+            self.about = self._read()
         except BaseException:
             self.__exit__()
             raise

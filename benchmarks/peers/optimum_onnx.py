@@ -10,7 +10,7 @@ from benchmarks.peers.serve import Call, Made
 __all__ = ["export", "load"]
 
 
-def export(folder: Path, exported: Path) -> None:
+def export(folder: Path, exported: Path, options: dict[str, Any]) -> None:
     """Write a pipeline as ONNX files."""
     from optimum.onnxruntime import ORTStableDiffusionPipeline  # type: ignore[import-not-found]
 

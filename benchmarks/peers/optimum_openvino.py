@@ -10,7 +10,7 @@ from benchmarks.peers.serve import Call, Made
 __all__ = ["export", "load"]
 
 
-def export(folder: Path, exported: Path) -> None:
+def export(folder: Path, exported: Path, options: dict[str, Any]) -> None:
     """Write a pipeline in OpenVINO's form; the weights stay as they are, which large ones would not by themselves."""
     from optimum.intel import OVStableDiffusionPipeline  # type: ignore[import-not-found]
 

@@ -4,7 +4,7 @@ It runs in whatever environment the subject needs, so it imports nothing of this
 """
 
 import contextlib
-import importlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -22,6 +22,12 @@ from typing import Any
 import numpy as np
 
 __all__ = ["Call", "Made", "main"]
+
+
+_PACKAGES = (
+    "torch", "numpy", "diffusers", "transformers", "onnxruntime", "openvino", "optimum", "optimum-onnx", "optimum-intel",
+    "DeepCache", "stable-fast", "tensorrt", "tensorrt-rtx",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,20 +68,41 @@ def _peak_mb() -> float | None:
     return peak / 1024
 
 
-def _device_mb() -> float | None:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return None
-    free, total = torch.cuda.mem_get_info()
-    return float(total - free) / 2**20
+class _DeviceMemory:
+    """What a process takes of a card's memory, from what is free there before and after the work that it does.
+
+    All else stands still meanwhile: subjects take turns. So other processes are not in it; nor is the CUDA context, which is made
+    before the first look. Where the card is shared with strangers, what they take or give back in between is in it.
+    """
+
+    def __init__(self, cuda: bool) -> None:
+        self._cuda, self._mb, self._before = cuda, 0.0, 0.0
+
+    def start(self) -> None:
+        """Look before some work."""
+        self._before = self._free()
+
+    def stop(self) -> float | None:
+        """Look after it; returns the MB that the process has taken until now, None without a card."""
+        self._mb += self._before - self._free()
+        return self._mb if self._cuda else None
+
+    def _free(self) -> float:
+        if not self._cuda:
+            return 0.0
+        import torch
+
+        torch.cuda.synchronize()
+        return float(torch.cuda.mem_get_info()[0]) / 2**20
 
 
-def _answer(make: Callable[[Call], Made], request: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _answer(make: Callable[[Call], Made], request: dict[str, Any], folder: Path, memory: _DeviceMemory) -> dict[str, Any]:
     _peak_mb()
+    memory.start()
     started, cpu = time.perf_counter(), time.process_time()
     made = make(Call(**request))
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    answer: dict[str, Any] = {"seconds": seconds, "cpu": cpu, "peak_mb": _peak_mb(), "device_mb": _device_mb()}
+    answer: dict[str, Any] = {"seconds": seconds, "cpu": cpu, "peak_mb": _peak_mb(), "device_mb": memory.stop()}
     for name in ("latents", "pictures"):
         path = folder / f"{os.getpid()}-{name}.npy"
         np.save(path, np.asarray(getattr(made, name)))
@@ -88,14 +115,27 @@ def _told(error: BaseException) -> dict[str, str]:
     return {"error": f"{type(error).__name__}: {said}" if said else type(error).__name__}
 
 
-def _exported(adapter: ModuleType, folder: Path, work: Path) -> Path:
-    """Where the files are that an adapter loads: they are written by a process of its own, whose memory is not the subject's."""
-    exported = work / adapter.__name__.rpartition(".")[2]
+def _versions() -> dict[str, str]:
+    """Of the packages that decide what is measured, where they are installed in this process's environment."""
+    found: dict[str, str] = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _exported(adapter: ModuleType, folder: Path, settings: dict[str, Any]) -> Path:
+    """Where the files are that an adapter loads: they are written by a process of its own, whose memory is not the subject's.
+
+    They are named after the adapter, and after the options in its ``EXPORTED_FOR``, which they depend on.
+    """
+    kept = [str(settings[name]) for name in getattr(adapter, "EXPORTED_FOR", ())]
+    exported = Path(settings["work"]) / "-".join([adapter.__name__.rpartition(".")[2], *kept])
     if not exported.exists():
-        unfinished = exported.with_suffix(".unfinished")  # `engines`, which has a function for it, may not be there
+        unfinished = exported.with_name(f"{exported.name}.unfinished")  # `engines`, which has a function for it, may not be there
         shutil.rmtree(unfinished, ignore_errors=True)
         with ProcessPoolExecutor(1, get_context("spawn"), _print_to_stderr) as pool:
-            pool.submit(adapter.export, folder, unfinished).result()
+            pool.submit(adapter.export, folder, unfinished, settings).result()
         unfinished.rename(exported)
     return exported
 
@@ -111,17 +151,21 @@ def main(module: str, folder: str, options: str) -> None:
         settings = json.loads(options)
         try:
             adapter = importlib.import_module(f"benchmarks.peers.{module}")
-            path = _exported(adapter, Path(folder), Path(settings["work"])) if hasattr(adapter, "export") else Path(folder)
+            path = _exported(adapter, Path(folder), settings) if hasattr(adapter, "export") else Path(folder)
+            memory = _DeviceMemory(settings["device"] == "cuda")
+            memory.start()
             started = time.perf_counter()
             make = adapter.load(path, settings)
+            memory.stop()
         except Exception as error:
             traceback.print_exc()
             print(json.dumps(_told(error)), file=out, flush=True)
             return
-        print(json.dumps({"load_seconds": time.perf_counter() - started}), file=out, flush=True)
+        about = {"load_seconds": time.perf_counter() - started, "versions": _versions()}
+        print(json.dumps(about), file=out, flush=True)
         for line in sys.stdin:
             try:
-                answer = _answer(make, json.loads(line), Path(settings["scratch"]))
+                answer = _answer(make, json.loads(line), Path(settings["scratch"]), memory)
             except Exception as error:
                 traceback.print_exc()
                 answer = _told(error)

@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 
 from benchmarks import run_trt
-from benchmarks.end_to_end.figures import fails
+from benchmarks.end_to_end.figures import fault
 from benchmarks.end_to_end.measure import Log, measure
 from benchmarks.end_to_end.prepare import _write_words
+from benchmarks.end_to_end.references import References
 from benchmarks.end_to_end.rows import Settings, chosen_peers, rows_of
 from benchmarks.end_to_end.worker import SubjectError
 from benchmarks.peers import PEERS
@@ -64,7 +65,7 @@ def test_a_base_row_that_fails_ends_its_rows_alone(tmp_path: Path) -> None:
     base, row = rows_of(settings, {})[:2]
 
     class Failing:
-        load_seconds = 0.0
+        about = {"load_seconds": 0.0}  # noqa: RUF012
 
         def picture(self, call: Any) -> Any:
             raise SubjectError("out of memory")
@@ -78,7 +79,8 @@ def test_a_base_row_that_fails_ends_its_rows_alone(tmp_path: Path) -> None:
         return nullcontext(Failing())
 
     for _ in range(2):
-        measure([base, row], base, start, call, settings, log, lambda *told: None)
+        nothing = References(tmp_path, "run", base, resume=True)
+        measure([base, row], [base], start, call, settings, log, nothing, lambda *told: None)
     assert len(started) == 1
     errors = {sample["row"]: sample["error"] for sample in log.samples if "error" in sample}
     assert errors == {"original full": "out of memory", "original skip:2": "original full failed: out of memory"}
@@ -93,14 +95,16 @@ def test_a_plan_that_switches_needs_its_unets() -> None:
 def test_a_quick_run_or_fewer_steps_do_not_take_the_place_of_a_whole_one() -> None:
     given = (["--device", "cpu", *more] for more in ([], ["--steps", "10"]))
     whole, fewer = (run_trt._settings(run_trt._parser().parse_args(each)) for each in given)
+    assert run_trt._file_name(whole).endswith("-fp32-b1-t1")
     names = [run_trt._file_name(whole), run_trt._file_name(whole, quick=True), run_trt._file_name(fewer)]
     assert [name.removeprefix(names[0]) for name in names] == ["", "-quick", "-10-steps"]
 
 
 @pytest.mark.parametrize(("error", "wrong"), [(1e-9, False), (1.0, True), (float("nan"), True)])
 def test_what_claims_the_base_rows_output_has_to_have_it(error: float, wrong: bool) -> None:
-    assert fails({"same_output": True, "latents_error": error}) is wrong
-    assert not fails({"same_output": False, "latents_error": error})
+    assert bool(fault({"same_output": True, "latents_error": error})) is wrong
+    assert bool(fault({"same_output": False, "latents_error": 0.0, "deviation": error})) is wrong
+    assert not fault({"same_output": False, "latents_error": error, "deviation": None})
 
 
 @pytest.mark.slow
@@ -122,7 +126,7 @@ def test_every_row_is_measured_or_says_why_not(
     (path,) = (tmp_path / "out").glob("*.json")
     rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
     assert list(rows) == ["original full", "original deepcache:2", "diffusers", "diffusers-channels-last"]
-    assert rows["diffusers-channels-last"]["reason"] == "runs on cuda only"
+    assert rows["diffusers-channels-last"]["reason"] == "not available: it runs on cuda only"
     full, plan, diffusers = (rows[name] for name in ("original full", "original deepcache:2", "diffusers"))
     assert full["ratio"] == 1
     assert full["identical"]
@@ -136,9 +140,13 @@ def test_every_row_is_measured_or_says_why_not(
         assert 0 < parts <= row["high"]
         assert row["peak_mb"] > 50
     (table,) = (tmp_path / "out").glob("*.csv")
-    assert [row["name"] for row in csv.DictReader(table.open())] == list(rows)
+    lines = list(csv.DictReader(table.open()))
+    assert [line["name"] for line in lines] == list(rows)
+    assert float(lines[1]["inherit_step_seconds"]) == plan["steps"]["inherit"]["seconds"]
+    assert float(lines[0]["pictures_per_second"]) == full["pictures_per_second"] == 1 / full["p50"]
+    assert "torch" in diffusers["versions"]
     (page,) = (tmp_path / "out").glob("*.md")
-    assert "- diffusers-channels-last: runs on cuda only" in page.read_text()
+    assert "- diffusers-channels-last: not available: it runs on cuda only" in page.read_text()
     timeline, plot = sorted((tmp_path / "out").glob("*.png"))
     assert timeline.name == f"{plot.stem}-timeline.png"
     for picture in (plot, timeline):
@@ -219,15 +227,21 @@ def test_older_versions_of_transformers_find_the_tokenizers_words(tmp_path: Path
 
 
 def test_an_adapters_files_are_written_once_and_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "pipeline"
+    folder, given = tmp_path / "pipeline", {"work": str(tmp_path / "work"), "height": 64}
     folder.mkdir()
     adapter = ModuleType("benchmarks.peers.copied")
-    adapter.export = shutil.copytree  # type: ignore[attr-defined]
-    assert _exported(adapter, folder, tmp_path / "work") == tmp_path / "work" / "copied"
+    adapter.export = _copied  # type: ignore[attr-defined]
+    assert _exported(adapter, folder, given) == tmp_path / "work" / "copied"
     (folder / "later").touch()
-    assert list(_exported(adapter, folder, tmp_path / "work").iterdir()) == []
+    assert list(_exported(adapter, folder, given).iterdir()) == []
+    adapter.EXPORTED_FOR = ("height",)  # type: ignore[attr-defined]
+    assert _exported(adapter, folder, given) == tmp_path / "work" / "copied-64"
     adapter.export = os.fspath  # type: ignore[attr-defined]
     adapter.__name__ = "benchmarks.peers.failing"
     with pytest.raises(TypeError):
-        _exported(adapter, folder, tmp_path / "work")
-    assert not (tmp_path / "work" / "failing").exists()
+        _exported(adapter, folder, given)
+    assert not (tmp_path / "work" / "failing-64").exists()
+
+
+def _copied(folder: Path, exported: Path, options: dict[str, Any]) -> None:
+    shutil.copytree(folder, exported)
