@@ -21,8 +21,8 @@ if __package__ in {None, ""}:  # as a script: its folder is on the path, and the
 
 from rich.console import Console
 
-from benchmarks.arguments import check_counts
-from benchmarks.end_to_end.checks import check_engines_named, check_plans, check_source, check_targets, names
+from benchmarks.arguments import check_buildable, check_counts
+from benchmarks.end_to_end.checks import check_engines_named, check_plans, check_targets, names
 from benchmarks.end_to_end.rows import Settings, chosen_peers, rows_of
 from benchmarks.peers import PEERS
 from engines.errors import UserError
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     settings, console = _settings(options), Console()
     quiet_libraries()
-    check_source(settings)
+    check_buildable(settings.source, settings.variants, settings.size)
     from benchmarks.end_to_end import forecast, run
 
     if options.dry_run:

@@ -4,11 +4,11 @@ from argparse import ArgumentTypeError
 from collections import Counter
 from collections.abc import Sequence
 
-from benchmarks.end_to_end.rows import Settings, plan_name
+from benchmarks.end_to_end.rows import plan_name
 from engines import ENGINES
 from engines.errors import UserError
 
-__all__ = ["check_engines_named", "check_plans", "check_source", "check_targets", "names"]
+__all__ = ["check_engines_named", "check_plans", "check_targets", "names"]
 
 _RTX = "tensorrt-rtx"
 
@@ -63,17 +63,3 @@ def check_targets(targets: Sequence[str], engines: Sequence[str], device: str) -
             f"unknown target {unknown[0]!r}; choose from: {', '.join(allowed)} (sm86 is compute capability 8.6: "
             "https://developer.nvidia.com/cuda-gpus)"
         )
-
-
-def check_source(settings: Settings) -> None:
-    """Raise UserError where the source cannot be had, has no such variant, or its UNet takes no such size."""
-    from exporter.graph.checkpoint import open_source
-    from exporter.graph.graph import check_size
-    from exporter.graph.topology import depth_factor
-
-    for variant in settings.variants:
-        checkpoint = open_source(settings.source, variant)
-        unet = checkpoint.skeleton("unet", variant)
-        if settings.size:
-            vae = checkpoint.skeleton("vae", variant)
-            check_size(settings.size, 2 ** (len(vae.config.block_out_channels) - 1) * depth_factor(unet))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.arguments import check_counts
+from benchmarks.arguments import check_buildable, check_counts
 from benchmarks.gpu.stages import PARTS, SPEED_SOURCE, STAGES, Stage
 from engines import ENGINES
 from engines.errors import UserError
@@ -24,7 +24,8 @@ def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
     """The options of a command line, and the stages that they choose.
 
     Raises:
-        UserError: a word or a plan is none of those allowed, a number is too small, or the words choose nothing.
+        UserError: a word or a plan is none of those allowed, a number is too small, the words choose nothing, or a source,
+            its variant or the size cannot be had.
     """
     options = _parser(description).parse_args(arguments)
     options.targets = [target for target in options.targets.split(",") if target]
@@ -46,6 +47,9 @@ def parse(arguments: Sequence[str], description: str) -> argparse.Namespace:
     if not options.stages:
         chosen = ",".join(options.only)
         raise UserError(f"--only {chosen}: these stages measure nothing of the kind; choose from: {', '.join(words)}")
+    for source in dict.fromkeys(stage.source(options) for stage in options.stages):
+        if source:
+            check_buildable(source, [options.variant], options.size)
     return options
 
 

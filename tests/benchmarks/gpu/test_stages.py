@@ -96,6 +96,19 @@ def test_a_target_that_is_none_is_refused_before_anything_is_done() -> None:
         parse(["--targets", "sm89,xyz"], "")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--size", "0x0"], r"size 0x0: height and width must be multiples"),
+        (["--source", "nowhere"], r"unknown source 'nowhere': no such folder"),
+        (["--variant", ""], r"unknown variant ''; choose from: original"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_the_first_stage(given, message):
+    with pytest.raises(UserError, match=message):
+        parse(["--dry-run", "--only", "correct", *given], "")
+
+
 def test_onnx_runtime_without_cuda_is_said_to_be_left_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
