@@ -14,13 +14,14 @@ from runtime.command.comparison import Comparison, draw
 from runtime.command.output import announce, as_json, progress, show_kinds, show_steps
 from runtime.generation import Generation
 from runtime.pipeline import Pipeline
-from runtime.plans.notes import described_find, found_for_others, guidance_unread
+from runtime.plans.notes import described_find, plan_notes
 from runtime.plans.presets import PRESETS
 from runtime.report.cards import find_card
 from runtime.report.explain import explain, plot
 from runtime.report.kinds import segment_counts
 from runtime.report.least_time import least_time
 from runtime.report.plan_table import list_plans
+from runtime.report.rules import described_rules
 from runtime.report.traffic import traffic_for
 from runtime.request import Request
 
@@ -104,10 +105,10 @@ def _explain(options: Namespace, console: Console) -> None:
         table, summary = explain(prepared.schedule, pipeline.networks, prepared.sizes, pipeline.swapper, console)
         console.print(table)
         console.print(summary, soft_wrap=True)
+        for line in described_rules(prepared.schedule):
+            console.print(line, soft_wrap=True)
     plan = request.found_plan
-    others = found_for_others(plan, request.scheduler, request.steps, pipeline.manifest.source)
-    notes = described_find(plan), others, guidance_unread(plan, prepared.guided)
-    for line in filter(None, notes):
+    for line in filter(None, (described_find(plan), *plan_notes(plan, prepared.schedule, prepared.call))):
         console.print(line, soft_wrap=True)
 
 
