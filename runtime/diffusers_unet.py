@@ -272,7 +272,7 @@ class UNet:
             self._end()
             guided = self._is_guided(sample)
             schedule = self.pipeline.schedule(self.plan, timesteps[index:].tolist(), guided)
-            self.pipeline.warn_of(plan_notes(self.plan, schedule, self._described(timesteps, guided)), stacklevel=5)
+            self.pipeline.warn_of(plan_notes(self.plan, schedule, self._described(timesteps, guided)), stacklevel=4)
             executor, stream = self.pipeline.executor(schedule), self.pipeline.streams.take()
             call = self._call = _Call(timesteps, index, shape, executor, self.plan, stream, next=index)
         elif index != call.next:

@@ -83,9 +83,10 @@ def plan_command(options: PlanOptions, console: Console) -> None:
 def _found(options: PlanOptions, console: Console) -> None:
     if options.front:
         need("matplotlib", "the plot")  # before anything is measured
+    there = _there(options) if options.judge_only else []
     job = _prepared(options, console)
     if options.front:
-        _write_front(job)
+        _write_front(job, there)
     else:
         _write_plan(job)
     job.state.remove()
@@ -252,11 +253,12 @@ def _write_plan(job: _Job) -> None:
     job.progress.say(f"written: {options.path}; python -m runtime PROMPT {given} runs it")
 
 
-def _write_front(job: _Job) -> None:
+def _write_front(job: _Job, there: Sequence[Plan]) -> None:
+    """Find the plans, or take those that are there; judge them, and write all."""
     options, search = job.options, job.search
     chosen = _budgets(search)
-    plans = _there(job) if options.judge_only else {}
-    for budget in () if options.judge_only else chosen:
+    plans = {plan: job.costs.of(plan) for plan in there}
+    for budget in () if there else chosen:
         point = search.best(budget, _tries_of_a_point(options))
         plan = search.space.plan(point, f"found-{search.cost(point):.3f}")
         plans[plan] = search.cost(point)
@@ -288,9 +290,9 @@ def _tries_of_a_point(options: PlanOptions) -> int:
     return max(1, options.tries // 4)
 
 
-def _there(job: _Job) -> dict[Plan, float]:
-    """The plans of a front that is there, with their costs; raises TuningError where there is none of such calls."""
-    options, plans = job.options, [Plan.read(path) for path in sorted(job.options.path.glob("found-*.json"))]
+def _there(options: PlanOptions) -> list[Plan]:
+    """The plans of a front that is there; raises TuningError where there is none, or one for other calls."""
+    plans = [Plan.read(path) for path in sorted(options.path.glob("found-*.json"))]
     if not plans:
         raise TuningError(
             f"--judge-only: {options.path} has no found-*.json; leave it out to find plans, or name a front's --out"
@@ -301,7 +303,7 @@ def _there(job: _Job) -> dict[Plan, float]:
                 f"--judge-only: {options.path / plan.name}.json was not found for {options.steps} steps of {options.scheduler}; "
                 "give what it was found for"
             )
-    return {plan: job.costs.of(plan) for plan in plans}
+    return plans
 
 
 @contextmanager
