@@ -45,6 +45,8 @@ FORECASTS = ("forecast:2", "forecast:3", "forecast:4", "skip:2", "skip:3")
 HALVES = ("guide:2", "guide:3")
 _AT_A_TIME = 4
 
+Row = dict[str, str | float]
+
 
 def positions(measure: str, timesteps: Sequence[float], alphas_cumprod: Tensor) -> list[float]:
     """Where each step is, by one of ``MEASURES``; ``alphas_cumprod`` are those of the whole noise schedule."""
@@ -140,7 +142,7 @@ def main(arguments: Sequence[str]) -> None:
     source = embedded_source(pipeline.bundle)
     shared = {"steps": options.steps, "scheduler": options.scheduler, "guidance_scale": options.guidance}
     pictures = Pictures(pipeline, held_back_prompts(source, options.count), _AT_A_TIME, shared, held_back=True)
-    rows = []
+    rows: list[Row] = []
     for name in track([*FORECASTS], "forecasts", console=console):
         for measure in MEASURES:
             pipeline.measure = measure
@@ -152,19 +154,19 @@ def main(arguments: Sequence[str]) -> None:
         "plan", "by", "dB", "95 %", title=f"{options.count} prompts, {options.steps} steps of {options.scheduler}", box=SIMPLE
     )
     for row in rows:
-        table.add_row(row["plan"], row["by"], f"{row['psnr']:.1f}", f"{row['psnr_low']:.1f} to {row['psnr_high']:.1f}")
+        table.add_row(str(row["plan"]), str(row["by"]), f"{row['psnr']:.1f}", f"{row['psnr_low']:.1f} to {row['psnr_high']:.1f}")
     console.print(table)
     write_results(options.out, {"settings": {"source": source, "prompts": options.count, **shared}, "rows": rows})
     console.print(f"wrote {options.out}")
 
 
-def _judged(pictures: Pictures, plan: Plan) -> dict[str, float]:
+def _judged(pictures: Pictures, plan: Plan) -> Row:
     decibels = pictures.decibels(plan).tolist()
     values = dict(zip(("psnr", "psnr_low", "psnr_high"), (statistics.fmean(decibels), *bootstrap(decibels)), strict=True))
     return {name: round(value, 2) for name, value in values.items()}
 
 
-def _halves(pipeline: _Tried, pictures: Pictures, fitting: Pictures, plan: Plan) -> list[dict[str, object]]:
+def _halves(pipeline: _Tried, pictures: Pictures, fitting: Pictures, plan: Plan) -> list[Row]:
     """A plan as it is, and with the scale that fits other pictures best."""
     assert plan.guidance is not None
     pipeline.noted, steps = list[Tensor](), int(fitting.options["steps"])
