@@ -296,7 +296,7 @@ def test_a_front_is_plans_and_a_plot(tuning: Command, mini_bundle: Bundle, tmp_p
     nothing = ("--out", tmp_path / "nothing", "--judge-only")
     assert_refused(
         tuning("plan", "--bundle", mini_bundle.folder, "--front", "--prompts", prompts, *QUICK, *nothing),
-        "nothing has no found-*.json; name the folder of a front",
+        "nothing has no found-*.json; leave it out to find plans, or name a front",
     )
     plans = sorted(path.name for path in out.glob("found-*.json"))
     assert plans == sorted(f"{row['name']}.json" for row in figures["found"])
