@@ -146,7 +146,7 @@ def main(arguments: Sequence[str]) -> None:
     for name in track([*FORECASTS], "forecasts", console=console):
         for measure in MEASURES:
             pipeline.measure = measure
-            rows.append({"plan": name, "by": measure} | _judged(pictures, find_plan(name)))
+            rows.append(_judged(pictures, find_plan(name), measure))
     pipeline.measure, fitting = "steps", training_prompts(source, options.count, "prompts of a search")
     for name in track([*HALVES], "halves of guidance", console=console):
         rows += _halves(pipeline, pictures, Pictures(pipeline, fitting, _AT_A_TIME, shared), find_plan(name))
@@ -160,10 +160,10 @@ def main(arguments: Sequence[str]) -> None:
     console.print(f"wrote {options.out}")
 
 
-def _judged(pictures: Pictures, plan: Plan) -> Row:
+def _judged(pictures: Pictures, plan: Plan, by: str) -> Row:
     decibels = pictures.decibels(plan).tolist()
     values = dict(zip(("psnr", "psnr_low", "psnr_high"), (statistics.fmean(decibels), *bootstrap(decibels)), strict=True))
-    return {name: round(value, 2) for name, value in values.items()}
+    return {"plan": plan.name, "by": by, **{name: round(value, 2) for name, value in values.items()}}
 
 
 def _halves(pipeline: _Tried, pictures: Pictures, fitting: Pictures, plan: Plan) -> list[Row]:
@@ -176,11 +176,7 @@ def _halves(pipeline: _Tried, pictures: Pictures, fitting: Pictures, plan: Plan)
     pipeline.noted = None
     scale = round(best_scale([torch.cat(step) for step in zip(*calls, strict=True)], sorted(plan.guidance.when.keys(steps))), 4)
     fitted = plan.model_copy(update={"guidance": plan.guidance.model_copy(update={"scale": scale})})
-    return [
-        {"plan": plan.name, "by": f"scale {each.guidance.scale:g}"} | _judged(pictures, each)
-        for each in (plan, fitted)
-        if each.guidance
-    ]
+    return [_judged(pictures, each, f"scale {each.guidance.scale:g}") for each in (plan, fitted) if each.guidance]
 
 
 if __name__ == "__main__":
