@@ -63,7 +63,8 @@ plans: $(VENV)/.installed-train ## what plans cost and what they do to pictures,
 	  $(BIN)/python -m exporter build --variant $$variant --out bundles/plans/$$variant --force \
 	    --plan block:2 --plan layer:2 --plan deepcache:2 --plan unit:2 --plan encoder:2 --plan adaptive:0.2 --plan tgate:0.4; \
 	done
-	$(BIN)/python -m benchmarks.quality.plans
+	$(BIN)/python -m benchmarks.quality.plans \
+	  --found $(foreach cost,0.250 0.417 0.535,benchmarks/results/front/found-$(cost).json)
 
 bench-trt: $(VENV)/.installed-train ## this project and its peers, a picture from prompt to pixels
 	$(BIN)/python benchmarks/run_trt.py

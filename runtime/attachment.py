@@ -127,7 +127,8 @@ def attach(
     if isinstance(pipe.unet, UNet):
         raise RequestError("pipe has a bundle's UNet already; assign its .plan, or .disable() the one that was attached first")
     guided = partial(getattr, pipe, "do_classifier_free_guidance", None)
-    unet = UNet(bundle, plan, engine, scheduler=lambda: pipe.scheduler, guided=guided)
+    scale = partial(getattr, pipe, "guidance_scale", None)
+    unet = UNet(bundle, plan, engine, scheduler=lambda: pipe.scheduler, guided=guided, guidance_scale=scale)
     _check_alike(pipe.unet, unet)
     for warning in _unlike(pipe, unet):
         warnings.warn(warning, stacklevel=2)

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from engines import DTYPES
+from engines import DTYPES, UserError
 from engines.bundle.names import TEXT
 from engines.bundle.shapes import is_multiple
 from runtime.api import load
 from runtime.arguments.values import tensor_fault
 from runtime.errors import RequestError
 from runtime.execution.executor import Executor, StepRecord
+from runtime.images.schedulers import make_scheduler
+from runtime.plans.notes import Call, plan_notes
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
 from runtime.process import check_not_forked
@@ -90,6 +92,7 @@ class UNet:
         scheduler: whose timesteps are walked over, or a function that gives it; needed only for copied timesteps.
         guided: tells whether a call has classifier-free guidance, negative prompts' rows first, which a plan with ``guidance``
             has to know. Without it, a call is taken to have guidance if both halves of its first sample are alike.
+        guidance_scale: tells a call's scale, as far as it is known: a plan that was found for another one is warned of.
 
     Raises:
         PlanError: a plan that is unknown or malformed. Whether the bundle can run it is checked as a call begins.
@@ -106,12 +109,13 @@ class UNet:
         engine: str = "onnxruntime",
         scheduler: Any = None,
         guided: Callable[[], bool | None] = lambda: None,
+        guidance_scale: Callable[[], float | None] = lambda: None,
     ) -> None:
         _tell_diffusers()
         self._plan = find_plan(plan)
         self.pipeline = load(bundle, engine, self._plan)
         self._scheduler: Callable[[], Any] = scheduler if callable(scheduler) else lambda: scheduler
-        self._guided = guided
+        self._guided, self._guidance_scale = guided, guidance_scale
         self._call: _Call | None = None
         self._single: float | None = None
         self._warned = False
@@ -266,7 +270,9 @@ class UNet:
         call, shape = self._call, sample.shape
         if call is None or not _is_of(call, timesteps, shape) or _again(call, index) or (counted and index != call.next):
             self._end()
-            schedule = self.pipeline.schedule(self.plan, timesteps[index:].tolist(), self._is_guided(sample))
+            guided = self._is_guided(sample)
+            schedule = self.pipeline.schedule(self.plan, timesteps[index:].tolist(), guided)
+            self.pipeline.warn_of(plan_notes(self.plan, schedule, self._described(timesteps, guided)), stacklevel=4)
             executor, stream = self.pipeline.executor(schedule), self.pipeline.streams.take()
             call = self._call = _Call(timesteps, index, shape, executor, self.plan, stream, next=index)
         elif index != call.next:
@@ -276,6 +282,29 @@ class UNet:
                 "call scheduler.set_timesteps before each loop"
             )
         return call, index - call.first
+
+    def _described(self, timesteps: Tensor, guided: bool) -> Call:
+        """The call as far as it can be known: without its scheduler, how often the UNet is evaluated."""
+        scheduler, scale = self._scheduler(), self._guidance_scale()
+        walked = getattr(scheduler, "timesteps", None)
+        if isinstance(walked, Tensor) and walked.data_ptr() == timesteps.data_ptr():
+            steps = getattr(scheduler, "num_inference_steps", None) or len(timesteps)
+            return Call(type(scheduler).__name__, steps, scale, guided)
+        return Call("", self._steps_of(len(timesteps)), scale, guided)
+
+    def _steps_of(self, evaluations: int) -> int:
+        """So many, or the steps that the plan was found for, where its scheduler evaluates so often in them.
+
+        0 where nothing is known: of timesteps that are copies, there is one at a time.
+        """
+        found = self.plan.found
+        if found is None or evaluations == 1:
+            return 0
+        try:
+            own = make_scheduler(found.scheduler, self.pipeline.bundle.folder / "scheduler", found.steps)
+        except UserError:  # of a plan file that was written by hand
+            return evaluations
+        return found.steps if len(own.timesteps) == evaluations else evaluations
 
     def _is_guided(self, sample: Tensor) -> bool:
         """Whether a call has guidance, as far as it matters; if nobody says, it has if the halves of its sample are alike."""

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from copy import copy
 from functools import cached_property
@@ -38,7 +38,7 @@ from runtime.images.pictures import Original, read_original, to_pictures
 from runtime.images.prediction_spaces import PredictionSpaces
 from runtime.images.schedulers import make_scheduler, read_spaces, read_train_steps
 from runtime.plans.checks import check_runs
-from runtime.plans.notes import found_for_others, guidance_unread
+from runtime.plans.notes import plan_notes
 from runtime.plans.plan import Plan
 from runtime.plans.schedule import Schedule
 from runtime.prepared import Prepared, check_clip_skip, check_shape, check_tensors, latent_shape, sizes_of
@@ -258,12 +258,7 @@ class Pipeline:
 
     def _warn(self, prepared: Prepared) -> None:
         """Warn of a plan that is for other calls, and of a UNet whose pictures suffer, once for each."""
-        plan, request = prepared.schedule.plan, prepared.request
-        others = found_for_others(plan, request.scheduler, request.steps, self.manifest.source)
-        told = others, guidance_unread(plan, prepared.guided)
-        for note in set(told) - {"", *self._warned}:
-            self._warned.add(note)
-            warnings.warn(note, stacklevel=4)
+        self.warn_of(plan_notes(prepared.request.found_plan, prepared.schedule, prepared.call), stacklevel=5)
         for name in prepared.schedule.unets:
             if not self.networks[name].manifest.distilled and name not in self._warned:
                 self._warned.add(name)
@@ -272,6 +267,12 @@ class Pipeline:
                     "suffer; python -m tuning distill teaches it (docs/tuning.md)",
                     stacklevel=4,
                 )
+
+    def warn_of(self, notes: Iterable[str], stacklevel: int) -> None:
+        """Warn of each note that nobody was warned of yet."""
+        for note in set(notes) - self._warned:
+            self._warned.add(note)
+            warnings.warn(note, stacklevel=stacklevel)
 
     def _output(self, prepared: Prepared, pixels: Tensor) -> Any:
         """The VAE's pictures in the form of the request's ``output_type``; inpainting keeps what its mask leaves out."""

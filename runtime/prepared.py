@@ -13,6 +13,7 @@ from runtime.advice import with_clip_skip
 from runtime.arguments.values import shown
 from runtime.errors import RequestError
 from runtime.images.pictures import Original
+from runtime.plans.notes import Call
 from runtime.plans.schedule import Schedule
 from runtime.request import Request
 from runtime.text.chunks import described_tokens
@@ -43,6 +44,11 @@ class Prepared:
     def guided(self) -> bool:
         """Whether there is classifier-free guidance, which doubles the rows of a UNet call."""
         return self.guidance_scale > 1
+
+    @property
+    def call(self) -> Call:
+        """What the plan is used for, as ``plan_notes`` asks."""
+        return Call(self.request.scheduler, self.request.steps, self.guidance_scale, self.guided)
 
 
 def sizes_of(manifest: Manifest, images: int, height: int, width: int, guidance_scale: float) -> dict[str, int]:

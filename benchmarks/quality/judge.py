@@ -128,7 +128,9 @@ def tensor_of(pictures: Sequence[Image.Image]) -> Tensor:
     return to_tensor(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
 
 
-def draw_prompts(bundle: Path, prompts: Sequence[str], *, plan: str = "full", steps: int, guidance: float) -> list[Image.Image]:
+def draw_prompts(
+    bundle: Path, prompts: Sequence[str], *, plan: str | Path = "full", steps: int, guidance: float
+) -> list[Image.Image]:
     """A picture of each prompt; the noise follows from its position, so that plans and variants start alike."""
     pictures: list[Image.Image] = []
     for at in range(0, len(prompts), _AT_A_TIME):

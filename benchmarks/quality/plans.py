@@ -3,11 +3,13 @@
 For each plan: MACs and UNet time relative to `full`, as they were on one bundle that is partitioned for all of them; the share of
 pictures in which a reader finds the concept and the style that were asked for, half of them pairs that training never saw; the
 share in which it finds the concept that it finds in the picture that `full` makes from the same noise, right or not (`same`); and
-PSNR and SSIM to that picture. Controls are in the same table: `full` with fewer steps of the solver. Times are taken in turns,
-plan after plan, and the median of the ratios to `full` counts; shares and PSNR have 95 % intervals. Spearman's correlations say
-whether the reader's shares fall as pictures get further from those of `full`.
+PSNR and SSIM to that picture. Controls are in the same table: `full` with fewer steps of the solver. Plan files are rows too
+(`--found`; by default three that a search found on other prompts). Times are taken in turns, plan after plan, and the median of
+the ratios to `full` counts; shares and PSNR have 95 % intervals. Spearman's correlations say whether the reader's shares fall as
+pictures get further from those of `full`.
 Writes a CSV, a JSON beside it, a plot and a grid of pictures. A run that was broken off is resumed: what it has measured stays
-in --work until it is done.
+in --work until it is done. With `--keep` the rows that the CSV has already, of a run with the same settings, stay as they are,
+times included, and only the others are measured.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,7 +46,7 @@ from runtime.embedded import EXAMPLES
 from runtime.report.cost import macs_of, share_of_rows
 from tuning.emoji.concepts import Pair
 
-__all__ = ["CONTROLS", "GRID", "PLANS", "RunFolder", "costs", "likeness", "main", "plan_and_steps"]
+__all__ = ["CONTROLS", "FOUND", "GRID", "PLANS", "RunFolder", "costs", "likeness", "main", "plan_and_steps"]
 
 PLANS = (
     "full", "block:2", "block:3", "block:4", "block:6", "layer:2", "layer:3", "layer:5", "deepcache:2", "deepcache:3",
@@ -55,7 +58,10 @@ PLANS = (
 )  # fmt: skip
 CONTROLS = ("6 steps", "7 steps", "8 steps", "10 steps", "12 steps", "14 steps")
 """`full`, with fewer steps of the solver."""
-GRID = ("full", "deepcache:3", "skip:2", "skip:3", "6 steps", "unit:5", "encoder:faster")
+FOUND = tuple(Path("benchmarks/results/front") / f"found-{cost}.json" for cost in ("0.250", "0.417", "0.535"))
+"""Plans that `python -m tuning plan` found."""
+GRID = ("full", "deepcache:3", "skip:2", "skip:3", "6 steps", "unit:5", "encoder:faster", "deepcache:6")
+"""The last one is the furthest from `full` of all plans."""
 COLUMNS = (
     "plan", "macs", "time", "time_low", "time_high", "concept", "concept_low", "concept_high", "concept_top5", "style", "same",
     "same_low", "same_high", "psnr", "psnr_low", "psnr_high", "psnr_p10", "ssim",
@@ -122,15 +128,18 @@ def costs(pipeline: runtime.Pipeline, plans: Sequence[str], options: argparse.Na
     return found
 
 
-def plan_and_steps(name: str, steps: int) -> tuple[str, int]:
-    """The plan of a row and the steps that it runs: controls run `full`, with as many as they say."""
+def plan_and_steps(name: str, steps: int, files: Mapping[str, Path] = MappingProxyType({})) -> tuple[str | Path, int]:
+    """The plan of a row and the steps that it runs: controls run `full`, with as many as they say.
+
+    ``files`` are those of rows that are no presets.
+    """
     number, _, word = name.partition(" ")
-    return ("full", int(number)) if word == "steps" else (name, steps)
+    return ("full", int(number)) if word == "steps" else (files.get(name, name), steps)
 
 
 def _cost(pipeline: runtime.Pipeline, name: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
     """MACs of one row, and seconds, of a picture's UNet calls."""
-    plan, steps = plan_and_steps(name, options.steps)
+    plan, steps = plan_and_steps(name, options.steps, options.files)
     made = pipeline.generate(PROMPT, steps=steps, guidance_scale=options.guidance, seed=seed, plan=plan)
     macs = sum(share_of_rows(record.half) * macs_of(pipeline.networks[record.unet].manifest, record.ran) for record in made.steps)
     return macs, sum(record.seconds for record in made.steps)
@@ -158,7 +167,7 @@ def likeness(pictures: Sequence[Image.Image], reference: Sequence[Image.Image]) 
 
 def _quality(name: str, judge: Judge, pairs: Sequence[Pair], options: argparse.Namespace, kept: RunFolder) -> PlanRow:
     """The worth of a plan's pictures; the first of them (of `full`, all) are kept."""
-    plan, steps = plan_and_steps(name, options.steps)
+    plan, steps = plan_and_steps(name, options.steps, options.files)
     prompts = [pair.prompt for pair in pairs]
     pictures = draw_prompts(options.bundle, prompts, plan=plan, steps=steps, guidance=options.guidance)
     kept.put(name, pictures if name == "full" else pictures[:_GRID_COLUMNS])
@@ -195,6 +204,8 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=200, help="prompts, 8 or more (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="steps of DPM++ (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="default: %(default)s")
+    parser.add_argument("--found", type=Path, nargs="*", default=[*FOUND], help="plan files (default: three found plans)")
+    parser.add_argument("--keep", action="store_true", help="measure only what --out does not have")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing (default: %(default)s)")
     parser.add_argument("--out", type=results_file, default="benchmarks/results/plans.csv", help="default: %(default)s")
     parser.add_argument("--plot", type=results_file, default="docs/plans.png", help="default: %(default)s")
@@ -203,7 +214,25 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.count < _GRID_COLUMNS or options.rounds < 1:
         raise UserError(f"--count {options.count} --rounds {options.rounds}: choose {_GRID_COLUMNS} or more, and 1 or more")
+    options.files = {runtime.find_plan(path).name: path for path in options.found}
     return options
+
+
+def rows_there(path: Path, settings: Mapping[str, object]) -> dict[str, PlanRow]:
+    """The rows of a CSV of results by their plans; raises UserError where the run that wrote it had other settings."""
+    try:
+        before = json.loads(path.with_suffix(".json").read_text())["settings"]
+        with path.open() as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--keep: {path} and its JSON cannot be read; leave --keep out to measure every row") from error
+    if before != json.loads(json.dumps(settings)):
+        raise UserError(f"--keep: {path} has rows of a run with other settings; give those, or leave --keep out")
+    return {line["plan"]: {name: _number(value) if name != "plan" else value for name, value in line.items()} for line in lines}
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -214,22 +243,27 @@ def main(arguments: Sequence[str]) -> None:
     judge, pipeline = Judge.of(options.model), runtime.load(options.bundle)
     check_source(pipeline.manifest.source, options.bundle, options.model)
     pairs = judge.asked(options.count)
-    for plan in PLANS:  # refused now rather than after an hour; this loads the bundles to switch to
-        timesteps = [1000 * (1 - step / options.steps) for step in range(options.steps)]
-        pipeline.schedule(runtime.find_plan(plan), timesteps, guided=options.guidance > 1)
     settings = {
         "model": str(options.model), "prompts": options.count, "steps": options.steps, "scheduler": "dpm++",
         "guidance": options.guidance, "dtype": "float32",
         "engine": "onnxruntime", "rounds": options.rounds,
     }  # fmt: skip
+    every = (*PLANS, *options.files, *CONTROLS)
+    there = rows_there(options.out, settings) if options.keep else {}
+    names = [name for name in every if name == "full" or name not in there]
+    for name in {*names, *GRID}:  # refused now rather than after an hour; this loads the bundles to switch to
+        plan, steps = plan_and_steps(name, options.steps, options.files)
+        timesteps = [1000 * (1 - step / steps) for step in range(steps)]
+        pipeline.schedule(runtime.find_plan(plan), timesteps, guided=options.guidance > 1)
     bundles = {name: network.manifest.key for name, network in pipeline.networks.items()}
-    names = (*PLANS, *CONTROLS)
     kept = RunFolder(options.work, settings | {"bundles": bundles, "plans": names})
     found = costs(pipeline, names, options, kept)
     done = {row["plan"] for row in kept.lines("plans")}
-    for plan in track([name for name in names if name not in done], "plans"):
-        kept.add("plans", _quality(plan, judge, pairs, options, kept))
-    rows = [row | found[row["plan"]] for row in kept.lines("plans")]
+    for name in track([name for name in names if name not in done], "plans"):
+        kept.add("plans", _quality(name, judge, pairs, options, kept))
+    measured = {row["plan"]: row | found[row["plan"]] for row in kept.lines("plans")} | there
+    rows = [measured[name] for name in every]
+    _draw_missing(names, pairs, options, kept)
     _write(rows, settings, options)
     _draw_grid(rows, [judge.title(pair) for pair in pairs[:_GRID_COLUMNS]], kept, options)
     _show(rows, options)
@@ -253,6 +287,14 @@ def _fronts(rows: Sequence[PlanRow]) -> dict[str, list[str]]:
     """By time, which varies from run to run, and by MACs, which do not."""
     pairs = product(("same", "psnr"), ("time", "macs"))
     return {f"front by {measure} and {cost}": front(rows, measure, cost) for measure, cost in pairs}
+
+
+def _draw_missing(names: Sequence[str], pairs: Sequence[Pair], options: argparse.Namespace, kept: RunFolder) -> None:
+    """Make the pictures of the grid whose rows were kept."""
+    prompts = [pair.prompt for pair in pairs[:_GRID_COLUMNS]]
+    for name in (name for name in GRID if name not in names):
+        plan, steps = plan_and_steps(name, options.steps, options.files)
+        kept.put(name, draw_prompts(options.bundle, prompts, plan=plan, steps=steps, guidance=options.guidance))
 
 
 def _draw_grid(rows: Sequence[PlanRow], titles: Sequence[str], kept: RunFolder, options: argparse.Namespace) -> None:

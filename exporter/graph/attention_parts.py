@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from engines.bundle.manifest import Unit
-from engines.bundle.names import BRANCH, TEXT, attention_parts
+from engines.bundle.names import BRANCH, TEXT
 from exporter.errors import SourceError
 from runtime.plans.key_steps import Threshold
-from runtime.plans.plan import Plan, matching
+from runtime.plans.plan import Plan, names_only_parts
 
 __all__ = ["PART_PATHS", "asks_for_parts", "part_module", "part_units", "picture", "tokens"]
 
@@ -43,8 +43,7 @@ def asks_for_parts(plans: Sequence[Plan], units: Sequence[str]) -> bool:
     rules = [rule for plan in plans for rule in plan.rules]
     named = [pattern for rule in rules for pattern in rule.units]
     named += [rule.when.feature for rule in rules if isinstance(rule.when, Threshold)]
-    parts = attention_parts(units)
-    return any(matching(pattern, parts) and not matching(pattern, units) for pattern in named)
+    return any(names_only_parts(pattern, units) for pattern in named)
 
 
 def part_units(transformer: str, x: str) -> list[Unit]:

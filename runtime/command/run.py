@@ -15,12 +15,13 @@ from runtime.command.comparison import Comparison, draw
 from runtime.command.output import announce, as_json, progress, show_kinds, show_steps
 from runtime.generation import Generation
 from runtime.pipeline import Pipeline
-from runtime.plans.notes import described_find, found_for_others, guidance_unread
+from runtime.plans.notes import described_find, plan_notes
 from runtime.plans.presets import PRESETS
 from runtime.report.cards import find_card
 from runtime.report.explain import explain, explained_as_json, plot
 from runtime.report.kinds import segment_counts
 from runtime.report.plan_table import list_plans
+from runtime.report.rules import described_rules
 from runtime.report.traffic import at_best
 from runtime.request import Request
 
@@ -105,18 +106,19 @@ def _explain(options: Namespace, console: Console) -> None:
         told["plot"] = str(options.plot)
     parts = prepared.schedule, pipeline.networks, prepared.sizes, pipeline.swapper
     if options.explain and options.json:
-        told |= explained_as_json(*parts)
+        told |= explained_as_json(*parts) | {"rules": list(described_rules(prepared.schedule))}
     elif options.explain:
         table, summary = explain(*parts, console)
         console.print(table)
         console.print(summary, soft_wrap=True)
+        for line in described_rules(prepared.schedule):
+            console.print(line, soft_wrap=True)
     plan = request.found_plan
-    others = found_for_others(plan, request.scheduler, request.steps, pipeline.manifest.source)
-    notes = described_find(plan), others, guidance_unread(plan, prepared.guided)
-    for line in filter(None, notes):
+    notes = [*filter(None, [described_find(plan)]), *plan_notes(plan, prepared.schedule, prepared.call)]
+    for line in notes:
         console.print(line, soft_wrap=True)
     if options.json:
-        print(json.dumps(told | {"notes": [note for note in notes if note]}))
+        print(json.dumps(told | {"notes": notes}))
 
 
 def _explain_card(request: Request, options: Namespace, console: Console) -> None:

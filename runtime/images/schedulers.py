@@ -30,6 +30,7 @@ __all__ = [
     "read_spaces",
     "read_train_steps",
     "step_options",
+    "usual_name",
 ]
 
 SCHEDULERS = {
@@ -56,6 +57,7 @@ _OTHERS = {
 }
 """More that diffusers' pipelines for Stable Diffusion take. Not DPMSolverSDEScheduler: its noise has a seed of its own."""
 
+_USUAL_NAMES = {kind: name for name, kind in (*SCHEDULERS.items(), *_OTHERS.items())}
 _NAMES = {**SCHEDULERS, **_OTHERS, **{kind: kind for kind in [*SCHEDULERS.values(), *_OTHERS.values()]}}
 
 _MOST_TRAIN_STEPS = 100_000
@@ -75,6 +77,11 @@ def check_scheduler(name: str) -> None:
         f"unknown scheduler {name!r:.60}; {did_you_mean(name, _NAMES)}choose from: {', '.join(SCHEDULERS)}, "
         f"{', '.join(_OTHERS)}, or a class name of diffusers, such as {_OTHERS['euler a']}"
     )
+
+
+def usual_name(name: str) -> str:
+    """The short name of a scheduler that is called by it or by its class in diffusers; the name itself where it is neither."""
+    return _USUAL_NAMES.get(name, name)
 
 
 def make_scheduler(name: str, folder: Path, steps: int, inpainting: bool = False) -> Any:

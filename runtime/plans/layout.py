@@ -49,6 +49,15 @@ class Layout:
         last = index == self.steps - 1 and self.skips(number)
         return index not in span or first or last or changed
 
+    def own_keys(self, number: int, rule: Rule) -> set[int]:
+        """The key steps that a rule's mode says where it inherits at all, without those of switches and the UNet's last.
+
+        None of them where they are decided while running.
+        """
+        keys, span = self._keys[number] or set(), rule.span(self.steps)
+        forced = self.switches | ({self.steps - 1} if self.skips(number) else set())
+        return (keys & set(span)) - (forced - {span.start}) if set(span) - keys else set()
+
     def skips(self, number: int) -> bool:
         """Whether a rule inherits the UNet's prediction itself, so that nothing else need run."""
         return any(NOISE in features[number] for features in self.features.values())

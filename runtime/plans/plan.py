@@ -26,7 +26,7 @@ from runtime.errors import PartitionError, PlanError
 from runtime.plans.key_steps import MODES, Explicit, Mode, Threshold
 from runtime.plans.words import Found, Guidance, Predict
 
-__all__ = ["MOST_BYTES", "Plan", "Rule", "UNetRange", "inherited_features", "matching", "shown"]
+__all__ = ["MOST_BYTES", "Plan", "Rule", "UNetRange", "inherited_features", "matching", "names_only_parts", "shown"]
 
 _MOST_SHOWN = 100
 """Characters of a wrong value that a message shows."""
@@ -192,11 +192,6 @@ class Plan(Record):  # noqa: PLW1641 - pydantic gives __hash__ to what is frozen
                 f"{where}.order is {rule.predict.order}, which forecasts from two key steps, and when lists one; "
                 "list another, or leave predict out"
             )
-        if isinstance(rule.when, Threshold) and any(matching(unit, [rule.when.feature]) for unit in rule.units):
-            raise PlanError(
-                f"{where}: the rule compares {rule.when.feature!r} to decide its key steps, which is computed at every step; "
-                "forecast other units, or compare another feature"
-            )
 
     def _check_unets(self) -> None:
         if self.switch_by == "steps" and not self.unets:
@@ -229,14 +224,24 @@ def matching(pattern: str, units: Sequence[str], parts: Collection[str] = ()) ->
     """
     if parts and (whole := matching(pattern, [unit for unit in units if unit not in parts])):
         return whole
+    wanted = _counted(pattern, units)
+    return [unit for unit in units if any(fnmatchcase(part, wanted) for part in _ancestors(unit))]
+
+
+def names_only_parts(pattern: str, units: Sequence[str]) -> bool:
+    """Whether a pattern names nothing but parts of transformers that are in one piece in a UNet with these ``units``."""
+    return not matching(pattern, units) and bool(matching(_counted(pattern, units), attention_parts(units)))
+
+
+def _counted(pattern: str, units: Sequence[str]) -> str:
+    """A pattern whose block and layer numbers below zero are counted from the end of a UNet, of which ``units`` are all units."""
     path = pattern.split(".")
     for depth in (1, 3):
         if len(path) > depth and path[depth].startswith("-") and path[depth][1:].isdecimal():
             before = ".".join(path[:depth])
             numbers = {unit.split(".")[depth] for unit in units if unit.startswith(f"{before}.") and unit.count(".") > depth}
             path[depth] = str(len([number for number in numbers if number.isdecimal()]) + int(path[depth]))
-    wanted = ".".join(path)
-    return [unit for unit in units if any(fnmatchcase(part, wanted) for part in _ancestors(unit))]
+    return ".".join(path)
 
 
 def _ancestors(unit: str) -> list[str]:
@@ -275,7 +280,7 @@ def _named(rule: Rule, units: Sequence[str], unet: str, where: str) -> frozenset
     parts = attention_parts(units)
     for pattern in rule.units:
         named = matching(pattern, units, parts)
-        if not named and matching(pattern, parts):
+        if not named and names_only_parts(pattern, units):
             reason = "a part of attentions, which in this bundle are in one piece"
             raise PartitionError(f"{where}.units names {pattern!r}, {reason}", unet)
         if not named:

@@ -17,7 +17,7 @@ def check_adaptive(layout: Layout) -> None:
     """Check that the feature of an adaptive rule is there to be compared before the rule is decided.
 
     Raises:
-        PlanError: another rule inherits the feature, or it is made from what the rule inherits.
+        PlanError: another rule inherits the feature, the rule forecasts it, or it is made from what the rule inherits.
         PartitionError: no segment gives it out.
     """
     for number, rule in enumerate(layout.plan.rules):
@@ -25,6 +25,7 @@ def check_adaptive(layout: Layout) -> None:
             where = f"plan {layout.plan.name}: rules.{number}.when.feature is {rule.when.feature!r}"
             _check_not_inherited(layout, number, rule, rule.when.feature, where)
             for unet, features in layout.features.items():
+                _check_not_forecast(layout, number, rule, rule.when.feature, features[number])
                 _check_given_out(layout, unet, rule.when.feature, where)
                 _check_made_before(layout, unet, rule.when.feature, features[number], where)
 
@@ -38,6 +39,15 @@ def _check_not_inherited(layout: Layout, number: int, rule: Rule, feature: str, 
                 f"{where}, which rules.{other} inherits at steps {min(shared)} to {max(shared)}, where it would not change; "
                 "choose a feature that no other rule inherits, or other parts of the schedule with start and stop"
             )
+
+
+def _check_not_forecast(layout: Layout, number: int, rule: Rule, feature: str, inherited: frozenset[str]) -> None:
+    """Features are known by their names in the UNet here: a rule's units may be counted from the end."""
+    if rule.predict is not None and feature in inherited:
+        raise PlanError(
+            f"plan {layout.plan.name}: rules.{number}.predict: the rule compares {feature!r} to decide its key steps, which is "
+            "computed at every step; forecast other units, or compare another feature"
+        )
 
 
 def _check_given_out(layout: Layout, unet: str, feature: str, where: str) -> None:

@@ -116,6 +116,16 @@ class Schedule:
             return False
         return len(self._layout.sources(number, self.plan.rules[number], step.index)) > 1
 
+    def key_steps(self, number: int) -> list[int]:
+        """The key steps of a rule within its part of the schedule; every step where they are decided while running."""
+        rule = self.plan.rules[number]
+        return [index for index in rule.span(self.steps) if self._layout.is_key(number, rule, index, True)]
+
+    def never_forecast(self) -> list[int]:
+        """The numbers of rules that are to forecast, and have one key step only of those that their modes say."""
+        rules = [(number, rule) for number, rule in enumerate(self.plan.rules) if rule.depth > 1]
+        return [number for number, rule in rules if len(self._layout.own_keys(number, rule)) == 1]
+
     def _rule_of(self, unet: str, name: str) -> int | None:
         """The number of the rule that inherits a feature of a UNet, if one does."""
         return next((number for number, names in enumerate(self._layout.features[unet]) if name in names), None)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from engines import UserError
-from runtime import Plan, Request, find_plan
-from runtime.plans.notes import found_for_others, guidance_unread
+from runtime import Request, find_plan
+from runtime.plans.notes import plan_notes
 from serving.page.asked import Asked
 from serving.page.calls import Made, StepDone, in_turns, run
 from serving.page.comparison import difference, figures
@@ -100,7 +100,8 @@ def _call(service: Service, model: str, asked: Asked, stop: threading.Event, fol
         }
         made, full = in_turns(service, model, (request, whole), (made, full), stop)
         yield {"figures": figures(made, share, full)}
-    notes = _notes(made, asked.plan, request, prepared.guided)
+    unread = [f"not read, for the prompt is too long: {words}" for words in made.generation.unread if words]
+    notes = *plan_notes(asked.plan, schedule, prepared.call), *unread
     yield {"status": status("done", "; ".join([f"done: seed {made.generation.seeds[0]}", *notes]))}
 
 
@@ -146,10 +147,3 @@ def _files(request: Request, folder: Path) -> list[str] | None:
     for name, picture in pictures:
         picture.save(folder / name)  # type: ignore[union-attr]  # PIL images: see Asked
     return [str(folder / name) for name, _ in pictures] or None
-
-
-def _notes(made: Made, plan: Plan, request: Request, guided: bool) -> list[str]:
-    """Remarks for the visitor on a picture and its plan."""
-    unread = [f"not read, for the prompt is too long: {words}" for words in made.generation.unread if words]
-    told = found_for_others(plan, request.scheduler, request.steps), guidance_unread(plan, guided)
-    return list(filter(None, [*told, *unread]))

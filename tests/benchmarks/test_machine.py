@@ -15,7 +15,9 @@ from tests.support.commands import assert_refused, command, contents
 
 COMMANDS = {
     "quality.emoji": [],
+    "quality.forecasts": [],
     "quality.plans": [],
+    "quality.schedulers": [],
     "sizes.assemble": [],
     "condconv.costs": [],
     "speed.start": ["--bundle", "none"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor
 import unet_heirloom
 from engines import Bundle
 from engines.bundle.shapes import resolve
-from runtime import Attachment, PlanError, RequestError, UNet
+from runtime import Attachment, PlanError, RequestError, UNet, find_plan
+from runtime.plans.words import Found
 from tests.support.diffusers_pipelines import PIPELINES, inputs, latents, picture, pipeline
 from tests.support.reference import SCHEDULER_CLASSES, Inheritance, mini_unet, reference_scheduler
 from tests.support.unets import relative_error
@@ -192,6 +194,16 @@ def test_pipelines_that_it_cannot_be_attached_to(mini_bundle: Bundle, attached: 
         unet_heirloom.attach(other, mini_bundle.folder)
     assert other.unet is wide
     other.unet = own
+
+
+def test_a_plan_that_was_found_for_other_calls_is_warned_of(attached: Callable[..., Attachment]) -> None:
+    """The pipeline tells scheduler, steps and guidance."""
+    heirloom = attached("text", "ddim")
+    found = Found(scheduler="dpm++", steps=4, guidance_scale=7.0, prompts=4, cost=0.5, psnr=40, source="emoji")
+    heirloom.plan = find_plan("deepcache:2").model_copy(update={"name": "attached", "found": found})
+    was, now = "for 4 steps of dpm++, with guidance 7, on emoji", "3 of ddim, with 3, mini"
+    with pytest.warns(UserWarning, match=re.escape(f"plan attached was found {was}, and this is {now}: its")):
+        latents(heirloom.pipe, steps=3)
 
 
 def test_what_a_bundle_needs_of_the_pipeline_is_said(bundle_copy: Path, recwarn: pytest.WarningsRecorder) -> None:

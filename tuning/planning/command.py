@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -13,10 +15,10 @@ from rich.console import Console
 from engines import Bundle, make_engine
 from engines.support.extras import need
 from engines.support.files import real_path, write_text
+from runtime.api import find_bundle
 from runtime.errors import PlanError
 from runtime.pipeline import Pipeline
 from runtime.plans.plan import Plan
-from runtime.plans.presets import find_plan
 from runtime.plans.words import Found
 from runtime.prepared import Prepared
 from runtime.report.cost import full_macs
@@ -26,7 +28,19 @@ from tuning.planning.costs import Costs, MacCosts, TimeCosts
 from tuning.planning.evaluation import Pictures, choose_prompts, pictures_at_a_time
 from tuning.planning.options import PlanOptions
 from tuning.planning.progress import SearchProgress, duration
-from tuning.planning.report import Row, controls, fewer_steps, judge, judge_found, plot_front, table
+from tuning.planning.report import (
+    NEAR,
+    Row,
+    control_series,
+    controls,
+    decided,
+    fewer_steps,
+    judge_found,
+    judging_work,
+    plot_front,
+    same_cost,
+    table,
+)
 from tuning.planning.search import Search
 from tuning.planning.space import LEVELS, Point, Space, uniform
 from tuning.planning.state import State
@@ -37,8 +51,6 @@ _MOST_POINTS = 10
 """Of a front."""
 _LEAST_STEPS = 3
 """Evaluations of the UNet."""
-_NEAR = 0.06
-"""Costs of controls that stand beside a plan, at most so far from its own."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +74,33 @@ def plan_command(options: PlanOptions, console: Console) -> None:
         OSError: the result cannot be written.
     """
     options.check()
+    with warnings.catch_warnings():
+        # Of candidates and controls nobody asked for.
+        warnings.filterwarnings("ignore", message=r"plan .*: rules\.\d+ forecasts")
+        _found(options, console)
+
+
+def _found(options: PlanOptions, console: Console) -> None:
     if options.front:
         need("matplotlib", "the plot")  # before anything is measured
+    there = _there(options) if options.judge_only else []
     job = _prepared(options, console)
     if options.front:
-        _write_front(job)
+        _write_front(job, there)
     else:
         _write_plan(job)
     job.state.remove()
 
 
 def _prepared(options: PlanOptions, console: Console) -> _Job:
-    bundles = _open(options.bundle)
+    progress = SearchProgress(console)
+    bundles = _open(options.bundle or (find_bundle(None, options.engine),))
     source = bundles[0].manifest.source
     prompts, others = choose_prompts(source, options.prompts, options.count)
+    progress.say(
+        f"bundle {', '.join(str(bundle.folder) for bundle in bundles)}: {len(prompts)} prompts to find plans with, {len(others)} "
+        "others to judge them by; the pictures of full are made first"
+    )
     pipeline = Pipeline(bundles[0], make_engine(options.engine))
     shared = _shared_options(options, pipeline)
     first = pipeline.prepare(Request(prompts[0], plan="full", num_images=_least_images(pipeline), **shared))
@@ -90,25 +115,44 @@ def _prepared(options: PlanOptions, console: Console) -> _Job:
         )
     state = State(options.state, _settings(options, bundles, prompts, first))
     costs = _costs(options, pipeline, first, prompts, state)
-    progress = SearchProgress(console)
     search = Search(space, sets[0], costs, state, progress)
     if options.budget is not None:
         search.check_budget(options.budget)  # before pictures are made, which takes long at full size
     with progress.timed(space.steps):
         _ = sets[0].reference
     resumed = f"; resumed with {len(state)} figures from {state.path}" if len(state) else ""
-    time = duration(_work(options, search) * progress.seconds_a_step)
-    progress.say(f"{len(prompts)} prompts, {space.steps} evaluations of {options.scheduler}, about {time} at most{resumed}")
-    return _Job(options, search, costs, sets, state, progress, console)
+    job = _Job(options, search, costs, sets, state, progress, console)
+    time = duration((_search_work(options, search) + _judging_work(job)) * progress.seconds_a_step)
+    progress.say(f"{space.steps} evaluations of {options.scheduler} each, about {time} in all{resumed}")
+    return job
 
 
-def _work(options: PlanOptions, search: Search) -> float:
-    """Steps of the whole UNet that a search is worth at most, about."""
+def _search_work(options: PlanOptions, search: Search) -> float:
+    """Steps of the whole UNet that a search is worth, about."""
+    if options.judge_only:
+        return 0.0
     if options.front:
         tried = sum(search.work(budget, _tries_of_a_point(options)) for budget in _budgets(search))
-    else:
-        tried = search.work(1 if options.budget is None else options.budget, options.tries)
+    elif options.budget is not None:
+        tried = search.work(options.budget, options.tries)
+    else:  # the nearest, some two costs below it, and the pictures of each that is asked about
+        budgets = search.budgets()
+        tried = search.work(1, options.tries // 4 + options.tries)
+        tried += search.space.steps * (3 + len(budgets).bit_length())
     return search.gap_work() + tried
+
+
+def _judging_work(job: _Job, found: Sequence[float] = ()) -> float:
+    """Steps of the whole UNet that judging is worth, about: of plans that cost so much, or of those that are to be found."""
+    search, steps = job.search, job.search.space.steps
+    if job.options.front:
+        budgets, others = _budgets(search), [cost for _, _, cost in controls(job.costs, search.space.levels)]
+        fewer = [fewer_steps(steps, budget) / steps for budget in budgets]
+        # Adaptive plans are taken to compute afresh at every step.
+        return judging_work(job.pictures, steps, found or budgets, [*others, *fewer, *(1.0 for _ in decided(job.pictures[-1]))])
+    cost = found[0] if found else job.options.budget or 1.0
+    near = {name.partition(":")[0] for name, _, other in controls(job.costs, search.space.levels) if abs(other - cost) < NEAR}
+    return judging_work(job.pictures, steps, [cost], [cost + NEAR] * (1 + len(near)))
 
 
 def _open(folders: Sequence[Path]) -> list[Bundle]:
@@ -196,29 +240,44 @@ def _write_plan(job: _Job) -> None:
     else:
         assert options.psnr is not None
         point = search.cheapest(options.psnr, options.tries)
-    found = _judged(job, point)
-    rows = [found, *_same_cost(job, point)]
+    cost = search.cost(point)
+    with _judging(job, [cost]) as tick:
+        plan = search.space.plan(point, f"found-{cost:.3f}")
+        found = judge_found(plan.name, plan, cost, job.pictures, tick)
+        levels = search.space.levels
+        rows = [found, *same_cost(job.costs, levels, options.steps, cost, job.pictures, tick)]
     job.console.print(table(rows, [len(each.prompts) for each in job.pictures]))
-    _write(job, options.path, point, found)
+    _write(job, options.path, plan, found)
     given = f"--bundle {quote(str(job.pictures[0].pipeline.bundle.folder))} --plan {quote(str(options.path))}"
     given += f" --scheduler {quote(options.scheduler)} --steps {options.steps}"
     job.progress.say(f"written: {options.path}; python -m runtime PROMPT {given} runs it")
 
 
-def _write_front(job: _Job) -> None:
+def _write_front(job: _Job, there: Sequence[Plan]) -> None:
+    """Find the plans, or take those that are there; judge them, and write all."""
     options, search = job.options, job.search
     chosen = _budgets(search)
-    points = [search.best(budget, _tries_of_a_point(options)) for budget in chosen]
-    series = {"found": [_judged(job, point) for point in points]} | _control_series(job, chosen)
+    plans = {plan: job.costs.of(plan) for plan in there}
+    for budget in () if there else chosen:
+        point = search.best(budget, _tries_of_a_point(options))
+        plan = search.space.plan(point, f"found-{search.cost(point):.3f}")
+        plans[plan] = search.cost(point)
+    with _judging(job, list(plans.values())) as tick:
+        found = [judge_found(plan.name, plan, cost, job.pictures, tick) for plan, cost in plans.items()]
+        adaptive = job.options.cost == "macs"
+        series = {"found": found} | control_series(
+            job.costs, search.space.levels, job.options.steps, chosen, job.pictures, tick, adaptive
+        )
     job.console.print(table([row for rows in series.values() for row in rows], [len(each.prompts) for each in job.pictures]))
-    for point, row in zip(points, series["found"], strict=True):
-        _write(job, options.path / f"{row.name}.json", point, row)
+    for plan, row in zip(plans, found, strict=True):
+        _write(job, options.path / f"{row.name}.json", plan, row)
     figures = {name: [asdict(row) for row in rows] for name, rows in series.items()}
     write_text(options.path / "front.json", json.dumps(figures, indent=1) + "\n")
     title = f"{options.steps} steps of {options.scheduler}, {job.pictures[0].pipeline.manifest.source}"
     measure = f"mean of {len(job.pictures[-1].prompts)} prompts" + (" not used to find them" if len(job.pictures) > 1 else "")
+    measure += ", with 95 % intervals"
     plot_front(series, options.path / "front.png", title, measure)
-    job.progress.say(f"written: {len(points)} plans, front.json and front.png in {options.path}")
+    job.progress.say(f"written: {len(plans)} plans, front.json and front.png in {options.path}")
 
 
 def _budgets(search: Search) -> list[float]:
@@ -231,33 +290,32 @@ def _tries_of_a_point(options: PlanOptions) -> int:
     return max(1, options.tries // 4)
 
 
-def _judged(job: _Job, point: Point) -> Row:
-    cost = job.search.cost(point)
-    return judge_found(f"found-{cost:.3f}", job.search.space.plan(point), cost, job.pictures)
+def _there(options: PlanOptions) -> list[Plan]:
+    """The plans of a front that is there; raises TuningError where there is none, or one for other calls."""
+    plans = [Plan.read(path) for path in sorted(options.path.glob("found-*.json"))]
+    if not plans:
+        raise TuningError(
+            f"--judge-only: {options.path} has no found-*.json; leave it out to find plans, or name a front's --out"
+        )
+    for plan in plans:
+        if plan.found is None or (plan.found.scheduler, plan.found.steps) != (options.scheduler, options.steps):
+            raise TuningError(
+                f"--judge-only: {options.path / plan.name}.json was not found for {options.steps} steps of {options.scheduler}; "
+                "give what it was found for"
+            )
+    return plans
 
 
-def _same_cost(job: _Job, point: Point) -> list[Row]:
-    """Controls that cost about as much: fewer steps of the scheduler, and the nearest of each preset."""
-    steps, cost = job.options.steps, job.search.cost(point)
-    fewer = fewer_steps(steps, cost)
-    rows = [judge(f"{fewer} steps", find_plan("full"), fewer / steps, job.pictures, fewer)]
-    nearest: dict[str, tuple[str, Plan, float]] = {}
-    for preset in sorted(controls(job.costs, job.search.space.levels), key=lambda preset: abs(preset[2] - cost)):
-        if abs(preset[2] - cost) < _NEAR:
-            nearest.setdefault(preset[0].partition(":")[0], preset)
-    return rows + [judge(*preset, job.pictures) for preset in nearest.values()]
+@contextmanager
+def _judging(job: _Job, found: Sequence[float]) -> Iterator[Callable[[], None]]:
+    """The last stage of a command; gives what is to be called after every call that makes pictures."""
+    work = _judging_work(job, found)
+    with job.progress.stage(f"pictures of {len(job.pictures[-1].prompts)} prompts under plans found and controls", work):
+        share = job.pictures[-1].at_a_time / len(job.pictures[0].prompts)
+        yield lambda: job.progress.did(share * job.search.space.steps / 2)
 
 
-def _control_series(job: _Job, budgets: Sequence[float]) -> dict[str, list[Row]]:
-    steps = job.options.steps
-    counts = sorted({fewer_steps(steps, budget) for budget in budgets})
-    found = {"fewer steps": [judge(f"{n} steps", find_plan("full"), n / steps, job.pictures, n) for n in counts]}
-    for name, plan, cost in controls(job.costs, job.search.space.levels):
-        found.setdefault(name.partition(":")[0], []).append(judge(name, plan, cost, job.pictures))
-    return found
-
-
-def _write(job: _Job, path: Path, point: Point, row: Row) -> None:
+def _write(job: _Job, path: Path, plan: Plan, row: Row) -> None:
     """Write a plan file with what it was found for; its PSNR is that of prompts that it was not found with, if there are any."""
     shared = job.pictures[-1]
     found = Found(
@@ -269,5 +327,4 @@ def _write(job: _Job, path: Path, point: Point, row: Row) -> None:
         psnr=round(row.psnr, 2),
         source=shared.pipeline.manifest.source,
     )
-    plan = job.search.space.plan(point, row.name).model_copy(update={"found": found})
-    write_text(path, plan.model_dump_json(indent=1) + "\n")
+    write_text(path, plan.model_copy(update={"found": found}).model_dump_json(indent=1) + "\n")

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from engines.support.records import one_line
 from runtime.embedded import EXAMPLES
+from runtime.generation import Generation
 from runtime.pipeline import Pipeline
 from runtime.plans.plan import Plan
 from runtime.plans.presets import find_plan
+from runtime.report.cost import full_macs, macs_of, share_of_rows
 from runtime.request import Request
 from tuning.embedded import held_back_prompts, training_prompts
 from tuning.errors import TuningError
@@ -128,10 +130,14 @@ class Pictures:
 
     @cached_property
     def _targets(self) -> list[Tensor]:
-        return list(self._made(find_plan("full"), None))
+        return [_images(made) for made in self._made(find_plan("full"), None)]
 
     def psnr(self, plan: Plan, steps: int | None = None, tick: Callable[[], None] = lambda: None) -> float:
-        """Mean PSNR in dB of the pictures under a plan to those of ``full``, before they are rounded to 8 bits.
+        """Mean PSNR in dB of the pictures under a plan; arguments as ``decibels``."""
+        return float(self.decibels(plan, steps, tick).mean())
+
+    def decibels(self, plan: Plan, steps: int | None = None, tick: Callable[[], None] = lambda: None) -> Tensor:
+        """PSNR in dB of each picture under a plan to that of ``full`` (pictures), before they are rounded to 8 bits.
 
         Args:
             plan: to judge.
@@ -140,14 +146,32 @@ class Pictures:
         """
         found: list[Tensor] = []
         for target, made in zip(self._targets, self._made(plan, steps), strict=True):
-            found.append(-10 * (made - target).square().mean((1, 2, 3)).clamp_min(_LEAST_ERROR).log10())
+            found.append(_decibels(_images(made), target))
             tick()
-        return float(torch.cat(found).mean())
+        return torch.cat(found)
 
-    def _made(self, plan: Plan, steps: int | None) -> Iterator[Tensor]:
-        """Pictures (pictures, 3, height, width) in [0, 1], call by call."""
+    def decided(self, plan: Plan, tick: Callable[[], None] = lambda: None) -> tuple[Tensor, float]:
+        """As ``decibels``, and the share of the MACs of ``full``, of a plan that decides while it runs: of one picture a call."""
+        found, macs, whole = list[Tensor](), 0.0, 0.0
+        calls = replace(self, at_a_time=1)._made(plan, None)
+        for target, made in zip(torch.cat(self._targets).split(1), calls, strict=True):
+            found.append(_decibels(_images(made), target))
+            manifests = {name: network.manifest for name, network in self.pipeline.networks.items()}
+            macs += sum(share_of_rows(step.half) * macs_of(manifests[step.unet], step.ran) for step in made.steps)
+            whole += len(made.steps) * full_macs(self.pipeline.manifest)
+            tick()
+        return torch.cat(found), macs / whole
+
+    def _made(self, plan: Plan, steps: int | None) -> Iterator[Generation]:
+        """Calls one after another, with pictures (pictures, 3, height, width) in [0, 1]."""
         for request in self.requests:
-            pictures: Any = self.pipeline.generate(
-                replace(request, plan=plan, output_type="pt", steps=steps or request.steps)
-            ).images
-            yield pictures
+            yield self.pipeline.generate(replace(request, plan=plan, output_type="pt", steps=steps or request.steps))
+
+
+def _images(made: Generation) -> Tensor:
+    images: Any = made.images
+    return images  # type: ignore[no-any-return]  # a tensor, as it was asked for
+
+
+def _decibels(pictures: Tensor, target: Tensor) -> Tensor:
+    return -10 * (pictures - target).square().mean((1, 2, 3)).clamp_min(_LEAST_ERROR).log10()

@@ -18,14 +18,16 @@ _MOST_DB = 100.0
 class PlanOptions:
     """One search: bundles, how pictures are made, the aim of the plan (one of ``budget``, ``psnr`` and ``front``).
 
-    ``budget`` is a share of the cost of ``full``; ``psnr`` is in dB; ``tries`` are plans of the local search; ``size`` is
-    HEIGHTxWIDTH in pixels, None for the bundle's first; ``guidance_scale`` None is the bundle's.
+    Without a ``bundle`` it is the one in ``./bundles`` that was built last. ``budget`` is a share of the cost of ``full``;
+    ``psnr`` is in dB; with ``judge_only`` the plans of a front are judged that are there; ``tries`` are plans of the local
+    search; ``size`` is HEIGHTxWIDTH in pixels, None for the bundle's first; ``guidance_scale`` None is the bundle's.
     """
 
-    bundle: tuple[Path, ...]
+    bundle: tuple[Path, ...] = ()
     budget: float | None = None
     psnr: float | None = None
     front: bool = False
+    judge_only: bool = False
     scheduler: str = "dpm++"
     steps: int = 20
     guidance_scale: float | None = None
@@ -77,6 +79,8 @@ class PlanOptions:
     def _check_wanted(self) -> None:
         if sum((self.budget is not None, self.psnr is not None, self.front)) != 1:
             raise TuningError("say what the plan is to be: give one of --budget 0.5, --psnr 50 and --front")
+        if self.judge_only and not self.front:
+            raise TuningError("--judge-only goes with --front, whose plans it judges anew; leave it out to find a plan")
         if self.budget is not None and not 0 < self.budget < 1:
             raise TuningError(f"--budget {self.budget:g}: must be a share of the cost of full, above 0 and below 1, such as 0.5")
         if self.psnr is not None and not 0 < self.psnr <= _MOST_DB:
@@ -99,13 +103,15 @@ def add_arguments(parser: Parser) -> None:
             option, f"plans are searched with a built bundle: give {option} to build, and here the bundle that it makes"
         )
     add(
-        "--bundle", type=Path, action="append", required=True,
-        help="a bundle's folder; twice for a plan that may begin with the smaller UNet of the two",
+        "--bundle", type=Path, action="append", default=[],
+        help="a bundle's folder (default: the one in ./bundles that was built last); twice for a plan that may begin with the "
+        "smaller UNet of the two",
     )  # fmt: skip
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--budget", type=float, help="the nearest pictures at this share of the cost of full, such as 0.5")
     wanted.add_argument("--psnr", type=float, help="the cheapest plan whose pictures are that near to those of full, in dB")
     wanted.add_argument("--front", action="store_true", help="the nearest pictures at each of several costs, and a plot")
+    add("--judge-only", action="store_true", help="with --front: judge the plans that the folder has anew, without a search")
     add("--scheduler", default="dpm++", help="ddim, pndm, dpm++, euler, heun, or another of diffusers (default: %(default)s)")
     add("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     add("--guidance-scale", type=float, help="of classifier-free guidance (default: the bundle's, 7.5 or less)")

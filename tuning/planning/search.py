@@ -137,8 +137,10 @@ class Search:
         return tries * share * budget * self.space.steps
 
     def gap_work(self) -> float:
-        """Steps of the whole UNet for all pictures that all gaps are worth."""
-        return sum(self._work(kind, gap) for kind in self._kinds() for gap in gaps_of(self.space.steps, kind))
+        """Steps of the whole UNet for all pictures that all gaps are worth, with what they start from."""
+        gaps = sum(self._work(kind, gap) for kind in self._kinds() for gap in gaps_of(self.space.steps, kind))
+        # Of the first few pictures: trajectories and latents of full, and a run of each template.
+        return gaps + self._share * self.space.steps * (2 + len(self._templates()))
 
     def estimate(self, budget: float) -> Estimate:
         """The errors of gaps; the units that they inherit are those that are best at the budget that is asked for first."""

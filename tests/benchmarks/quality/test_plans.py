@@ -38,6 +38,14 @@ def test_the_plans_are_many_and_known() -> None:
     assert len({find_plan(name).name for name in plans.PLANS}) == len(plans.PLANS)
     assert {name.partition(":")[2] for name in plans.PLANS} >= {"2", "3", "4", "5", "6"}
     assert set(plans.GRID) <= {*plans.PLANS, *plans.CONTROLS}
+    assert "deepcache:6" in plans.GRID  # the furthest from full, by plans.csv
+
+
+def test_plan_files_are_rows() -> None:
+    found = {find_plan(path).name: path for path in plans.FOUND}
+    assert [find_plan(path).found is not None for path in plans.FOUND] == [True] * 3
+    assert plans.plan_and_steps("found-0.417", 20, found) == (Path("benchmarks/results/front/found-0.417.json"), 20)
+    assert set(found).isdisjoint(plans.PLANS)
 
 
 def picture(value: int, size: int = 16) -> Image.Image:
@@ -138,7 +146,8 @@ def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
         calls.append(f"{plan} {seed}")
         return 100, 1.0 if plan == "full" else 0.5
 
-    def drawn(bundle: Path, prompts: list[str], plan: str, **options: Any) -> list[Image.Image]:
+    def drawn(bundle: Path, prompts: list[str], plan: str | Path, **options: Any) -> list[Image.Image]:
+        plan = str(plan)
         calls.append(plan)
         if plan == "block:4" and calls.count(plan) == 1:
             raise Stopped
@@ -155,11 +164,13 @@ def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
     done = len(calls)
     plans.main(arguments)
     # Nothing is measured twice but the plan at which it stopped.
-    assert calls[done:] == ["block:4", *plans.PLANS[4:], *["full"] * len(plans.CONTROLS)]
+    files = list(map(str, plans.FOUND))
+    assert calls[done:] == ["block:4", *plans.PLANS[4:], *files, *["full"] * len(plans.CONTROLS)]
     assert not (tmp_path / "work").exists()
     with (tmp_path / "plans.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    assert [row["plan"] for row in rows] == [*plans.PLANS, *plans.CONTROLS]
+    names = [*plans.PLANS, *(path.stem for path in plans.FOUND), *plans.CONTROLS]
+    assert [row["plan"] for row in rows] == names
     assert (rows[0]["time"], rows[0]["psnr"], rows[1]["time"], rows[1]["macs"]) == ("1.0", "", "0.5", "1.0")
     described = json.loads((tmp_path / "plans.json").read_text())
     assert described["settings"]["prompts"] == 8
@@ -168,7 +179,23 @@ def test_a_run_that_was_broken_off_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (rows[0]["same"], rows[0]["same_low"]) == ("1.0", "1.0")
     assert described["machine"]["cores"]
     assert Image.open(tmp_path / "grid.png").width > 1000
-    assert plotted == [([*plans.PLANS, *plans.CONTROLS], tmp_path / "plans.png")]
+    assert plotted == [(names, tmp_path / "plans.png")]
+    # With --keep, only what is not there is measured, and full, whose pictures the others are compared with.
+    other = tmp_path / "mine.json"
+    other.write_text(find_plan("skip:2").model_copy(update={"name": "mine"}).model_dump_json())
+    del calls[:]
+    plans.main([*arguments, "--keep", "--found", str(plans.FOUND[0]), str(other)])
+    assert {call for call in calls if " " in call} == {f"{name} {number}" for name in ("full", "mine") for number in (0, 1)}
+    missing = [str(plans.plan_and_steps(name, 20)[0]) for name in plans.GRID[1:]]
+    assert [call for call in calls if " " not in call] == ["full", str(other), *missing]
+    with (tmp_path / "plans.csv").open() as stream:
+        merged = {row["plan"]: row for row in csv.DictReader(stream)}
+    assert list(merged) == [*plans.PLANS, "found-0.250", "mine", *plans.CONTROLS]
+    assert merged["block:3"] == {
+        name: str(float(value)) if value and name != "plan" else value for name, value in rows[2].items()
+    }
+    with pytest.raises(UserError, match="plans.csv has rows of a run with other settings; give those, or leave --keep out"):
+        plans.main([*arguments, "--keep", "--rounds", "3"])
 
 
 def test_too_few_prompts_are_refused() -> None:

@@ -79,6 +79,10 @@ ASKING = {
     "up.*.attention.cross.branch": True,
     "down.0.layer.0.attention.input": True,
     "down.7.layer.0.attention.input": False,
+    # Counted among all blocks, of which the first on the way up and the last on the way down have no attention.
+    "up.-1.layer.0.attention.cross": True,
+    "up.-2.layer.0.attention.cross": False,
+    "down.-1.layer.0.attention.cross": False,
 }
 
 

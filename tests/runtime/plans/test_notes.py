@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from engines import Bundle
-from runtime import Pipeline, find_plan
-from runtime.plans.notes import described_find, found_for_others
-from runtime.plans.words import Found
+from runtime import Pipeline, Plan, Rule, UNet, find_plan
+from runtime.images.schedulers import make_scheduler
+from runtime.plans.key_steps import Uniform
+from runtime.plans.notes import Call, described_find, plan_notes
+from runtime.plans.words import Found, Predict
 from tests.support.commands import Command
 
 FOUND = find_plan("skip:2").model_copy(
@@ -24,13 +26,74 @@ def test_a_plan_says_what_it_was_found_for() -> None:
     assert described_find(find_plan("skip:2")) == ""
     line = described_find(FOUND)
     assert line == "found for 4 steps of ddim with guidance 3: MACs 0.75 of full, 61.5 dB to its pictures on 16 prompts"
-    assert found_for_others(FOUND, "ddim", 4) == found_for_others(find_plan("full"), "dpm++", 20) == ""
-    assert "found for 4 steps of ddim, and this is 20 of dpm++" in found_for_others(FOUND, "dpm++", 20)
+    assert described_find(on("emoji")).startswith("found on emoji for 4 steps of ddim")
+
+
+def on(source: str) -> Plan:
     assert FOUND.found is not None
-    on_emoji = FOUND.model_copy(update={"found": FOUND.found.model_copy(update={"source": "emoji"})})
-    assert described_find(on_emoji).startswith("found on emoji for 4 steps of ddim")
-    assert found_for_others(on_emoji, "ddim", 4, "emoji") == ""
-    assert "was found on emoji, and this is mini: its pictures may be" in found_for_others(on_emoji, "ddim", 4, "mini")
+    return FOUND.model_copy(update={"found": FOUND.found.model_copy(update={"source": source})})
+
+
+def notes(pipeline: Pipeline, plan: Plan, call: Call, steps: int = 4) -> list[str]:
+    schedule = pipeline.schedule(plan, [1000 * (1 - step / steps) for step in range(steps)], call.guided)
+    return plan_notes(plan, schedule, call)
+
+
+def test_a_call_of_another_kind_is_noted(mini_pipeline: Pipeline) -> None:
+    """Whatever differs, in one note; what nobody knows does not."""
+    same = Call("ddim", 4, 3.0)
+    for call in (same, Call("DDIMScheduler", 4, 3.0), Call("", 0, None)):
+        assert notes(mini_pipeline, on("mini"), call) == []
+    assert notes(mini_pipeline, find_plan("full"), Call("dpm++", 20, 7.5)) == []
+    differing = {
+        Call("dpm++", 20, 3.0): "found for 4 steps of ddim, and this is 20 of dpm++: its pictures may be",
+        Call("EulerDiscreteScheduler", 4, 3.0): "for 4 steps of ddim, and this is 4 of euler",
+        Call("", 20, None): "for 4 steps of ddim, and this is 20 of a scheduler that is not known",
+        Call("ddim", 4, 7.5): "found with guidance 3, and this is with 7.5",
+    }
+    for call, said in differing.items():
+        (note,) = notes(mini_pipeline, on("mini"), call)
+        assert said in note
+    assert "was found on emoji, and this is mini: its pictures" in notes(mini_pipeline, on("emoji"), same)[0]
+    (note,) = notes(mini_pipeline, on("emoji"), Call("pndm", 9, 1.0, guided=False))
+    assert "for 4 steps of ddim, with guidance 3, on emoji, and this is 9 of pndm, with 1, mini" in note
+
+
+def test_a_forecast_that_never_has_two_key_steps_is_noted(mini_pipeline: Pipeline) -> None:
+    rules = tuple(
+        Rule(units=(unit,), when=Uniform(every=every), predict=Predict(order=order))
+        for unit, every, order in (("up.-2", 3, 1), ("up.-1.layer.-2", 30, 1), ("up.-1.layer.0", 30, 0), ("head", 30, 1))
+    )
+    noted = notes(mini_pipeline, Plan(name="p", rules=rules), Call(), steps=6)
+    # The last step of a rule on the head is always a key step.
+    assert [note[:15] for note in noted] == ["plan p: rules.1", "plan p: rules.3"]
+    assert "over these 6 steps it has one: features are reused as they are" in noted[0]
+    with pytest.warns(UserWarning, match="plan forecast:30: rules.0 forecasts from two key steps"):
+        mini_pipeline.generate("a red star", plan="forecast:30", steps=2, output_type="latent")
+
+
+@pytest.mark.parametrize(("walked", "steps"), [("ddim", 5), ("dpm++", 4), ("heun", 4)])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_loop_of_ones_own_is_warned_of(
+    mini_pipeline: Pipeline, mini_bundle: Bundle, known: bool, walked: str, steps: int
+) -> None:
+    """Without the scheduler by the number of evaluations alone, which dpm++ has as many of as ddim."""
+    scheduler = make_scheduler(walked, mini_bundle.folder / "scheduler", steps)
+    unet = UNet(mini_bundle.folder, on("emoji"), scheduler=scheduler if known else None)
+    unet.pipeline = mini_pipeline
+    text, sample = torch.zeros(1, 32, unet.config.cross_attention_dim), torch.zeros(1, 4, 8, 8)
+    with pytest.warns(UserWarning, match=r"plan found was found .*on emoji") as warned:
+        unet(sample, scheduler.timesteps[0], text)
+    (said,) = [str(each.message) for each in warned]
+    if known:
+        assert f"found for 4 steps of ddim, on emoji, and this is {steps} of {walked}, mini" in said
+    elif walked == "dpm++":
+        assert "found on emoji, and this is mini" in said
+    else:
+        assert f"and this is {len(scheduler.timesteps)} of a scheduler that is not known, mini" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unet(sample, scheduler.timesteps[0], text)
 
 
 @pytest.fixture(autouse=True)

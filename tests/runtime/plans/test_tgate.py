@@ -168,6 +168,9 @@ def test_a_bundle_with_whole_transformers_says_what_it_needs() -> None:
         PartitionError, match=r"plan tgate:0.5, UNet one: rules.0.units names '\*.attention.cross', a part of attentions"
     ):
         denoise({"one": loaded}, reference_scheduler("ddim", STEPS), latents, text, find_plan("tgate:0.5"))
+    counted = Plan(name="own", rules=(Rule(units=("up.-2.layer.0.attention.cross",), when=Explicit(steps=(0,))),))
+    with pytest.raises(PartitionError, match="names 'up.-2.layer.0.attention.cross', a part of attentions"):
+        denoise({"one": loaded}, reference_scheduler("ddim", STEPS), latents, text, counted)
     unknown = Plan(name="own", rules=(Rule(units=("*.attention.crosses",), when=Explicit(steps=(0,))),))
     with pytest.raises(PlanError, match=r"names '\*.attention.crosses', which this UNet does not have; its units: time, stem"):
         denoise({"one": loaded}, reference_scheduler("ddim", STEPS), latents, text, unknown)

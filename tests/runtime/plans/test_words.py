@@ -236,10 +236,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"rules": [{"units": ["up.2"], "when": {"mode": "explicit", "steps": [0, 0]}, "predict": {}}]},
         "rules.0.predict.order is 1, which forecasts from two key steps, and when lists one; list another, or leave predict out",
     ),
-    "own feature": (
-        {"rules": [{"units": ["stem"], "when": {"mode": "threshold", "above": 0.1}, "predict": {}}]},
-        "rules.0.predict: the rule compares 'stem' to decide its key steps",
-    ),
     "adaptive guidance": ({"guidance": {"when": {"mode": "threshold", "above": 0.1}}}, "guidance.when: "),
     "scale": ({"guidance": {"when": {"mode": "uniform", "every": 2}, "scale": -1}}, "guidance.scale"),
     "unknown word": (
@@ -259,6 +255,20 @@ def test_wrong_words_are_one_line(name: str, tmp_path: Path) -> None:
         find_plan(path)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_an_adaptive_rule_does_not_forecast_what_it_compares(unet: Any) -> None:
+    """Whatever its units are called; units that are others by their place are forecast."""
+
+    def plan(unit: str, feature: str) -> Plan:
+        return Plan(name="p", rules=(PlanRule(units=(unit,), when=Threshold(above=0.2, feature=feature), predict=Predict()),))
+
+    for unit, feature in (("stem", "stem"), ("st*", "stem"), ("down.-3", "down.0.layer.1.resnet")):
+        with pytest.raises(PlanError, match=f"rules.0.predict: the rule compares '{feature}' to decide its key steps"):
+            made_by(plan(unit, feature).checked(), 1.0)
+    # The last of three blocks; counted among the compared feature alone, it would be the first.
+    _, records = made_by(plan("down.-1", "down.0.layer.1.resnet").checked(), 1.0)
+    assert len(records) == STEPS
 
 
 def test_the_first_and_last_steps_are_not_skipped(unet: Any) -> None:

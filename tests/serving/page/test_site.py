@@ -406,10 +406,10 @@ def test_the_full_picture_is_made_beside_it_unless_it_is_that(site: Site) -> Non
 
 
 def test_notes_say_what_was_not_read_and_what_a_plan_was_found_for(site: Site) -> None:
-    found = Found(scheduler="ddim", steps=10, guidance_scale=3, prompts=4, cost=0.5, psnr=40)
+    found = Found(scheduler="ddim", steps=10, guidance_scale=3, prompts=4, cost=0.5, psnr=40, source="emoji")
     plan = find_plan("block:2").model_copy(update={"name": "mine", "found": found})
     shown, _, _ = results(site, "mine", plan)
-    assert "done: seed 3; plan mine was found for 10 steps of ddim" in shown["status"]
+    assert "done: seed 3; plan mine was found for 10 steps of ddim, on emoji, and this is 4 of dpm++, mini:" in shown["status"]
     shown, _, _ = results(site, "guide:2", guidance=1)
     assert "without guidance (a scale of 1 or less) there is only one: that part of the plan does nothing" in shown["status"]
 

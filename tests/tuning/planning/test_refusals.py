@@ -32,6 +32,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--budget", "0.5", "--size", "big"), "'big' is no picture size"),
         (("--budget", "0.5", "--guidance-scale", "inf"), "--guidance-scale inf: must be a number"),
         (("--budget", "0.5", "--cost", "money"), "invalid choice: 'money'"),
+        (("--budget", "0.5", "--judge-only"), "--judge-only goes with --front, whose plans it judges anew"),
         (("--budget", "0.5", "--out", "plan.txt"), "--out plan.txt: choose the name of a .json file"),
         (("--budget", "0.5", "--engine", "null"), "--engine null: it computes nothing"),
         (("--budget", "0.5", "--engine", "onnx-runtime"), "unknown engine 'onnx-runtime'; did you mean onnxruntime?"),

@@ -16,8 +16,10 @@ from runtime import Pipeline
 from runtime.images.schedulers import make_scheduler
 from runtime.plans.plan import Plan
 from tests.support.commands import Command, assert_refused
+from tuning.planning import command as planning
 from tuning.planning.evaluation import Pictures, choose_prompts
 from tuning.planning.gaps import Trajectories
+from tuning.planning.report import bootstrap
 from tuning.planning.space import Point, Space
 
 STEPS = 6
@@ -82,6 +84,68 @@ def test_the_first_few_pictures_are_those_of_the_whole(mini_pipeline: Pipeline) 
     assert torch.allclose(few.reference, whole.reference[:1], atol=1e-4)
     assert len(few.reference) == 1
     assert whole.some(3) is whole
+
+
+def test_an_interval_of_a_mean_is_bootstrapped() -> None:
+    values = [40.0, 42.0, 44.0, 46.0, 48.0, 50.0]
+    low, high = bootstrap(values)
+    # The mean's own standard error is that of the values, 3.42, over the root of their number; skew is none.
+    assert low == pytest.approx(45 - 1.96 * 1.394, abs=0.4)
+    assert high == pytest.approx(45 + 1.96 * 1.394, abs=0.4)
+    assert bootstrap(values) == (low, high)
+    assert bootstrap([45.0]) == (45.0, 45.0)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_what_is_to_come_is_said_before_anything_is_made(
+    tuning: Command, mini_bundle: Bundle, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: Pictures, plan: Plan) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pictures, "latents", stopped)
+    given = ("plan", "--budget", "0.6", "--prompts", prompts, "--out", tmp_path / "plan.json", *QUICK)
+    done = tuning(*given, "--bundle", mini_bundle.folder)
+    assert done.code == 130
+    assert f"bundle {mini_bundle.folder}: 2 prompts to find plans with, 1 others to judge them by" in done.out[0]
+    # Without --bundle, the one in ./bundles, as pictures are made.
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "mini-original").symlink_to(mini_bundle.folder)
+    monkeypatch.chdir(tmp_path)
+    assert "bundle bundles/mini-original: 2 prompts" in tuning(*given).out[0]
+    (tmp_path / "bundles" / "mini-original").unlink()
+    assert_refused(tuning(*given), "no bundle in ./bundles; build it with: python -m exporter build --source emoji")
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize("aim", [("--budget", "0.6"), ("--front",)])
+def test_the_time_said_beforehand_has_all_that_is_judged(
+    tuning: Command, mini_bundle: Bundle, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, aim: tuple[str, ...]
+) -> None:
+    """The work of judging that is reckoned with, before a plan is found, and the steps of the UNet that it then takes."""
+    pytest.importorskip("matplotlib")
+    reckoned, taken, jobs = list[float](), list[float](), list[Any]()
+    work, judged = planning._judging_work, Pictures._made
+
+    def noted(job: Any, found: Any = ()) -> float:
+        jobs.append(job)
+        reckoned.append(work(job, found))
+        return reckoned[-1]
+
+    def counted(self: Pictures, plan: Plan, steps: int | None) -> Any:
+        for made in judged(self, plan, steps):
+            cost = sum(len(step.ran) > 0 and (1.0 if step.kind == "key" else 0.0) for step in made.steps)
+            taken.append(cost * len(made.latents) / 2)  # of the two prompts that it was found with
+            yield made
+
+    monkeypatch.setattr(planning, "_judging_work", noted)
+    monkeypatch.setattr(Pictures, "_made", counted)
+    out = tmp_path / ("front" if "--front" in aim else "plan.json")
+    given = ("plan", "--bundle", mini_bundle.folder, *aim, "--prompts", prompts, "--out", out, *QUICK, "--steps", "4")
+    assert tuning(*given).code == 0
+    assert len(reckoned) == 2  # before the search, and before the stage
+    assert sum(taken) <= reckoned[0]
+    assert reckoned[0] < 4 * sum(taken)
 
 
 def latents_of(bundle: Bundle, plan: Path, prompt: str) -> torch.Tensor:
@@ -202,7 +266,38 @@ def test_a_front_is_plans_and_a_plot(tuning: Command, mini_bundle: Bundle, tmp_p
     done = tuning("plan", "--bundle", mini_bundle.folder, "--front", "--prompts", prompts, "--out", out, *QUICK, "--steps", "4")
     assert done.code == 0, done.err
     figures = json.loads((out / "front.json").read_text())
-    assert {"found", "fewer steps", "deepcache", "back"} <= set(figures)
+    assert {"found", "fewer steps", "deepcache", "back", "random", "quadratic", "adaptive"} <= set(figures)
+    rows = [row for kind in figures.values() for row in kind]
+    assert all(row["psnr_low"] <= row["psnr"] <= row["psnr_high"] for row in rows)
+    assert all(0 < row["cost"] <= 1 for row in figures["adaptive"])
+    (out / "front.png").unlink()
+    again = tuning(
+        "plan",
+        "--bundle",
+        mini_bundle.folder,
+        "--front",
+        "--prompts",
+        prompts,
+        "--out",
+        out,
+        *QUICK,
+        "--steps",
+        "4",
+        "--judge-only",
+    )
+    assert again.code == 0, again.err
+    assert json.loads((out / "front.json").read_text()) == figures
+    assert (out / "front.png").exists()
+    other = ("--steps", "5", "--judge-only")
+    assert_refused(
+        tuning("plan", "--bundle", mini_bundle.folder, "--front", "--prompts", prompts, "--out", out, *QUICK, *other),
+        "was not found for 5 steps of dpm++; give what it was found for",
+    )
+    nothing = ("--out", tmp_path / "nothing", "--judge-only")
+    assert_refused(
+        tuning("plan", "--bundle", mini_bundle.folder, "--front", "--prompts", prompts, *QUICK, *nothing),
+        "nothing has no found-*.json; leave it out to find plans, or name a front",
+    )
     plans = sorted(path.name for path in out.glob("found-*.json"))
     assert plans == sorted(f"{row['name']}.json" for row in figures["found"])
     assert [row["cost"] for row in figures["found"]] == sorted(row["cost"] for row in figures["found"])
