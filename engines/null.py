@@ -4,7 +4,6 @@ Every schedule and cache test can run on it, with no GPU and no weights (the ide
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 
@@ -41,10 +40,4 @@ class _NullRunner(Runner):
     def _run_impl(self, inputs: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
         shapes = self.output_shapes(sizes)
         self._calls.append(self.segment.name)
-        return {name: _zeros(shape, self.features[name].dtype) for name, shape in shapes.items()}
-
-
-@lru_cache(256)
-def _zeros(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    """Zeros of that shape, which take no memory."""
-    return torch.zeros((), dtype=DTYPES[dtype]).expand(shape)
+        return {name: torch.zeros(shape, dtype=DTYPES[self.features[name].dtype]) for name, shape in shapes.items()}

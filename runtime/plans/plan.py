@@ -9,7 +9,7 @@ unit's input flows on, directly or through its shortcut, and what the unit added
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from shlex import quote
@@ -224,13 +224,16 @@ def matching(pattern: str, units: Sequence[str], parts: Collection[str] = ()) ->
     """
     if parts and (whole := matching(pattern, [unit for unit in units if unit not in parts])):
         return whole
-    wanted = _counted(pattern, units)
-    return [unit for unit in units if any(fnmatchcase(part, wanted) for part in _ancestors(unit))]
+    return _matching(_counted(pattern, units), units)
 
 
 def names_only_parts(pattern: str, units: Sequence[str]) -> bool:
     """Whether a pattern names nothing but parts of transformers that are in one piece in a UNet with these ``units``."""
-    return not matching(pattern, units) and bool(matching(_counted(pattern, units), attention_parts(units)))
+    return not matching(pattern, units) and bool(_matching(_counted(pattern, units), attention_parts(units)))
+
+
+def _matching(counted: str, units: Iterable[str]) -> list[str]:
+    return [unit for unit in units if any(fnmatchcase(part, counted) for part in _ancestors(unit))]
 
 
 def _counted(pattern: str, units: Sequence[str]) -> str:

@@ -299,7 +299,8 @@ def test_a_plan_is_explained_with_or_without_a_prompt(
     text = "\n".join(outcome.out)
     assert "plan block:2" in text
     assert text.count("inherit ") == 2
-    assert "predicted time" in outcome.out[-1]
+    assert "predicted time" in text
+    assert outcome.out[-1].startswith("rules.0: up.-2 inherited by output; key steps 0, 2;")
     assert [path.name for path in here.iterdir()] == ["plan.png"]
 
 

@@ -196,5 +196,5 @@ def test_the_command(mini_bundle: Bundle, tmp_path: Path, capsys: pytest.Capture
     assert "2 steps" in capsys.readouterr().out
     main([*common, "--plan", "block:2", "--explain"])
     explained = capsys.readouterr().out
-    assert explained.count(" key ") == 1
+    assert explained.count(" key  ") == 1
     assert explained.count(" inherit ") == 1
