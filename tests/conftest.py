@@ -209,9 +209,9 @@ def torch_bundle(bundles: Path) -> Bundle:
     return build_shared(bundles, "uneven-torch", source=str(source), engines=("torch",))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mini_pipeline(mini_bundle: Bundle) -> Pipeline:
-    """The embedded model, loaded in ONNX Runtime."""
+    """The embedded model, loaded in ONNX Runtime: for each file of tests anew, so that none meets what those of others left."""
     from engines import make_engine
     from runtime import Pipeline
 

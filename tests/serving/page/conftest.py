@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from engines import Bundle, make_engine
 from runtime import Pipeline
 from serving.page.site import Site
 from serving.queueing.service import Service
@@ -29,9 +30,9 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="session")
-def service(mini_pipeline: Pipeline) -> Iterator[Service]:
+def service(mini_bundle: Bundle) -> Iterator[Service]:
     """What makes the pictures of all tests of the room."""
-    found = Service({BUNDLE: mini_pipeline})
+    found = Service({BUNDLE: Pipeline(mini_bundle, make_engine("onnxruntime"))})
     found.start()
     yield found
     found.end()
