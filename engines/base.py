@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 
@@ -32,6 +32,9 @@ _Signature = tuple[tuple[torch.dtype, torch.device, torch.Size], ...]
 """Dtype, device and shape of each input of a segment."""
 _MOST_SIGNATURES = 64
 """Of how many kinds of inputs a runner remembers that they fit."""
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,7 @@ class Runner(ABC):
             sizes = self._sizes[signature]
         except KeyError:
             sizes = self._check(inputs)
-            if len(self._sizes) >= _MOST_SIGNATURES:
-                self._sizes.clear()
-            self._sizes[signature] = sizes
+            _remember(self._sizes, signature, sizes)
         return self._run_impl(chosen, sizes.copy())
 
     def _check(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -115,11 +116,11 @@ class Runner(ABC):
             EngineError: a size does not divide as an output needs, or no input tells it.
         """
         key = tuple(sizes.items())
-        if key not in self._shapes:
-            if len(self._shapes) >= _MOST_SIGNATURES:
-                self._shapes.clear()
-            self._shapes[key] = self._resolve(sizes)
-        return self._shapes[key]
+        shapes = self._shapes.get(key)
+        if shapes is None:
+            shapes = self._resolve(sizes)
+            _remember(self._shapes, key, shapes)
+        return shapes
 
     def _resolve(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         try:
@@ -151,6 +152,13 @@ class Runner(ABC):
         outputs = self.run(inputs)
         self.synchronize()
         return outputs, time.perf_counter() - started
+
+
+def _remember(known: dict[_Key, _Value], key: _Key, value: _Value) -> None:
+    """Add to what is known, which is forgotten whole where it has grown to ``_MOST_SIGNATURES``."""
+    if len(known) >= _MOST_SIGNATURES:
+        known.clear()
+    known[key] = value
 
 
 class Engine(ABC):
